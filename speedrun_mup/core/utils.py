@@ -1,4 +1,4 @@
-"""The world a process lives in (rank, size, device), errors that a user can act on, stateless seeds.
+"""The world a process lives in (rank, size, device) and stateless seeds.
 
 One process is a group of one: every collective below is the identity at size 1 and needs no process group there.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,44 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class UserError(Exception):
-    """A fault that the user can mend. Its text is one line: what, where, how to fix it. `exit_code` is the process's."""
-
-    exit_code = 1
-
-
-class ConfigError(UserError):
-    """An unknown or impossible setting."""
-
-    exit_code = 2
-
-
-class NonFiniteError(UserError):
-    """The loss or a gradient stopped being a number."""
-
-    exit_code = 5
-
-
-class CollectiveError(UserError):
-    """Ranks lost each other or disagree."""
-
-    exit_code = 6
+from speedrun_mup.core.errors import CollectiveError as CollectiveError
+from speedrun_mup.core.errors import ConfigError as ConfigError
+from speedrun_mup.core.errors import NonFiniteError as NonFiniteError
+from speedrun_mup.core.errors import UserError as UserError
 
 
 class Handle:
     """A collective under way. `wait()` blocks until its result is in place; gloo has no futures for reduce-scatter."""
 
-    def __init__(self, work: Any = None, then: Callable[[], None] | None = None):
-        self._work, self._then = work, then
+    def __init__(self, work: Any = None):
+        self._work = work
 
     def wait(self) -> None:
-        """Block until done, then run the follow-up step once (copying a padded result into place, say)."""
+        """Block until the result is in place."""
         if self._work is not None:
             self._work.wait()
-        if self._then is not None:
-            self._then()
-        self._work = self._then = None
+        self._work = None
 
 
 @dataclass(frozen=True)
@@ -76,21 +54,21 @@ class World:
         ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
         return Handle(dist.all_reduce(tensor, ops[op], async_op=True))
 
-    def reduce_scatter(self, out: Tensor, full: Tensor) -> Handle:
-        """Sum `full` (size * n, ...) over ranks and leave this rank's n rows in `out` (n, ...)."""
+    def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Handle]:
+        """Start summing `full` (size * n, ...) over ranks; the part holds this rank's n rows once the handle is done."""
         if self.size == 1:
-            out.copy_(full)
-            return Handle()
+            return full, Handle()
+        part = full.new_empty(len(full) // self.size, *full.shape[1:])
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return Handle(call(out, full.contiguous(), async_op=True))
+        return part, Handle(call(part, full.contiguous(), async_op=True))
 
-    def all_gather(self, full: Tensor, part: Tensor) -> Handle:
-        """Concatenate every rank's `part` (n, ...) into `full` (size * n, ...)."""
+    def all_gather(self, part: Tensor) -> tuple[Tensor, Handle]:
+        """Start concatenating every rank's `part` (n, ...) into (size * n, ...), complete once the handle is done."""
         if self.size == 1:
-            full.copy_(part)
-            return Handle()
+            return part, Handle()
+        full = part.new_empty(len(part) * self.size, *part.shape[1:])
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return Handle(call(full, part.contiguous(), async_op=True))
+        return full, Handle(call(full, part.contiguous(), async_op=True))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in rank order, on every rank. Also a barrier."""
@@ -120,7 +98,9 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as fault:
-        raise ConfigError(f"device={name} is not usable here ({str(fault).splitlines()[0]}); try --device cpu") from None
+        raise ConfigError(
+            f"device={name} is not usable here ({str(fault).splitlines()[0]}); try --device cpu"
+        ) from None
     return torch.device(name)
 
 
@@ -129,7 +109,9 @@ def _env_int(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"environment variable {name}={text!r} is not a number; start with torchrun or unset it") from None
+        raise ConfigError(
+            f"environment variable {name}={text!r} is not a number; start with torchrun or unset it"
+        ) from None
 
 
 def join_world(device: str = "auto", timeout_s: float = 600.0) -> World:

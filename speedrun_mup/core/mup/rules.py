@@ -26,21 +26,22 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Power:
-    """A factor m_in**fan_in * m_out**fan_out of the width multipliers of a parameter's two sides."""
+    """A factor m_in**fan_in * m_out**fan_out * m_depth**depth of a parameter's width and depth multipliers."""
 
     fan_in: float = 0.0
     fan_out: float = 0.0
+    depth: float = 0.0
 
-    def __call__(self, m_in: float, m_out: float) -> float:
-        """The factor itself; exactly 1.0 at m_in = m_out = 1."""
-        return m_in**self.fan_in * m_out**self.fan_out
+    def __call__(self, m_in: float, m_out: float, m_depth: float = 1.0) -> float:
+        """The factor itself; exactly 1.0 at m_in = m_out = m_depth = 1."""
+        return m_in**self.fan_in * m_out**self.fan_out * m_depth**self.depth
 
     def __mul__(self, other: Power) -> Power:
-        return Power(self.fan_in + other.fan_in, self.fan_out + other.fan_out)
+        return Power(self.fan_in + other.fan_in, self.fan_out + other.fan_out, self.depth + other.depth)
 
     def inverse(self) -> Power:
         """The power whose product with this one is 1."""
-        return Power(-self.fan_in, -self.fan_out)
+        return Power(-self.fan_in, -self.fan_out, -self.depth)
 
 
 ONE = Power()
@@ -80,9 +81,8 @@ class Factors:
 class Parametrization:
     """A named rule table.
 
-    weight_decay: "independent" keeps lr * weight_decay constant (for optimizers that decay by that product), "coupled"
-    keeps weight_decay constant. lr_by_group: extra LR powers for named parameter groups, for the exponents on which the
-    literature disagrees.
+    weight_decay: one of WEIGHT_DECAY_REGIMES. lr_by_group: extra LR powers for named parameter groups, for the exponents
+    on which the literature disagrees.
     """
 
     name: str
@@ -90,10 +90,18 @@ class Parametrization:
     weight_decay: str = "independent"
     lr_by_group: Mapping[str, Power] = field(default_factory=dict)
 
-    def factors(self, role: Role, m_in: float, m_out: float, optimizer: str, group: str = "") -> Factors:
-        """The factors for a parameter of this role and width multipliers under `optimizer` (adam, sgd or muon).
+    def __post_init__(self) -> None:
+        if self.weight_decay not in WEIGHT_DECAY_REGIMES:
+            raise ValueError(
+                f"weight_decay={self.weight_decay!r} is not a regime; choose {' or '.join(WEIGHT_DECAY_REGIMES)}"
+            )
 
-        Raises ValueError for an optimizer that must not own the role.
+    def factors(
+        self, role: Role, m_in: float, m_out: float, optimizer: str, group: str = "", m_depth: float = 1.0
+    ) -> Factors:
+        """The factors for a parameter of this role and these multipliers under `optimizer` (adam, sgd or muon).
+
+        Raises ValueError for an optimizer that must not own the role, and for a combination without a known rule.
         """
         rule = self.rules[role]
         if optimizer not in ("adam", "sgd", "muon"):
@@ -101,15 +109,36 @@ class Parametrization:
         step: Step | None = getattr(rule, optimizer)
         if step is None:
             raise ValueError(f"{optimizer} must not own {role.value} parameters: use adam or sgd for them")
+        if optimizer == "sgd" and m_depth != 1:
+            raise ValueError("sgd has no depth rule (it is not scale-invariant); use adam or muon")
         lr = step.lr * self.lr_by_group.get(group, ONE)
-        decay = lr.inverse() if self.weight_decay == "independent" else ONE
-        return Factors(*(power(m_in, m_out) for power in (rule.init, rule.forward, lr, step.eps, decay)))
+        decay = self._decay(role, lr, optimizer)
+        return Factors(*(power(m_in, m_out, m_depth) for power in (rule.init, rule.forward, lr, step.eps, decay)))
 
+    def _decay(self, role: Role, lr: Power, optimizer: str) -> Power:
+        if self.weight_decay == "independent":
+            return lr.inverse()
+        if self.weight_decay == "compute-optimal":
+            return lr.inverse() * PER_WIDTH[role]
+        if self.weight_decay == "steady-state" and role is Role.HIDDEN:
+            if optimizer != "adam":
+                raise ValueError(f"weight_decay='steady-state' is derived for adam, not for {optimizer}")
+            return ROOT_IN
+        return ONE
+
+
+# How the weight decay handed to an optimizer that decays by lr * weight_decay follows width:
+#   independent      lr * weight_decay constant: the rule at a fixed number of tokens (Kosson et al., arXiv 2510.19093)
+#   coupled          weight_decay constant
+#   compute-optimal  lr * weight_decay as 1/width: tokens grow with the model (Qiu et al., arXiv 2512.05620)
+#   steady-state     AdamW only: sqrt(width) on hidden matrices, constant elsewhere (Fan et al., arXiv 2510.15262)
+WEIGHT_DECAY_REGIMES = ("independent", "coupled", "compute-optimal", "steady-state")
 
 IN, OUT = Power(fan_in=1.0), Power(fan_out=1.0)
-PER_IN, PER_OUT = IN.inverse(), OUT.inverse()
-ROOT_PER_IN = Power(fan_in=-0.5)
+PER_IN, PER_OUT, PER_DEPTH = IN.inverse(), OUT.inverse(), Power(depth=-1.0)
+ROOT_IN, ROOT_PER_IN = Power(fan_in=0.5), Power(fan_in=-0.5)
 SPECTRAL = Power(fan_in=-0.5, fan_out=0.5)
+PER_WIDTH = {Role.INPUT: PER_OUT, Role.HIDDEN: PER_IN, Role.OUTPUT: PER_IN, Role.SCALAR: ONE}
 
 _SP = {
     Role.INPUT: Rule(),
@@ -118,16 +147,18 @@ _SP = {
     Role.SCALAR: Rule(),
 }
 
+# The powers of depth act on parameters with an m_depth only: those that write a residual branch into the stream, whose
+# 1/depth then needs no multiplier in the forward pass (Dey et al., CompleteP, arXiv 2505.01618), and residual scalars.
 _MUP = {
     Role.INPUT: Rule(adam=Step(eps=PER_OUT), sgd=Step(lr=OUT)),
     Role.HIDDEN: Rule(
-        init=ROOT_PER_IN,
-        adam=Step(lr=PER_IN, eps=PER_OUT),
+        init=ROOT_PER_IN * PER_DEPTH,
+        adam=Step(lr=PER_IN * PER_DEPTH, eps=PER_OUT),
         sgd=Step(lr=OUT * PER_IN),
-        muon=Step(lr=SPECTRAL),
+        muon=Step(lr=SPECTRAL * PER_DEPTH),
     ),
     Role.OUTPUT: Rule(forward=PER_IN, adam=Step(eps=PER_IN), sgd=Step(lr=IN)),
-    Role.SCALAR: Rule(),
+    Role.SCALAR: Rule(adam=Step(lr=PER_DEPTH)),
 }
 
 
@@ -161,9 +192,9 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
             "record26", _SP | {Role.OUTPUT: Rule(init=ROOT_PER_IN, forward=ROOT_PER_IN)}, weight_decay="coupled"
         ),
         # Controls: muP with one exponent wrong.
-        _changed("muon-over-m", Role.HIDDEN, muon=Step(lr=PER_IN)),
-        _changed("muon-sqrt-m", Role.HIDDEN, muon=Step(lr=Power(fan_in=0.5))),
-        _changed("adam-constant", Role.HIDDEN, adam=Step(eps=PER_OUT)),
+        _changed("muon-over-m", Role.HIDDEN, muon=Step(lr=PER_IN * PER_DEPTH)),
+        _changed("muon-sqrt-m", Role.HIDDEN, muon=Step(lr=ROOT_IN * PER_DEPTH)),
+        _changed("adam-constant", Role.HIDDEN, adam=Step(lr=PER_DEPTH, eps=PER_OUT)),
         _changed("head-sqrt", Role.OUTPUT, forward=ROOT_PER_IN),
     )
 }

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from speedrun_mup.core.mup.rules import Role
+from speedrun_mup.core.errors import UserError
+from speedrun_mup.core.mup.rules import Factors, Parametrization, Role
 
 
-class UndeclaredParameterError(KeyError):
+class UndeclaredParameterError(UserError, KeyError):
     """A parameter whose role nobody declared. Scaling it by 1 would be a silent guess."""
 
     def __str__(self) -> str:
@@ -27,6 +28,8 @@ class ParamSpec:
 
     layout: one word per dimension: "in", "out", or anything else for a dimension that is neither (a stack, a kernel).
     group: the learning-rate group that the parameter belongs to (embed, value_embed, matrix, head, scalar, ...).
+    m_depth: depth multiplier, for a parameter that writes a residual branch into the stream; see rules.py.
+    inferred: whether set_base_shapes worked out role and layout by itself; if so, it may do that again.
     """
 
     role: Role
@@ -34,6 +37,8 @@ class ParamSpec:
     shape: tuple[int, ...]
     layout: tuple[str, ...]
     group: str = ""
+    m_depth: float = 1.0
+    inferred: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.base_shape) == len(self.shape) == len(self.layout):
@@ -75,10 +80,26 @@ class ParamSpec:
         """Width multiplier of the output side."""
         return self.fan_out / self.base_fan_out
 
+    def factors(self, table: Parametrization, optimizer: str) -> Factors:
+        """This parameter's row of the table in numbers; see Parametrization.factors."""
+        return table.factors(self.role, self.m_in, self.m_out, optimizer, self.group, self.m_depth)
 
-def declare(module: nn.Module, name: str, role: Role, base_shape: tuple[int, ...], layout: str, group: str = "") -> ParamSpec:
-    """Record what `module`'s own parameter `name` is. Call it right after creating the parameter."""
-    spec = ParamSpec(role, tuple(base_shape), tuple(module.get_parameter(name).shape), tuple(layout.split()), group)
+
+def declare(
+    module: nn.Module,
+    name: str,
+    role: Role,
+    base_shape: tuple[int, ...],
+    layout: str,
+    group: str = "",
+    m_depth: float = 1.0,
+) -> ParamSpec:
+    """Record what `module`'s own parameter `name` is. Call it right after creating the parameter.
+
+    layout: one word per dimension, "3 out in" for three stacked matrices. The other arguments are ParamSpec's fields.
+    """
+    shape = tuple(module.get_parameter(name).shape)
+    spec = ParamSpec(role, tuple(base_shape), shape, tuple(layout.split()), group, m_depth)
     if "mup_specs" not in module.__dict__:
         module.mup_specs = {}  # type: ignore[assignment]
     module.mup_specs[name] = spec  # type: ignore[index,operator]

@@ -1,0 +1,593 @@
+"""Checkpoints that are whole or absent: one folder per step, every byte under a SHA-256, committed by one rename.
+
+    step-00001234/model.safetensors                 all parameters, written by rank 0
+    step-00001234/optim-0003-of-0008.safetensors    what rank 3 of 8 held of the optimizer, as flat ranges
+    step-00001234/state.json                        step counts, data position and other small facts
+    step-00001234/manifest.json                     sizes and SHA-256 of the others, who holds which range; sealed
+
+A save fills `.tmp-step-00001234` on all ranks, gathers what was written (the only "all written" signal), writes the
+manifest, syncs, renames and syncs again; older checkpoints go away by a rename to `.trash-*` first. So a process may
+die at any instruction, and a folder called step-N is complete. There is no file that names the latest: a reader scans,
+verifies, and falls back. Reading executes no code: safetensors and strict JSON only, in which floats round-trip
+exactly, because Python writes the shortest text that reads back as the same float.
+
+All ranks must see the same folder. Rename is atomic on local disks and NFS, not on object stores.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from speedrun_mup import __version__
+from speedrun_mup.core.utils import ConfigError, UserError, World
+
+SCHEMA = 1
+MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
+
+T = TypeVar("T")
+Gather = Callable[[Any], list[Any]]  # every rank's value, on every rank
+Content = dict[str, Tensor] | bytes  # of one file
+Range = tuple[int, int]  # [begin, end)
+Part = tuple[int, int, int]  # (rank, begin, end)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or used."""
+
+    exit_code = 4
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A folder that is not what a finished save left behind: something is missing, cut or changed."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The flat range [begin, end) of one state of one parameter, as one rank holds it. tensor: (end - begin,)."""
+
+    begin: int
+    end: int
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.end or self.tensor.shape != (self.end - self.begin,):
+            raise ValueError(f"range [{self.begin}, {self.end}) does not fit a tensor {tuple(self.tensor.shape)}")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `root`, the `keep_last` newest and every `milestone_every`-th step (0: none).
+
+    All methods are collective except `load`: every rank calls them at the same step. A failed save raises
+    CheckpointError on all ranks, and earlier checkpoints are untouched; the caller may go on training.
+    """
+
+    def __init__(self, root: Path, world: World, keep_last: int = 2, milestone_every: int = 0):
+        if keep_last < 2:
+            raise ConfigError(f"keep_last={keep_last} could leave no intact checkpoint; use 2 or more")
+        self.root, self.world, self.keep_last, self.milestone_every = root, world, keep_last, milestone_every
+        self._intact: set[Path] = set()  # verified or written by this process
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+        self._side_group: Any = None
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optim: Mapping[str, Slice],
+        state: dict[str, Any],
+        wait: bool = True,
+    ) -> Path:
+        """Write step `step` and return its folder; a complete one of the same step is kept as it is.
+
+        optim: this rank's ranges, keyed "parameter/state"; over all ranks they must tile each state without overlap.
+        model, state: the same on all ranks. state: plain JSON (None, bool, int, finite float, str, list, dict).
+        wait: False returns once everything is copied to memory, and `poll` tells when it is on the disk. First waits
+        for the save before it, and raises what went wrong there.
+        """
+        self.poll(wait=True)
+        files: dict[str, Content] = {}
+        state_text = _json(state)
+        if json.loads(state_text) != state:
+            raise ValueError("checkpoint state must be plain JSON: text keys, lists instead of tuples")
+        if self.world.is_main:
+            files[MODEL] = {name: _copy(tensor) for name, tensor in model.items()}
+            files[STATE] = state_text
+        held = {key: part for key, part in optim.items() if part.end > part.begin}
+        files[_optim_name(self.world.rank, self.world.size)] = {key: _copy(part.tensor) for key, part in held.items()}
+        ranges = {key: (part.begin, part.end) for key, part in held.items()}
+        if wait:
+            return self._write(step, files, ranges, self.world.gather_objects)
+        self._pending = self._writer.submit(self._write, step, files, ranges, self._side_gather())
+        return self._folder(step)
+
+    def poll(self, wait: bool = False) -> Path | None:
+        """The folder of a background save that has become durable since the last call; raises if that save failed.
+
+        Call it every step: all ranks learn of it at the same step. wait: block until the save is over.
+        """
+        if self._pending is None:
+            return None
+        if not wait and not all(self.world.gather_objects(self._pending.done())):
+            return None
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def close(self) -> Path | None:
+        """Finish a background save as `poll(wait=True)` does, and end the writer thread."""
+        try:
+            return self.poll(wait=True)
+        finally:
+            self._writer.shutdown()
+
+    def clean(self) -> None:
+        """Remove what a killed process left behind. Call it once at start, when no other run writes here."""
+
+        def remove() -> None:
+            for leftover in [*self.root.glob(".tmp-step-*"), *self.root.glob(".trash-step-*")]:
+                shutil.rmtree(leftover)
+
+        _together(self.world.gather_objects, lambda: remove() if self.world.is_main else None)
+
+    def newest(self, report: Callable[[str], None]) -> Path | None:
+        """The newest intact checkpoint, or None if the folder has none at all.
+
+        Rank 0 verifies every hash, reports each damaged one in a line, and chooses for all. Raises CheckpointError if
+        all are damaged, one was written by a newer version, or a rank does not see the chosen one.
+        """
+        gather = self.world.gather_objects
+        chosen = _together(gather, lambda: self._choose(report) if self.world.is_main else None)[0]
+        if chosen is None:
+            return None
+        step, seal = chosen
+        path = self._folder(step)
+
+        def check_same() -> None:
+            if _Manifest.read(path).seal != seal:
+                raise CheckpointError(f"{path} is not the one that rank 0 sees; all ranks must share one disk")
+
+        _together(gather, check_same)
+        return path
+
+    def load(self, path: Path) -> Loaded:
+        """Read the checkpoint in `path`; see `Loaded`."""
+        return Loaded(path)
+
+    def _folder(self, step: int) -> Path:
+        return self.root / f"step-{step:08d}"
+
+    def _newest_first(self) -> list[int]:
+        matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in self.root.glob("step-*")]
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+    def _choose(self, report: Callable[[str], None]) -> tuple[int, str] | None:
+        """The newest intact step and its seal."""
+        steps = self._newest_first()
+        for step in steps:
+            path = self._folder(step)
+            try:
+                manifest = _verify(path)
+            except DamagedCheckpoint as fault:
+                report(f"skipping a damaged checkpoint: {fault}")
+            else:
+                self._intact.add(path)
+                return step, manifest.seal
+        if steps:
+            raise CheckpointError(
+                f"none of the {len(steps)} checkpoints in {self.root} is intact; move them to start anew"
+            )
+        return None
+
+    def _side_gather(self) -> Gather:
+        """Gathers of the writer thread, over a group of their own: they must not interleave with training's."""
+        if self.world.size == 1:
+            return self.world.gather_objects
+        if self._side_group is None:
+            self._side_group = dist.new_group(backend="gloo")
+
+        def gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * self.world.size
+            dist.all_gather_object(values, value, group=self._side_group)
+            return values
+
+        return gather
+
+    def _write(
+        self,
+        step: int,
+        files: dict[str, Content],
+        ranges: dict[str, Range],
+        gather: Gather,
+    ) -> Path:
+        """The commit protocol, on all ranks. Every gather is also a barrier."""
+        final, main = self._folder(step), self.world.is_main
+        temp = self.root / f".tmp-{final.name}"
+        needed = sum(gather(sum(_size(content) for content in files.values())))
+        try:
+            keep = _together(gather, lambda: main and self._prepare(final, temp))[0]
+            if keep:
+                return final
+            written = _together(gather, lambda: [(name, *_write_file(temp / name, files[name])) for name in files])
+            holders = gather(ranges)
+            _together(gather, lambda: self._commit(step, temp, written, holders) if main else None)
+        except CheckpointError as fault:
+            if main:
+                shutil.rmtree(temp, ignore_errors=True)  # what cannot be removed now is removed by clean()
+            raise CheckpointError(
+                f"step {step} is not saved: {fault}. It needs {needed:,} bytes, {_free(self.root)} are free; "
+                f"earlier checkpoints are untouched"
+            ) from fault
+        _together(gather, lambda: self._purge(step) if main else None)
+        return final
+
+    def _prepare(self, final: Path, temp: Path) -> bool:
+        """Make an empty `temp`. True if `final` is there already, and intact; a damaged one goes away."""
+        if final.exists():
+            try:
+                _verify(final)
+                return True
+            except DamagedCheckpoint:
+                _discard(final)
+        if temp.exists():
+            shutil.rmtree(temp)
+        temp.mkdir(parents=True)
+        return False
+
+    def _commit(
+        self,
+        step: int,
+        temp: Path,
+        written: list[list[tuple[str, int, str]]],
+        holders: list[dict[str, Range]],
+    ) -> None:
+        """Seal `temp` and give it its final name. Nothing is saved before the last fsync has returned."""
+        body = {
+            "schema": SCHEMA,
+            "written_by": _this_version(),
+            "step": step,
+            "ranks": self.world.size,
+            "files": {name: {"size": size, "sha256": sha256} for rank in written for name, size, sha256 in rank},
+            "slices": _tile(holders),
+        }
+        _write_file(temp / MANIFEST, _seal(body))
+        _fsync_folder(temp)
+        os.rename(temp, self._folder(step))
+        _fsync_folder(self.root)
+        self._intact.add(self._folder(step))
+
+    def _purge(self, saved: int) -> None:
+        """Remove what is older than `saved`, except milestones and enough intact ones to make `keep_last` with it."""
+        wanted = self.keep_last - 1
+        for step in (step for step in self._newest_first() if step < saved):
+            path = self._folder(step)
+            if wanted and self._is_intact(path):
+                wanted -= 1
+            elif not self.milestone_every or step % self.milestone_every:
+                try:
+                    _discard(path)
+                except OSError as fault:
+                    raise CheckpointError(f"step {saved} is saved, but {path} stays: {_explain(fault)}") from fault
+
+    def _is_intact(self, path: Path) -> bool:
+        if path not in self._intact:
+            try:
+                _verify(path)
+            except DamagedCheckpoint:
+                return False
+            self._intact.add(path)
+        return True
+
+
+class Loaded:
+    """A checkpoint, read back: `model` (name -> tensor), `state`, and `slice` for any range of the optimizer.
+
+    optim_sizes: elements of each "parameter/state". Tensors are on the CPU. The hash is checked on the very bytes that
+    are parsed; optimizer files are read when first asked for, and held. Raises DamagedCheckpoint, or CheckpointError if
+    a newer version wrote it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._manifest = _Manifest.read(path)
+        self.step = self._manifest.step
+        self.state: dict[str, Any] = json.loads(self._bytes(STATE))
+        self.model: dict[str, Tensor] = self._tensors(MODEL)
+        self.optim_sizes = {key: parts[-1][2] for key, parts in self._manifest.slices.items()}
+        self._optim: dict[int, dict[str, Tensor]] = {}
+
+    def slice(self, key: str, begin: int, end: int) -> Tensor:
+        """The flat range [begin, end) of "parameter/state", (end - begin,), whoever wrote it."""
+        size = self.optim_sizes.get(key)
+        if size is None or not 0 <= begin <= end <= size:
+            have = "nothing of that name" if size is None else f"{size} elements"
+            raise CheckpointError(f"{self.path}: [{begin}, {end}) of {key} is asked for, but it has {have}")
+        parts = self._manifest.slices[key]
+        if begin == end:
+            return self._part(parts[0][0], key)[:0].clone()
+        return torch.cat(
+            [self._part(rank, key)[max(begin, lo) - lo : end - lo] for rank, lo, hi in parts if lo < end and begin < hi]
+        )
+
+    def _part(self, rank: int, key: str) -> Tensor:
+        if rank not in self._optim:
+            self._optim[rank] = self._tensors(_optim_name(rank, self._manifest.ranks))
+        return self._optim[rank][key]
+
+    def _bytes(self, name: str) -> bytes:
+        path = self.path / name
+        with _os_faults(path, DamagedCheckpoint):
+            data = path.read_bytes()
+        self._manifest.check(path, len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return safetensors.torch.load(self._bytes(name))
+        except SafetensorError as fault:
+            raise DamagedCheckpoint(f"{self.path / name}: {_first_line(fault)}") from fault
+
+
+def check_match(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError, listing the keys, unless names, shapes and dtypes of `found` are those of `expected`."""
+    faults = [f"{key} is missing" for key in expected if key not in found]
+    faults += [f"{key} is unexpected" for key in found if key not in expected]
+    for key in expected:
+        if key in found and _describe(found[key]) != _describe(expected[key]):
+            faults.append(f"{key} is {_describe(found[key])}, not {_describe(expected[key])}")
+    if faults:
+        shown = "; ".join(faults[:8]) + ("; ..." if len(faults) > 8 else "")
+        raise CheckpointError(f"the checkpoint belongs to another model, {len(faults)} keys differ: {shown}")
+
+
+def export_pt(path: Path, out: Path) -> None:
+    """Write the model of checkpoint `path` as {"model": state_dict} to the file `out`, as the speedrun itself saves."""
+    buffer = io.BytesIO()
+    torch.save({"model": Loaded(path).model}, buffer)
+    temp = out.with_name(f".tmp-{out.name}")
+    with _os_faults(out, CheckpointError):
+        temp.unlink(missing_ok=True)
+        _write_file(temp, buffer.getvalue())
+        os.replace(temp, out)
+        _fsync_folder(out.parent)
+
+
+def import_pt(path: Path) -> dict[str, Tensor]:
+    """The state dict under "model" in a .pt file, without torch.compile's "_orig_mod." prefix. Executes no code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:  # a bad file can make the parser raise anything
+        raise CheckpointError(f"{path} is not a .pt file of plain tensors: {_first_line(fault)}") from fault
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(value, Tensor) for value in model.values()):
+        raise CheckpointError(f'{path} has no state dict under "model"; save {{"model": model.state_dict()}}')
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in model.items()}
+
+
+def export_dcp(path: Path, out_dir: Path) -> None:
+    """Write the model of checkpoint `path` to a new folder as "model.<name>", for torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp  # takes seconds to import
+
+    if out_dir.exists():
+        raise CheckpointError(f"{out_dir} exists, and DCP would overwrite it in place; name a new folder")
+    dcp.save({"model": Loaded(path).model}, checkpoint_id=out_dir, no_dist=True)
+
+
+def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
+    """The "model.<name>" tensors of a DCP folder. Its metadata is a pickle: reading it can run code."""
+    if not trusted:
+        raise CheckpointError(
+            f"reading {folder} can execute code hidden in it; pass trusted=True if you know who wrote it"
+        )
+    import torch.distributed.checkpoint as dcp  # takes seconds to import
+
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What a folder must hold. files: name -> (size, SHA-256). slices: key -> (rank, begin, end), tiling [0, size)."""
+
+    step: int
+    ranks: int
+    files: dict[str, tuple[int, str]]
+    slices: dict[str, list[Part]]
+    seal: str
+
+    @classmethod
+    def read(cls, folder: Path) -> _Manifest:
+        """Parse and check the seal. Raises DamagedCheckpoint, or CheckpointError for a newer schema."""
+        path = folder / MANIFEST
+        with _os_faults(path, DamagedCheckpoint):
+            data = path.read_bytes()
+        try:
+            body = json.loads(data)
+            seal = body.pop("sha256")
+            if _seal(body) != data:
+                raise ValueError("its own SHA-256 is wrong")
+            if body["schema"] > SCHEMA:
+                raise CheckpointError(
+                    f"{path}: written by {body['written_by']} in schema {body['schema']}, "
+                    f"this is {_this_version()} with schema {SCHEMA}; update to read it"
+                )
+            files = {name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()}
+            slices = {key: [(rank, begin, end) for rank, begin, end in parts] for key, parts in body["slices"].items()}
+            optim = [_optim_name(rank, body["ranks"]) for rank in range(len(files) - 2)]
+            if sorted(files) != sorted([MODEL, STATE, *optim]) or len(optim) != body["ranks"]:
+                raise ValueError(f"the files are not those of {body['ranks']} ranks")
+            return cls(body["step"], body["ranks"], files, slices, seal)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as fault:
+            raise DamagedCheckpoint(f"{path}: {_explain(fault)}") from fault
+
+    def check(self, path: Path, size: int, sha256: str) -> None:
+        """Raise DamagedCheckpoint unless the file of that name is to have that size and hash."""
+        right_size, right_sha256 = self.files[path.name]
+        if size != right_size:
+            raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {right_size}")
+        if sha256 != right_sha256:
+            raise DamagedCheckpoint(f"{path}: its SHA-256 is not the one in the manifest")
+
+
+def _verify(folder: Path) -> _Manifest:
+    """The manifest, after every file was hashed (in parallel). Raises as `_Manifest.read` does."""
+    manifest = _Manifest.read(folder)
+    if folder.name != f"step-{manifest.step:08d}":
+        raise DamagedCheckpoint(f"{folder}: holds step {manifest.step}")
+
+    def check(name: str) -> None:
+        path = folder / name
+        with _os_faults(path, DamagedCheckpoint), path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+        manifest.check(path, size, sha256)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, manifest.files))
+    return manifest
+
+
+def _together(gather: Gather, work: Callable[[], T]) -> list[T]:
+    """Do `work` on this rank and return every rank's result. CheckpointError on all ranks if it failed on any."""
+    result: T | None = None
+    fault: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # any: a rank that left alone would make the others wait for it
+        fault = error
+    outcomes = gather((result, fault and _explain(fault)))
+    faults = {rank: text for rank, (_, text) in enumerate(outcomes) if text}
+    if faults:
+        alone = len(outcomes) == 1
+        raise CheckpointError(
+            "; ".join(text if alone else f"rank {r}: {text}" for r, text in faults.items())
+        ) from fault
+    return [result for result, _ in outcomes]
+
+
+def _tile(holders: list[dict[str, Range]]) -> dict[str, list[Part]]:
+    """Who holds which range of each key, in order of the ranges. Raises CheckpointError for a gap or an overlap."""
+    slices: dict[str, list[Part]] = {}
+    for rank, ranges in enumerate(holders):
+        for key, (begin, end) in ranges.items():
+            slices.setdefault(key, []).append((rank, begin, end))
+    for key, parts in slices.items():
+        parts.sort(key=lambda part: part[1])
+        if [begin for _, begin, _ in parts] != [0, *(end for _, _, end in parts[:-1])]:
+            raise CheckpointError(f"the ranges (rank, begin, end) {parts} of {key} leave a gap or overlap")
+    return slices
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, indent=1, sort_keys=True).encode()
+
+
+def _seal(body: dict[str, Any]) -> bytes:
+    """JSON of `body` and the SHA-256 of itself. Reading compares all bytes with it, so no flipped bit goes unseen."""
+    return _json({**body, "sha256": hashlib.sha256(_json(body)).hexdigest()})
+
+
+def _optim_name(rank: int, ranks: int) -> str:
+    return f"optim-{rank:04d}-of-{ranks:04d}.safetensors"
+
+
+def _this_version() -> str:
+    return f"speedrun-mup {__version__}"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _size(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else sum(tensor.nbytes for tensor in content.values())
+
+
+def _write_file(path: Path, content: Content) -> tuple[int, str]:
+    """Create `path` and sync it; the size and SHA-256 of the very buffer that was written."""
+    data = content if isinstance(content, bytes) else safetensors.torch.save(content, {"format": "pt"})
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as fault:
+        fault.filename = str(path)
+        raise
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    """Delete, but first take the name away: a folder half deleted must not look like a checkpoint."""
+    trash = folder.with_name(f".trash-{folder.name}")
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+@contextmanager
+def _os_faults(path: Path, kind: type[CheckpointError]) -> Iterator[None]:
+    """Turn an OSError into a `kind` that names the file."""
+    try:
+        yield
+    except OSError as fault:
+        fault.filename = fault.filename or str(path)
+        raise kind(_explain(fault)) from fault
+
+
+def _explain(fault: Exception) -> str:
+    if isinstance(fault, OSError) and fault.errno:
+        where = f"{fault.filename}: " if fault.filename else ""
+        return f"{where}{errno.errorcode[fault.errno]} ({fault.strerror})"
+    return str(fault) if isinstance(fault, CheckpointError) else f"{type(fault).__name__}: {_first_line(fault)}"
+
+
+def _first_line(fault: Exception) -> str:
+    return (str(fault).splitlines() or [""])[0]
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "unknown"

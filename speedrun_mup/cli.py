@@ -1,0 +1,109 @@
+"""The `speedrun-mup` command. Heavy imports wait until the flags are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
+from speedrun_mup.core.errors import ConfigError, UserError
+
+STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
+
+
+def train_parser(prog: str) -> argparse.ArgumentParser:
+    """The flags of training."""
+    parser = new_parser(prog, "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP.")
+    add_preset(parser)
+    add_settings(parser)
+    return parser
+
+
+def config_of(flags: dict[str, object]) -> TrainConfig:
+    """The settings that the flags ask for: those of the run to resume, or of the preset, with the given ones on top."""
+    from speedrun_mup.core.utils import pick_device
+    from speedrun_mup.training import newest_unfinished, saved_config
+
+    preset, resume = str(flags.pop("preset")), flags.get("resume")
+    if resume == "auto":
+        out = Path(str(flags.get("out", TrainConfig.out)))
+        found = newest_unfinished(out)
+        if found is None:
+            print(f"--resume auto: no unfinished run in {out}; starting a new one")
+            del flags["resume"]
+        else:
+            flags["resume"] = str(found)
+    if "resume" in flags:
+        saved = saved_config(Path(str(flags["resume"])))
+        return TrainConfig(**(vars(saved) | flags))  # type: ignore[arg-type]
+    if preset == "auto":
+        device = pick_device(str(flags.get("device", "auto")))
+        preset = "record26" if device.type == "cuda" else "laptop"
+    return make_config(preset, flags)
+
+
+def run_train(argv: Sequence[str], prog: str = "speedrun-mup train") -> int:
+    """Train, draw the loss curve, and say where everything is."""
+    cfg = config_of(vars(parse(train_parser(prog), argv)))
+    from speedrun_mup.report import plot_loss_curve
+    from speedrun_mup.training import train
+
+    result = train(cfg)
+    if os.environ.get("RANK", "0") == "0":
+        curve = plot_loss_curve([result.folder], result.folder / "loss.png")
+        print(f"{result.steps} steps, {result.tokens:,} tokens in {result.train_s:.1f} s of training")
+        if result.finished:
+            print(f"validation loss {result.val_loss:.4f}{_expected(cfg)}")
+        print(f"checkpoint  {result.folder / 'checkpoints' / f'step-{result.steps:08d}'}")
+        print(f"loss curve  {curve}")
+        print(f"metrics     {result.folder / 'metrics.jsonl'}")
+    return 0 if result.finished else STOPPED_BY_SIGNAL
+
+
+def _expected(cfg: TrainConfig) -> str:
+    """What the preset promises, if the run is just the preset."""
+    for preset in PRESETS.values():
+        plain = make_config(next(name for name, other in PRESETS.items() if other is preset), {})
+        same = {name: getattr(cfg, name) for name in preset.settings} == dict(preset.settings)
+        if preset.expected_loss and same and cfg.lr_scale == plain.lr_scale and cfg.data == plain.data:
+            return f" (expect about {preset.expected_loss:.2f} on Python 3.11's standard library)"
+    return ""
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (run_train, "train a model: the main job"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup COMMAND --help tells more", ""]
+    return "\n".join([*lines, *(f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items())])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a UserError becomes one line on stderr and its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: unknown command {name}; choose {', '.join(COMMANDS)}", file=sys.stderr)
+        return ConfigError.exit_code
+    return guarded(lambda: COMMANDS[name][0](rest))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of `work`; a UserError is told in one line."""
+    try:
+        return work()
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return fault.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130

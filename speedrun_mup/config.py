@@ -1,0 +1,288 @@
+"""Every setting of a training run, declared once: its default, type, flag and help all come from one field.
+
+Imports no torch, so that `--help` and a misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.core.errors import ConfigError
+
+
+def setting(
+    group: str, help: str, default: Any, choices: Sequence[str] = (), shorthand: Mapping[str, str] | None = None
+):
+    """A field of TrainConfig with what its flag needs. shorthand: {flag: value}, such as {"--mup": "mup"}."""
+    metadata = {"group": group, "help": help, "choices": tuple(choices), "shorthand": dict(shorthand or {})}
+    return field(default=default, metadata=metadata)
+
+
+TABLES = ("mup", "sp", "record26", "muon-over-m", "muon-sqrt-m", "adam-constant", "head-sqrt")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
+
+    width: int = setting("model", "residual width; a multiple of --head-dim", 768)
+    base_width: int | None = setting("model", "width that the learning rates were tuned at (default: --width)", None)
+    parametrization: str = setting(
+        "model", "rule table for scaling with width; --mup is short for mup", "record26", TABLES, {"--mup": "mup"}
+    )
+    n_layer: int = setting("model", "layers; even, at least 6", 12)
+    head_dim: int = setting("model", "size of an attention head", 128)
+    block_size: int = setting("model", "granularity of the attention window, in tokens", 128)
+    window_tokens: int = setting("model", "long attention window at the end of training; it grows from one block", 1728)
+
+    iterations: int = setting("training", "optimizer steps", 1750)
+    micro_batch_tokens: int = setting("training", "tokens of one micro-batch; a multiple of --block-size", 49152)
+    micro_batches: int = setting("training", "micro-batches of a step, over all ranks; a multiple of the rank count", 8)
+    pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
+    seed: int = setting("training", "fixes initialisation and data order", 0)
+
+    matrix_lr: float = setting("optimizer", "hidden matrices", 0.05)
+    embed_lr: float = setting("optimizer", "embedding and value embeddings", 0.6)
+    head_lr: float = setting("optimizer", "readout", 0.22)
+    scalar_lr: float = setting("optimizer", "skip weights and mixing coefficients", 0.04)
+    lr_scale: float = setting("optimizer", "one factor on all four learning rates: the knob that a sweep turns", 1.0)
+    hidden_optimizer: str = setting("optimizer", "who updates the hidden matrices", "muon", ("muon", "adam"))
+    adam_beta1: float = setting("optimizer", "first moment decay", 0.8)
+    adam_beta2: float = setting("optimizer", "second moment decay", 0.95)
+    adam_eps: float = setting("optimizer", "for gradients summed over a micro-batch's tokens", 1e-10)
+    weight_decay: float = setting("optimizer", "decoupled; multiplied by the learning rate", 0.0)
+    momentum: float = setting("optimizer", "Muon's, after warmup", 0.95)
+    momentum_start: float = setting("optimizer", "Muon's, at step 0", 0.85)
+    momentum_warmup: int = setting("optimizer", "steps from the one to the other", 300)
+    cooldown: float = setting("optimizer", "last fraction of training in which the learning rate falls", 0.45)
+    lr_floor: float = setting("optimizer", "where it falls to, as a fraction", 0.10)
+
+    data: str = setting("data", "auto, embedded, synthetic, or a folder of shards", "auto")
+    tokenizer: str = setting("data", "of the embedded corpus: byte, or bpe:N with N tokens", "byte")
+    epochs: int | None = setting(
+        "data", "stop with an error rather than see the data more often (default: repeat)", None
+    )
+    val_tokens: int = setting("data", "tokens of the validation split to use", 10_485_760)
+    val_chunk_tokens: int = setting("data", "tokens that one validation pass sees at once", 262_144)
+    val_every: int = setting("data", "steps between validations; 0 is only at the end", 125)
+
+    out: str = setting("run", "folder that holds run folders", "runs")
+    name: str | None = setting("run", "run folder's name (default: made from the settings and the time)", None)
+    resume: str | None = setting("run", "go on with a run: its folder, or auto for the newest unfinished one", None)
+    save_every: int = setting("run", "steps between checkpoints; 0 is only at the end", 0)
+    keep_last: int = setting("run", "checkpoints to keep, at least 2", 2)
+    track: str = setting("run", "mirror metrics to a tracker", "none", ("none", "tensorboard", "wandb", "trackio"))
+    progress: bool = setting("run", "show progress", True)
+
+    device: str = setting("device", "auto, cpu, cuda or mps", "auto")
+    dtype: str = setting(
+        "device", "of activations and embeddings: auto is bfloat16 on CUDA", "auto", ("auto", "float32", "bfloat16")
+    )
+    attention: str = setting("device", "backend; auto probes the device", "auto", ("auto", "flex", "blocked", "dense"))
+    compile: bool | None = setting("device", "torch.compile the model (default: only on CUDA)", None)
+    kernel_warmup: int = setting("device", "throw-away steps before training, to compile and warm up", 10)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)} must be {what}"
+            for what, ok, names in _RANGES
+            for name in names.split()
+            if getattr(self, name) is not None and not ok(getattr(self, name))
+        ]
+        for name in ("micro_batch_tokens", "val_chunk_tokens"):
+            value = getattr(self, name)
+            if self.block_size > 0 and value % self.block_size:
+                near = max(value // self.block_size, 1) * self.block_size
+                problems.append(f"{name}={value} is not a multiple of block_size={self.block_size}; try {near}")
+        for setting_field in dataclasses.fields(self):
+            choices, value = setting_field.metadata["choices"], getattr(self, setting_field.name)
+            if choices and value not in choices:
+                problems.append(f"{setting_field.name}={value!r} is not one of {', '.join(choices)}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.micro_batch_tokens * self.micro_batches
+
+
+_RANGES = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "width base_width n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches epochs "
+        "val_tokens val_chunk_tokens",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "pack seed momentum_warmup val_every save_every kernel_warmup weight_decay",
+    ),
+    ("at least 2", lambda value: value >= 2, "keep_last"),
+    ("positive and finite", lambda v: 0 < v < float("inf"), "matrix_lr embed_lr head_lr scalar_lr lr_scale adam_eps"),
+    ("in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 momentum momentum_start"),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, "cooldown lr_floor"),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A complete set of settings and what it costs: hardware, minutes and the loss to expect."""
+
+    about: str
+    expected_loss: float | None
+    settings: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "laptop": Preset(
+        "muP at width 128 from base width 64, 6 layers, bytes of Python source; 2 CPU cores, about a minute",
+        None,
+        {
+            "width": 128,
+            "base_width": 64,
+            "parametrization": "mup",
+            "n_layer": 6,
+            "head_dim": 32,
+            "block_size": 64,
+            "window_tokens": 512,
+            "iterations": 160,
+            "micro_batch_tokens": 512,
+            "micro_batches": 8,
+            "momentum_warmup": 50,
+            "val_tokens": 131_072,
+            "val_chunk_tokens": 4096,
+            "val_every": 40,
+            "kernel_warmup": 0,
+        },
+    ),
+    "record26": Preset(
+        "record 26 as published, width 768, 12 layers, FineWeb; 8xH100, about 3 minutes, validation loss 3.28",
+        3.28,
+        {},
+    ),
+}
+
+
+def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The preset with `overrides` on top.
+
+    A preset's muP belongs to its own widths: naming another width without --mup or --base-width gives the record's own
+    parametrization, so that `--width 1024` and `--mup --width 1024 --base-width 768` mean the same on every machine.
+    """
+    settings = dict(PRESETS[preset].settings)
+    if "width" in overrides and not {"parametrization", "base_width"} & set(overrides):
+        settings.pop("parametrization", None)
+        settings.pop("base_width", None)
+    return TrainConfig(**(settings | dict(overrides)))
+
+
+def _value_type(hint: Any) -> Any:
+    """int | None -> int."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    return hint
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """Leave with one line instead of the usage text."""
+        raise ConfigError(message)
+
+
+def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()) -> None:
+    """Give `parser` one flag per setting, grouped. A flag that is not given leaves no trace in the parsed namespace."""
+    hints = typing.get_type_hints(TrainConfig)
+    groups: dict[str, Any] = {}
+    for setting_field in dataclasses.fields(TrainConfig):
+        name, meta = setting_field.name, setting_field.metadata
+        if name in leave_out:
+            continue
+        group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
+        groups[meta["group"]] = group
+        values = {key: preset.settings.get(name, setting_field.default) for key, preset in PRESETS.items()}
+        same = len(set(values.values())) == 1
+        shown = str(setting_field.default) if same else ", ".join(f"{key}: {value}" for key, value in values.items())
+        text = meta["help"] if "(default" in meta["help"] else f"{meta['help']} ({shown})"
+        kind = _value_type(hints[name])
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if kind is bool:
+            group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            extra = (
+                {"choices": meta["choices"]} if meta["choices"] else {"type": kind, "metavar": kind.__name__.upper()}
+            )
+            group.add_argument(_flag(name), **options, **extra)
+        for flag, value in meta["shorthand"].items():
+            group.add_argument(
+                flag,
+                dest=name,
+                action="store_const",
+                const=value,
+                default=argparse.SUPPRESS,
+                help=f"= {_flag(name)} {value}",
+            )
+
+
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """The --preset flag."""
+    about = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+    parser.add_argument(
+        "--preset", choices=("auto", *PRESETS), default="auto", help=f"auto is record26 on CUDA, else laptop. {about}"
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse strictly: ConfigError for anything unknown, with the nearest flag there is."""
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        raise ConfigError(f"unknown argument {unknown[0]}{hint}")
+    return arguments
+
+
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that raises ConfigError, accepts no abbreviations and prints readable help."""
+    return _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+    )
+
+
+def to_json(cfg: TrainConfig) -> str:
+    """The settings as strict JSON."""
+    return json.dumps(dataclasses.asdict(cfg), indent=1, allow_nan=False)
+
+
+def from_json(text: str, source: Path) -> TrainConfig:
+    """Read back `to_json`. ConfigError naming `source` for anything that is not a TrainConfig."""
+    try:
+        values = json.loads(text)
+        hints = typing.get_type_hints(TrainConfig)
+        for name, value in values.items():
+            kind = _value_type(hints[name])
+            optional = isinstance(hints[name], types.UnionType)
+            fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)
+            if not fits:
+                raise TypeError(f"{name}={value!r} should be {kind.__name__}")
+        return TrainConfig(**values)
+    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as fault:
+        raise ConfigError(f"{source} is not a valid config ({fault}); restore it or start a new run") from None

@@ -1,0 +1,362 @@
+"""Record 26 of the modded-nanogpt speedrun, for any width, even depth >= 6, head dimension and vocabulary.
+
+The architecture is its authors' (Keller Jordan and contributors, github.com/KellerJordan/modded-nanogpt, 2025-07); the
+literals of its 12 layers are rules here that give the same 12 layers. Names of modules and parameters are the record's,
+so its checkpoints load.
+
+Shapes: T tokens, D width, H heads, C head_dim, V padded vocabulary, L layers. There is no batch dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedrun_mup.core import mup
+from speedrun_mup.core.attention import BACKENDS, Window, document_numbers
+from speedrun_mup.core.mup import Role
+from speedrun_mup.core.utils import ConfigError, generator
+
+RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too since January 2025
+ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
+SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits = 30 * sigmoid(z / (7.5 * sqrt(width)))
+LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in float32
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model, its base width and its parametrization.
+
+    vocab_size: of the tokenizer; padded up to a multiple of 128 inside. base_width: the width that the learning rates
+    were tuned at. bos_token: opens a document. parametrization: a name in mup.PARAMETRIZATIONS or a table of your own.
+    Raises ConfigError for an impossible shape.
+    """
+
+    vocab_size: int = 50257
+    bos_token: int = 50256
+    n_layer: int = 12
+    width: int = 768
+    base_width: int = 768
+    head_dim: int = 128
+    block_size: int = 128
+    parametrization: str | mup.Parametrization = "record26"
+    embed_dtype: torch.dtype = torch.float32
+    attention: str = "blocked"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "base_width"):
+            value = getattr(self, name)
+            if value < self.head_dim or value % self.head_dim:
+                near = max(value // self.head_dim, 1) * self.head_dim
+                raise ConfigError(
+                    f"{name}={value} is not a multiple of head_dim={self.head_dim}; try {near} or {near + self.head_dim}"
+                )
+        if self.n_layer < 6 or self.n_layer % 2:
+            raise ConfigError(
+                f"n_layer={self.n_layer} must be even and at least 6 (three value embeddings on each side)"
+            )
+        if self.head_dim < 4 or self.head_dim % 4:
+            raise ConfigError(f"head_dim={self.head_dim} must be a multiple of 4 (half of its pairs rotate)")
+        if not 0 <= self.bos_token < self.vocab_size:
+            raise ConfigError(f"bos_token={self.bos_token} is outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def padded_vocab(self) -> int:
+        """V: the vocabulary rounded up to a multiple of 128. The padding takes part in the softmax, as in the record."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def table(self) -> mup.Parametrization:
+        """The rule table in force."""
+        if isinstance(self.parametrization, mup.Parametrization):
+            return self.parametrization
+        if self.parametrization not in mup.PARAMETRIZATIONS:
+            raise ConfigError(
+                f"parametrization={self.parametrization!r} is unknown; choose {', '.join(mup.PARAMETRIZATIONS)}"
+            )
+        return mup.PARAMETRIZATIONS[self.parametrization]
+
+    @property
+    def layer_without_attention(self) -> int:
+        """The second layer of the decoder half has an MLP only: layer 7 of 12."""
+        return self.n_layer // 2 + 1
+
+    def has_long_window(self, layer: int) -> bool:
+        """Every fourth layer from either end, mirrored in the middle: 0, 4, 7 and 11 of 12."""
+        from_end = layer if layer < self.n_layer // 2 else self.n_layer - 1 - layer
+        return from_end % 4 == 0
+
+    def value_embed_of(self, layer: int) -> int | None:
+        """Which of the three value embeddings a layer adds: 012...012."""
+        last_three = layer - (self.n_layer - 3)
+        return layer if layer < 3 else last_three if last_three >= 0 else None
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square of the last dimension; no gain."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+class Linear(nn.Module):
+    """A matrix (d_out, d_in) without bias, cast to the activation's type at use."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        return F.linear(x, self.weight.type_as(x))
+
+
+class Embedding(nn.Module):
+    """A table (V, D)."""
+
+    def __init__(self, vocab: int, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, width, dtype=dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T,) ids -> (T, D)."""
+        return F.embedding(tokens, self.weight)
+
+
+def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, 1, C / 2) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
+    rotating = head_dim // 4
+    frequency = (1 / 1024) ** torch.linspace(0, 1, rotating, device=device)
+    frequency = torch.cat([frequency, frequency.new_zeros(head_dim // 2 - rotating)])
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of (T, H, C) in float32; pairs are (i, i + C / 2)."""
+    cos, sin = table
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal attention with QK norm, rotary positions and an optional value embedding."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        D, base = cfg.width, cfg.base_width
+        self.head_dim = cfg.head_dim
+        self.backend = BACKENDS[cfg.attention]()
+        self.qkv_w = nn.Parameter(torch.empty(3, D, D))
+        self.c_proj = Linear(D, D)
+        mup.declare(self, "qkv_w", Role.HIDDEN, (3, base, base), "stack out in", "matrix")
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, base), "out in", "matrix")
+
+    def forward(
+        self, x: Tensor, value_embed: Tensor | None, lambdas: Tensor, mask: Any, table: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x, value_embed (T, D), lambdas (2,) -> (T, D)."""
+        T = len(x)
+        qkv = F.linear(x, self.qkv_w.flatten(end_dim=1).type_as(x)).view(T, -1, self.head_dim)  # (T, 3H, C)
+        H = qkv.size(1) // 3
+        qk, v = qkv.split([2 * H, H], dim=1)
+        q, k = rotate(rms_norm(qk), table).chunk(2, dim=1)
+        v = lambdas[0] * v
+        if value_embed is not None:
+            v = v + lambdas[1] * value_embed.view_as(v)
+        y = self.backend.attend(q, k, v, mask, ATTENTION_SCALE)
+        return self.c_proj(y.reshape(T, -1))
+
+
+class MLP(nn.Module):
+    """Four times wider inside, with a squared ReLU (So et al., Primer, arXiv 2109.08668)."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        D, base = cfg.width, cfg.base_width
+        self.c_fc = Linear(D, 4 * D)
+        self.c_proj = Linear(4 * D, D)
+        mup.declare(self.c_fc, "weight", Role.HIDDEN, (4 * base, base), "out in", "matrix")
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, 4 * base), "out in", "matrix")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """One layer: mix with the embedding, attend (in all layers but one), then the MLP."""
+
+    def __init__(self, cfg: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = None if layer == cfg.layer_without_attention else Attention(cfg)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        mix: Tensor,
+        value_embed: Tensor | None,
+        lambdas: Tensor,
+        mask: Any,
+        table: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """x and x0, the normed embedding, (T, D); mix and lambdas (2,) -> (T, D)."""
+        x = mix[0] * x + mix[1] * x0
+        if self.attn is not None:
+            x = x + self.attn(rms_norm(x), value_embed, lambdas, mask, table)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The language model. `model(tokens, targets, window)` is the summed loss; `model.logits(tokens, window)` predicts."""
+
+    def __init__(self, cfg: GPTConfig, seed: int = 0):
+        super().__init__()
+        self.cfg = cfg
+        V, D, L, base = cfg.padded_vocab, cfg.width, cfg.n_layer, cfg.base_width
+        self.embed = Embedding(V, D, cfg.embed_dtype)
+        self.value_embeds = nn.ModuleList(Embedding(V, D, cfg.embed_dtype) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(L))
+        self.lm_head = Linear(D, V)
+        self.scalars = nn.Parameter(torch.empty(5 * L))
+        mup.declare(self.embed, "weight", Role.INPUT, (V, base), "in out", "embed")
+        for table in self.value_embeds:
+            mup.declare(table, "weight", Role.INPUT, (V, base), "in out", "value_embed")
+        head = mup.declare(self.lm_head, "weight", Role.OUTPUT, (V, base), "out in", "head")
+        mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar")
+        forward = cfg.table.factors(head.role, head.m_in, head.m_out, "adam").forward
+        self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from `seed` and its own name: the same bits on every device and rank."""
+        for name, parameter, spec in mup.named_specs(self):
+            factor = self.cfg.table.factors(spec.role, spec.m_in, spec.m_out, "adam").init
+            rng = generator(seed, "init", name)
+            if spec.role is Role.INPUT:
+                values = torch.empty(parameter.shape).normal_(generator=rng)
+            elif name.endswith(("attn.qkv_w", "mlp.c_fc.weight")):
+                bound = math.sqrt(3) * 0.5 * spec.base_fan_in**-0.5 * factor
+                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=rng)
+            elif spec.role is Role.SCALAR:
+                L = self.cfg.n_layer
+                values = torch.tensor([1.0] * L + [1.0, 0.0] * L + [0.5, 0.5] * L)
+            else:  # projections back into the stream, and the head, start at zero
+                values = torch.zeros(parameter.shape)
+            parameter.copy_(values)
+
+    def hidden(self, tokens: Tensor, window: Window) -> Tensor:
+        """(T,) ids and the long window in blocks -> (T, D), the normed stream that the head reads."""
+        cfg, L = self.cfg, self.cfg.n_layer
+        skips = self.scalars[: L // 2]
+        mixes = self.scalars[L : 3 * L].view(L, 2)
+        lambdas = self.scalars[3 * L : 5 * L].view(L, 2)
+
+        doc = document_numbers(tokens, cfg.bos_token)
+        backend = BACKENDS[cfg.attention]()
+        masks = {
+            long: backend.build_mask(doc, window if long else window // 2, cfg.block_size) for long in (True, False)
+        }
+        table = rotary_table(len(tokens), cfg.head_dim, tokens.device)
+
+        x = x0 = rms_norm(self.embed(tokens))
+        value_embeds = [embed(tokens) for embed in self.value_embeds]
+        stack: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            if layer >= L // 2:
+                x = x + skips[layer - L // 2] * stack.pop()
+            which = cfg.value_embed_of(layer)
+            value_embed = None if which is None else value_embeds[which]
+            x = block(x, x0, mixes[layer], value_embed, lambdas[layer], masks[cfg.has_long_window(layer)], table)
+            if layer < L // 2:
+                stack.append(x)
+        return rms_norm(x)
+
+    def logits(self, tokens: Tensor, window: Window) -> Tensor:
+        """(T,) -> (T, V) float32, soft-capped. All of them at once: for sampling and tests; training never does this."""
+        return softcap(self.lm_head(self.hidden(tokens, window)), self.logit_scale)
+
+    def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
+        """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
+        return SoftcapCrossEntropy.apply(
+            self.hidden(tokens, window), self.lm_head.weight, targets, self.logit_scale, LOGIT_BUDGET
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Accept the record's own checkpoints: compiled names, and `scalars` padded to a multiple of its 8 ranks."""
+        key, own = prefix + "scalars", self.scalars.numel()
+        if key in state_dict and own < state_dict[key].numel() < own + 64:
+            state_dict[key] = state_dict[key][:own]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def strip_compiled(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the "_orig_mod." that torch.compile puts before every name."""
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
+
+
+def softcap(z: Tensor, scale: float) -> Tensor:
+    """30 * sigmoid(z * scale) in float32: equal to 15 * tanh(z * scale / 2) up to a constant that the softmax ignores."""
+    return SOFTCAP * torch.sigmoid(z.float() * scale)
+
+
+def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """The reference of `SoftcapCrossEntropy`: all logits at once, gradients by autograd."""
+    return F.cross_entropy(softcap(F.linear(x, weight.type_as(x)), scale), targets, reduction="sum")
+
+
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Head, softcap and summed cross-entropy over chunks of rows, so that (T, V) logits never exist.
+
+    The gradient is computed beside the loss, while a chunk's logits are there, so nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, scale: float, budget: int) -> Tensor:
+        """x (T, D), weight (V, D), targets (T,), scale on the logits, logits to hold at a time -> float32 scalar."""
+        w = weight.type_as(x)
+        rows = max(1, budget // len(w))
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
+        for begin in range(0, len(x), rows):
+            chunk = slice(begin, begin + rows)
+            gate = torch.sigmoid(F.linear(x[chunk], w).float().mul_(scale))  # (rows, V)
+            logits = gate * SOFTCAP
+            target = targets[chunk, None]
+            lse = logits.logsumexp(dim=-1, keepdim=True)
+            losses[chunk] = (lse - logits.gather(1, target))[:, 0]
+            if not (needs_x or needs_w):
+                continue
+            grad = logits.sub_(lse).exp_()  # softmax
+            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad.mul_(gate).mul_((1 - gate).mul_(SOFTCAP * scale))
+            grad_z = grad.type_as(x)
+            if grad_x is not None:
+                torch.mm(grad_z, w, out=grad_x[chunk])
+            if grad_w is not None:
+                grad_w += grad_z.T @ x[chunk]
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.weight_dtype = weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        """Scale the gradients that forward left."""
+        grad_x, grad_w = ctx.saved_tensors
+        grad = cast(Tensor, grad_outputs[0])
+        return (
+            None if grad_x is None else grad_x * grad.type_as(grad_x),
+            None if grad_w is None else (grad_w * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )

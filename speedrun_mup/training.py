@@ -1,0 +1,462 @@
+"""The training loop, as a story. `train(cfg)` is the only place that steps an optimizer."""
+
+# T tokens of a micro-batch, N micro-batches of a step over all ranks
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
+from speedrun_mup.config import TrainConfig, from_json, to_json
+from speedrun_mup.core.attention import Window, pick_backend
+from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
+from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.optimizers import DistAdam, Muon, ShardedOptimizer, Slice, Tuned, param_groups
+from speedrun_mup.core.utils import World, join_world, leave_world
+from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data import Batch, Corpus, TrainBatches, ValBatches
+from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
+from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, provenance
+
+SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
+TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
+
+Observer = Callable[[int, GPT, list[Batch]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. Losses in nats per token; train_s leaves out validation, checkpoints and warmup."""
+
+    folder: Path
+    steps: int
+    val_loss: float | None
+    train_loss: float | None
+    tokens: int
+    train_s: float
+    finished: bool
+
+
+def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
+    """Train, validate and checkpoint as `cfg` says; under torchrun, with all its ranks.
+
+    observe(step, model, micro_batches): called with this rank's micro-batches before every optimizer step.
+    Raises a UserError whose text is one line. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with
+    finished=False.
+    """
+    world = join_world(cfg.device)
+    try:
+        with stop_signals() as signals:
+            return Run(cfg, world).train(signals, observe)
+    finally:
+        leave_world()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them; the third ends the process at once.
+
+    Outside the main thread Python allows no handlers: the list stays empty.
+    """
+    received: list[str] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        if len(received) == 2:
+            print(f"{received[-1]} again: still saving; once more quits without", file=sys.stderr)
+        if len(received) >= 3:
+            os._exit(128 + number)
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            previous[number] = signal.signal(number, on_signal)
+    except ValueError:
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """All that a run is made of, built from its config. `train` is the story."""
+
+    def __init__(self, cfg: TrainConfig, world: World):
+        self.cfg, self.world = cfg, world
+        self.corpus, source = prepare_corpus(cfg, world)
+        self.batches = TrainBatches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
+        self.compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+        self.pack = pick_pack(cfg, world)
+        attention, why = pick_backend(cfg.attention, world.device, self.compiled)
+        dtype = pick_dtype(cfg, world.device)
+        self.model = GPT(model_config(cfg, self.corpus, attention, dtype), cfg.seed).to(world.device)
+        self.optimizers = build_optimizers(self.model, cfg, world)
+        self.loss_of: Callable[..., Tensor] = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        check_agreement(cfg, self.corpus, world)
+
+        self.folder = open_folder(cfg, world)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last)
+        self.checkpoints.clean()
+        self.start, self.train_s, self.val_loss = 0, 0.0, None
+        self.stopping, self.failed_saves = False, 0
+        notes = self.resume() if cfg.resume else []
+        config = dataclasses.asdict(cfg)
+        self.log = RunLog(self.folder, cfg.iterations, self.start, world.is_main, cfg.progress, cfg.track, config)
+
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        scaling = f"{cfg.parametrization} from base width {cfg.base_width or cfg.width}"
+        notes = [
+            source,
+            f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters, {scaling}; "
+            f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
+            f"device: {world.size} x {world.device.type}, {str(dtype).removeprefix('torch.')}, attention {attention} ({why}), "
+            f"{'compiled' if self.compiled else 'not compiled'}, {self.pack} of {cfg.micro_batches} micro-batches a pass",
+            *notes,
+        ]
+        for note in notes:
+            self.log.say(note)
+
+    def train(self, signals: list[str], observe: Observer | None = None) -> TrainResult:
+        """The loop: one more pass than steps, because the last one only validates."""
+        cfg, log, loss = self.cfg, self.log, None
+        self.warm_up_kernels()
+        stream = self.batches.stream(self.start, self.world.rank, self.world.size)
+        for step in range(self.start, cfg.iterations + 1):
+            if self.stopping:
+                break
+            if step == cfg.iterations or (cfg.val_every and step % cfg.val_every == 0):
+                self.val_loss = self.evaluate(step)
+                log.val({"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s})
+            if step == cfg.iterations:
+                break
+            if step and self.batches.epoch_of(step) > self.batches.epoch_of(step - 1):
+                log.say(f"step {step}: the data repeats from here, epoch {self.batches.epoch_of(step) + 1}")
+            began = time.perf_counter()
+            micro_batches = next(stream)
+            if observe:
+                observe(step, self.model, micro_batches)
+            loss_sum = self.accumulate_gradients(micro_batches, step)
+            loss = self.agree(loss_sum, step, stop=bool(signals)) / cfg.batch_tokens
+            self.set_schedule(step)
+            for optimizer in self.optimizers:
+                optimizer.step()  # sums gradients over ranks itself; there is no DDP wrapper
+            self.model.zero_grad(set_to_none=True)
+            self.train_s += time.perf_counter() - began
+            tokens = (step + 1) * cfg.batch_tokens
+            log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s})
+            if self.stopping or step + 1 == cfg.iterations or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                self.save(step + 1)
+        if self.stopping:
+            log.say(f"{'/'.join(signals) or 'another rank'}: saved step {step}; go on with --resume {self.folder}")
+        stream.close()
+        self.checkpoints.close()
+        log.close()
+        finished = step == cfg.iterations
+        return TrainResult(self.folder, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
+
+    def window(self, step: int) -> Window:
+        """The long attention window at `step`, in blocks; a tensor where the graph must not depend on its value."""
+        blocks = window_blocks(step / self.cfg.iterations, self.cfg.window_tokens, self.cfg.block_size)
+        return torch.tensor(blocks, dtype=torch.int32, device=self.world.device) if self.compiled else blocks
+
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch, on this rank's device."""
+        inputs, targets = batch
+        return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
+
+    def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> Tensor:
+        """Backward through this rank's micro-batches; returns their summed loss, a scalar on the device.
+
+        As in the record, the gradient is that of the loss summed over T tokens and averaged over the N micro-batches,
+        whoever computes them. Micro-batches start with a BOS, so several in a row are the same as several in turn.
+        """
+        window, total = self.window(step), torch.zeros((), device=self.world.device)
+        for first in range(0, len(micro_batches), self.pack):
+            group = micro_batches[first : first + self.pack]
+            inputs, targets = self.to_device((torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])))
+            loss = self.loss_of(inputs, targets, window)
+            (loss / self.cfg.micro_batches).backward()
+            total += loss.detach()
+        return total
+
+    def agree(self, loss_sum: Tensor, step: int, stop: bool) -> float:
+        """The loss summed over ranks, if it and all gradients are finite everywhere; sets `stopping` if any rank must.
+
+        Comes before the optimizers: one NaN in one entry would make Muon's whole update NaN. Raises NonFiniteError on
+        all ranks, weights unchanged.
+        """
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
+        bad = ~(norms.isfinite().all() & loss_sum.isfinite())
+        vote = torch.stack([loss_sum.nan_to_num(), bad.float(), torch.full_like(loss_sum, float(stop))])
+        self.world.all_reduce(vote).wait()
+        total, any_bad, any_stop = vote.tolist()
+        if any_bad:
+            mine = [name for name, norm in zip(gradients, norms.tolist()) if norm != norm or abs(norm) == float("inf")]
+            faults = self.world.gather_objects(mine[:3] or (["the loss"] if bool(bad) else []))
+            where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(faults) if names)
+            raise NonFiniteError(
+                f"step {step}: not finite on {where}; weights are those before the step. Lower --lr-scale or look at the data"
+            )
+        self.stopping = any_stop > 0
+        return total
+
+    def set_schedule(self, step: int) -> None:
+        """Learning rates and Muon's momentum for this step."""
+        cfg = self.cfg
+        factor = lr_factor(step / cfg.iterations, cfg.cooldown, cfg.lr_floor)
+        momentum = muon_momentum(step, cfg.momentum_warmup, cfg.momentum_start, cfg.momentum)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+                if "momentum" in group:
+                    group["momentum"] = momentum
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> float:
+        """Mean validation loss with the window of `step`. Chunks are shared out over ranks and summed in a fixed order."""
+        losses = torch.zeros(len(self.val_batches), device=self.world.device)
+        for chunk in range(self.world.rank, len(losses), self.world.size):
+            losses[chunk] = self.loss_of(*self.to_device(self.val_batches[chunk]), self.window(step))
+        self.world.all_reduce(losses).wait()
+        return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
+
+    def warm_up_kernels(self) -> None:
+        """Run a few steps to compile and warm every kernel, then put weights and optimizer states back. Not timed."""
+        if not self.cfg.kernel_warmup:
+            return
+        weights = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        kept = [(optimizer.steps_taken, _cloned(optimizer.slices())) for optimizer in self.optimizers]
+        stream = self.batches.stream(0, self.world.rank, self.world.size)
+        for _ in range(self.cfg.kernel_warmup):
+            self.accumulate_gradients(next(stream), step=0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+        stream.close()
+        with torch.no_grad():
+            self.loss_of(*self.to_device(self.val_batches[0]), self.window(0))
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+        for optimizer, (steps_taken, slices) in zip(self.optimizers, kept, strict=True):
+            optimizer.load_slices(lambda key, begin, end, slices=slices: slices[key].tensor, steps_taken)
+
+    def save(self, step: int) -> None:
+        """Checkpoint the state after `step` steps. A failed save costs a warning, SAVE_ATTEMPTS in a row the run."""
+        slices = {key: part for optimizer in self.optimizers for key, part in optimizer.slices().items()}
+        last = self.stopping or step == self.cfg.iterations
+        state = {
+            "step": step,
+            "train_s": self.train_s,
+            "val_loss": self.val_loss,
+            "optimizer_steps": {type(optimizer).__name__: optimizer.steps_taken for optimizer in self.optimizers},
+            "corpus": self.corpus.fingerprint,
+            "config": dataclasses.asdict(self.cfg),
+        }
+        try:
+            self.checkpoints.save(step, self.model.state_dict(), slices, state, wait=last)
+            self.failed_saves = 0
+        except CheckpointError as fault:
+            self.failed_saves += 1
+            if last or self.failed_saves >= SAVE_ATTEMPTS:
+                raise
+            self.log.say(f"warning: {fault}; training goes on")
+
+    def resume(self) -> list[str]:
+        """Continue from the newest intact checkpoint, if the folder has one; returns what there is to say about it."""
+        notes: list[str] = []
+        path = self.checkpoints.newest(notes.append)
+        if path is None:
+            return [*notes, f"{self.folder} has no checkpoint yet; starting at step 0"]
+        loaded = self.checkpoints.load(path)
+        check_resumable(self.cfg, self.corpus, loaded.state, path)
+        check_match(loaded.model, self.model.state_dict())
+        self.model.load_state_dict(loaded.model)
+        for optimizer in self.optimizers:
+            optimizer.load_slices(loaded.slice, loaded.state["optimizer_steps"][type(optimizer).__name__])
+        self.start, self.train_s, self.val_loss = (loaded.state[key] for key in ("step", "train_s", "val_loss"))
+        return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}"]
+
+
+def _cloned(slices: dict[str, Slice]) -> dict[str, Slice]:
+    return {key: dataclasses.replace(part, tensor=part.tensor.clone()) for key, part in slices.items()}
+
+
+def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
+    """The corpus that `cfg` names and a line about it. Rank 0 comes first, because it may have to write the corpus."""
+    if world.size == 1:
+        return find_corpus(cfg.data, cfg.tokenizer)
+    found = world.from_main(_attempt(lambda: find_corpus(cfg.data, cfg.tokenizer)) if world.is_main else None)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of embeddings and activations: bfloat16 where the GPU computes in it, else float32 (CPUs emulate bfloat16)."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
+
+
+def pick_pack(cfg: TrainConfig, world: World) -> int:
+    """How many of a rank's micro-batches one forward pass takes side by side."""
+    share = max(cfg.micro_batches // world.size, 1)
+    if cfg.pack:
+        return min(cfg.pack, share)
+    fits = TOKENS_AT_ONCE[world.device.type] // cfg.micro_batch_tokens
+    return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
+
+
+def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.dtype) -> GPTConfig:
+    """The model that `cfg` describes, for the vocabulary of `corpus`."""
+    return GPTConfig(
+        vocab_size=corpus.vocab_size,
+        bos_token=corpus.bos_token,
+        n_layer=cfg.n_layer,
+        width=cfg.width,
+        base_width=cfg.base_width or cfg.width,
+        head_dim=cfg.head_dim,
+        block_size=cfg.block_size,
+        parametrization=cfg.parametrization,
+        embed_dtype=dtype,
+        attention=attention,
+    )
+
+
+def tuned_values(cfg: TrainConfig) -> dict[str, Tuned]:
+    """What each parameter group was tuned to at base width."""
+    adam = {"embed": cfg.embed_lr, "value_embed": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
+    tuned = {group: Tuned("adam", lr * cfg.lr_scale, cfg.weight_decay, cfg.adam_eps) for group, lr in adam.items()}
+    matrix = Tuned(cfg.hidden_optimizer, cfg.matrix_lr * cfg.lr_scale, cfg.weight_decay, cfg.adam_eps)
+    return tuned | {"matrix": matrix}
+
+
+def build_optimizers(model: GPT, cfg: TrainConfig, world: World) -> list[ShardedOptimizer]:
+    """DistAdam and, unless Adam has the hidden matrices too, Muon."""
+    groups = param_groups(model, model.cfg.table, tuned_values(cfg))
+    optimizers: list[ShardedOptimizer] = [DistAdam(groups["adam"], world, betas=(cfg.adam_beta1, cfg.adam_beta2))]
+    if "muon" in groups:
+        optimizers.append(Muon(groups["muon"], world, momentum=cfg.momentum))
+    return optimizers
+
+
+def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
+    """CollectiveError unless all ranks have the same settings, data and versions."""
+    mine = {"torch": torch.__version__, "corpus": corpus.fingerprint, **dataclasses.asdict(cfg)}
+    for rank, theirs in enumerate(world.gather_objects(mine)):
+        differ = [key for key in mine if theirs.get(key) != mine[key]]
+        if differ:
+            raise CollectiveError(
+                f"ranks {world.rank} and {rank} differ in {', '.join(differ)}; start all with one command"
+            )
+
+
+# What a resumed run may change: where it runs and what it shows, not what it computes.
+FREE_TO_CHANGE = {
+    *("out", "name", "resume", "save_every", "keep_last", "track", "progress", "val_every"),
+    *("device", "attention", "compile", "kernel_warmup", "pack"),
+}
+
+
+def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
+    """CheckpointError listing every setting that differs from those that `path` was made with."""
+    before, now = state["config"], dataclasses.asdict(cfg)
+    fixed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) != now[key]]
+    differ = [f"{key} was {before.get(key)}, is {now[key]}" for key in fixed]
+    if state["corpus"] != corpus.fingerprint:
+        differ.append("the corpus is not the same")
+    if differ:
+        raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
+
+
+def open_folder(cfg: TrainConfig, world: World) -> Path:
+    """Make (or, to resume, reopen) the run's folder with its config and provenance, and lock it. All ranks get its path."""
+
+    def open_it() -> Path:
+        made = f"{cfg.parametrization}-w{cfg.width}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = Path(cfg.resume) if cfg.resume else Path(cfg.out) / (cfg.name or made)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(folder)
+            if not cfg.resume:
+                if (folder / CONFIG).exists():
+                    raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
+                (folder / CONFIG).write_text(to_json(cfg) + "\n")
+            with open(folder / PROVENANCE, "a") as file:
+                file.write(json.dumps(provenance(sys.argv)) + "\n")
+        except OSError as fault:
+            raise ConfigError(f"{folder} cannot be written ({fault.strerror}); choose another with --out") from None
+        return folder
+
+    outcome = world.from_main(_attempt(open_it) if world.is_main else None)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def _attempt(work: Callable[[], Any]) -> Any:
+    """The result of `work`, or its UserError as a value: rank 0's outcome, for all ranks to hear of."""
+    try:
+        return work()
+    except UserError as fault:
+        return fault
+
+
+_locks: list[Any] = []  # open files; closing one would give up its lock
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes out of a run's folder until this one ends, however it ends."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ConfigError(
+            f"{folder} is in use by process {file.read().strip()}; stop it or choose another --name"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks.append(file)
+
+
+def newest_unfinished(out: Path) -> Path | None:
+    """The run folder in `out` that was written to last and is not at its end; what `--resume auto` takes."""
+    candidates = [folder for folder in out.glob("*") if (folder / CONFIG).is_file() and not is_finished(folder)]
+    return max(candidates, key=lambda folder: (folder / CONFIG).stat().st_mtime, default=None)
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The settings that the run in `folder` was started with. ConfigError if there are none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no run (no {CONFIG}); give --resume a run's folder")
+    return from_json(path.read_text(), path)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` has a checkpoint of its last step."""
+    return (folder / "checkpoints" / f"step-{saved_config(folder).iterations:08d}").is_dir()
