@@ -41,6 +41,14 @@ from speedrun_mup.core.utils import ConfigError, UserError, World
 
 SCHEMA = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
+# fmt: off
+DTYPE_NAMES = {  # of safetensors
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}
+# fmt: on
 
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # every rank's value, on every rank
@@ -109,10 +117,11 @@ class Checkpoints:
         if json.loads(state_text) != state:
             raise ValueError("checkpoint state must be plain JSON: text keys, lists instead of tuples")
         if self.world.is_main:
-            files[MODEL] = {name: _copy(tensor) for name, tensor in model.items()}
+            files[MODEL] = {name: _on_cpu(tensor, copy=not wait) for name, tensor in model.items()}
             files[STATE] = state_text
         held = {key: part for key, part in optim.items() if part.end > part.begin}
-        files[_optim_name(self.world.rank, self.world.size)] = {key: _copy(part.tensor) for key, part in held.items()}
+        parts = {key: _on_cpu(part.tensor, copy=not wait) for key, part in held.items()}
+        files[_optim_name(self.world.rank, self.world.size)] = parts
         ranges = {key: (part.begin, part.end) for key, part in held.items()}
         if wait:
             return self._write(step, files, ranges, self.world.gather_objects)
@@ -132,7 +141,7 @@ class Checkpoints:
         return pending.result()
 
     def close(self) -> Path | None:
-        """Finish a background save as `poll(wait=True)` does, and end the writer thread."""
+        """Finish a background save as `poll(wait=True)` does, and end the writer thread. Call it before leave_world."""
         try:
             return self.poll(wait=True)
         finally:
@@ -518,8 +527,8 @@ def _this_version() -> str:
     return f"speedrun-mup {__version__}"
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=copy).contiguous()
 
 
 def _describe(tensor: Tensor) -> str:
@@ -530,22 +539,43 @@ def _size(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else sum(tensor.nbytes for tensor in content.values())
 
 
+def _pieces(content: Content) -> Iterator[bytes | memoryview]:
+    """The bytes of a file. Tensors: as safetensors, without a copy; its own writer makes two and holds the GIL."""
+    if isinstance(content, bytes):
+        yield content
+        return
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in content.items():
+        begin, end = end, end + tensor.nbytes
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in content.values():
+        yield tensor.flatten().view(torch.uint8).numpy().data
+
+
 def _write_file(path: Path, content: Content) -> tuple[int, str]:
-    """Create `path` and sync it; the size and SHA-256 of the very buffer that was written."""
-    data = content if isinstance(content, bytes) else safetensors.torch.save(content, {"format": "pt"})
+    """Create `path` and sync it; the size and SHA-256 of the very buffers that were written."""
+    size, digest = 0, hashlib.sha256()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            for piece in _pieces(content):
+                size += len(piece)
+                digest.update(piece)
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as fault:
         fault.filename = str(path)
         raise
-    return len(data), hashlib.sha256(data).hexdigest()
+    return size, digest.hexdigest()
 
 
 def _fsync_folder(folder: Path) -> None:

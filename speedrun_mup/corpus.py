@@ -356,7 +356,7 @@ def find_corpus(
         corpus = embedded_corpus(tokenizer)
     elif data == "synthetic":
         corpus = _cached(f"synthetic-{_RECIPE}", write_synthetic)
-    elif Path(data).is_dir():
+    elif os.path.isdir(data):
         corpus = open_corpus(Path(data))
     else:
         raise ConfigError(f"data={data} is no folder; choose auto, embedded, synthetic or a folder of .bin shards")

@@ -20,7 +20,7 @@ import secrets
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -398,7 +398,7 @@ class TrainBatches:
         start = int(self._starts[number][row, i])
         return _to_batch(self._shards[number].take(start, start + self.T + 1))
 
-    def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Iterator[list[Batch]]:
+    def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
         """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
 
         Reading happens in a thread that ends with the iterator; its errors surface at the step that they belong to.
@@ -413,7 +413,7 @@ class TrainBatches:
     def _load(self, step: int, share: range) -> list[Batch]:
         return [self.micro_batch(step * self.N + i) for i in share]
 
-    def _prefetch(self, start_step: int, share: range, depth: int) -> Iterator[list[Batch]]:
+    def _prefetch(self, start_step: int, share: range, depth: int) -> Generator[list[Batch], None, None]:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
             ahead: deque[Future[list[Batch]]] = deque()

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
     """
     world = join_world(cfg.device)
     try:
-        with stop_signals() as signals:
-            return Run(cfg, world).train(signals, observe)
+        with stop_signals() as signals, closing(Run(cfg, world)) as run:
+            return run.train(signals, observe)
     finally:
         leave_world()
 
@@ -111,7 +111,7 @@ class Run:
         self.loss_of: Callable[..., Tensor] = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         check_agreement(cfg, self.corpus, world)
 
-        self.folder = open_folder(cfg, world)
+        self.folder, self.lock = open_folder(cfg, world)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last)
         self.checkpoints.clean()
         self.start, self.train_s, self.val_loss = 0, 0.0, None
@@ -137,7 +137,7 @@ class Run:
         """The loop: one more pass than steps, because the last one only validates."""
         cfg, log, loss = self.cfg, self.log, None
         self.warm_up_kernels()
-        stream = self.batches.stream(self.start, self.world.rank, self.world.size)
+        steps = self.batches.stream(self.start, self.world.rank, self.world.size)
         for step in range(self.start, cfg.iterations + 1):
             if self.stopping:
                 break
@@ -149,7 +149,7 @@ class Run:
             if step and self.batches.epoch_of(step) > self.batches.epoch_of(step - 1):
                 log.say(f"step {step}: the data repeats from here, epoch {self.batches.epoch_of(step) + 1}")
             began = time.perf_counter()
-            micro_batches = next(stream)
+            micro_batches = next(steps)
             if observe:
                 observe(step, self.model, micro_batches)
             loss_sum = self.accumulate_gradients(micro_batches, step)
@@ -165,11 +165,17 @@ class Run:
                 self.save(step + 1)
         if self.stopping:
             log.say(f"{'/'.join(signals) or 'another rank'}: saved step {step}; go on with --resume {self.folder}")
-        stream.close()
-        self.checkpoints.close()
-        log.close()
         finished = step == cfg.iterations
         return TrainResult(self.folder, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
+
+    def close(self) -> None:
+        """Finish a checkpoint under way, close files and let others into the folder."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.log.close()
+            if self.lock:
+                self.lock.close()
 
     def window(self, step: int) -> Window:
         """The long attention window at `step`, in blocks; a tensor where the graph must not depend on its value."""
@@ -347,8 +353,11 @@ def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.
 
 def tuned_values(cfg: TrainConfig) -> dict[str, Tuned]:
     """What each parameter group was tuned to at base width."""
-    adam = {"embed": cfg.embed_lr, "value_embed": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
-    tuned = {group: Tuned("adam", lr * cfg.lr_scale, cfg.weight_decay, cfg.adam_eps) for group, lr in adam.items()}
+    lrs = {"embed": cfg.embed_lr, "value_embed": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
+    eps = {"scalar": cfg.scalar_eps}
+    tuned = {
+        group: Tuned("adam", lr * cfg.lr_scale, cfg.weight_decay, eps.get(group, cfg.adam_eps)) for group, lr in lrs.items()
+    }
     matrix = Tuned(cfg.hidden_optimizer, cfg.matrix_lr * cfg.lr_scale, cfg.weight_decay, cfg.adam_eps)
     return tuned | {"matrix": matrix}
 
@@ -391,19 +400,22 @@ def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], pat
         raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
 
 
-def open_folder(cfg: TrainConfig, world: World) -> Path:
-    """Make (or, to resume, reopen) the run's folder with its config and provenance, and lock it. All ranks get its path."""
+def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None]:
+    """Make (or, to resume, reopen) the run's folder with its config and provenance. Rank 0 holds its lock."""
+    lock: FolderLock | None = None
 
     def open_it() -> Path:
+        nonlocal lock
         made = f"{cfg.parametrization}-w{cfg.width}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder = Path(cfg.resume) if cfg.resume else Path(cfg.out) / (cfg.name or made)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(folder)
+            lock = FolderLock(folder)
             if not cfg.resume:
                 if (folder / CONFIG).exists():
                     raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
-                (folder / CONFIG).write_text(to_json(cfg) + "\n")
+                (folder / f".{CONFIG}.part").write_text(to_json(cfg) + "\n")
+                os.replace(folder / f".{CONFIG}.part", folder / CONFIG)
             with open(folder / PROVENANCE, "a") as file:
                 file.write(json.dumps(provenance(sys.argv)) + "\n")
         except OSError as fault:
@@ -413,7 +425,7 @@ def open_folder(cfg: TrainConfig, world: World) -> Path:
     outcome = world.from_main(_attempt(open_it) if world.is_main else None)
     if isinstance(outcome, UserError):
         raise outcome
-    return outcome
+    return outcome, lock
 
 
 def _attempt(work: Callable[[], Any]) -> Any:
@@ -424,23 +436,29 @@ def _attempt(work: Callable[[], Any]) -> Any:
         return fault
 
 
-_locks: list[Any] = []  # open files; closing one would give up its lock
+class FolderLock:
+    """Keeps other processes out of a run's folder until it is closed or its process ends, however it ends.
 
+    Raises ConfigError naming the process that holds the folder.
+    """
 
-def lock_folder(folder: Path) -> None:
-    """Keep other processes out of a run's folder until this one ends, however it ends."""
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise ConfigError(
-            f"{folder} is in use by process {file.read().strip()}; stop it or choose another --name"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    _locks.append(file)
+    def __init__(self, folder: Path):
+        self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._file, 32).decode(errors="replace")
+            raise ConfigError(f"{folder} is in use by process {owner}; stop it or choose another --name") from None
+        os.ftruncate(self._file, 0)
+        os.write(self._file, str(os.getpid()).encode())
+
+    def close(self) -> None:
+        """Let others in."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+    __del__ = close
 
 
 def newest_unfinished(out: Path) -> Path | None:

@@ -3,12 +3,14 @@
     result = measure_transfer(read_runs("sweep.csv"), controls={"sp": -1.0})
     print(result.summary())
 
-Learning rates live on a log2 axis, in octaves. At each width a parabola through the points near the lowest loss gives the
-optimum; the slope of the optima on log2(width) is the drift, in octaves per doubling of width. Transfer means that the
-drift is shown to be small, which is an equivalence test: "no significant drift" is what a noisy sweep says of anything.
-Seeds that were run at several learning rates share their initialisation and their batches, so they are resampled whole.
+Learning rates live on a log2 axis, in octaves. At each width a parabola through the points near the lowest loss gives
+the optimum; the slope of the optima on log2(width) is the drift, in octaves per doubling of width. Transfer means that
+the drift is shown to be small, which is an equivalence test: "no significant drift" is what a noisy sweep says of
+anything. Runs of one seed share initialisation and batches over all learning rates, so seeds are resampled whole.
 
-Arrays that end in draws, and the rows of `Bowls`, hold the estimate from the data in row 0 and resamples in rows 1 to B.
+Intervals speak of noise. That a loss curve is no parabola is the business of the second, narrow window.
+
+Arrays named draws, and the rows of `Bowls`, hold the estimate from the data in row 0 and resamples in rows 1 to B.
 Shapes: S seeds, K stable learning rates, W widths, R = 1 + B rows.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import enum
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -63,7 +66,7 @@ class Thresholds:
     min_span: float = 4.0  # widest width over narrowest
     window: float = 2.0  # octaves on either side of the lowest point that the parabola sees
     narrow_window: float = 1.0  # the same for the check that the window does not matter
-    window_excess: float = 0.1  # points this fraction above the lowest loss are cliff, not bowl
+    window_excess: float = 0.05  # points this fraction above the lowest loss are cliff, not bowl
     max_window_shift: float = 0.15  # octaves per doubling: narrow drift minus drift, unless noise (2 SE) explains it
     max_scatter: float = 0.25  # octaves: one optimum's distance from the line, unless noise (3 SE) explains it
     max_unresolved: float = 0.05  # share of resamples without a minimum inside the grid
@@ -97,7 +100,7 @@ class Run:
 def read_runs(path: str | Path) -> list[Run]:
     """Runs from a CSV with columns width, lr, seed, loss and, if you like, arm; case and other columns do not matter.
 
-    A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming the row (1 is the header) and column.
+    A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming row (1 is the header) and column.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -109,9 +112,7 @@ def read_runs(path: str | Path) -> list[Run]:
     for column in ("width", "lr", "seed", "loss"):
         if names.count(column) != 1:
             fault = "no column" if column not in names else "more than one column"
-            raise TransferError(
-                f"{path}: {fault} {column!r} in the header ({', '.join(names) or 'empty file'}); name it once"
-            )
+            raise TransferError(f"{path}: {fault} {column!r} in the header ({','.join(names)}); name it once")
     runs: dict[tuple[str, int, float, int], Run] = {}
     for row in reader:
         where = f"{path} row {reader.line_num}"
@@ -122,9 +123,8 @@ def read_runs(path: str | Path) -> list[Run]:
         run = Run(int(width), lr, int(seed), loss, row.get("arm", "").strip() or "mup")
         key = (run.arm, run.width, run.log2_lr, run.seed)
         if key in runs:
-            raise TransferError(
-                f"{where}: arm {run.arm}, width {run.width}, lr {lr:g}, seed {run.seed} is there twice; drop one"
-            )
+            same = f"arm {run.arm}, width {run.width}, lr {lr:g}, seed {run.seed}"
+            raise TransferError(f"{where}: {same} is there twice; drop one")
         runs[key] = run
     if not runs:
         raise TransferError(f"{path}: a header but no rows; give one row per finished run")
@@ -165,8 +165,9 @@ class Estimate:
 
     @property
     def se(self) -> float:
-        """Standard error; nan if the noise is unknown."""
-        return float(self.draws[1:].std()) if len(self.draws) > 1 else math.nan
+        """Standard error; nan if the noise is unknown or without bounds."""
+        noise = self.draws[1:]
+        return float(noise.std()) if len(noise) and np.isfinite(noise).all() else math.nan
 
     def interval(self, level: float = 0.9) -> tuple[float, float]:
         """Central interval at confidence `level`; (nan, nan) if the noise is unknown."""
@@ -177,7 +178,8 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.interval()
-        return f"{self.value:+.3f} (90 % interval {low:+.3f} to {high:+.3f})"
+        known = f"90 % interval {low:+.3f} to {high:+.3f}" if len(self.draws) > 1 else "interval unknown"
+        return f"{self.value:+.3f} ({known})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,10 +245,10 @@ def fit_bowls(log2_lr: Array, losses: Array, window: float, excess: float) -> Bo
 class Cells:
     """The stable part of one arm's sweep at one width.
 
-    log2_lr: (K,) ascending. losses: (S, K), nan where that seed was not run. filled: the same with the gaps filled so that
-    their residual from seed effect + learning-rate effect is zero (Yates 1933); its column means are then those of the
-    additive fit, so a seed that misses a learning rate does not tilt the curve. diverged: log2 lr of unstable points; one
-    diverged seed makes the point unstable, since the mean of the survivors would flatter it.
+    log2_lr: (K,) ascending. losses: (S, K), nan where that seed was not run. filled: the same with the gaps filled so
+    that their residual from seed effect + learning-rate effect is zero (Yates 1933); its column means are then those of
+    the additive fit, so a seed that misses a learning rate does not tilt the curve. diverged: log2 lr of unstable
+    points; one diverged seed makes the point unstable, since the mean of the survivors would flatter it.
     """
 
     width: int
@@ -265,19 +267,19 @@ class Cells:
         """Loss per learning rate, seed offsets removed, (K,)."""
         return self.filled.mean(axis=0)
 
-    def noise(self, window: float, excess: float) -> tuple[Array, Array]:
-        """Sums of squares and degrees of freedom near the optimum: [about seed + lr effects, about the lr means alone]."""
+    def noise(self, window: float, excess: float) -> Array:
+        """Residuals near the optimum, (2, 2): sums of squares about (seed + lr effects, lr effects), their freedoms."""
         bowl = fit_bowls(self.log2_lr, self.mean[None], window, excess)
         near = (self.log2_lr >= bowl.left) & (self.log2_lr <= bowl.right)
         block, seen = self.filled[:, near], np.isfinite(self.losses[:, near])
-        about_mean = np.where(seen, block - block.mean(axis=0), 0.0)
-        additive = block - block.mean(axis=0) - block.mean(axis=1, keepdims=True) + block.mean()
-        columns, rows = near.sum(), seen.any(axis=1).sum()
-        freedom = np.array([seen.sum() - columns - rows + 1, seen.sum() - columns], dtype=float)
-        return np.array([(additive**2).sum(), (about_mean**2).sum()]), np.maximum(freedom, 0.0)
+        about_lr = np.where(seen, block - block.mean(axis=0), 0.0)
+        about_both = block - block.mean(axis=0) - block.mean(axis=1, keepdims=True) + block.mean()
+        spare = seen.sum() - near.sum()
+        freedom = [max(spare - seen.any(axis=1).sum() + 1, 0), spare]
+        return np.array([[(about_both**2).sum(), (about_lr**2).sum()], freedom])
 
     def resample(self, resamples: int, sigma: float, offset: float, rng: np.random.Generator) -> Array:
-        """Mean curves (R, K): the data, then `resamples` of them with whole seeds drawn again (paired over learning rates).
+        """Mean curves (R, K): the data, then `resamples` with whole seeds drawn again, paired over learning rates.
 
         Deviations are widened by sqrt(S / (S - 1)), which makes the variance of a mean over S seeds unbiased. What the
         seeds cannot show, because a point was run with fewer of them or there is only one, is drawn as Gaussian noise:
@@ -299,14 +301,16 @@ class Cells:
 class WidthFit:
     """One width of one arm: its curve, the optimum, and what is wrong with it.
 
-    means: (R, K) mean curves. weight: of the optimum in the drift, 1 / variance. sigma: standard deviation of one run, seed
-    offset removed. problems: sentences; a width with any does not enter the drift.
+    means: (R, K) mean curves. optimum_se: octaves, nan if the noise is unknown; the larger of what the resampled seeds
+    and the residual noise say, for two seeds can agree by luck. weight: of the optimum in the drift. sigma: standard
+    deviation of one run, seed offset removed. problems: sentences; a width with any does not enter the drift.
     """
 
     cells: Cells
     means: Array
     bowls: Bowls
     narrow: Bowls
+    optimum_se: float
     weight: float
     sigma: float | None
     problems: tuple[str, ...]
@@ -317,14 +321,14 @@ class WidthFit:
         return self.cells.width
 
     @property
-    def optimum(self) -> Estimate:
+    def optimum(self) -> float:
         """Best learning rate, log2."""
-        return Estimate(self.bowls.vertex)
+        return float(self.bowls.vertex[0])
 
     @property
-    def best_loss(self) -> Estimate:
-        """Loss at the optimum."""
-        return Estimate(self.bowls.floor)
+    def best_losses(self) -> Array:
+        """Loss at the optimum (R,), read off the narrow parabola, which keeps closer to the points."""
+        return self.narrow.at(self.bowls.vertex)
 
     @property
     def curvature(self) -> float:
@@ -333,12 +337,12 @@ class WidthFit:
 
     @property
     def largest_stable(self) -> float:
-        """log2 of the largest learning rate below every divergence; the end of the grid if nothing diverged."""
+        """log2 of the largest learning rate below every divergence; the end of the grid without any, nan for none."""
         below = self.cells.log2_lr[self.cells.log2_lr < min(self.cells.diverged, default=math.inf)]
         return float(below.max()) if len(below) else math.nan
 
     def loss_at(self, x: Array) -> Array:
-        """Loss at log2 lr `x` (R,): the parabola in its window, straight lines between means outside, inf past stability."""
+        """Loss at log2 lr `x` (R,): parabola in its window, lines between the means outside, inf where runs diverge."""
         grid = self.cells.log2_lr
         right = np.clip(np.searchsorted(grid, x), 1, len(grid) - 1)
         row = np.arange(len(x))
@@ -372,11 +376,12 @@ class WiderIsBetter:
 
 @dataclass(frozen=True, eq=False)
 class ArmResult:
-    """One parametrization over all widths, ascending in fits. drift: octaves per doubling; None without two usable widths.
+    """One parametrization over all widths, ascending in fits.
 
-    window_shift: how much the drift changes when the parabolas see the narrow window only. regret: nats lost at the widest
-    usable width by using the base width's optimum there; None if that has none. sigma: of one run, pooled over widths, seed
-    offset removed; seed_sd: with the offset. predicted: the drift that a control is built to have; None for an arm under test.
+    drift: octaves per doubling; None without two usable widths. window_shift: how much it changes when the parabolas
+    see the narrow window only. regret: nats lost at the widest usable width by using the base width's optimum there;
+    None if that has none. sigma: of one run, pooled over widths, seed offset removed; seed_sd: with the offset.
+    predicted: the drift that a control is built to have; None for an arm under test.
     """
 
     arm: str
@@ -436,9 +441,9 @@ def measure_transfer(
     """Optima, drift, regret and verdict for every arm of a sweep.
 
     controls: arm -> predicted drift in octaves per doubling, for arms built to fail; if one does not, nothing passes.
-    base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss between
-    runs that differ only in chance; needed only if no point was run with two seeds, and used wherever there is one seed.
-    initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) array of step and
+    base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
+    between runs that differ only in chance; needed only if no point was run with two seeds, used wherever there is one.
+    initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
     training loss, for "wider is better". The same arguments give the same numbers. Raises TransferError.
     """
     controls, curves, thresholds = controls or {}, curves or {}, thresholds or Thresholds()
@@ -451,9 +456,7 @@ def measure_transfer(
         if arm not in table:
             raise TransferError(f"control {arm!r} is not among the arms ({', '.join(table)}); run it or do not name it")
         if not predicted:
-            raise TransferError(
-                f"control {arm!r}: a predicted drift of 0 cannot fail; give the drift that its error causes"
-            )
+            raise TransferError(f"control {arm!r}: a predicted drift of 0 cannot fail; give the drift its error causes")
     cells, problems = {}, {}
     for arm, widths in table.items():
         if base_width is not None and base_width not in widths:
@@ -498,32 +501,31 @@ def _cells(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | str:
 class _Noise:
     """The noise of one arm's runs. sigma: of one run, seed offset removed, or None if unknown; total: with the offset.
 
-    own: sums of squares and degrees of freedom by width, for weights. freedom: degrees of freedom behind sigma.
+    freedom: degrees of freedom behind sigma. own: width -> (sum of squares, degrees of freedom).
     """
 
     sigma: float | None
     total: float
     freedom: float
-    own: Mapping[int, tuple[float, float]]
+    own: dict[int, tuple[float, float]]
 
     @staticmethod
     def of(arm: Sequence[Cells], everywhere: Sequence[Cells], given: float | None, thresholds: Thresholds) -> _Noise:
         """Pooled over the widths of the arm; over all arms if this one has no replicates."""
 
-        def pool(some: Sequence[Cells]) -> tuple[dict[int, tuple[float, float]], Array, Array]:
-            parts = [cell.noise(thresholds.window, thresholds.window_excess) for cell in some]
-            own = {cell.width: (float(squares[0]), float(freedom[0])) for cell, (squares, freedom) in zip(some, parts)}
-            return own, sum((part[0] for part in parts), np.zeros(2)), sum((part[1] for part in parts), np.zeros(2))
+        def residuals(some: Sequence[Cells]) -> Array:
+            rows = [cells.noise(thresholds.window, thresholds.window_excess) for cells in some]
+            return np.array(rows).reshape(-1, 2, 2)
 
-        own, squares, freedom = pool(arm)
-        if freedom[0] == 0:
-            _, squares, freedom = pool(everywhere)
+        mine = residuals(arm)
+        own = {cells.width: (float(row[0, 0]), float(row[1, 0])) for cells, row in zip(arm, mine)}
+        squares, freedom = (mine if mine[:, 1, 0].any() else residuals(everywhere)).sum(axis=0)
         if freedom[0] == 0:
             return _Noise(given, given or 0.0, math.inf, own)
-        pooled, total = np.sqrt(squares / freedom)
-        if given is not None:
-            return _Noise(given, max(float(total), given), math.inf, own)
-        return _Noise(float(pooled), max(float(total), float(pooled)), float(freedom[0]), own)
+        pooled, total = (float(value) for value in np.sqrt(squares / freedom))
+        if given is None:
+            return _Noise(pooled, max(total, pooled), float(freedom[0]), own)
+        return _Noise(given, max(total, given), math.inf, own)
 
     def at(self, width: int) -> float | None:
         """Sigma at one width: its own residuals, steadied by the pooled sigma as if that were 4 more."""
@@ -542,16 +544,18 @@ def _fit_width(arm: str, cells: Cells, noise: _Noise, thresholds: Thresholds, re
         return fit_bowls(cells.log2_lr, means, window, thresholds.window_excess)
 
     if noise.sigma is None or sigma is None:
-        means, weight = cells.mean[None], 1.0
+        means, error, weight = cells.mean[None], math.nan, 1.0
     else:
         offset = math.sqrt(max(noise.total**2 - noise.sigma**2, 0.0))
         means = cells.resample(resamples, noise.sigma, offset, rng)
-        # Few seeds give a poor variance and so poor weights; the residuals of all points near the optimum give a good one.
+        # A few seeds give a poor variance, and so poor weights; the residuals of all points near the optimum do not.
         gaussian = cells.mean + sigma / np.sqrt(cells.runs) * rng.standard_normal((500, len(cells.log2_lr)))
-        weight = 1 / (float(fit(gaussian, thresholds.window).vertex.var()) + thresholds.vertex_floor**2)
+        error = float(fit(gaussian, thresholds.window).vertex.std())
+        weight = 1 / (error**2 + thresholds.vertex_floor**2)
     bowls = fit(means, thresholds.window)
+    error = max(error, Estimate(bowls.vertex).se)
     problems = tuple(f"width {cells.width}: {text}" for text in _problems(cells, bowls, thresholds))
-    return WidthFit(cells, means, bowls, fit(means, thresholds.narrow_window), weight, sigma, problems)
+    return WidthFit(cells, means, bowls, fit(means, thresholds.narrow_window), error, weight, sigma, problems)
 
 
 def _problems(cells: Cells, bowls: Bowls, thresholds: Thresholds) -> Iterator[str]:
@@ -562,7 +566,7 @@ def _problems(cells: Cells, bowls: Bowls, thresholds: Thresholds) -> Iterator[st
     cliff = min((x for x in cells.diverged if x > lowest), default=math.inf)
     broken = [x for x in cells.diverged if x < lowest]
     if broken:
-        yield f"diverged at {_lr(broken[-1])}, left of the minimum at {_lr(lowest)}: not a learning-rate effect, rerun it"
+        yield f"diverged at {_lr(broken[-1])}, left of the minimum at {_lr(lowest)}: not for its learning rate"
     elif lowest == grid[0]:
         yield f"minimum at the left edge of the grid: extend the sweep to {_lr(2 * grid[0] - grid[1])}"
     elif lowest == grid[-1] and cliff < math.inf:
@@ -572,7 +576,8 @@ def _problems(cells: Cells, bowls: Bowls, thresholds: Thresholds) -> Iterator[st
     elif not bowls.resolved[0]:
         yield f"no parabola with a minimum inside the window around {_lr(lowest)}: add seeds or points there"
     elif cliff - vertex < (step := float(grid[np.searchsorted(grid, lowest) + 1]) - lowest) - 1e-6:
-        yield f"diverges at {_lr(cliff)}, less than a grid step ({step:g} octaves) right of the optimum {_lr(vertex)}: refine"
+        where = f"less than a grid step ({step:g} octaves) right of the optimum at {_lr(vertex)}"
+        yield f"diverges at {_lr(cliff)}, {where}: add points in between"
     elif len(bowls.resolved) > 1 and (lost := 1 - bowls.resolved[1:].mean()) > thresholds.max_unresolved:
         yield f"{lost:.0%} of the resamples have no minimum inside the grid: add seeds or extend the sweep"
 
@@ -602,7 +607,7 @@ def _measure_arm(
         regret = Estimate(usable[-1].loss_at(base.bowls.vertex) - usable[-1].bowls.floor)
     mine = {key: curve for key, curve in curves.items() if key[0] == arm}
     if base and mine:
-        wider = wider_is_better(mine, base.optimum.value, thresholds)
+        wider = wider_is_better(mine, base.optimum, thresholds)
     verdict, reasons = _judge(fits, usable, drift, shift, regret, trouble, thresholds)
     return ArmResult(
         arm, base_width, fits, drift, shift, regret, noise.sigma, noise.total, predicted, wider, verdict, tuple(reasons)
@@ -639,8 +644,8 @@ def _drift_draws(line: Array, usable: Sequence[WidthFit], noise: _Noise, rng: np
 
 def _scatter(usable: Sequence[WidthFit], drift: float, thresholds: Thresholds) -> tuple[str, ...]:
     """A sentence if the optima do not lie on a line, so that a small slope would say little."""
-    optima = np.array([fit.optimum.value for fit in usable])
-    errors = np.nan_to_num([fit.optimum.se for fit in usable])
+    optima = np.array([fit.optimum for fit in usable])
+    errors = np.nan_to_num([fit.optimum_se for fit in usable])
     doublings = np.log2([fit.width for fit in usable])
     weights = [fit.weight for fit in usable]
     rest = optima - np.average(optima, weights=weights) - drift * (doublings - np.average(doublings, weights=weights))
@@ -648,9 +653,7 @@ def _scatter(usable: Sequence[WidthFit], drift: float, thresholds: Thresholds) -
     worst = int(excess.argmax())
     if excess[worst] <= 0:
         return ()
-    return (
-        f"width {usable[worst].width}: optimum {rest[worst]:+.2f} octaves off the line through all widths; look there",
-    )
+    return (f"width {usable[worst].width}: optimum {rest[worst]:+.2f} octaves off the line through all widths",)
 
 
 def _judge(
@@ -675,18 +678,19 @@ def _judge(
         blocked.append(f"widths {', '.join(map(str, widths))} are too few or too close: needs {need}")
     if math.isnan(low):
         blocked.append("the noise is unknown: run some learning rates with a second seed, or pass sigma")
-        measured = f"drift {drift.value:+.3f} octave per doubling, interval unknown"
     if blocked:
         return Verdict.INCONCLUSIVE, [*blocked, f"{measured} over {len(usable)} widths"]
 
     widest = usable[-1]
     allowed = max(thresholds.max_regret, thresholds.regret_sigmas * (widest.sigma or 0.0))
     cost = f"regret {regret.value:.4f} nats at width {widest.width}, allowed {allowed:.4f}" if regret else ""
+    if regret and math.isinf(regret.value):
+        cost = f"width {widest.width} diverges at the base width's optimum"
     failed = []
     if low > bound or high < -bound:
         failed.append(f"{measured}: beyond the tolerated +-{bound:g}")
     if regret and regret.interval()[0] > allowed:
-        failed.append(f"{cost}: too much even at the low end of its interval ({regret.interval()[0]:.4f})")
+        failed.append(cost)
     if failed:
         return Verdict.FAIL, failed
 
@@ -695,9 +699,8 @@ def _judge(
     if not -limit < low <= high < limit:
         text = f"{measured}: the interval is not inside +-{limit:g}"
         if abs(drift.value) < bound:
-            text += (
-                f"; about {max(2, math.ceil((half / (limit - abs(drift.value))) ** 2))} times the seeds would settle it"
-            )
+            more = max(2, math.ceil((half / (limit - abs(drift.value))) ** 2))
+            text += f"; about {more} times the seeds would settle it"
         short.append(text)
     elif abs(drift.value) > bound:
         short.append(f"{measured}: more than {bound:g}, but not surely")
@@ -728,9 +731,7 @@ def _overall(arms: Mapping[str, ArmResult], thresholds: Thresholds) -> tuple[Ver
         low, high = result.drift.interval() if result.drift else (math.nan, math.nan)
         enough = len(result.usable) >= thresholds.min_widths
         if enough and min(sign * low, sign * high) > thresholds.equivalence:
-            reasons.append(
-                f"control {result.arm} failed as predicted: drift {result.drift}, predicted {result.predicted:+g}"
-            )
+            reasons.append(f"control {result.arm} failed as predicted ({result.predicted:+g}): drift {result.drift}")
         else:
             verdict = Verdict.INCONCLUSIVE
             found = f"drift {result.drift}" if enough and result.drift else "; ".join(result.reasons)
@@ -741,11 +742,11 @@ def _overall(arms: Mapping[str, ArmResult], thresholds: Thresholds) -> tuple[Ver
 def wider_is_better(
     curves: Mapping[CurveKey, Array], log2_lr: float, thresholds: Thresholds | None = None
 ) -> WiderIsBetter:
-    """Compare the training curves of neighbouring widths of one arm at the learning rate nearest `log2_lr` that all have.
+    """Compare the training curves of neighbouring widths of one arm, at the common learning rate nearest `log2_lr`.
 
-    curves: (arm, width, lr, seed) -> (T, 2) step and training loss; same seed, same batches. The noise of the difference
-    (mean over common seeds) is taken from its jumps between neighbouring steps, by the median, so that a trend does not count.
-    Raises TransferError if two neighbouring widths have nothing in common.
+    curves: (arm, width, lr, seed) -> (T, 2) step and training loss; same seed, same batches. The noise of the gap (mean
+    over common seeds) is taken from its jumps between neighbouring steps, by the median, so that a trend does not
+    count. Raises TransferError if two neighbouring widths have nothing in common.
     """
     thresholds = thresholds or Thresholds()
     rates: dict[int, set[float]] = defaultdict(set)
@@ -756,40 +757,42 @@ def wider_is_better(
         table[width, at][seed] = np.asarray(curve, dtype=float)
     shared = set.intersection(*rates.values())
     if len(rates) < 2 or not shared:
-        raise TransferError(
-            "training curves: no learning rate that two or more widths share; log the same rates everywhere"
-        )
+        raise TransferError("training curves: no learning rate that two or more widths share; log the same ones")
     at = min(shared, key=lambda rate: (abs(rate - log2_lr), rate))
     total = violations = 0
     largest, where = 0.0, None
     widths = sorted(rates)
-    for narrow, wide in zip(widths, widths[1:]):
+    for narrow, wide in itertools.pairwise(widths):
         steps, gap = _gap(table[narrow, at], table[wide, at])
         if len(steps) < 3:
-            raise TransferError(
-                f"training curves: widths {narrow} and {wide} share fewer than 3 logged steps at one seed"
-            )
-        noise = float(np.median(np.abs(np.diff(gap)))) / (0.6745 * math.sqrt(2))
+            raise TransferError(f"training curves: widths {narrow} and {wide} share fewer than 3 steps of one seed")
+        jumps = np.abs(np.diff(gap[np.isfinite(gap)]))
+        noise = float(np.median(jumps)) / (0.6745 * math.sqrt(2)) if len(jumps) else 0.0
         late = steps > thresholds.wider_skip * steps[-1]
-        excess = np.where(np.isnan(gap), np.inf, gap)[late]
-        worse = excess > thresholds.wider_sigmas * noise
+        steps, gap = steps[late], gap[late]
+        worse = gap > thresholds.wider_sigmas * noise
         total, violations = total + len(worse), violations + int(worse.sum())
-        if worse.any() and excess.max() > largest:
-            largest, where = float(excess.max()), (narrow, wide, int(steps[late][excess.argmax()]))
+        if worse.any() and gap.max() > largest:
+            largest, where = float(gap.max()), (narrow, wide, int(steps[gap.argmax()]))
     share = violations / total
     verdict = Verdict.PASS if share <= thresholds.max_violations else Verdict.FAIL
     return WiderIsBetter(at, share, largest, where, verdict)
 
 
 def _gap(narrow: Mapping[int, Array], wide: Mapping[int, Array]) -> tuple[Array, Array]:
-    """Steps that all common seeds logged, and loss of the wide model minus the narrow one's there, mean over those seeds."""
+    """Steps that all common seeds logged, and the wide model's loss minus the narrow one's there, mean over seeds.
+
+    A loss that is no number counts as infinite; where both models have one, neither is worse.
+    """
     seeds = sorted(set(narrow) & set(wide))
     if not seeds:
         return np.zeros(0), np.zeros(0)
     logged = [set(curve[:, 0]) for side in (narrow, wide) for curve in (side[seed] for seed in seeds)]
     steps = np.array(sorted(set.intersection(*logged)))
     loss = [[side[seed][np.isin(side[seed][:, 0], steps), 1] for seed in seeds] for side in (narrow, wide)]
-    return steps, np.mean(loss[1], axis=0) - np.mean(loss[0], axis=0)
+    means = np.nan_to_num(np.mean(loss, axis=1), nan=np.inf, posinf=np.inf)
+    with np.errstate(invalid="ignore"):
+        return steps, np.nan_to_num(means[1] - means[0], nan=0.0, posinf=np.inf, neginf=-np.inf)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,23 +814,21 @@ class Forecast:
     method: str
 
     def __str__(self) -> str:
-        low, high = self.loss.interval()
-        slow, fast = self.log2_lr.interval()
-        return (
-            f"width {self.width}: loss {self.loss.value:.4f} ({low:.4f} to {high:.4f}), "
-            f"lr {2**self.log2_lr.value:.4g} ({2**slow:.4g} to {2**fast:.4g}); {self.method}"
-        )
+        loss, low, high = (f"{value:.4f}" for value in (self.loss.value, *self.loss.interval()))
+        lr, slow, fast = (f"{2**value:.4g}" for value in (self.log2_lr.value, *self.log2_lr.interval()))
+        ranges = [f" (90 % {low} to {high})", f" (90 % {slow} to {fast})"] if len(self.loss.draws) > 1 else ["", ""]
+        return f"width {self.width}: loss {loss}{ranges[0]}, lr {lr}{ranges[1]}; {self.method}"
 
 
 def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     """Loss and best learning rate at `width`, from the widths of one arm.
 
-    The law is loss(w) = a + b w**-p, fitted by least squares with every width counting the same: how far the law holds, and
-    not seed noise, is what separates widths. Four widths determine p, which is searched from 0 (loss linear in log w) to
-    1.5. Two or three do not, and a guess decides an extrapolation: log w goes on falling for ever where 1/w is flat. Then
-    p = 1/2 gives the number, and every resample draws p between 0 and 1, which spans the published cases: parameter-count
-    laws with small exponents (Kaplan et al., arXiv 2001.08361) to the 1/w corrections of a model near its infinite-width
-    limit (Vyas et al., arXiv 2305.18411). The interval therefore grows with ignorance of the law.
+    The law is loss(w) = a + b w**-p, fitted by least squares with every width counting the same: how far the law holds,
+    and not seed noise, is what separates widths. Four widths determine p, which is searched from 0 (loss linear in
+    log w) to 1.5. Two or three do not, and then a guess decides: log w falls for ever where 1/w is flat. So p = 1/2
+    gives the number, and every resample draws p between 0 and 1, which spans what is published: from small powers of
+    the parameter count (Kaplan et al., arXiv 2001.08361) to the 1/w of a model near its infinite-width limit (Vyas et
+    al., arXiv 2305.18411). The interval therefore grows with ignorance of the law.
 
     The learning rate is the mean of the optima if the arm passed, else the drift is followed out to `width`.
     Raises TransferError with fewer than two usable widths.
@@ -836,7 +837,7 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     if len(fits) < 2 or arm.drift is None:
         raise TransferError(f"arm {arm.arm}: a forecast needs two widths with an optimum, it has {len(fits)}")
     rng = np.random.default_rng([seed, width, *arm.arm.encode()])
-    losses = np.array([fit.bowls.floor for fit in fits]).T  # (R, W)
+    losses = np.array([fit.best_losses for fit in fits]).T  # (R, W)
     doublings = np.log2([fit.width / fits[-1].width for fit in fits])
     rows = len(losses)
     if len(fits) >= 4:
@@ -861,7 +862,7 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
 
 
 def _power_law(doublings: Array, losses: Array, exponent: Array, at: float) -> tuple[Array, Array]:
-    """Each row of `losses` (R, W) fitted by a + b basis(doublings), p = `exponent` (R,): value `at`, sum of squares; (R,).
+    """Rows of `losses` (R, W) fitted by a + b basis(doublings), p = `exponent` (R,): value `at`, sum of squares; (R,).
 
     The basis (2**(-p j) - 1) / p becomes -j ln 2 at p = 0, so the exponents form one family.
     """
@@ -890,21 +891,21 @@ def _lr(log2_lr: float) -> str:
 
 
 def _summary_lines(result: TransferResult) -> Iterator[str]:
-    header = f"{'width':>8} {'seeds':>5} {'points':>6} {'best log2 lr':>15} {'best lr':>9} {'curvature':>9} {'loss':>8}  stable"
+    names = ("width", "seeds", "points", "best log2 lr", "best lr", "curvature", "loss")
+    header = "{:>8} {:>5} {:>6} {:>15} {:>9} {:>9} {:>8}  stable".format(*names)
     for arm in result.arms.values():
         role = "" if arm.predicted is None else f"  (control, predicted drift {arm.predicted:+g})"
         yield f"arm {arm.arm}{role}"
         yield header
         for fit in arm.fits:
-            optimum, cells = fit.optimum, fit.cells
-            error = "" if math.isnan(optimum.se) else f" +- {optimum.se:.2f}"
-            position = f"{optimum.value:+.2f}{error}" + ("!" if fit.problems else " ")
-            stable = f"to {_lr(fit.largest_stable)}" + (
-                f", not {_lr(cells.diverged[0])}" if cells.diverged else " (end)"
-            )
+            error = "" if math.isnan(fit.optimum_se) else f" +- {fit.optimum_se:.2f}"
+            position = f"{fit.optimum:+.2f}{error}" + ("!" if fit.problems else " ")
+            first = f", not {_lr(fit.cells.diverged[0])}" if fit.cells.diverged else " (end)"
+            stable = "nothing" if math.isnan(fit.largest_stable) else _lr(fit.largest_stable)
             yield (
-                f"{fit.width:>8} {len(cells.losses):>5} {len(cells.log2_lr):>6} {position:>15} {2**optimum.value:>9.4g}"
-                f" {fit.curvature:>9.4f} {fit.best_loss.value:>8.4f}  {stable}"
+                f"{fit.width:>8} {len(fit.cells.losses):>5} {len(fit.cells.log2_lr):>6} {position:>15}"
+                f" {2**fit.optimum:>9.4g} {fit.curvature:>9.4f} {fit.best_losses[0]:>8.4f}"
+                f"  to {stable}{first}"
             )
         yield f"  {arm.verdict}"
         yield from (f"  - {text}" for text in arm.reasons)
@@ -940,8 +941,9 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
                         "runs": fit.cells.runs.tolist(),
                         "diverged_log2_lr": fit.cells.diverged,
                         "largest_stable_log2_lr": fit.largest_stable,
-                        "optimum_log2_lr": _numbers(fit.optimum),
-                        "best_loss": _numbers(fit.best_loss),
+                        "optimum_log2_lr": fit.optimum,
+                        "optimum_se": fit.optimum_se,
+                        "best_loss": _numbers(Estimate(fit.best_losses)),
                         "curvature": fit.curvature,
                         "sigma": fit.sigma,
                         "problems": fit.problems,
@@ -990,139 +992,140 @@ _STYLE = {
     "svg.hashsalt": "speedrun-mup",
 }
 _ARM_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
+_DOTTED = (0, (1, 1.5))
 
 
 def plot_lr_curves(result: TransferResult, path: str | Path) -> None:
     """Loss against learning rate, a panel per arm and a colour per width. The suffix of `path` names the format.
 
-    Lines join the means over seeds (dots: seeds); the parabola near each minimum is drawn over its window with the optimum
-    as a diamond (hollow if it is none); the dotted line is the base width's optimum; crosses above are diverged points.
+    Thin lines join the means over seeds (dots: seeds); the thick line is the parabola over its window, the diamond its
+    optimum (hollow if the width is not usable); the dotted line is the base width's optimum. Raises TransferError.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     arms = list(result.arms.values())
-    widths = sorted({fit.width for arm in arms for fit in arm.fits})
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.88, 0.08, len(widths)))
-    color = dict(zip(widths, shades))
+    fits = [fit for arm in arms for fit in arm.fits]
+    widths = sorted({fit.width for fit in fits})
+    color = dict(zip(widths, matplotlib.colormaps["viridis"](np.linspace(0.86, 0.06, len(widths)))))
+    if not fits:
+        raise TransferError("no width has enough stable learning rates for a picture; extend the sweep")
     columns = min(3, len(arms))
     rows = -(-len(arms) // columns)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.75 * columns + 1.25, 2.55 * rows), layout="constrained")
+        figure = Figure(figsize=(2.45 * columns + 1.35, 2.6 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for panel in axes.flat[len(arms) :]:
             panel.remove()
+        axes[0, 0].set_ylim(*_loss_range(fits))
         for arm, panel in zip(arms, axes.flat):
             for fit in arm.fits:
-                _draw_curve(panel, fit, color[fit.width], rank=widths.index(fit.width))
-            base = next((fit for fit in arm.usable if fit.width == arm.base_width), None)
-            if base:
-                panel.axvline(base.optimum.value, color="#666666", linestyle=(0, (1, 1.5)), linewidth=1, zorder=1)
-            panel.set_title(_title(arm), loc="left", pad=6 + 4.5 * len(widths) * any(f.cells.diverged for f in arm.fits))
+                _draw_curve(panel, fit, color[fit.width], rank=len(widths) - 1 - widths.index(fit.width))
+            for fit in arm.usable:
+                if fit.width == arm.base_width:
+                    panel.axvline(fit.optimum, color="#444444", linestyle=_DOTTED, linewidth=1, zorder=1)
+            role = "" if arm.predicted is None else " (control)"
+            panel.set_title(f"{arm.arm}{role}\ndrift {_interval_text(arm.drift)}", loc="left")
             panel.set_xlabel("learning rate")
-            panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True))
+            panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(9, integer=True))
             panel.xaxis.set_major_formatter(lambda x, _: f"$2^{{{x:g}}}$")
         for panel in axes[:, 0]:
             panel.set_ylabel("loss")
-        axes[0, 0].set_ylim(*_loss_range(arms))
-        lines = [Line2D([], [], color=color[width], linewidth=1.4, label=f"width {width}") for width in widths]
-        marks = [
-            Line2D([], [], color="#888888", marker=".", markersize=4, linestyle="", alpha=0.6, label="one seed"),
-            Line2D([], [], color="#888888", marker="D", markersize=5, markeredgecolor="white", linestyle="", label="optimum"),
-            Line2D([], [], color="#666666", linestyle=(0, (1, 1.5)), linewidth=1, label=f"optimum at {arms[0].base_width}"),
-            Line2D([], [], color="#888888", marker="x", markersize=4, linestyle="", label="diverged"),
+        grey: dict[str, Any] = {"color": "#777777", "linestyle": ""}
+        handles = [Line2D([], [], color=color[width], linewidth=1.6, label=f"width {width}") for width in widths]
+        handles += [
+            Line2D([], [], color="#444444", linestyle=_DOTTED, linewidth=1, label="optimum at base"),
+            Line2D([], [], marker="D", markersize=5, markeredgecolor="white", label="optimum", **grey),
+            Line2D([], [], marker=".", markersize=4, label="one seed", **grey),
         ]
-        figure.legend(handles=lines + marks, loc="outside right center")
+        if any(fit.cells.diverged for fit in fits):
+            handles.append(Line2D([], [], marker="x", markersize=4, label="diverged", **grey))
+        figure.legend(handles=handles, loc="outside right center")
         _save(figure, path)
 
 
 def _draw_curve(panel: Any, fit: WidthFit, color: Any, rank: int) -> None:
-    """One width in one panel."""
+    """One width in one panel. Crosses of diverged points stand in rows below the top, the wider the higher."""
     cells, bowls = fit.cells, fit.bowls
-    panel.plot(np.tile(cells.log2_lr, len(cells.losses)), cells.losses.ravel(), ".", color=color, markersize=3, alpha=0.35)
-    panel.plot(cells.log2_lr, cells.mean, color=color, linewidth=0.9, alpha=0.8)
+    panel.plot(cells.log2_lr, cells.losses.T, ".", color=color, markersize=3.5, alpha=0.4)
+    panel.plot(cells.log2_lr, cells.mean, color=color, linewidth=0.9)
     x = np.linspace(bowls.left[0], bowls.right[0], 101)
     u = x - bowls.center[0]
-    panel.plot(x, bowls.a[0] + u * (bowls.b[0] + u * bowls.c[0]), color=color, linewidth=2.2, alpha=0.45)
-    face = "white" if fit.problems else color
-    edge = color if fit.problems else "white"
-    panel.plot(fit.optimum.value, fit.best_loss.value, "D", color=face, markeredgecolor=edge, markersize=5.5, zorder=4)
-    high = np.full(len(cells.diverged), 1.03 + 0.03 * rank)
-    panel.plot(
-        cells.diverged, high, "x", color=color, markersize=3.5, transform=panel.get_xaxis_transform(), clip_on=False
-    )
+    panel.plot(x, bowls.a[0] + u * (bowls.b[0] + u * bowls.c[0]), color=color, linewidth=2.6, alpha=0.4)
+    face, edge = ("white", color) if fit.problems else (color, "white")
+    panel.plot(fit.optimum, bowls.floor[0], "D", color=face, markeredgecolor=edge, markersize=5.5, zorder=4)
+    height = np.full(len(cells.diverged), 0.975 - 0.04 * rank)
+    panel.plot(cells.diverged, height, "x", color=color, markersize=3.5, transform=panel.get_xaxis_transform())
 
 
-def _title(arm: ArmResult) -> str:
-    name = arm.arm if arm.predicted is None else f"{arm.arm} (control)"
-    if arm.drift is None:
-        return f"{name}: no drift measured"
-    low, high = arm.drift.interval()
-    spread = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-    return f"{name}: drift {arm.drift.value:+.2f}{spread}".replace("-", "\N{MINUS SIGN}")
+def _loss_range(fits: Sequence[WidthFit]) -> tuple[float, float]:
+    """Limits that show every bowl whole, with room for crosses above; cliffs leave through the top."""
+    lowest = min(float(fit.cells.mean.min()) for fit in fits)
+    shown = [(fit.cells.log2_lr >= fit.bowls.left[0]) & (fit.cells.log2_lr <= fit.bowls.right[0]) for fit in fits]
+    highest = max(float(fit.cells.mean[near].max()) for fit, near in zip(fits, shown))
+    height = highest - lowest
+    return lowest - 0.08 * height, highest + (0.3 if any(fit.cells.diverged for fit in fits) else 0.1) * height
 
 
-def _loss_range(arms: Sequence[ArmResult]) -> tuple[float, float]:
-    """Limits that show every bowl whole and let the cliffs leave through the top."""
-    fits = [fit for arm in arms for fit in arm.fits]
-    seen = [float(np.nanmin(fit.cells.losses)) for fit in fits]
-    for fit in fits:
-        near = np.abs(fit.cells.log2_lr - fit.bowls.center[0]) <= 2
-        seen += fit.cells.mean[near][fit.cells.mean[near] < 1.1 * fit.cells.mean.min()].tolist()
-    pad = 0.06 * (max(seen) - min(seen))
-    return min(seen) - pad, max(seen) + 2 * pad
+def _interval_text(drift: Estimate | None) -> str:
+    """A drift for a title: its value and, if known, its 90 % interval."""
+    if drift is None:
+        return "unknown"
+    low, high = drift.interval()
+    text = f"{drift.value:+.2f}" if math.isnan(low) else f"{drift.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def plot_drift(result: TransferResult, path: str | Path) -> None:
-    """Optimum against width, a colour per arm, each shifted so that its fitted line starts at 0 at the base width.
+    """Optimum against width, a colour per arm, each shifted so that its fitted line starts at 0 at its base width.
 
-    Bars: 90 % intervals. Lines: the fitted drift, shaded over its 90 % interval. Grey: the drift that counts as transfer.
-    A hollow mark is an optimum that does not enter the line.
+    Bars: 90 % of a normal error. Lines: the fitted drift, shaded over its 90 % interval. Grey: drifts that count as
+    transfer. Squares are controls; a hollow mark is an optimum that does not enter the line. Raises TransferError.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    widths = sorted({fit.width for arm in result.arms.values() for fit in arm.fits})
+    drifts = [(arm, arm.drift) for arm in result.arms.values() if arm.drift is not None]
+    if not drifts:
+        raise TransferError("no arm has a drift to draw; each needs two widths with an optimum")
+    widths = sorted({fit.width for arm, _ in drifts for fit in arm.fits})
+    bases = sorted({arm.base_width for arm, _ in drifts})
+    ends = np.log2([widths[0], widths[-1]]) + np.array([-0.15, 0.15])
+    limit = result.thresholds.equivalence
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        figure = Figure(figsize=(4.4, 3.1), layout="constrained")
         panel = figure.subplots()
-        for index, (arm, color) in enumerate(zip(result.arms.values(), _ARM_COLORS * len(result.arms))):
-            if arm.drift is None:
-                continue
-            start = math.log2(arm.base_width)
-            x = np.array([math.log2(widths[0]) - 0.2, start, math.log2(widths[-1]) + 0.2])
-            if index == 0:
-                limit = result.thresholds.equivalence * (x - start)
-                label = f"\N{PLUS-MINUS SIGN}{result.thresholds.equivalence:g} octave per doubling"
-                panel.fill_between(x, -limit, limit, color="#dddddd", linewidth=0, label=label, zorder=0)
-            weights = np.array([fit.weight for fit in arm.usable])
-            doublings = np.log2([fit.width for fit in arm.usable])
-            optima = np.array([fit.optimum.value for fit in arm.usable])
-            zero = np.average(optima + arm.drift.value * (start - doublings), weights=weights)
-            low, high = arm.drift.interval()
-            panel.plot(x, arm.drift.value * (x - start), color=color, linewidth=1.1, label=_title(arm))
-            if not math.isnan(low):
-                panel.fill_between(x, low * (x - start), high * (x - start), color=color, alpha=0.15, linewidth=0)
-            for fit in arm.fits:
-                at = fit.optimum.value
-                ends = np.nan_to_num(np.abs(np.array(fit.optimum.interval()) - at))
-                panel.errorbar(
-                    math.log2(fit.width),
-                    at - zero,
-                    yerr=ends[:, None],
-                    fmt="s" if arm.predicted is not None else "o",
-                    color=color,
-                    markerfacecolor="white" if fit.problems else color,
-                    markersize=4.5,
-                    capsize=2,
-                    linewidth=1,
-                )
+        for (arm, drift), color in zip(drifts, itertools.cycle(_ARM_COLORS)):
+            _draw_drift(panel, arm, drift, color, ends)
+        for base in bases:
+            x = np.sort([*ends, math.log2(base)]) - math.log2(base)
+            label = f"\N{PLUS-MINUS SIGN}{limit:g}" if base == bases[0] else None
+            panel.fill_between(x + math.log2(base), -limit * x, limit * x, color="#e2e2e2", lw=0, zorder=0, label=label)
         panel.set_xticks(np.log2(widths), [str(width) for width in widths])
         panel.set_xlabel("width")
         panel.set_ylabel("shift of the best learning rate (octaves)")
-        figure.legend(loc="outside upper left", ncols=1)
+        panel.legend(loc="best", title="drift, octaves per doubling", alignment="left", title_fontsize=8)
         _save(figure, path)
+
+
+def _draw_drift(panel: Any, arm: ArmResult, drift: Estimate, color: str, ends: Array) -> None:
+    """One arm's optima, line and interval; `ends` (2,) are the limits in log2 width."""
+    start = math.log2(arm.base_width)
+    doublings = np.log2([fit.width for fit in arm.usable]) - start
+    rest = [fit.optimum - drift.value * j for fit, j in zip(arm.usable, doublings)]
+    zero = np.average(rest, weights=[fit.weight for fit in arm.usable])
+    marker = "o" if arm.predicted is None else "s"
+    x = np.sort([*ends, start]) - start
+    label = f"{arm.arm}: {_interval_text(drift)}"
+    panel.plot(x + start, drift.value * x, color=color, linewidth=1.1, marker=marker, markevery=[], label=label)
+    low, high = drift.interval()
+    if not math.isnan(low):
+        panel.fill_between(x + start, low * x, high * x, color=color, alpha=0.15, linewidth=0)
+    for fit in arm.fits:
+        at, bar = math.log2(fit.width), 1.645 * np.nan_to_num(fit.optimum_se)
+        (mark, *_) = panel.errorbar(at, fit.optimum - zero, bar, fmt=marker, color=color, ms=4.5, lw=1, capsize=2)
+        mark.set_markerfacecolor("white" if fit.problems else color)
 
 
 def _save(figure: Any, path: str | Path) -> None:

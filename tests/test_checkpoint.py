@@ -265,6 +265,67 @@ def test_check_match_lists_the_keys():
     assert "\n" not in str(fault.value) and fault.value.exit_code == 4
 
 
+GOLDEN_1 = {  # written by version 0.1.0 on two ranks
+    "model.safetensors": b"X\0\0\0\0\0\0\0"
+    b'{"__metadata__":{"format":"pt"},"w":{"dtype":"BF16","shape":[2,1],"data_offsets":[0,4]}}\0\x3f\0\xc0',
+    "optim-0000-of-0002.safetensors": b"X\0\0\0\0\0\0\0"
+    b'{"__metadata__":{"format":"pt"},"w/m":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} \0\0\x80\x3f\0\0\0\x40',
+    "optim-0001-of-0002.safetensors": b"X\0\0\0\0\0\0\0"
+    b'{"__metadata__":{"format":"pt"},"w/m":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}} \0\0\x40\x40',
+    "state.json": b'{\n "loss": 0.1\n}',
+    "manifest.json": b"""{
+ "files": {
+  "model.safetensors": {
+   "sha256": "8d62f450a422d6672afec02e51ade0996ccc14f8d5feb2a32d27c1eb8c3011af",
+   "size": 100
+  },
+  "optim-0000-of-0002.safetensors": {
+   "sha256": "56dc4e0f73f2b5378506acd9a530954f39df3847398bedeed1dd32baa0ae7131",
+   "size": 104
+  },
+  "optim-0001-of-0002.safetensors": {
+   "sha256": "7d8e7bcb73e07163d6b047602f010cf204b9c2484d99c71c850a60981870f057",
+   "size": 100
+  },
+  "state.json": {
+   "sha256": "a082bde64c7afa6307902e3139d08e9a4531dc91f788315aaae9afe0821f923d",
+   "size": 16
+  }
+ },
+ "ranks": 2,
+ "schema": 1,
+ "sha256": "17a24662aa152e90eb4231848cab126e0a7caba4a6bbec64b97ee12df7febf5a",
+ "slices": {
+  "w/m": [
+   [
+    0,
+    0,
+    2
+   ],
+   [
+    1,
+    2,
+    3
+   ]
+  ]
+ },
+ "step": 12,
+ "written_by": "speedrun-mup 0.1.0"
+}""",
+}
+
+
+def test_schema_1_stays_readable(tmp_path):
+    folder = tmp_path / "step-00000012"
+    folder.mkdir()
+    for name, data in GOLDEN_1.items():
+        (folder / name).write_bytes(data)
+    loaded = Loaded(newest(tmp_path))
+    assert (loaded.step, loaded.state, loaded.optim_sizes) == (12, {"loss": 0.1}, {"w/m": 3})
+    check_match(loaded.model, {"w": torch.empty(2, 1, dtype=torch.bfloat16)})
+    assert loaded.model["w"].tolist() == [[0.5], [-2.0]] and loaded.slice("w/m", 0, 3).tolist() == [1.0, 2.0, 3.0]
+
+
 # --- the commit ---
 
 
@@ -346,7 +407,8 @@ def one_rank(root: Path) -> None:
 
 
 def two_ranks(root: Path) -> None:
-    on_ranks(2, lambda world: save(root, 3, world))
+    paths = on_ranks(2, lambda world: save(root, 3, world))
+    assert paths == [root / "step-00000003"] * 2, paths
 
 
 def over_damaged(root: Path) -> None:
@@ -369,13 +431,17 @@ def prepare(root: Path, scenario: Callable[[Path], None]) -> None:
         shutil.copytree(root / "step-00000002", root / ".trash-step-00000001")
 
 
-@pytest.mark.parametrize("scenario", [one_rank, two_ranks, over_damaged, after_clean])
+SLOW = pytest.mark.slow
+SCENARIOS = [one_rank, two_ranks, pytest.param(over_damaged, marks=SLOW), pytest.param(after_clean, marks=SLOW)]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_crash_point(tmp_path, scenario):
     prepare(tmp_path / "model", scenario)
     shutil.copytree(tmp_path / "model", tmp_path / "rehearsal")
     calls = count_calls(lambda: scenario(tmp_path / "rehearsal"))
-    points = [(k, part) for k, name in enumerate(calls) for part in ((0.0, 0.5, 1.0) if name == "write" else (0.0,))]
-    assert len(points) >= 40  # over 160 in all scenarios
+    points = [(k, part) for k, name in enumerate(calls) for part in ((0.0, 0.5) if name == "write" else (0.0,))]
+    assert len(points) >= 35
     for index, part in points:
         root = tmp_path / f"{index}-{part}"
         shutil.copytree(tmp_path / "model", root)
@@ -390,9 +456,9 @@ def test_every_crash_point(tmp_path, scenario):
         assert survivor.step in (2, 3)
         Checkpoints(root, World()).clean()
         assert all(re.fullmatch(r"step-\d{8}", name) for name in names(root))
-        for step in (3, 4):
-            save(root, step)
-        assert names(root) == ["step-00000003", "step-00000004"]
+        with tapped(lambda name, args: None):
+            save(root, 4)
+        assert names(root) == [f"step-{survivor.step:08d}", "step-00000004"]
         assert_is_step(Loaded(newest(root)), 4)
         shutil.rmtree(root)
 
@@ -598,7 +664,8 @@ def test_a_disk_fault_at_any_call_spares_the_earlier_ones(tmp_path):
         else:
             assert re.search("step 3 is saved, but .*step-00000001 stays", text)
             assert_is_step(Loaded(left), 3)
-        save(root, 4)
+        with tapped(lambda name, args: None):
+            save(root, 4)
         assert_is_step(Loaded(newest(root)), 4)
         shutil.rmtree(root)
 

@@ -50,6 +50,8 @@ class GPTConfig:
     attention: str = "blocked"
 
     def __post_init__(self) -> None:
+        if self.head_dim < 4 or self.head_dim % 4:
+            raise ConfigError(f"head_dim={self.head_dim} must be a multiple of 4 (half of its pairs rotate)")
         for name in ("width", "base_width"):
             value = getattr(self, name)
             if value < self.head_dim or value % self.head_dim:
@@ -61,8 +63,6 @@ class GPTConfig:
             raise ConfigError(
                 f"n_layer={self.n_layer} must be even and at least 6 (three value embeddings on each side)"
             )
-        if self.head_dim < 4 or self.head_dim % 4:
-            raise ConfigError(f"head_dim={self.head_dim} must be a multiple of 4 (half of its pairs rotate)")
         if not 0 <= self.bos_token < self.vocab_size:
             raise ConfigError(f"bos_token={self.bos_token} is outside the vocabulary of {self.vocab_size}")
 
@@ -230,7 +230,7 @@ class GPT(nn.Module):
             mup.declare(table, "weight", Role.INPUT, (V, base), "in out", "value_embed")
         head = mup.declare(self.lm_head, "weight", Role.OUTPUT, (V, base), "out in", "head")
         mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar")
-        forward = cfg.table.factors(head.role, head.m_in, head.m_out, "adam").forward
+        forward = head.factors(cfg.table, "adam").forward
         self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
         self.init_weights(seed)
 
@@ -238,7 +238,7 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter from `seed` and its own name: the same bits on every device and rank."""
         for name, parameter, spec in mup.named_specs(self):
-            factor = self.cfg.table.factors(spec.role, spec.m_in, spec.m_out, "adam").init
+            factor = spec.factors(self.cfg.table, "adam").init
             rng = generator(seed, "init", name)
             if spec.role is Role.INPUT:
                 values = torch.empty(parameter.shape).normal_(generator=rng)
@@ -285,9 +285,9 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
-        return SoftcapCrossEntropy.apply(
-            self.hidden(tokens, window), self.lm_head.weight, targets, self.logit_scale, LOGIT_BUDGET
-        )
+        weight = self.lm_head.weight  # a Function is told that a parameter needs a gradient even under no_grad
+        weight = weight if torch.is_grad_enabled() else weight.detach()
+        return SoftcapCrossEntropy.apply(self.hidden(tokens, window), weight, targets, self.logit_scale, LOGIT_BUDGET)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Accept the record's own checkpoints: compiled names, and `scalars` padded to a multiple of its 8 ranks."""

@@ -49,7 +49,7 @@ class Tuned:
     optimizer: str
     lr: float
     weight_decay: float = 0.0
-    eps: float = 0.0
+    eps: float = 1e-10
 
 
 def param_groups(
@@ -63,7 +63,7 @@ def param_groups(
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, parameter, spec in mup.named_specs(model):
         base = tuned[spec.group]
-        factors = table.factors(spec.role, spec.m_in, spec.m_out, base.optimizer, spec.group)
+        factors = spec.factors(table, base.optimizer)
         shape_factor = math.sqrt(max(1.0, spec.base_fan_out / spec.base_fan_in)) if base.optimizer == "muon" else 1.0
         lr = base.lr * shape_factor * factors.lr
         group = {

@@ -134,6 +134,7 @@ def join_world(device: str = "auto", timeout_s: float = 600.0) -> World:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun")
+        _env_int("MASTER_PORT", 0)
         timeout = datetime.timedelta(seconds=timeout_s)
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -1,6 +1,7 @@
 """Forked lives, tapped file-system calls, and ranks that are threads.
 
-Torch is imported before the fork, so a life takes milliseconds. A kill does not lose what the kernel holds in memory: what survives a power cut is judged by the order of the calls.
+Torch is imported before the fork, so a life takes milliseconds. A kill does not lose what the kernel holds in memory:
+tapped calls of fsync are seen but not carried out, and what survives a power cut is judged by the order of the calls.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from unittest import mock
 from speedrun_mup.core.utils import World
 
 CALLS = ("mkdir", "open", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir")
-REAL = {name: getattr(os, name) for name in CALLS}
+REAL = {name: getattr(os, name) for name in CALLS} | {"fsync": lambda descriptor: None}
 
 T = TypeVar("T")
 Tap = Callable[[str, tuple[Any, ...]], None]  # (name, arguments) of a call of os that is about to happen

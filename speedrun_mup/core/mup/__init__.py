@@ -1,11 +1,49 @@
-"""muP: roles, the rule table, and what a parameter is."""
+"""muP: roles, the rule table, what a parameter is; and a library with microsoft/mup's names (docs/mup-library.md)."""
 
+from speedrun_mup.core.mup import coord_check, infshape, init, layer, optim, shape
+from speedrun_mup.core.mup.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
+from speedrun_mup.core.mup.init import (
+    calculate_gain,
+    constant_std_init_,
+    eye_,
+    kaiming_normal_,
+    kaiming_uniform_,
+    normal_,
+    ones_,
+    trunc_normal_,
+    uniform_,
+    xavier_normal_,
+    xavier_uniform_,
+)
+from speedrun_mup.core.mup.layer import MuReadout, MuSharedReadout, rescale_linear_bias
+from speedrun_mup.core.mup.optim import MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Factors, Parametrization, Power, Role, Rule, Step, mup
+from speedrun_mup.core.mup.shape import (
+    apply_infshapes,
+    assert_hidden_size_inf,
+    clear_dims,
+    get_infshapes,
+    get_shapes,
+    load_base_shapes,
+    make_base_shapes,
+    save_base_shapes,
+    set_base_shapes,
+    zip_infshapes,
+)
 from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError, declare, named_specs
 
 __all__ = [
     "PARAMETRIZATIONS",
+    "BaseShapeError",
     "Factors",
+    "InfDim",
+    "InfShape",
+    "MuAdam",
+    "MuAdamW",
+    "MuMuon",
+    "MuReadout",
+    "MuSGD",
+    "MuSharedReadout",
     "ParamSpec",
     "Parametrization",
     "Power",
@@ -13,7 +51,37 @@ __all__ = [
     "Rule",
     "Step",
     "UndeclaredParameterError",
+    "apply_infshapes",
+    "assert_hidden_size_inf",
+    "calculate_gain",
+    "clear_dims",
+    "constant_std_init_",
+    "coord_check",
     "declare",
+    "eye_",
+    "get_infshapes",
+    "get_shapes",
+    "infshape",
+    "init",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "layer",
+    "load_base_shapes",
+    "make_base_shapes",
     "mup",
     "named_specs",
+    "normal_",
+    "ones_",
+    "optim",
+    "process_param_groups",
+    "rescale_linear_bias",
+    "save_base_shapes",
+    "set_base_shapes",
+    "shape",
+    "trunc_normal_",
+    "uniform_",
+    "xavier_normal_",
+    "xavier_uniform_",
+    "zip_infshape",
+    "zip_infshapes",
 ]

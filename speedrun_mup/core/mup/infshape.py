@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.mup.rules import Role
-from speedrun_mup.core.mup.spec import ParamSpec
+from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
 
 
 class BaseShapeError(UserError, ValueError):
@@ -67,7 +67,7 @@ class InfShape(tuple[InfDim, ...]):
 
     @property
     def main_idx(self) -> int | None:
-        """Index of `main`; None if every dimension is finite. Set the layout with declare, which no copy of a model loses."""
+        """Index of `main`; None if every dimension is finite. Read-only: declare the layout on the module."""
         words = self._spec.layout if self._spec else ("-",) * len(self)
         infinite = [i for i, dim in enumerate(self) if dim.isinf()]
         return max(infinite, key=lambda i: (words[i] == "in", words[i] == "out", i), default=None)
@@ -189,3 +189,14 @@ def infer_spec(infshape: InfShape, module: nn.Module | None = None) -> ParamSpec
     sizes: Any = tuple(infshape.shape())
     base: Any = tuple(dim.base_dim or dim.dim for dim in infshape)
     return ParamSpec(roles[frozenset(grown)], base, sizes, tuple(words), inferred=True)
+
+
+def spec_of(tensor: Tensor) -> ParamSpec:
+    """What set_base_shapes attached to the tensor. Raises UndeclaredParameterError if a copy of the model lost it."""
+    if not hasattr(tensor, "infshape"):
+        raise UndeclaredParameterError(
+            f"a tensor {tuple(tensor.shape)} has no infshape: call set_base_shapes; if it was lost (deepcopy, "
+            "to_empty, FSDP2, load_state_dict(assign=True)), pass the model to the optimizer, or bring it back with "
+            "apply_infshapes(model, get_infshapes(model))"
+        )
+    return tensor.infshape.spec

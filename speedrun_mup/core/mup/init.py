@@ -14,20 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.init import calculate_gain as calculate_gain
 
-from speedrun_mup.core.mup.infshape import BaseShapeError
+from speedrun_mup.core.mup.infshape import BaseShapeError, spec_of
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Role
-from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
-
-
-def spec_of(tensor: Tensor) -> ParamSpec:
-    """What set_base_shapes attached to the tensor. Raises UndeclaredParameterError if a copy of the model lost it."""
-    if not hasattr(tensor, "infshape"):
-        raise UndeclaredParameterError(
-            f"a tensor {tuple(tensor.shape)} has no infshape: call set_base_shapes, or, if it was lost (deepcopy, to_empty, "
-            "FSDP2, load_state_dict(assign=True)), pass the model to the optimizer, or before initialising call "
-            "apply_infshapes(model, get_infshapes(model))"
-        )
-    return tensor.infshape.spec
+from speedrun_mup.core.mup.spec import ParamSpec
 
 
 def _factor(spec: ParamSpec) -> float:
@@ -60,7 +49,8 @@ def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
 def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
     """torch.nn.init.trunc_normal_ with width; the bounds scale too. mean must be 0 and a be -b for a hidden matrix."""
     _need(spec_of(tensor), mean == 0 and a == -b, "a mean")
-    return constant_std_init_(tensor, lambda t, scale: nn.init.trunc_normal_(t, *(x * scale for x in (mean, std, a, b))))
+    arguments = (mean, std, a, b)
+    return constant_std_init_(tensor, lambda t, scale: nn.init.trunc_normal_(t, *(x * scale for x in arguments)))
 
 
 def ones_(tensor: Tensor) -> Tensor:
@@ -82,7 +72,7 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _at_base(tensor: Tensor, init_: Callable[..., Tensor], fan: Callable[[int, int], int], **kwargs: Any) -> Tensor:
-    """Fill by `init_`, whose std is 1/sqrt(fan) times a constant; then replace that fan by the base's, and scale by width."""
+    """Fill by `init_`, whose std is proportional to 1/sqrt(fan); then make that fan the base's, and scale by width."""
     spec = spec_of(tensor)
     init_(tensor, **kwargs)
     scale = _factor(spec) * math.sqrt(fan(*_fans(spec.shape)) / fan(*_fans(spec.base_shape)))

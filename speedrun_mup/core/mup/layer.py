@@ -21,8 +21,9 @@ def _spec_of_weight(module: nn.Module) -> ParamSpec:
 
 @torch.no_grad()
 def _rescale(module: nn.Module, parameters: Iterable[Tensor | None], factor: float) -> None:
-    """Multiply freshly initialised parameters by `factor`, once: a repeated call does nothing, a new factor replaces the
-    old. Meta tensors have no values to scale: call again once they do.
+    """Multiply fresh parameters by `factor`, once: repeated calls do nothing, another factor replaces the first.
+
+    Meta tensors have no values to scale: call again once they do.
     """
     applied = module.__dict__.get("mup_rescaled", 1.0)
     present = [p for p in parameters if p is not None]
@@ -34,11 +35,11 @@ def _rescale(module: nn.Module, parameters: Iterable[Tensor | None], factor: flo
 
 
 class MuReadout(nn.Linear):
-    """A linear layer whose input dimension grows with width and whose output dimension does not (d_model to vocabulary).
+    """A linear layer from a dimension that grows with width to one that does not (d_model to vocabulary).
 
     (..., in_features) -> (..., out_features). Its input is multiplied by output_mult and by the table's forward factor,
-    1 / width multiplier in muP; the bias is not. readout_zero_init: start at zero. parametrization: hand the same one to
-    the optimizer. Raises UndeclaredParameterError in forward until set_base_shapes or declare.
+    1 / width multiplier in muP; the bias is not. readout_zero_init: start at zero. parametrization: hand the same one
+    to the optimizer. Raises UndeclaredParameterError in forward until set_base_shapes or declare.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class MuReadout(nn.Linear):
 
 
 class MuSharedReadout(MuReadout):
-    """A readout that shares `weight` (out_features, in_features) with an embedding, whose initialisation it leaves alone."""
+    """A readout that shares `weight` (out_features, in_features) with an embedding and leaves its init alone."""
 
     def __init__(self, weight: nn.Parameter, bias: bool = True, **kwargs: Any):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, **kwargs | {"device": "meta"})
@@ -105,7 +106,7 @@ class MuSharedReadout(MuReadout):
 
 
 def rescale_linear_bias(linear: nn.Module) -> None:
-    """Turn torch's init of a linear or convolution bias, std 1/sqrt(fan_in), into muP's constant one. Safe to repeat."""
+    """Turn torch's init of a linear or convolution bias, std 1/sqrt(fan_in), into muP's constant. Safe to repeat."""
     spec = _spec_of_weight(linear)
     m_in = spec.shape[1] / spec.base_shape[1]  # torch takes the fan-in from here, also for transposed convolutions
     _rescale(linear, [linear.bias], ROOT_PER_IN.inverse()(m_in, 1.0))  # type: ignore[list-item]

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from speedrun_mup.core.mup.infshape import BaseShapeError
-from speedrun_mup.core.mup.init import spec_of
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup.infshape import spec_of
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization
 from speedrun_mup.core.mup.spec import ParamSpec, named_specs
 
@@ -26,19 +26,20 @@ _MUP = PARAMETRIZATIONS["mup"]
 
 
 def process_param_groups(params: Iterable[Any], **kwargs: Any) -> list[dict[str, Any]]:
-    """New group dicts with every key of `kwargs` filled in, lr (needed) and weight_decay (default 0) among them.
+    """New group dicts with lr, weight_decay (default 0) and eps filled in from `kwargs` where a group has none.
 
-    The caller's dicts are left as they are. Raises BaseShapeError if a group has no lr.
+    The caller's dicts are left as they are. Raises ConfigError if a group has no lr.
     """
+    filled = {"weight_decay": 0.0} | {key: kwargs[key] for key in ("lr", "weight_decay", "eps") if key in kwargs}
     entries = list(params)
     if not entries or not isinstance(entries[0], dict):
         entries = [{"params": entries}]
     groups = []
     for entry in entries:
         members = entry["params"]
-        group = {"weight_decay": 0.0} | kwargs | entry | {"params": [members] if isinstance(members, Tensor) else list(members)}
+        group = filled | entry | {"params": [members] if isinstance(members, Tensor) else list(members)}
         if "lr" not in group:
-            raise BaseShapeError("a parameter group has no lr; pass lr=")
+            raise ConfigError("a parameter group has no lr; pass lr=")
         groups.append(group)
     return groups
 
@@ -84,7 +85,7 @@ def _table(parametrization: Parametrization, decoupled_wd: bool) -> Parametrizat
     return replace(parametrization, weight_decay="coupled") if decoupled_wd else parametrization
 
 
-def MuAdam(  # noqa: N802
+def MuAdam(
     params: Params,
     impl: Callable[..., Optimizer] = Adam,
     decoupled_wd: bool = False,
@@ -96,20 +97,20 @@ def MuAdam(  # noqa: N802
 ) -> Optimizer:
     """Adam, or another `impl` whose update has entries of fixed size, with muP.
 
-    params: tensors (with the infshape of set_base_shapes), (name, tensor) pairs, group dicts, or the model. model: where
-    to look parameters up that lost their infshape. decoupled_wd: leave weight_decay alone, for an `impl` that does not
-    multiply it by lr; else the parametrization's regime. scale_eps: let eps follow the gradients, as the table says.
-    kwargs: for `impl`, whose defaults hold. Raises UndeclaredParameterError.
+    params: tensors (with the infshape of set_base_shapes), (name, tensor) pairs, group dicts, or the model. model:
+    where to look up parameters that lost their infshape. decoupled_wd: leave weight_decay alone, for an `impl` that
+    does not multiply it by lr; else it follows the parametrization's regime. scale_eps: let eps follow the gradients,
+    as the table says. kwargs: for `impl`, whose defaults hold. Raises UndeclaredParameterError.
     """
     return _scaled(params, "adam", impl, kwargs, _table(parametrization, decoupled_wd), model, scale_eps)
 
 
-def MuAdamW(params: Params, **kwargs: Any) -> Optimizer:  # noqa: N802
+def MuAdamW(params: Params, **kwargs: Any) -> Optimizer:
     """MuAdam over torch's AdamW, with its default weight_decay of 0.01."""
     return MuAdam(params, impl=AdamW, **kwargs)
 
 
-def MuSGD(  # noqa: N802
+def MuSGD(
     params: Params,
     impl: Callable[..., Optimizer] = SGD,
     decoupled_wd: bool = False,
@@ -122,14 +123,15 @@ def MuSGD(  # noqa: N802
     return _scaled(params, "sgd", impl, kwargs, _table(parametrization, decoupled_wd), model)
 
 
-_MUON_SHAPE_FACTORS: dict[str | None, Callable[[int, int], float]] = {
-    None: lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-}
+def _original(rows: int, columns: int) -> float:
+    return math.sqrt(max(1.0, rows / columns))
 
 
-def MuMuon(  # noqa: N802
+def _match_rms_adamw(rows: int, columns: int) -> float:
+    return 0.2 * math.sqrt(max(rows, columns))
+
+
+def MuMuon(
     params: Params,
     impl: Callable[..., Optimizer] = Muon,
     *,
@@ -140,16 +142,17 @@ def MuMuon(  # noqa: N802
 ) -> Optimizer:
     """Muon with muP, for HIDDEN matrices only; torch's takes two dimensions.
 
-    The step is lr * shape_factor(base shape) * sqrt(m_out / m_in), whatever shape factor `impl` applies: torch's Muon at
-    base width, and the spectral rule elsewhere, also with adjust_lr_fn="match_rms_adamw". shape_factor: what another
+    The step is lr * shape_factor(base shape) * sqrt(m_out / m_in), whatever shape factor `impl` applies: torch's Muon
+    at base width, and the spectral rule elsewhere, also with adjust_lr_fn="match_rms_adamw". shape_factor: what another
     `impl` multiplies the update of a (rows, columns) matrix by. Other arguments as for MuAdam.
     Raises ValueError for parameters that are not HIDDEN.
     """
     if shape_factor is None:
         if impl is not Muon:
-            raise BaseShapeError(f"say with shape_factor= what {impl} multiplies the update of a (rows, columns) matrix by")
-        shape_factor = _MUON_SHAPE_FACTORS[kwargs.get("adjust_lr_fn")]
-    factor = shape_factor
-    return _scaled(
-        params, "muon", impl, kwargs, parametrization, model, compensate=lambda s: factor(*s.base_shape[-2:]) / factor(*s.shape[-2:])
-    )
+            raise ConfigError(f"pass shape_factor=: what {impl} multiplies the update of a (rows, columns) matrix by")
+        shape_factor = _match_rms_adamw if kwargs.get("adjust_lr_fn") == "match_rms_adamw" else _original
+
+    def compensate(spec: ParamSpec) -> float:
+        return shape_factor(*spec.base_shape[-2:]) / shape_factor(*spec.shape[-2:])
+
+    return _scaled(params, "muon", impl, kwargs, parametrization, model, compensate=compensate)

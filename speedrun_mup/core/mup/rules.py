@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: init std, multiplier on the activation that leaves the parameter, and a Step per optimizer that may own it."""
+    """One row: init std, multiplier on the activation that leaves the parameter, Step per optimizer that may own it."""
 
     init: Power = ONE
     forward: Power = ONE
@@ -81,8 +81,8 @@ class Factors:
 class Parametrization:
     """A named rule table.
 
-    weight_decay: one of WEIGHT_DECAY_REGIMES. lr_by_group: extra LR powers for named parameter groups, for the exponents
-    on which the literature disagrees.
+    weight_decay: one of WEIGHT_DECAY_REGIMES. lr_by_group: extra LR powers for named parameter groups, for the
+    exponents on which the literature disagrees.
     """
 
     name: str

@@ -75,7 +75,7 @@ def _extract_shapes(source: Shapes) -> Mapping[str, Dims]:
 
 
 def _unwrapped(shapes: Mapping[str, Dims]) -> dict[str, Dims]:
-    """The same under the names inside of DistributedDataParallel and torch.compile, which put a prefix to every name."""
+    """The same under the names that DistributedDataParallel and torch.compile put their prefix to."""
     names = list(shapes)
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in names):
@@ -84,7 +84,7 @@ def _unwrapped(shapes: Mapping[str, Dims]) -> dict[str, Dims]:
 
 
 def zip_infshapes(base: Shapes, target: Shapes) -> dict[str, InfShape]:
-    """{name in target: InfShape} of `target` over `base`. Raises BaseShapeError naming the parameter that does not fit."""
+    """{name in target: InfShape} of `target` over `base`. Raises BaseShapeError naming what does not fit."""
     base_shapes, target_shapes = _unwrapped(_extract_shapes(base)), _extract_shapes(target)
     plain = _unwrapped(target_shapes)
     if base_shapes.keys() != plain.keys():
@@ -101,7 +101,7 @@ def zip_infshapes(base: Shapes, target: Shapes) -> dict[str, InfShape]:
 
 
 def clear_dims(infshape_dict: Mapping[str, InfShape]) -> dict[str, InfShape]:
-    """The same with the present sizes of infinite dimensions forgotten (None); finite sizes stay, to be checked later."""
+    """The same without the present sizes of infinite dimensions (None); finite sizes stay, to be checked later."""
     return {
         name: InfShape(InfDim(dim.base_dim, None if dim.isinf() else dim.dim) for dim in infshape)
         for name, infshape in infshape_dict.items()
@@ -148,7 +148,7 @@ def apply_infshapes(model: nn.Module, infshapes: Mapping[str, InfShape]) -> None
                 )
             module.__dict__.setdefault("mup_specs", {})[local] = spec
             if id(p) not in attached:
-                p.infshape = InfShape.from_spec(spec)  # type: ignore[attr-defined]
+                p.infshape = InfShape.from_spec(spec)
             attached.add(id(p))
 
 
@@ -198,8 +198,8 @@ def assert_hidden_size_inf(model: nn.Module) -> None:
             spec: ParamSpec = module.mup_specs["weight"]  # type: ignore[index,assignment]
             if spec.inferred and spec.role is Role.OUTPUT:
                 raise BaseShapeError(
-                    f"{name}.weight {spec.shape} reads from a dimension that grows with width and writes to one that does "
-                    "not; make the layer a MuReadout, let its output grow too, or declare the weight as Role.OUTPUT"
+                    f"{name}.weight {spec.shape} reads from a dimension that grows with width, writes to one that does "
+                    "not: make the layer a MuReadout, let its output grow too, or declare the weight as Role.OUTPUT"
                 )
 
 

@@ -1,7 +1,7 @@
 """What a parameter is, declared where it is born and kept on the module that owns it.
 
-Tensors lose their attributes when a model is deep-copied, materialised, sharded or loaded with assign=True; modules keep
-theirs. So a spec lives in its module's `mup_specs`, under the parameter's local name.
+Tensors lose their attributes when a model is deep-copied, materialised, sharded or loaded with assign=True; modules
+keep theirs. So a spec lives in its module's `mup_specs`, under the parameter's local name.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ def declare(
     """
     shape = tuple(module.get_parameter(name).shape)
     spec = ParamSpec(role, tuple(base_shape), shape, tuple(layout.split()), group, m_depth)
-    if "mup_specs" not in module.__dict__:
-        module.mup_specs = {}  # type: ignore[assignment]
-    module.mup_specs[name] = spec  # type: ignore[index,operator]
+    module.__dict__.setdefault("mup_specs", {})[name] = spec
     return spec
 
 

@@ -1,0 +1,129 @@
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from speedrun_mup.cli import main, train_parser
+from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, parse, to_json
+from speedrun_mup.core import mup
+from speedrun_mup.core.errors import ConfigError
+
+
+def flags(line: str) -> dict:
+    parsed = vars(parse(train_parser("train.py"), line.split()))
+    parsed.pop("preset")
+    return parsed
+
+
+def test_the_promised_commands_mean_what_they_say():
+    plain = make_config("record26", flags("--width 768 --iterations 1750"))
+    assert plain == make_config("record26", {}) and plain.parametrization == "record26"
+    wide = make_config("record26", flags("--mup --width 1024 --base-width 768 --iterations 1750"))
+    assert (wide.parametrization, wide.width, wide.base_width, wide.iterations) == ("mup", 1024, 768, 1750)
+    assert make_config("record26", flags("--mup --width 1024 --base-width 768")).iterations == 1750
+    last = make_config("record26", flags("--mup --width 1024 --base-width 768 --iterations 1750 --seed 42 --no-compile"))
+    assert (last.seed, last.compile) == (42, False)
+
+
+def test_a_width_without_mup_is_the_plain_record_on_a_laptop_too():
+    assert make_config("laptop", {}).parametrization == "mup"
+    assert make_config("laptop", flags("--width 768")).parametrization == "record26"
+    assert make_config("laptop", flags("--width 768 --mup --base-width 64")).base_width == 64
+    assert make_config("laptop", flags("--width 256 --base-width 64")).parametrization == "mup"
+
+
+def test_the_record26_preset_is_the_record():
+    cfg = make_config("record26", {})
+    assert cfg.batch_tokens == 393_216 and cfg.iterations == 1750 and cfg.n_layer == 12 and cfg.head_dim == 128
+    assert (cfg.matrix_lr, cfg.embed_lr, cfg.head_lr, cfg.scalar_lr) == (0.05, 0.6, 0.22, 0.04)
+    assert (cfg.adam_beta1, cfg.adam_beta2, cfg.adam_eps, cfg.weight_decay) == (0.8, 0.95, 1e-10, 0)
+    assert (cfg.cooldown, cfg.lr_floor, cfg.momentum_start, cfg.momentum, cfg.momentum_warmup) == (0.45, 0.1, 0.85, 0.95, 300)
+    assert (cfg.val_tokens, cfg.val_chunk_tokens, cfg.val_every) == (10_485_760, 262_144, 125)
+
+
+def test_names_of_rule_tables_are_told_without_torch():
+    assert set(TABLES) == set(mup.PARAMETRIZATIONS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_survives_json(preset):
+    cfg = make_config(preset, {"base_width": 256, "width": 512, "epochs": 3})
+    assert from_json(to_json(cfg), Path("x")) == cfg
+
+
+BAD = {
+    "--widht 128": "unknown argument --widht; did you mean --width?",
+    "--width abc": "invalid int value: 'abc'",
+    "--width": "expected one argument",
+    "--width 0": "width=0 must be at least 1",
+    "--width -64": "width=-64 must be at least 1",
+    "--width 200": "width=200 is not a multiple of head_dim=32; try 192 or 224",
+    "--mup --width 128 --base-width 100": "base_width=100 is not a multiple of head_dim=32; try 96 or 128",
+    "--head-dim 6 --width 120": "head_dim=6 must be a multiple of 4",
+    "--n-layer 7": "n_layer=7 must be even and at least 6",
+    "--n-layer 4": "n_layer=4 must be even and at least 6",
+    "--iterations 0": "iterations=0 must be at least 1",
+    "--micro-batch-tokens 500": "micro_batch_tokens=500 is not a multiple of block_size=64; try 448",
+    "--matrix-lr nan": "matrix_lr=nan must be positive and finite",
+    "--matrix-lr inf": "matrix_lr=inf must be positive and finite",
+    "--lr-scale -1": "lr_scale=-1.0 must be positive and finite",
+    "--adam-beta1 1": "adam_beta1=1.0 must be in [0, 1)",
+    "--cooldown 2": "cooldown=2.0 must be in [0, 1]",
+    "--keep-last 1": "keep_last=1 must be at least 2",
+    "--parametrization pum": "invalid choice: 'pum'",
+    "--preset desktop": "invalid choice: 'desktop'",
+    "--data /no/such/folder": "/no/such/folder",
+    "--tokenizer words": "words",
+    "--device tpu": "device=tpu is not usable here",
+    "--device cuda": "device=cuda is not usable here",
+    "--attention flex": "attention=flex cannot train on cpu",
+    "--out /proc/nowhere": "/proc/nowhere",
+    "--resume /no/such/run": "/no/such/run",
+    "--seed -1": "seed=-1 must be at least 0",
+    "--progress maybe": "unknown argument maybe",
+    "--width 0 --iterations 0": "width=0 must be at least 1; iterations=0 must be at least 1",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_flags_cost_one_clear_line(line, capsys, tmp_path, monkeypatch):
+    import torch
+
+    if "cuda" in line and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    code = main(["train", "--data", "synthetic", "--preset", "laptop", *line.split()])
+    error = capsys.readouterr().err
+    assert code in (2, 3, 4) and error.count("\n") == 1 and error.startswith("error: ")
+    assert BAD[line] in error
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"width": "128"}', '{"nonsense": 1}', '{"width": 0}', '{"width": 1e99}', '{"compile": 1}'],
+)
+def test_a_corrupt_config_is_one_clear_error(text):
+    with pytest.raises(ConfigError, match="run/config.json is not a valid config"):
+        from_json(text, Path("run/config.json"))
+
+
+def test_help_answers_within_a_second_without_torch(tmp_path):
+    root = Path(__file__).parent.parent
+    begun = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", root / "train.py", "--help"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "torch" not in shown.stderr and "numpy" not in shown.stderr
+    assert time.monotonic() - begun < 5  # 0.1 s alone; this machine may be busy
+    for field in dataclasses.fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in shown.stdout
+
+
+def test_no_flag_is_told_twice():
+    options = [option for action in train_parser("x")._actions for option in action.option_strings]
+    assert len(options) == len(set(options)) and os.sep not in "".join(options)

@@ -1,0 +1,99 @@
+"""The rules of docs/architecture.md that a machine can hold."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "speedrun_mup"
+
+# Lowest first. A module may import from its own floor's members only if it is listed after them, and from any floor below.
+FLOORS = [
+    ["core.errors"],
+    ["core.mup", "core.utils", "schedules"],
+    ["core.attention", "core.fp8", "core.optimizers"],
+    ["core.model", "config"],
+    ["data", "corpus", "checkpoint", "tracking"],
+    ["training"],
+    ["coord_check", "sweep", "transfer", "report"],
+    ["cli"],
+]
+
+
+def floor_of(module: str) -> int:
+    """Number of the floor that `module` (without the package's name) is on."""
+    for number, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    raise AssertionError(f"{module} is on no floor: add it to FLOORS and to docs/architecture.md")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name not in ("__init__", "__main__", "core"):
+            yield name, ast.parse(path.read_text())
+
+
+def imports_of(tree: ast.Module):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("speedrun_mup"):
+            module = node.module.removeprefix("speedrun_mup").lstrip(".")
+            for alias in node.names:
+                joined = f"{module}.{alias.name}".lstrip(".")
+                yield joined if (PACKAGE / (joined.replace(".", "/") + ".py")).exists() or module in ("", "core") else module
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("speedrun_mup.") for a in node.names if a.name.startswith("speedrun_mup."))
+
+
+def test_imports_point_down():
+    for name, tree in modules():
+        for target in imports_of(tree):
+            if target in ("__version__", ""):
+                continue
+            assert floor_of(target) <= floor_of(name), f"{name} imports {target} from a higher floor"
+
+
+def test_the_physics_knows_nothing_of_the_laboratory():
+    for name, tree in modules():
+        if name.startswith("core."):
+            assert all(target.startswith("core") for target in imports_of(tree)), name
+
+
+def test_every_public_name_is_documented():
+    for name, tree in modules():
+        assert ast.get_docstring(tree), f"{name} has no docstring"
+        for scope in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
+            for node in scope.body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                    is_setter = any(getattr(decorator, "attr", "") == "setter" for decorator in node.decorator_list)
+                    assert is_setter or ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+
+
+def test_no_script_is_named_like_a_standard_module():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        assert path.stem not in sys.stdlib_module_names, path
+
+
+def test_nothing_is_checked_with_assert_or_unpickled():
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.Assert), f"{name}:{node.lineno}: python -O would strip this check"
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search(r"pickle\.load|weights_only\s*=\s*False|\beval\(|\bexec\(", path.read_text()), path
+
+
+def test_the_project_speaks_of_itself_only():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.md")]:
+        text = path.read_text()
+        assert not re.search(r"/work/|/tmp/|/root/|issue #\d|pypi\.org|\.library", text), path
+
+
+def test_readme_commands_exist():
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", readme, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for script in re.findall(r"python (\S+\.py)", readme):
+        assert (ROOT / script).exists(), script

@@ -1,0 +1,233 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speedrun_mup.checkpoint import CheckpointError
+from speedrun_mup.core.errors import ConfigError, NonFiniteError
+from speedrun_mup.core.utils import World
+from speedrun_mup.tracking import read_metrics
+from speedrun_mup.training import Run, newest_unfinished, stop_signals, train
+
+
+def weights(result):
+    return load_file(result.folder / "checkpoints" / f"step-{result.steps:08d}" / "model.safetensors")
+
+
+@pytest.fixture
+def opened():
+    """opened(cfg): a Run that is closed after the test."""
+    with ExitStack() as stack:
+        yield lambda cfg: stack.enter_context(closing(Run(cfg, World())))
+
+
+def curve(folder, kind="train"):
+    return [(r["step"], r["loss"]) for r in read_metrics(folder) if r["kind"] == kind]
+
+
+def assert_same_training(a, b):
+    assert curve(a.folder) == curve(b.folder)
+    assert curve(a.folder, "val") == curve(b.folder, "val")
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_run_trains_and_leaves_its_folder_complete(tiny):
+    result = train(tiny(iterations=30, name="a"))
+    assert result.finished and result.steps == 30 and result.tokens == 30 * 512
+    assert result.val_loss < 4.0 < curve(result.folder, "val")[0][1]
+    assert [step for step, _ in curve(result.folder)] == list(range(30))
+    assert {path.name for path in result.folder.iterdir()} >= {"config.json", "provenance.json", "log.txt", "metrics.jsonl"}
+    provenance = json.loads((result.folder / "provenance.json").read_text())
+    assert provenance["torch"] == torch.__version__ and len(provenance["source_sha256"]) == 64
+
+
+def test_step_0_loss_is_that_of_the_uniform_distribution(tiny):
+    assert curve(train(tiny(iterations=1)).folder)[0][1] == pytest.approx(4.852030263919617, rel=1e-6)  # ln 128
+
+
+def test_the_seed_fixes_everything_and_another_seed_changes_it(tiny):
+    first, second, other = train(tiny(name="1")), train(tiny(name="2")), train(tiny(name="3", seed=1))
+    assert_same_training(first, second)
+    assert curve(first.folder)[2:] != curve(other.folder)[2:]
+
+
+@pytest.mark.parametrize("hidden", ["muon", "adam"])
+def test_at_base_width_mup_is_the_record_bit_for_bit(tiny, hidden):
+    same = {"width": 32, "base_width": 32, "hidden_optimizer": hidden}
+    assert_same_training(
+        train(tiny(name="mup", parametrization="mup", **same)), train(tiny(name="plain", parametrization="record26", **same))
+    )
+
+
+def test_at_another_width_mup_is_not_the_record(tiny):
+    assert curve(train(tiny(name="mup")).folder)[3:] != curve(train(tiny(name="r", parametrization="record26")).folder)[3:]
+
+
+def test_kernel_warmup_leaves_no_trace(tiny):
+    assert_same_training(train(tiny(name="cold")), train(tiny(name="warm", kernel_warmup=3)))
+
+
+def test_packed_micro_batches_train_as_separate_ones(tiny):
+    packed, apart = curve(train(tiny(name="p", pack=4)).folder), curve(train(tiny(name="s", pack=1)).folder)
+    assert [loss for _, loss in packed] == pytest.approx([loss for _, loss in apart], rel=2e-5)
+
+
+def test_stopping_and_resuming_is_bitwise_an_uninterrupted_run(tiny):
+    whole = train(tiny(name="whole"))
+
+    def stop_at_4(step, model, batches):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    part = train(tiny(name="part"), observe=stop_at_4)
+    assert not part.finished and part.steps == 4
+    again = train(tiny(name="part", resume=str(part.folder)))
+    assert again.finished
+    assert_same_training(whole, again)
+
+
+def test_resume_survives_a_folder_without_any_checkpoint(tiny):
+    run = tiny(name="x")
+    Run(run, World()).close()  # opened, never trained
+    assert train(dataclasses.replace(run, resume=str(Path(run.out) / "x"))).finished
+
+
+def fork_train(cfg, delay):
+    """Train in a forked child and SIGKILL it after `delay` seconds; True if it got to its end first."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            code = 0 if train(cfg).finished else 2
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + delay
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_nothing(tiny):
+    cfg = tiny(name="killed", iterations=30, save_every=1)
+    begun = time.monotonic()
+    whole = train(tiny(name="whole", iterations=30, save_every=1))
+    duration, rng, kills = time.monotonic() - begun, random.Random(0), 0
+    for _ in range(60):
+        resume = str(Path(cfg.out) / "killed") if (Path(cfg.out) / "killed" / "config.json").exists() else None
+        patience = duration * (rng.uniform(0.05, 0.3) if kills < 8 else 20)
+        if fork_train(dataclasses.replace(cfg, resume=resume), patience):
+            break
+        kills += 1
+    assert kills >= 4
+    assert_same_training(whole, dataclasses.replace(whole, folder=Path(cfg.out) / "killed"))
+
+
+def test_a_non_finite_gradient_stops_before_the_update(tiny, opened):
+    run = opened(tiny(name="nan"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.model.blocks[2].mlp.c_fc.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), float("nan")))
+    with pytest.raises(NonFiniteError, match=r"step 0: not finite on rank 0: blocks.2.mlp.c_fc.weight"):
+        run.train([])
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_resuming_with_other_settings_names_them(tiny):
+    result = train(tiny(name="a"))
+    with pytest.raises(CheckpointError, match=r"width was 64, is 96.*matrix_lr was 0.05, is 0.1"):
+        train(tiny(name="a", resume=str(result.folder), width=96, matrix_lr=0.1))
+
+
+def test_a_finished_run_resumes_to_nothing(tiny):
+    result = train(tiny(name="a"))
+    before = (result.folder / "checkpoints" / "step-00000006" / "manifest.json").stat().st_mtime_ns
+    assert train(tiny(name="a", resume=str(result.folder))).finished
+    assert (result.folder / "checkpoints" / "step-00000006" / "manifest.json").stat().st_mtime_ns == before
+    assert [step for step, _ in curve(result.folder)] == list(range(6))
+
+
+def test_two_runs_cannot_share_a_folder(tiny):
+    with closing(Run(tiny(name="a"), World())), pytest.raises(ConfigError, match="in use by process"):
+        Run(tiny(name="a"), World())
+
+
+def test_an_existing_run_is_not_overwritten(tiny):
+    train(tiny(name="a"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(tiny(name="a"))
+
+
+def test_newest_unfinished_run(tiny):
+    out = Path(tiny().out)
+    assert newest_unfinished(out) is None
+    train(tiny(name="done"))
+    Run(tiny(name="open"), World()).close()
+    assert newest_unfinished(out) == out / "open"
+
+
+def test_a_failed_save_costs_a_warning_and_three_the_run(tiny, opened, monkeypatch):
+    run = opened(tiny(name="full", save_every=1))
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args[0])
+        raise CheckpointError("disk full")
+
+    monkeypatch.setattr(run.checkpoints, "save", fail)
+    with pytest.raises(CheckpointError):
+        run.train([])
+    assert calls == [1, 2, 3]
+    assert (run.folder / "log.txt").read_text().count("warning: disk full") == 2
+
+
+def test_a_torn_line_of_metrics_is_dropped_on_resume(tiny):
+    result = train(tiny(name="a", save_every=3))
+    with open(result.folder / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tr')
+    train(tiny(name="a", resume=str(result.folder)))
+    assert [step for step, _ in curve(result.folder)] == list(range(6))
+
+
+def test_adam_can_own_the_hidden_matrices(tiny):
+    result = train(tiny(hidden_optimizer="adam", matrix_lr=0.01, iterations=30))
+    assert result.val_loss < 4.0
+
+
+def test_micro_batches_are_summed_over_tokens_and_averaged(tiny, opened):
+    """The gradient of N micro-batches is the mean over them of the gradient summed over tokens (record26: AVG of SUMs)."""
+    run = opened(tiny())
+    batches = next(run.batches.stream(0, 0, 1))
+    run.accumulate_gradients(batches, 0)
+    accumulated = run.model.lm_head.weight.grad.clone()
+    run.model.zero_grad()
+    for inputs, targets in batches:
+        run.model(inputs, targets, 1).backward()
+    torch.testing.assert_close(accumulated, run.model.lm_head.weight.grad / 4)
+
+
+def test_signals_are_restored_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == ["SIGTERM"]
+    assert signal.getsignal(signal.SIGTERM) is before
