@@ -27,9 +27,9 @@ WARMUP = 0.05  # of the opponent's steps: its learning rate rises linearly, then
 class Opponent:
     """Hugging Face's GPT-2 with torch's AdamW: the usual way to train a model of this size.
 
-    Layers, width, heads, vocabulary and tokens per step are those of `cfg`; a micro-batch is one sequence, so its context
-    is T. No dropout, scaled_dot_product_attention, betas 0.9 and 0.95, weight decay 0.1 on matrices, gradients clipped to
-    norm 1, linear warmup and decay over `steps`.
+    Layers, width, heads, vocabulary and tokens per step are those of `cfg`; a micro-batch is one sequence, so the
+    context is T. No dropout, scaled_dot_product_attention, betas 0.9 and 0.95, weight decay 0.1 on matrices, gradients
+    clipped to norm 1, linear warmup and decay over `steps`.
     """
 
     def __init__(self, cfg: TrainConfig, corpus: Corpus, steps: int, lr: float = 1e-3, seed: int = 0):

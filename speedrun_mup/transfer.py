@@ -228,7 +228,7 @@ def fit_bowls(log2_lr: Array, losses: Array, window: float, excess: float) -> Bo
     first = np.clip(best - 1, 0, len(log2_lr) - 3)[:, None]
     near = (np.abs(u) < window + 1e-3) & (losses <= lowest + excess * np.abs(lowest))
     inside = near | ((index >= first) & (index < first + 3))
-    powers = u[:, :, None] ** np.arange(3)  # (R, K, 3)
+    powers = np.stack([np.ones_like(u), u, u * u], axis=2)  # (R, K, 3)
     weighted = powers * inside[:, :, None]
     normal = weighted.transpose(0, 2, 1) @ powers
     a, b, c = np.linalg.solve(normal, (weighted * losses[:, :, None]).sum(axis=1)[:, :, None])[:, :, 0].T
@@ -483,7 +483,8 @@ def _cells(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | str:
     grid = sorted({run.log2_lr for run in runs} - set(diverged))
     seeds = sorted({run.seed for run in runs if run.log2_lr in grid})
     if len(grid) < 3:
-        return f"width {width}: {len(grid)} stable learning rates, at least 3 are needed; extend the sweep"
+        downwards = " downwards" if diverged else ""
+        return f"width {width}: {len(grid)} stable learning rates, at least 3 are needed; extend the sweep{downwards}"
     losses = np.full((len(seeds), len(grid)), np.nan)
     for run in runs:
         if run.log2_lr in grid:
@@ -695,11 +696,11 @@ def _judge(
         return Verdict.FAIL, failed
 
     short = []
-    half = (high - low) / 2
+    reach = max(high - drift.value, drift.value - low)
     if not -limit < low <= high < limit:
         text = f"{measured}: the interval is not inside +-{limit:g}"
         if abs(drift.value) < bound:
-            more = max(2, math.ceil((half / (limit - abs(drift.value))) ** 2))
+            more = max(2, math.ceil((reach / (limit - abs(drift.value))) ** 2))
             text += f"; about {more} times the seeds would settle it"
         short.append(text)
     elif abs(drift.value) > bound:

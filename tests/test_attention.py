@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -125,8 +124,7 @@ def test_dense_is_softmax_over_the_allowed_keys_one_query_at_a_time():
     for t in range(16):
         for h in range(2):
             keys = [s for s in range(16) if allowed[t, s]]
-            weights = [math.exp(SCALE * (q[t, h] @ k[s, h]).item()) for s in keys]
-            expected = sum(w * v[s, h] for w, s in zip(weights, keys, strict=True)) / sum(weights)
+            expected = (SCALE * k[keys, h] @ q[t, h]).softmax(0) @ v[keys, h]
             torch.testing.assert_close(out[t, h], expected)
 
 
@@ -169,7 +167,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_blocked_never_holds_a_tensor_of_t_by_t():
-    T, B, W, H, C = 2048, 64, 2, 1, 16
+    T, B, W, H, C = 1024, 32, 2, 1, 16
     q, k, v, grad = heads(T, H, C)
     doc = document_numbers(torch.arange(T) % 300, 0)
     largest = {}
@@ -240,12 +238,7 @@ def test_the_mask_of_flex_is_the_rule_both_in_blocks_and_in_its_function(case):
     t = torch.arange(n * B)
     zero = torch.zeros((), dtype=torch.int32)
     assert torch.equal(mask.mask_mod(zero, zero, t[:, None], t[None, :]), allowed)
-    needed = allowed.view(n, B, n, B).any(3).any(1)
-    assert torch.equal(
-        mask.to_dense()[0, 0].bool() | needed, mask.to_dense()[0, 0].bool()
-    )  # no needed block is missing
-    distance = torch.arange(n)[:, None] - torch.arange(n)
-    assert not mask.to_dense()[0, 0].bool()[distance >= max(case.window, 1)].any()
+    assert torch.equal(mask.to_dense()[0, 0].bool(), allowed.view(n, B, n, B).any(3).any(1))
 
 
 def test_flex_is_dense_as_far_as_a_cpu_can_run_it():
@@ -289,5 +282,5 @@ def test_pick_backend():
         assert pick_backend(name, cuda, compiled=False) == (name, "asked for")
     with pytest.raises(ConfigError, match="attention='sparse' is unknown; choose auto, dense, blocked, flex"):
         pick_backend("sparse", cpu, compiled=False)
-    with pytest.raises(ConfigError, match="attention=flex cannot train on cpu .*; use --attention blocked"):
+    with pytest.raises(ConfigError, match=r"attention=flex cannot train on cpu .*; use --attention blocked"):
         pick_backend("flex", cpu, compiled=True)

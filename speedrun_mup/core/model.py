@@ -98,9 +98,45 @@ class GPTConfig:
         return layer if layer < 3 else last_three if last_three >= 0 else None
 
 
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32; several times faster than autograd's on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / x.size(-1) + RMS_EPS).rsqrt()
+        y = (x * scale).type_as(x)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """scale * (g - y * mean(g * y))."""
+        (grad,), (y, scale) = grads, ctx.saved_tensors
+        along = (grad * y).mean(dim=-1, keepdim=True, dtype=torch.float32)
+        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).type_as(grad)
+
+
 def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square of the last dimension; no gain."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+    """Divide (..., D) by the root mean square of its last dimension; no gain. The reference is F.rms_norm."""
+    return RMSNorm.apply(x)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2 with one saved tensor and two passes in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """(...) -> (...)."""
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """2 relu(x) g."""
+        return (grads[0] * ctx.saved_tensors[0]).mul_(2)
 
 
 class Linear(nn.Module):
@@ -128,19 +164,20 @@ class Embedding(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, 1, C / 2) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
+    """cos and signed sin, (T, 1, C) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
     rotating = head_dim // 4
     frequency = (1 / 1024) ** torch.linspace(0, 1, rotating, device=device)
     frequency = torch.cat([frequency, frequency.new_zeros(head_dim // 2 - rotating)])
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    return angle.cos()[:, None], angle.sin()[:, None]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of (T, H, C) in float32; pairs are (i, i + C / 2)."""
     cos, sin = table
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+    x32 = x.float()
+    return torch.addcmul(x32 * cos, x32.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -185,7 +222,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
 
 
 class Block(nn.Module):

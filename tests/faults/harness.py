@@ -107,7 +107,7 @@ class Meeting:
 
     def __init__(self, size: int):
         self.values: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=20)
 
     def gather(self, rank: int, value: Any) -> list[Any]:
         self.values[rank] = value

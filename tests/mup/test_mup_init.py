@@ -67,8 +67,8 @@ def test_what_differs_from_torch_at_another_width(init, same, width):
 
 
 @pytest.mark.parametrize("f", FUNCTIONS)
-def test_std_is_that_of_the_base_times_the_factor(f):
-    """Input, hidden, stacked, readout and convolution shapes at m = 4. Defect 4: stacked shapes raised."""
+def test_defect_4_std_is_that_of_the_base_times_the_factor(f):
+    """Input, hidden, stacked, readout and convolution shapes at m = 4. Upstream raised for stacked ones."""
     torch.manual_seed(0)
     for base, shape, factor in [
         ((64, 50), (256, 50), 1.0),

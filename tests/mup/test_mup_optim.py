@@ -200,6 +200,15 @@ def test_parametrization_is_the_only_source_of_factors():
                 assert by_name(made, model, "weight_decay")[name] == factors.weight_decay
 
 
+def test_defect_17_the_readout_is_corrected_once():
+    """Forward factor times Adam's learning rate is 1/m for every table that claims to be muP, and from one place."""
+    model = tiny()
+    x = torch.eye(32)[:1]
+    forward = (model.readout(x) - model.readout.bias) / model.readout.weight[:, 0]
+    assert forward.mean().item() == pytest.approx(1 / 4)
+    assert learning_rates(mup.MuAdam(model, lr=1.0), model)["readout.weight"] == 1.0
+
+
 # Epsilon
 
 

@@ -179,6 +179,14 @@ def test_declared_role_and_layout_win():
     assert model.mup_specs["table"].role is Role.OUTPUT and model.mup_specs["table"].m_in == 1
 
 
+def test_a_role_declared_late_is_not_overruled_by_the_tensor():
+    model = tiny()
+    mup.declare(model.proj, "weight", mup.Role.HIDDEN, (8, 32), "in out")
+    with pytest.raises(mup.UndeclaredParameterError):
+        mup.MuSGD(model.parameters(), lr=1.0)
+    assert mup.get_infshapes(model)["proj.weight"].main_idx == 0
+
+
 def test_base_equal_to_target_keeps_what_is_infinite():
     model = mup.set_base_shapes(Tiny(8), Tiny(8), delta=Tiny(16))
     assert model.fc.weight.infshape == InfShape([InfDim(32, 32), InfDim(8, 8)])

@@ -145,8 +145,8 @@ def test_ddp(process_group):
     check(nn.parallel.DistributedDataParallel(model), expected)
 
 
-def test_base_shapes_of_wrapped_models(process_group):
-    """Defect 8: upstream turned 'module.embed.weight' into 'bed.weight'."""
+def test_defect_8_base_shapes_of_wrapped_models(process_group):
+    """Upstream turned 'module.embed.weight' into 'bed.weight'."""
     plain, wrapped = tiny(), nn.parallel.DistributedDataParallel(Tiny(32))
     mup.set_base_shapes(wrapped, Tiny(8), delta=Tiny(16))
     assert mup.get_infshapes(wrapped.module) == mup.get_infshapes(plain)
@@ -175,8 +175,8 @@ def test_tied_readout_survives_deepcopy():
     assert "readout.weight" not in learning_rates(mup.MuAdam(twin, lr=1.0), twin)
 
 
-def test_lost_information_raises_and_never_defaults_to_one():
-    """Defect 1, seen from the side of someone who passes tensors only."""
+def test_defect_1_lost_information_raises_and_never_defaults_to_one():
+    """Seen from the side of someone who passes tensors only; the other tests here pass the model."""
     twin = copy.deepcopy(tiny())
     with pytest.raises(mup.UndeclaredParameterError, match="pass the model"):
         mup.MuAdam(twin.parameters(), lr=1.0)

@@ -237,7 +237,8 @@ def plot_coord_data(
         axes.set(title=f"t={t}", xlabel=x, ylabel=y if plot == 0 else "")
         if loglog:
             axes.set_xscale("log", base=logbase)
-            axes.set_yscale("log", base=logbase, nonpositive="mask")
+            if (df[df["t"] == t][y] > 0).any():
+                axes.set_yscale("log", base=logbase, nonpositive="mask")
         if legend and plot == 0:
             axes.legend(fontsize="x-small")
     figure.suptitle(suptitle or "")

@@ -12,7 +12,8 @@ from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, ROOT_PER_IN, Parametri
 from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
 
 
-def _spec_of_weight(module: nn.Module) -> ParamSpec:
+def weight_spec(module: nn.Module) -> ParamSpec:
+    """What the module's weight is. Raises UndeclaredParameterError."""
     specs: dict[str, ParamSpec] = module.__dict__.get("mup_specs", {})
     if "weight" not in specs:
         raise UndeclaredParameterError(f"{module} has no base shape; call set_base_shapes on the model before using it")
@@ -71,17 +72,17 @@ class MuReadout(nn.Linear):
 
     def width_mult(self) -> float:
         """Width multiplier of the input dimension."""
-        return _spec_of_weight(self).m_in
+        return weight_spec(self).m_in
 
     def _rescale_parameters(self) -> None:
         """Turn torch's init, std 1/sqrt(fan_in), into the table's, relative to base width. Safe to repeat."""
-        spec = _spec_of_weight(self)
+        spec = weight_spec(self)
         power = self.parametrization.rules[Role.OUTPUT].init * ROOT_PER_IN.inverse()
         _rescale(self, self._own_parameters(), power(spec.m_in, spec.m_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        spec = _spec_of_weight(self)
+        spec = weight_spec(self)
         factor = self.parametrization.rules[Role.OUTPUT].forward(spec.m_in, spec.m_out)
         return super().forward(x * (self.output_mult * factor))
 
@@ -107,6 +108,6 @@ class MuSharedReadout(MuReadout):
 
 def rescale_linear_bias(linear: nn.Module) -> None:
     """Turn torch's init of a linear or convolution bias, std 1/sqrt(fan_in), into muP's constant. Safe to repeat."""
-    spec = _spec_of_weight(linear)
+    spec = weight_spec(linear)
     m_in = spec.shape[1] / spec.base_shape[1]  # torch takes the fan-in from here, also for transposed convolutions
     _rescale(linear, [linear.bias], ROOT_PER_IN.inverse()(m_in, 1.0))  # type: ignore[list-item]

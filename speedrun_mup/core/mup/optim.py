@@ -100,7 +100,8 @@ def MuAdam(
     params: tensors (with the infshape of set_base_shapes), (name, tensor) pairs, group dicts, or the model. model:
     where to look up parameters that lost their infshape. decoupled_wd: leave weight_decay alone, for an `impl` that
     does not multiply it by lr; else it follows the parametrization's regime. scale_eps: let eps follow the gradients,
-    as the table says. kwargs: for `impl`, whose defaults hold. Raises UndeclaredParameterError.
+    as the table says. kwargs: for `impl`, whose defaults hold. As in torch, weight_decay is an L2 penalty here; MuAdamW
+    decays weights. Raises UndeclaredParameterError.
     """
     return _scaled(params, "adam", impl, kwargs, _table(parametrization, decoupled_wd), model, scale_eps)
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from speedrun_mup.core.mup.infshape import BaseShapeError, InfDim, InfShape, infer_spec, zip_infshape
-from speedrun_mup.core.mup.layer import MuReadout, rescale_linear_bias
+from speedrun_mup.core.mup.layer import MuReadout, rescale_linear_bias, weight_spec
 from speedrun_mup.core.mup.rules import Role
 from speedrun_mup.core.mup.spec import ParamSpec, named_specs
 
@@ -195,7 +195,7 @@ def assert_hidden_size_inf(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, MuReadout):
-            spec: ParamSpec = module.mup_specs["weight"]  # type: ignore[index,assignment]
+            spec = weight_spec(module)
             if spec.inferred and spec.role is Role.OUTPUT:
                 raise BaseShapeError(
                     f"{name}.weight {spec.shape} reads from a dimension that grows with width, writes to one that does "
@@ -207,7 +207,7 @@ def _assert_no_guess(model: nn.Module) -> None:
     """Raise BaseShapeError where, without a delta, comparing two widths cannot tell an input from an output tensor."""
     for name, p, spec in named_specs(model):
         owner = model.get_submodule(name.rpartition(".")[0])
-        known = isinstance(owner, nn.Linear | _ConvNd) or type(owner).__module__.startswith("torch.")
+        known = isinstance(owner, nn.Linear | _ConvNd | nn.Embedding) or type(owner).__module__.startswith("torch.")
         if spec.inferred and not known and p.ndim >= 2 and spec.role is Role.INPUT:
             raise BaseShapeError(
                 f"{name} {spec.shape} differs from the base {spec.base_shape} in one dimension, by intent or by "

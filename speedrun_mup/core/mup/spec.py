@@ -98,8 +98,9 @@ def declare(
 
     layout: one word per dimension, "3 out in" for three stacked matrices. The other arguments are ParamSpec's fields.
     """
-    shape = tuple(module.get_parameter(name).shape)
-    spec = ParamSpec(role, tuple(base_shape), shape, tuple(layout.split()), group, m_depth)
+    parameter = module.get_parameter(name)
+    spec = ParamSpec(role, tuple(base_shape), tuple(parameter.shape), tuple(layout.split()), group, m_depth)
+    vars(parameter).pop("infshape", None)  # a convenience of set_base_shapes that says something else now
     module.__dict__.setdefault("mup_specs", {})[name] = spec
     return spec
 

@@ -1,0 +1,638 @@
+"""The transfer estimator on sweeps whose answer is planted: drift, interval, regret, verdict, words, pictures."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedrun_mup.transfer import (
+    Cells,
+    Run,
+    Thresholds,
+    TransferError,
+    Verdict,
+    fit_bowls,
+    loss_forecast,
+    measure_transfer,
+    plot_drift,
+    plot_lr_curves,
+    read_runs,
+    wider_is_better,
+)
+
+DATA = Path(__file__).parent / "data"
+WIDTHS = (64, 128, 256, 512)
+HALF_OCTAVES = (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3)
+
+
+def sweep(
+    drift=0.0,
+    *,
+    arm="mup",
+    widths=WIDTHS,
+    grid=range(-3, 4),
+    seeds=(0, 1, 2),
+    sigma=0.005,
+    offset=0.02,
+    curvature=0.025,
+    skew=0.0,
+    optimum=0.1,
+    cliff=math.inf,
+    rng=0,
+):
+    """Runs of a parabola in log2 lr whose vertex drifts; seeds may depend on the width, sigma too."""
+    rng = np.random.default_rng(rng)
+    runs = []
+    for j, width in enumerate(widths):
+        noise = sigma[j] if isinstance(sigma, tuple) else sigma
+        for seed in seeds(width) if callable(seeds) else seeds:
+            shift = offset * rng.standard_normal()
+            for k in grid:
+                u = k - optimum - drift * j
+                loss = 3.0 + 1.5 * (width / 64) ** -0.5 + curvature * u * u * (1 + skew * math.tanh(u))
+                loss += shift + noise * rng.standard_normal()
+                runs.append(Run(width, 2.0**k, seed, loss if u < cliff else math.nan, arm))
+    return runs
+
+
+def measure_arm(runs, **options):
+    return measure_transfer(runs, **options).arms["mup"]
+
+
+# ---- the drift and its verdict ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.5, -0.5, 1.0, -1.0])
+def test_planted_drift_is_found_and_judged(drift):
+    arm = measure_arm(sweep(drift, grid=range(-6, 7), rng=2))
+    assert arm.drift.value == pytest.approx(drift, abs=0.04)
+    low, high = arm.drift.interval(0.95)
+    assert low < drift < high
+    assert arm.verdict is (Verdict.PASS if drift == 0 else Verdict.FAIL)
+    assert [fit.optimum for fit in arm.fits] == pytest.approx([0.1 + drift * j for j in range(4)], abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("grid", "seeds"),
+    [(range(-4, 5), (0, 1)), (HALF_OCTAVES, lambda width: (0, 1, 2) if width < 256 else (0,))],
+    ids=["two seeds", "refined grid, lone seeds"],
+)
+def test_interval_covers_the_truth_with_few_seeds(grid, seeds):
+    hits = 0
+    for repeat in range(60):
+        optimum = np.random.default_rng(900 + repeat).uniform(-0.5, 0.5)
+        runs = sweep(0.1, grid=grid, seeds=seeds, rng=repeat, optimum=optimum)
+        low, high = measure_arm(runs, resamples=200, seed=repeat).drift.interval()
+        hits += low <= 0.1 <= high
+    assert 0.78 <= hits / 60 <= 0.99
+
+
+def test_ninety_percent_interval_covers_between_80_and_97_percent():
+    """200 sweeps with 3 seeds and noise that differs between widths."""
+    hits = 0
+    for repeat in range(200):
+        optimum = np.random.default_rng(900 + repeat).uniform(-0.5, 0.5)
+        runs = sweep(0.1, sigma=(0.012, 0.009, 0.006, 0.004), rng=repeat, optimum=optimum)
+        low, high = measure_arm(runs, resamples=200, seed=repeat).drift.interval()
+        hits += low <= 0.1 <= high
+    assert 0.80 <= hits / 200 <= 0.97
+
+
+def test_noise_is_not_transfer():
+    """A flat but noisy sweep shows no drift and must still not pass."""
+    arm = measure_arm(sweep(sigma=0.06, rng=1))
+    low, high = arm.drift.interval()
+    assert low < 0 < high and abs(arm.drift.value) < 0.15 and arm.verdict is Verdict.INCONCLUSIVE
+    assert "is not inside +-0.25; about" in arm.reasons[0] and "times the seeds" in arm.reasons[0]
+    lost = measure_arm(sweep(sigma=0.06, rng=4))
+    assert lost.verdict is Verdict.INCONCLUSIVE and "of the resamples have no minimum inside" in lost.reasons[0]
+
+
+def test_small_but_certain_drift_fails():
+    arm = measure_arm(sweep(0.2, sigma=0.002))
+    assert arm.verdict is Verdict.FAIL and "beyond the tolerated +-0.15" in arm.reasons[0]
+
+
+@pytest.mark.parametrize(("drift", "edge"), [(1.0, "right"), (-1.0, "left")])
+def test_minimum_at_an_edge_is_inconclusive_and_says_where_to_go(drift, edge):
+    arm = measure_arm(sweep(drift, grid=range(-2, 3)))
+    assert arm.verdict is Verdict.INCONCLUSIVE
+    sign = "" if drift > 0 else "-"
+    assert f"width 256: minimum at the {edge} edge of the grid: extend the sweep to 2^{sign}3" in arm.reasons
+    assert [fit.width for fit in arm.usable] == [64, 128]
+
+
+def test_skewed_curves_do_not_fake_a_drift():
+    """Steeper on the right, as real ones are, and as steep at every width."""
+    arm = measure_arm(sweep(0.0, skew=0.6, grid=range(-4, 5), sigma=0.003))
+    assert arm.verdict is Verdict.PASS and abs(arm.drift.value) < 0.03
+    moved = measure_arm(sweep(-0.5, skew=0.6, grid=range(-5, 5), sigma=0.003))
+    assert moved.verdict is Verdict.FAIL and moved.drift.value == pytest.approx(-0.5, abs=0.08)
+
+
+def test_cliff_inside_the_window_is_left_out():
+    """One point that blew up but stayed finite, two octaves right of the optimum."""
+    runs = [
+        dataclasses.replace(run, loss=run.loss + 3.0) if run.width == 512 and run.lr == 4.0 else run for run in sweep()
+    ]
+    arm = measure_arm(runs)
+    assert arm.fits[-1].bowls.right[0] == 1.0
+    assert arm.verdict is Verdict.PASS
+
+
+def test_vertex_beats_the_argmin():
+    """An optimum that moves 0.1 octave across the middle of two grid points is a whole cell to an argmin."""
+    runs = sweep(0.05, optimum=0.42, sigma=0.001)
+    fits = measure_arm(runs).fits
+    assert float(fits[-1].bowls.center[0] - fits[0].bowls.center[0]) == 1.0
+    assert measure_arm(runs).drift.value == pytest.approx(0.05, abs=0.02)
+
+
+def test_public_sweep_that_claimed_muP():
+    """Optima that a user of microsoft/mup reported for widths 96 to 768 move like the standard parametrization's."""
+    runs = []
+    for width, vertex, curvature in zip(
+        (96, 192, 384, 768), (-8.69, -9.54, -10.58, -11.27), (0.028, 0.024, 0.018, 0.014)
+    ):
+        runs += [Run(width, 2.0**k, 0, 3 + curvature * (k - vertex) ** 2) for k in range(-14, -4)]
+    arm = measure_arm(runs, sigma=0.005)
+    assert arm.verdict is Verdict.FAIL
+    assert arm.drift.value == pytest.approx(-0.88, abs=0.01)
+
+
+def test_unequal_noise_gets_unequal_weight():
+    arm = measure_arm(sweep(sigma=(0.03, 0.01, 0.01, 0.002), rng=5))
+    weights = [fit.weight for fit in arm.fits]
+    assert weights[0] < weights[1] < weights[3] and weights[3] / weights[0] > 4
+
+
+def test_a_jump_between_widths_is_not_a_line():
+    runs = sweep(sigma=0.002) + [
+        dataclasses.replace(run, lr=run.lr * 2) for run in sweep(widths=(1024,), sigma=0.002, rng=9)
+    ]
+    moved = [dataclasses.replace(run, lr=run.lr * 2) if run.width == 256 else run for run in sweep(sigma=0.002)]
+    arm = measure_arm(moved)
+    assert arm.verdict is Verdict.INCONCLUSIVE and "octaves off the line" in arm.reasons[0]
+    assert measure_arm(runs).verdict is not Verdict.PASS
+
+
+def test_an_answer_that_depends_on_the_window_does_not_pass():
+    """Bowls whose flanks lean more and more to one side while their bottoms stay."""
+    runs = []
+    for j, width in enumerate(WIDTHS):
+        for seed in range(2):
+            for k in range(-3, 4):
+                lean = 0.12 * j * (1 if k == -2 else -1 if k == 2 else 0)
+                noise = 0.0005 * math.sin(17 * k + 5 * seed + width)
+                runs.append(Run(width, 2.0**k, seed, 3 + 0.05 * k * k - lean / 2 + noise))
+    arm = measure_arm(runs, thresholds=Thresholds(equivalence=0.6, max_drift=0.5, max_regret=1.0, window_excess=1.0))
+    assert arm.verdict is Verdict.INCONCLUSIVE and "depends on the window" in arm.reasons[0]
+
+
+@pytest.mark.parametrize("widths", [(64, 512), (128, 192, 256)])
+def test_too_few_or_too_close_widths_are_inconclusive(widths):
+    arm = measure_arm(sweep(widths=widths))
+    assert arm.verdict is Verdict.INCONCLUSIVE and "span a factor of 4" in arm.reasons[0]
+
+
+def test_one_usable_width_has_no_drift():
+    result = measure_transfer(sweep(widths=(64,)))
+    assert result.arms["mup"].drift is None and result.verdict is Verdict.INCONCLUSIVE
+    assert "interval unknown" not in result.summary()
+    with pytest.raises(TransferError, match="two widths"):
+        loss_forecast(result.arms["mup"], 128)
+    with pytest.raises(TransferError, match="no arm has a drift"):
+        plot_drift(result, "never.png")
+
+
+# ---- divergence ---------------------------------------------------------------------------------------------------
+
+
+def test_diverged_points_are_reported_and_left_out():
+    arm = measure_arm(sweep(-0.5, cliff=1.7, grid=range(-5, 4)))
+    assert arm.verdict is Verdict.FAIL and arm.drift.value == pytest.approx(-0.5, abs=0.03)
+    assert [fit.largest_stable for fit in arm.fits] == [1.0, 1.0, 0.0, 0.0]
+    assert [fit.cells.diverged for fit in arm.fits] == [(2.0, 3.0), (2.0, 3.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0)]
+
+
+def test_one_diverged_seed_makes_the_point_unstable():
+    runs = [dataclasses.replace(run, loss=math.inf) if (run.seed, run.lr) == (1, 8.0) else run for run in sweep()]
+    assert measure_arm(runs).fits[0].cells.diverged == (3.0,)
+    above = [dataclasses.replace(run, loss=11.0) if run.lr == 8.0 else run for run in sweep()]
+    assert measure_arm(above, initial_loss=10.8).fits[0].cells.diverged == (3.0,)
+    assert measure_arm(above).fits[0].cells.diverged == ()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ((1, 2, 3), "minimum at 2^0, next to the divergence at 2^1: add 2^0.5"),
+        ((-2,), "diverged at 2^-2, left of the minimum at 2^0"),
+        ((-3, -2, 0, 1, 2, 3), "1 stable learning rates, at least 3 are needed; extend the sweep downwards"),
+    ],
+)
+def test_divergence_that_hides_the_optimum_is_inconclusive(broken, message):
+    runs = [
+        dataclasses.replace(run, loss=math.nan) if run.width == 128 and run.log2_lr in broken else run
+        for run in sweep()
+    ]
+    arm = measure_arm(runs)
+    assert arm.verdict is Verdict.INCONCLUSIVE
+    assert arm.reasons[0].startswith("width 128: ") and message in arm.reasons[0]
+
+
+def test_divergence_between_the_optimum_and_its_neighbour_is_inconclusive():
+    runs = sweep(grid=HALF_OCTAVES, optimum=0.0)
+    runs = [dataclasses.replace(run, loss=math.nan) if run.width == 64 and run.lr == 2**0.5 else run for run in runs]
+    assert "less than a grid step (1 octaves)" in measure_arm(runs).reasons[0]
+
+
+# ---- seeds and noise ----------------------------------------------------------------------------------------------
+
+
+def test_one_seed_everywhere_needs_sigma():
+    runs = sweep(seeds=(0,))
+    arm = measure_arm(runs)
+    assert arm.verdict is Verdict.INCONCLUSIVE and "the noise is unknown" in arm.reasons[0]
+    assert abs(arm.drift.value) < 0.05 and math.isnan(arm.drift.interval()[0])
+    told = measure_arm(runs, sigma=0.005)
+    assert told.verdict is Verdict.PASS
+    # SE(D) = sigma / (sqrt(40) c h) / sqrt(sum (j - mean j)^2), mup notes 4.4; equal weights here.
+    assert told.drift.se == pytest.approx(0.005 / (math.sqrt(40) * 0.025) / math.sqrt(5), rel=0.3)
+
+
+def test_one_seed_borrows_the_noise_of_replicated_cells():
+    narrow = [run for run in sweep(seeds=lambda width: (0, 1, 2) if width == 64 else (0,))]
+    arm = measure_arm(narrow)
+    assert arm.verdict is Verdict.PASS and arm.sigma == pytest.approx(0.005, rel=0.6)
+    other = measure_transfer(sweep(seeds=(0,)) + sweep(-1, arm="sp", grid=range(-6, 4)), controls={"sp": -1})
+    assert other.arms["mup"].sigma == other.arms["sp"].sigma and other.verdict is Verdict.PASS
+
+
+def test_seed_offsets_cancel():
+    """The same seeds at every learning rate: an offset per seed changes neither the drift nor its interval."""
+    runs = sweep(offset=0.0)
+    shifted = [dataclasses.replace(run, loss=run.loss + 0.01 * run.seed) for run in runs]
+    one, two = measure_arm(runs), measure_arm(shifted)
+    np.testing.assert_allclose(one.drift.draws, two.drift.draws, atol=1e-7)
+    assert two.seed_sd > 2 * two.sigma > 0 and one.seed_sd == pytest.approx(one.sigma, rel=0.2)
+
+
+def test_a_missing_seed_does_not_tilt_the_curve():
+    """Seed 2 has a high offset and misses the right half: plain means would pull the optimum right."""
+    runs = [dataclasses.replace(run, loss=run.loss + 0.2 * (run.seed == 2)) for run in sweep(offset=0.0, sigma=0.001)]
+    holes = [run for run in runs if not (run.seed == 2 and run.lr > 1.0 and run.width > 64)]
+    full, partial = measure_arm(runs), measure_arm(holes)
+    for one, two in zip(full.fits, partial.fits):
+        assert one.optimum == pytest.approx(two.optimum, abs=0.02)
+    assert partial.verdict is Verdict.PASS
+    assert partial.fits[1].cells.runs.tolist() == [3, 3, 3, 3, 2, 2, 2]
+
+
+def test_filled_gaps_give_the_means_of_the_additive_fit():
+    """Yates' filling against the regression on seed and learning-rate dummies that it stands for."""
+    rng = np.random.default_rng(7)
+    runs = [run for run in sweep(widths=(64,), sigma=0.01) if rng.random() > 0.25]
+    cells = measure_arm(runs, sigma=0.01).fits[0].cells
+    row, column = np.nonzero(np.isfinite(cells.losses))
+    design = np.concatenate([np.eye(3)[row][:, 1:], np.eye(7)[column]], axis=1)  # seed 0 is the reference
+    effects = np.linalg.lstsq(design, cells.losses[row, column], rcond=None)[0]
+    means = effects[2:] + effects[:2].sum() / 3
+    np.testing.assert_allclose(cells.mean, means, atol=1e-9)
+
+
+def test_seeds_that_share_nothing_cannot_be_compared():
+    runs = [run for run in sweep() if (run.seed == 0) == (run.lr <= 1.0) and run.seed < 2]
+    assert "share too few learning rates" in measure_arm(runs).reasons[0]
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_resampled_means_have_the_right_variance(holes):
+    """Average resampling variance against sigma^2 / n per point, over many tables of pure noise."""
+    rng, variance = np.random.default_rng(3), []
+    grid = np.arange(4.0)
+    for _ in range(2000):
+        losses = rng.standard_normal((3, 4))
+        if holes:
+            losses[1:, 3] = np.nan
+        offset = losses[:, :3].mean(axis=1, keepdims=True)
+        extra = losses[0, 3] - offset[0] + offset  # additive filling of the last column, close enough for a variance
+        filled = np.where(np.isfinite(losses), losses, extra if holes else losses)
+        draws = Cells(64, grid, losses, filled, ()).resample(40, 1.0, 0.0, rng)
+        assert np.array_equal(draws[0], filled.mean(axis=0))
+        variance.append(draws[1:].var(axis=0))
+    got = np.mean(variance, axis=0)
+    np.testing.assert_allclose(got[:3], 1 / 3, rtol=0.1)
+    if holes:
+        assert got[3] > 1.0  # one run, plus the uncertain offsets of the other seeds
+
+
+# ---- the pieces against slow references -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "grid", [np.arange(-3.0, 4.0), np.array(HALF_OCTAVES, dtype=float)], ids=["octaves", "refined"]
+)
+def test_fit_bowls_equals_polyfit(grid):
+    rng = np.random.default_rng(0)
+    losses = 3 + 0.02 * (grid - rng.uniform(-1.5, 1.5, (50, 1))) ** 2 + 0.01 * rng.standard_normal((50, len(grid)))
+    losses[:, -1] += 2.0
+    bowls = fit_bowls(grid, losses, window=2.0, excess=0.05)
+    for row, loss in enumerate(losses):
+        best = int(loss.argmin())
+        near = (np.abs(grid - grid[best]) <= 2) & (loss <= 1.05 * loss.min())
+        near[max(best - 1, 0) : best + 2] = True
+        if near.sum() < 3 or best in (0, len(grid) - 1):
+            continue
+        c, b, a = np.polyfit(grid[near] - grid[best], loss[near], 2)
+        np.testing.assert_allclose([bowls.a[row], bowls.b[row], bowls.c[row]], [a, b, c], atol=1e-9)
+        assert (bowls.left[row], bowls.right[row]) == (grid[near].min(), grid[near].max())
+        inside = c > 0 and bowls.left[row] < grid[best] - b / (2 * c) < bowls.right[row]
+        assert bowls.resolved[row] == inside
+
+
+def test_an_octave_grid_gives_five_points_and_three():
+    fit = measure_arm(sweep()).fits[0]
+    assert (fit.bowls.left[0], fit.bowls.right[0]) == (-2.0, 2.0)
+    assert (fit.narrow.left[0], fit.narrow.right[0]) == (-1.0, 1.0)
+    refined = measure_arm(sweep(grid=HALF_OCTAVES)).fits[0]
+    assert (refined.bowls.left[0], refined.bowls.right[0]) == (-2.0, 2.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    drift=st.floats(-0.6, 0.6),
+    optimum=st.floats(-0.5, 0.5),
+    curvature=st.floats(0.005, 0.2),
+    factor=st.sampled_from([1.0, 3e-4, 0.02]),
+)
+def test_exact_parabolas_give_exact_answers(drift, optimum, curvature, factor):
+    runs = sweep(drift, optimum=optimum, curvature=curvature, sigma=0.0, offset=0.0, seeds=(0,), grid=range(-5, 6))
+    arm = measure_arm([dataclasses.replace(run, lr=run.lr * factor) for run in runs])
+    assert arm.drift.value == pytest.approx(drift, abs=1e-4)
+    assert arm.fits[0].optimum == pytest.approx(optimum + math.log2(factor), abs=1e-4)
+    assert arm.fits[0].curvature == pytest.approx(curvature, rel=1e-4)
+    assert arm.fits[0].best_losses[0] == pytest.approx(4.5, abs=1e-6)
+
+
+def test_drift_is_the_weighted_slope():
+    arm = measure_arm(sweep(0.3, sigma=(0.02, 0.01, 0.01, 0.002)))
+    weights = np.sqrt([fit.weight for fit in arm.fits])
+    slope, _ = np.polyfit(np.log2(WIDTHS), [fit.optimum for fit in arm.fits], 1, w=weights)
+    assert arm.drift.value == pytest.approx(slope, abs=1e-9)
+
+
+def test_same_arguments_same_numbers_and_arms_do_not_mix():
+    alone, again = measure_transfer(sweep()), measure_transfer(sweep())
+    assert alone.to_json() == again.to_json()
+    both = measure_transfer(sweep(-1, arm="sp", grid=range(-6, 4)) + sweep())
+    np.testing.assert_array_equal(both.arms["mup"].drift.draws, alone.arms["mup"].drift.draws)
+    assert measure_transfer(sweep(), seed=1).to_json() != alone.to_json()
+
+
+# ---- regret ---------------------------------------------------------------------------------------------------------
+
+
+def test_regret_is_curvature_times_squared_shift():
+    arm = measure_arm(sweep(0.5, sigma=0.001, grid=range(-4, 6)))
+    assert arm.regret.value == pytest.approx(0.025 * 1.5**2, rel=0.05)
+    low, high = arm.regret.interval()
+    assert low < arm.regret.value < high
+    middle = measure_arm(sweep(0.5, sigma=0.001, grid=range(-4, 6)), base_width=256)
+    assert middle.regret.value == pytest.approx(0.025 * 0.5**2, rel=0.1)
+
+
+def test_regret_follows_the_points_outside_the_window_and_the_cliff_to_infinity():
+    far = measure_arm(sweep(-1.0, sigma=0.001, grid=range(-6, 4), optimum=0.0))
+    assert far.regret.value == pytest.approx(0.025 * 9, rel=0.05)
+    gone = measure_arm(sweep(-1.0, grid=range(-6, 4), cliff=2.5))
+    assert math.isinf(gone.regret.value)
+    assert "width 512 diverges at the base width's optimum" in gone.reasons
+    told = json.loads(measure_transfer(sweep(-1.0, grid=range(-6, 4), cliff=2.5)).to_json())["arms"]["mup"]["regret"]
+    assert told == {"value": None, "se": None, "interval_90": [None, None], "interval_95": [None, None]}
+
+
+def test_regret_alone_can_fail():
+    """Very sharp bowls: a tolerable drift costs too much."""
+    arm = measure_arm(sweep(0.1, curvature=0.5, sigma=0.001), thresholds=Thresholds(window_excess=1.0))
+    assert abs(arm.drift.value) < 0.15 and arm.verdict is Verdict.FAIL
+    assert arm.reasons[0].startswith("regret 0.04")
+
+
+# ---- controls -------------------------------------------------------------------------------------------------------
+
+
+def control(drift, **options):
+    return sweep(drift, arm="sp", **{"grid": range(-6, 5), "rng": 1, **options})
+
+
+def test_controls_must_fail_as_predicted():
+    good = measure_transfer(sweep() + control(-1.0), controls={"sp": -1.0})
+    assert good.verdict is Verdict.PASS and "control sp failed as predicted (-1)" in good.reasons[-1]
+    flat = measure_transfer(sweep() + control(0.0), controls={"sp": -1.0})
+    assert flat.verdict is Verdict.INCONCLUSIVE and flat.arms["mup"].verdict is Verdict.PASS
+    assert flat.reasons[0].startswith("control sp did not fail as predicted: drift ")
+    assert flat.reasons[0].endswith("the interval must lie below -0.25")
+    assert measure_transfer(sweep() + control(0.5), controls={"sp": -0.5}).verdict is Verdict.INCONCLUSIVE
+    assert measure_transfer(sweep() + control(0.5), controls={"sp": 0.5}).verdict is Verdict.PASS
+
+
+def test_control_that_leaves_the_grid_must_be_extended():
+    edge = measure_transfer(sweep() + control(-1.0, grid=range(-2, 4)), controls={"sp": -1.0})
+    assert edge.verdict is Verdict.INCONCLUSIVE
+    assert "minimum at the left edge" in edge.reasons[0]
+
+
+def test_failing_arm_fails_and_an_arm_without_control_says_so():
+    bad = measure_transfer(sweep(0.5, grid=range(-4, 6)) + control(-1.0), controls={"sp": -1.0})
+    assert bad.verdict is Verdict.FAIL
+    assert measure_transfer(sweep()).reasons[-1].startswith("no control arm")
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        ([], {}, "no runs"),
+        (sweep(), {"controls": {"sp": -1.0}}, "control 'sp' is not among the arms \\(mup\\)"),
+        (sweep(), {"controls": {"mup": 0.0}}, "a predicted drift of 0"),
+        (sweep(), {"controls": {"mup": -1.0}}, "every arm \\(mup\\) is a control"),
+        (sweep(), {"base_width": 768}, "base_width=768 was not run in arm mup; it has 64, 128, 256, 512"),
+    ],
+)
+def test_wrong_arguments_are_one_line_errors(runs, options, message):
+    with pytest.raises(TransferError, match=message) as caught:
+        measure_transfer(runs, **options)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_from_a_file_end_to_end():
+    runs = read_runs(DATA / "transfer_sweep.csv")
+    assert len(runs) == 162 and {run.arm for run in runs} == {"mup", "adam-const"}
+    result = measure_transfer(runs, controls={"adam-const": -1.0})
+    assert result.verdict is Verdict.PASS
+    assert result.arms["mup"].drift.value == pytest.approx(0.03, abs=0.05)
+    assert result.arms["adam-const"].drift.value == pytest.approx(-1.0, abs=0.1)
+    assert result.arms["adam-const"].fits[2].largest_stable == pytest.approx(math.log2(0.05))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column 'width' in the header"),
+        ("width,lr,seed\n64,1,0\n", "no column 'loss' in the header \\(width,lr,seed\\)"),
+        ("width,lr,seed,loss,LR\n", "more than one column 'lr'"),
+        ("width,lr,seed,loss\n", "a header but no rows"),
+        ("width,lr,seed,loss\n64,1,0,3\n64.5,1,0,3\n", "row 3, column width: '64.5' should be a positive whole number"),
+        ("width,lr,seed,loss\n64,-1,0,3\n", "row 2, column lr: '-1' should be a positive number"),
+        ("width,lr,seed,loss\n64,inf,0,3\n", "row 2, column lr: 'inf'"),
+        ("width,lr,seed,loss\n64,1,a,3\n", "row 2, column seed: 'a' should be a whole number"),
+        ("width,lr,seed,loss\n64,1,0\n", "row 2, column loss: '' should be a number \\(write nan or diverged"),
+        ("width,lr,seed,loss\n64,1,0,3\n64,1.0,0,4\n", "row 3: arm mup, width 64, lr 1, seed 0 is there twice"),
+    ],
+)
+def test_a_bad_table_names_row_and_column(tmp_path, text, message):
+    path = tmp_path / "sweep.csv"
+    path.write_text(text)
+    with pytest.raises(TransferError, match=message) as caught:
+        read_runs(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_table_may_be_loose_in_form(tmp_path):
+    path = tmp_path / "sweep.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbf Loss ,WIDTH,note,Seed,lr\r\n3.5,64,x,0,1e-3\r\n\r\nDiverged,64.0,,1,0.001\r\ninf,64,,2,1e-3\r\n"
+    )
+    first, *rest = read_runs(path)
+    assert first == Run(64, 1e-3, 0, 3.5, "mup")
+    assert not any(math.isfinite(run.loss) for run in rest) and len(rest) == 2
+    with pytest.raises(TransferError, match="cannot be read"):
+        read_runs(tmp_path / "missing.csv")
+
+
+def test_rates_written_differently_are_one_grid_point():
+    assert Run(64, 0.1 + 0.2, 0, 1.0).log2_lr == Run(64, 0.3, 0, 1.0).log2_lr
+
+
+# ---- wider is better --------------------------------------------------------------------------------------------------
+
+
+def curves(gain, noise=0.01, widths=(64, 128, 256)):
+    """Training curves that share the noise of their batches; every doubling of width gains `gain` nats."""
+    steps = np.arange(1, 201.0)
+    rng = np.random.default_rng(0)
+    batch = 0.2 * rng.standard_normal(200)
+    table = {}
+    for j, width in enumerate(widths):
+        for lr in (0.5, 1.0):
+            for seed in range(2):
+                loss = 3 + 5 / np.sqrt(steps) + batch + noise * rng.standard_normal(200) - gain * j
+                table["mup", width, lr, seed] = np.stack([steps, loss], axis=1)
+    return table
+
+
+def test_wider_is_better_counts_violations():
+    good = wider_is_better(curves(0.05), 0.1)
+    assert good.verdict is Verdict.PASS and good.share == 0.0 and good.log2_lr == 0.0 and good.where is None
+    bad = wider_is_better(curves(-0.05), -0.9)
+    assert bad.verdict is Verdict.FAIL and bad.share > 0.9 and bad.log2_lr == -1.0
+    assert bad.largest == pytest.approx(0.07, abs=0.02) and "(width " in str(bad)
+
+
+def test_a_wide_model_that_blows_up_violates_even_where_the_narrow_one_does_not():
+    table = curves(0.05)
+    table["mup", 256, 1.0, 0][150:, 1] = math.nan
+    broken = wider_is_better(table, 0.0)
+    assert broken.share == pytest.approx(50 / 392) and math.isinf(broken.largest) and broken.where == (128, 256, 151)
+    table["mup", 128, 1.0, 1][150:, 1] = math.nan
+    assert wider_is_better(table, 0.0).share == pytest.approx(50 / 392)  # now 128 against 64
+
+
+def test_curves_join_the_result_and_must_have_something_in_common():
+    result = measure_transfer(sweep(), curves=curves(0.05))
+    assert result.arms["mup"].wider.verdict is Verdict.PASS and "wider is better at lr 2^0: PASS" in result.summary()
+    assert json.loads(result.to_json())["arms"]["mup"]["wider_is_better"]["share"] == 0.0
+    table = curves(0.05)
+    with pytest.raises(TransferError, match="no learning rate that two or more widths share"):
+        wider_is_better({key: curve for key, curve in table.items() if (key[1] == 64) == (key[2] == 1.0)}, 0.0)
+    with pytest.raises(TransferError, match="widths 64 and 128 share fewer than 3 steps"):
+        wider_is_better({key: curve for key, curve in table.items() if (key[1] == 64) == (key[3] == 0)}, 0.0)
+
+
+# ---- forecast -------------------------------------------------------------------------------------------------------
+
+
+def test_forecast_of_a_power_law():
+    arm = measure_arm(sweep(sigma=0.001, offset=0.001))
+    forecast = loss_forecast(arm, 2048)
+    low, high = forecast.loss.interval()
+    truth = 3.0 + 1.5 * 32**-0.5
+    assert low < truth < high and high - low < 0.05
+    assert forecast.exponent.value == pytest.approx(0.5, abs=0.1)
+    assert forecast.log2_lr.value == pytest.approx(0.1, abs=0.03) and "mean of the optima" in forecast.method
+
+
+def test_forecast_from_three_widths_admits_that_it_does_not_know_the_law():
+    four, three = measure_arm(sweep(sigma=0.001)), measure_arm(sweep(sigma=0.001, widths=(64, 128, 256)))
+    guess = loss_forecast(three, 2048)
+    low, high = guess.loss.interval()
+    assert low < 3.0 + 1.5 * 32**-0.5 < high
+    assert high - low > 2 * np.subtract(*loss_forecast(four, 512).loss.interval()[::-1])
+    assert guess.exponent.value == 0.5 and "unknown" in guess.method
+
+
+def test_forecast_follows_a_drift():
+    forecast = loss_forecast(measure_arm(sweep(-0.5, sigma=0.002, grid=range(-6, 4))), 1024)
+    assert forecast.log2_lr.value == pytest.approx(0.1 - 0.5 * 4, abs=0.1)
+    low, high = forecast.log2_lr.interval()
+    assert low < 0.1 - 0.5 * 4 < high and "following a drift of -0.5" in forecast.method
+    assert str(forecast).startswith("width 1024: loss ")
+    bare = loss_forecast(measure_arm(sweep(seeds=(0,))), 1024)
+    assert "nan" not in str(bare)
+
+
+# ---- words and pictures ---------------------------------------------------------------------------------------------
+
+
+def test_summary_fits_a_terminal_and_json_is_strict():
+    result = measure_transfer(sweep() + control(-1.0, cliff=2.2), controls={"sp": -1.0})
+    lines = result.summary().splitlines()
+    table = [line for line in lines if line.lstrip()[:1].isdigit() or line.lstrip().startswith("width")]
+    assert len(table) == 10 and max(map(len, table)) <= 100
+    assert "arm sp  (control, predicted drift -1)" in lines and "verdict: PASS" in lines
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    told = json.loads(result.to_json(), parse_constant=refuse)
+    assert told["verdict"] == "PASS" and told["thresholds"]["equivalence"] == 0.25
+    widths = told["arms"]["sp"]["widths"]
+    assert [entry["width"] for entry in widths] == list(WIDTHS)
+    assert widths[0]["diverged_log2_lr"] == [3.0, 4.0] and widths[0]["largest_stable_log2_lr"] == 2.0
+    unknown = json.loads(measure_transfer(sweep(seeds=(0,))).to_json(), parse_constant=refuse)
+    assert unknown["arms"]["mup"]["drift"]["interval_90"] == [None, None]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("plot", [plot_lr_curves, plot_drift])
+def test_pictures_have_the_same_bytes_every_time(tmp_path, plot, suffix):
+    runs = sweep(seeds=(0, 1), grid=range(-2, 3)) + control(-1.0, seeds=(0,), grid=range(-2, 3), cliff=1.5)
+    result = measure_transfer(runs, controls={"sp": -1.0}, resamples=100)
+    first, second = tmp_path / f"first.{suffix}", tmp_path / f"second.{suffix}"
+    plot(result, first)
+    plot(result, second)
+    assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
+
+
+def test_no_picture_of_nothing(tmp_path):
+    result = measure_transfer([Run(64, 1.0, 0, 3.0)])
+    with pytest.raises(TransferError, match="for a picture"):
+        plot_lr_curves(result, tmp_path / "never.png")
