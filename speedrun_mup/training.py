@@ -161,10 +161,12 @@ class Run:
             self.train_s += time.perf_counter() - began
             tokens = (step + 1) * cfg.batch_tokens
             log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s})
-            if self.stopping or step + 1 == cfg.iterations or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                self.save(step + 1)
+            last = self.stopping or step + 1 == cfg.iterations
+            if cfg.save and (last or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
+                self.save(step + 1, last)
         if self.stopping:
-            log.say(f"{'/'.join(signals) or 'another rank'}: saved step {step}; go on with --resume {self.folder}")
+            saved = f"saved step {step}; go on with --resume {self.folder}" if cfg.save else f"ended at step {step}, not saved"
+            log.say(f"stopped by {'/'.join(signals) or 'another rank'}: {saved}")
         finished = step == cfg.iterations
         return TrainResult(self.folder, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
 
@@ -264,10 +266,9 @@ class Run:
         for optimizer, (steps_taken, slices) in zip(self.optimizers, kept, strict=True):
             optimizer.load_slices(lambda key, begin, end, slices=slices: slices[key].tensor, steps_taken)
 
-    def save(self, step: int) -> None:
-        """Checkpoint the state after `step` steps. A failed save costs a warning, SAVE_ATTEMPTS in a row the run."""
+    def save(self, step: int, last: bool) -> None:
+        """Checkpoint the state after `step` steps. A failed save costs a warning; the last one or SAVE_ATTEMPTS the run."""
         slices = {key: part for optimizer in self.optimizers for key, part in optimizer.slices().items()}
-        last = self.stopping or step == self.cfg.iterations
         state = {
             "step": step,
             "train_s": self.train_s,
@@ -384,7 +385,7 @@ def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
 
 # What a resumed run may change: where it runs and what it shows, not what it computes.
 FREE_TO_CHANGE = {
-    *("out", "name", "resume", "save_every", "keep_last", "track", "progress", "val_every"),
+    *("out", "name", "resume", "save", "save_every", "keep_last", "track", "progress", "val_every"),
     *("device", "attention", "compile", "kernel_warmup", "pack"),
 }
 
