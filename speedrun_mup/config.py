@@ -59,7 +59,7 @@ class TrainConfig:
     adam_beta1: float = setting("optimizer", "first moment decay", 0.8)
     adam_beta2: float = setting("optimizer", "second moment decay", 0.95)
     adam_eps: float = setting("optimizer", "for gradients summed over a micro-batch's tokens", 1e-10)
-    scalar_eps: float = setting("optimizer", "Adam's for the scalars; 1e-10 turns their first, noisy gradient into a kick", 1e-10)
+    scalar_eps: float = setting("optimizer", "the scalars'; 1e-10 turns their first, noisy gradient into a kick", 1e-10)
     weight_decay: float = setting("optimizer", "decoupled; multiplied by the learning rate", 0.0)
     momentum: float = setting("optimizer", "Muon's, after warmup", 0.95)
     momentum_start: float = setting("optimizer", "Muon's, at step 0", 0.85)
@@ -131,7 +131,11 @@ _RANGES = (
         "pack seed momentum_warmup val_every save_every kernel_warmup weight_decay",
     ),
     ("at least 2", lambda value: value >= 2, "keep_last"),
-    ("positive and finite", lambda v: 0 < v < float("inf"), "matrix_lr embed_lr head_lr scalar_lr lr_scale adam_eps scalar_eps"),
+    (
+        "positive and finite",
+        lambda value: 0 < value < float("inf"),
+        "matrix_lr embed_lr head_lr scalar_lr lr_scale adam_eps scalar_eps",
+    ),
     ("in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 momentum momentum_start"),
     ("in [0, 1]", lambda value: 0 <= value <= 1, "cooldown lr_floor"),
 )

@@ -125,6 +125,7 @@ class RunLog:
         self._main = main
         if not main:
             return
+        self._tracker = None if track == "none" else Tracker(track, folder, config)
         kept = []
         if (folder / METRICS).exists():
             kept = [record for record in read_metrics(folder) if record["step"] < start_step]
@@ -133,7 +134,6 @@ class RunLog:
             os.replace(part, folder / METRICS)
         self._metrics: TextIO = open(folder / METRICS, "a")  # noqa: SIM115 - closed by close()
         self._log: TextIO = open(folder / LOG, "a")  # noqa: SIM115
-        self._tracker = None if track == "none" else Tracker(track, folder, config)
         self._live = progress and sys.stderr.isatty()
         self._plain = progress and not self._live
         self._steps, self._last_plain, self._steps_seen = steps, -math.inf, 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
 from speedrun_mup.config import TrainConfig, from_json, to_json
@@ -122,12 +122,13 @@ class Run:
 
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         scaling = f"{cfg.parametrization} from base width {cfg.base_width or cfg.width}"
+        precision = str(dtype).removeprefix("torch.")
         notes = [
             source,
             f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters, {scaling}; "
             f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
-            f"device: {world.size} x {world.device.type}, {str(dtype).removeprefix('torch.')}, attention {attention} ({why}), "
-            f"{'compiled' if self.compiled else 'not compiled'}, {self.pack} of {cfg.micro_batches} micro-batches a pass",
+            f"device: {world.size} x {world.device.type}, {precision}, {'' if self.compiled else 'not '}compiled, "
+            f"attention {attention} ({why}), {self.pack} of {cfg.micro_batches} micro-batches a pass",
             *notes,
         ]
         for note in notes:
@@ -165,8 +166,8 @@ class Run:
             if cfg.save and (last or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
                 self.save(step + 1, last)
         if self.stopping:
-            saved = f"saved step {step}; go on with --resume {self.folder}" if cfg.save else f"ended at step {step}, not saved"
-            log.say(f"stopped by {'/'.join(signals) or 'another rank'}: {saved}")
+            where = f"saved; go on with --resume {self.folder}" if cfg.save else "not saved"
+            log.say(f"stopped at step {step} by {'/'.join(signals) or 'another rank'}, {where}")
         finished = step == cfg.iterations
         return TrainResult(self.folder, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
 
@@ -221,7 +222,8 @@ class Run:
             faults = self.world.gather_objects(mine[:3] or (["the loss"] if bool(bad) else []))
             where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(faults) if names)
             raise NonFiniteError(
-                f"step {step}: not finite on {where}; weights are those before the step. Lower --lr-scale or look at the data"
+                f"step {step}: not finite on {where}; the weights are those before the step. Lower --lr-scale or look "
+                "at the data"
             )
         self.stopping = any_stop > 0
         return total
@@ -239,7 +241,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
-        """Mean validation loss with the window of `step`. Chunks are shared out over ranks and summed in a fixed order."""
+        """Mean validation loss with the window of `step`. Ranks share the chunks, which are summed in a fixed order."""
         losses = torch.zeros(len(self.val_batches), device=self.world.device)
         for chunk in range(self.world.rank, len(losses), self.world.size):
             losses[chunk] = self.loss_of(*self.to_device(self.val_batches[chunk]), self.window(step))
@@ -267,7 +269,7 @@ class Run:
             optimizer.load_slices(lambda key, begin, end, slices=slices: slices[key].tensor, steps_taken)
 
     def save(self, step: int, last: bool) -> None:
-        """Checkpoint the state after `step` steps. A failed save costs a warning; the last one or SAVE_ATTEMPTS the run."""
+        """Checkpoint after `step` steps. A failed save costs a warning; the last one, or SAVE_ATTEMPTS, cost the run."""
         slices = {key: part for optimizer in self.optimizers for key, part in optimizer.slices().items()}
         state = {
             "step": step,
@@ -354,13 +356,17 @@ def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.
 
 def tuned_values(cfg: TrainConfig) -> dict[str, Tuned]:
     """What each parameter group was tuned to at base width."""
-    lrs = {"embed": cfg.embed_lr, "value_embed": cfg.embed_lr, "head": cfg.head_lr, "scalar": cfg.scalar_lr}
-    eps = {"scalar": cfg.scalar_eps}
-    tuned = {
-        group: Tuned("adam", lr * cfg.lr_scale, cfg.weight_decay, eps.get(group, cfg.adam_eps)) for group, lr in lrs.items()
+
+    def tuned(lr: float, optimizer: str = "adam", eps: float = cfg.adam_eps) -> Tuned:
+        return Tuned(optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps)
+
+    return {
+        "embed": tuned(cfg.embed_lr),
+        "value_embed": tuned(cfg.embed_lr),
+        "matrix": tuned(cfg.matrix_lr, cfg.hidden_optimizer),
+        "head": tuned(cfg.head_lr),
+        "scalar": tuned(cfg.scalar_lr, eps=cfg.scalar_eps),
     }
-    matrix = Tuned(cfg.hidden_optimizer, cfg.matrix_lr * cfg.lr_scale, cfg.weight_decay, cfg.adam_eps)
-    return tuned | {"matrix": matrix}
 
 
 def build_optimizers(model: GPT, cfg: TrainConfig, world: World) -> list[ShardedOptimizer]:

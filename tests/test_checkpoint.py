@@ -465,7 +465,7 @@ def test_every_crash_point(tmp_path, scenario):
 
 def test_random_kills(tmp_path):
     rng = random.Random(0)
-    acknowledged, lives_with_progress = 0, 0
+    acknowledged = 0
 
     def life(reader: int, writer: int) -> None:
         os.close(reader)
@@ -480,29 +480,28 @@ def test_random_kills(tmp_path):
             checkpoints.poll(wait=True)
             os.write(writer, step.to_bytes(8, "little"))
 
-    for _ in range(KILLS):
+    for trial in range(KILLS):
         reader, writer = os.pipe()
         child = fork(lambda reader=reader, writer=writer: life(reader, writer))
         os.close(writer)
+        acks = os.read(reader, 8) if trial % 2 else b""  # half of the lives last for one save at least
         time.sleep(rng.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         assert wait(child) == -signal.SIGKILL
-        acks = b""
         while chunk := os.read(reader, 1 << 16):
             acks += chunk
         os.close(reader)
-        lives_with_progress += bool(acks)
         acknowledged = int.from_bytes(acks[-8:], "little") if acks else acknowledged
         reports: list[str] = []
         found = Checkpoints(tmp_path, World()).newest(reports.append)
         assert reports == []
         if found is None:
             assert acknowledged == 0
-            continue
-        loaded = Loaded(found)
-        assert_is_step(loaded, loaded.step)
-        assert loaded.step >= acknowledged
-    assert lives_with_progress > KILLS // 4
+        else:
+            loaded = Loaded(found)
+            assert_is_step(loaded, loaded.step)
+            assert loaded.step >= acknowledged
+    assert acknowledged >= KILLS // 2
 
 
 # --- damage ---
@@ -516,7 +515,7 @@ def assert_unusable(folder: Path) -> None:
             loaded.slice(key, 0, size)
 
 
-def assert_falls_back(root: Path, file: Path) -> None:
+def assert_falls_back(root: Path, file: Path) -> str:
     """The newest is skipped with one line that names the file, and the one before is chosen, whole."""
     reports: list[str] = []
     found = Checkpoints(root, World()).newest(reports.append)
@@ -524,6 +523,7 @@ def assert_falls_back(root: Path, file: Path) -> None:
     assert len(reports) == 1 and file.name in reports[0] and "step-00000002" in reports[0] and "\n" not in reports[0]
     assert_is_step(Loaded(found), 1)
     assert_unusable(file.parent)
+    return reports[0]
 
 
 @pytest.fixture
@@ -562,7 +562,8 @@ def test_truncated_longer_and_missing_files_are_never_loaded(tmp_path, two_steps
     for file in two_steps:
         data = file.read_bytes()
         file.write_bytes(data + b"\0")
-        assert_falls_back(tmp_path, file)
+        line = assert_falls_back(tmp_path, file)
+        assert file.name == MANIFEST or f"has {len(data) + 1} bytes instead of {len(data)}" in line
         file.unlink()
         assert_falls_back(tmp_path, file)
         file.mkdir()

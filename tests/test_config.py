@@ -25,7 +25,9 @@ def test_the_promised_commands_mean_what_they_say():
     wide = make_config("record26", flags("--mup --width 1024 --base-width 768 --iterations 1750"))
     assert (wide.parametrization, wide.width, wide.base_width, wide.iterations) == ("mup", 1024, 768, 1750)
     assert make_config("record26", flags("--mup --width 1024 --base-width 768")).iterations == 1750
-    last = make_config("record26", flags("--mup --width 1024 --base-width 768 --iterations 1750 --seed 42 --no-compile"))
+    last = make_config(
+        "record26", flags("--mup --width 1024 --base-width 768 --iterations 1750 --seed 42 --no-compile")
+    )
     assert (last.seed, last.compile) == (42, False)
 
 
@@ -41,7 +43,13 @@ def test_the_record26_preset_is_the_record():
     assert cfg.batch_tokens == 393_216 and cfg.iterations == 1750 and cfg.n_layer == 12 and cfg.head_dim == 128
     assert (cfg.matrix_lr, cfg.embed_lr, cfg.head_lr, cfg.scalar_lr) == (0.05, 0.6, 0.22, 0.04)
     assert (cfg.adam_beta1, cfg.adam_beta2, cfg.adam_eps, cfg.weight_decay) == (0.8, 0.95, 1e-10, 0)
-    assert (cfg.cooldown, cfg.lr_floor, cfg.momentum_start, cfg.momentum, cfg.momentum_warmup) == (0.45, 0.1, 0.85, 0.95, 300)
+    assert (cfg.cooldown, cfg.lr_floor, cfg.momentum_start, cfg.momentum, cfg.momentum_warmup) == (
+        0.45,
+        0.1,
+        0.85,
+        0.95,
+        300,
+    )
     assert (cfg.val_tokens, cfg.val_chunk_tokens, cfg.val_every) == (10_485_760, 262_144, 125)
 
 
@@ -116,7 +124,11 @@ def test_help_answers_within_a_second_without_torch(tmp_path):
     root = Path(__file__).parent.parent
     begun = time.monotonic()
     shown = subprocess.run(
-        [sys.executable, "-X", "importtime", root / "train.py", "--help"], capture_output=True, text=True, cwd=tmp_path, check=True
+        [sys.executable, "-X", "importtime", root / "train.py", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
     )
     assert "torch" not in shown.stderr and "numpy" not in shown.stderr
     assert time.monotonic() - begun < 5  # 0.1 s alone; this machine may be busy

@@ -53,7 +53,10 @@ def test_torchrun_trains_the_curve_of_one_process(tmp_path):
     assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(tmp_path / "runs" / "one"), rel=1e-4)
     uneven = run(*torchrun, "--nproc_per_node=3", ROOT / "train.py", *words, *TINY, cwd=tmp_path, fails=True)
     assert uneven.returncode != 0
-    assert "micro-batches cannot be shared by 3 processes" in uneven.stderr and "Traceback" not in uneven.stderr.split("torch/")[0]
+    assert (
+        "micro-batches cannot be shared by 3 processes" in uneven.stderr
+        and "Traceback" not in uneven.stderr.split("torch/")[0]
+    )
 
 
 @pytest.mark.slow

@@ -42,7 +42,11 @@ def imports_of(tree: ast.Module):
             module = node.module.removeprefix("speedrun_mup").lstrip(".")
             for alias in node.names:
                 joined = f"{module}.{alias.name}".lstrip(".")
-                yield joined if (PACKAGE / (joined.replace(".", "/") + ".py")).exists() or module in ("", "core") else module
+                yield (
+                    joined
+                    if (PACKAGE / (joined.replace(".", "/") + ".py")).exists() or module in ("", "core")
+                    else module
+                )
         elif isinstance(node, ast.Import):
             yield from (a.name.removeprefix("speedrun_mup.") for a in node.names if a.name.startswith("speedrun_mup."))
 
@@ -85,7 +89,12 @@ def test_nothing_is_checked_with_assert_or_unpickled():
 
 
 def test_the_project_speaks_of_itself_only():
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.md")]:
+    for path in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    ]:
         text = path.read_text()
         assert not re.search(r"/work/|/tmp/|/root/|issue #\d|pypi\.org|\.library", text), path
 

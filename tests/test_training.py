@@ -48,7 +48,12 @@ def test_a_run_trains_and_leaves_its_folder_complete(tiny):
     assert result.finished and result.steps == 30 and result.tokens == 30 * 512
     assert result.val_loss < 4.0 < curve(result.folder, "val")[0][1]
     assert [step for step, _ in curve(result.folder)] == list(range(30))
-    assert {path.name for path in result.folder.iterdir()} >= {"config.json", "provenance.json", "log.txt", "metrics.jsonl"}
+    assert {path.name for path in result.folder.iterdir()} >= {
+        "config.json",
+        "provenance.json",
+        "log.txt",
+        "metrics.jsonl",
+    }
     provenance = json.loads((result.folder / "provenance.json").read_text())
     assert provenance["torch"] == torch.__version__ and len(provenance["source_sha256"]) == 64
 
@@ -67,12 +72,15 @@ def test_the_seed_fixes_everything_and_another_seed_changes_it(tiny):
 def test_at_base_width_mup_is_the_record_bit_for_bit(tiny, hidden):
     same = {"width": 32, "base_width": 32, "hidden_optimizer": hidden}
     assert_same_training(
-        train(tiny(name="mup", parametrization="mup", **same)), train(tiny(name="plain", parametrization="record26", **same))
+        train(tiny(name="mup", parametrization="mup", **same)),
+        train(tiny(name="plain", parametrization="record26", **same)),
     )
 
 
 def test_at_another_width_mup_is_not_the_record(tiny):
-    assert curve(train(tiny(name="mup")).folder)[3:] != curve(train(tiny(name="r", parametrization="record26")).folder)[3:]
+    assert (
+        curve(train(tiny(name="mup")).folder)[3:] != curve(train(tiny(name="r", parametrization="record26")).folder)[3:]
+    )
 
 
 def test_kernel_warmup_leaves_no_trace(tiny):

@@ -64,7 +64,7 @@ def measure_arm(runs, **options):
     return measure_transfer(runs, **options).arms["mup"]
 
 
-# ---- the drift and its verdict ------------------------------------------------------------------------------------
+# ---- the drift and its verdict --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.5, -0.5, 1.0, -1.0])
@@ -210,7 +210,7 @@ def test_one_usable_width_has_no_drift():
         plot_drift(result, "never.png")
 
 
-# ---- divergence ---------------------------------------------------------------------------------------------------
+# ---- divergence -----------------------------------------------------------------------------------------------------
 
 
 def test_diverged_points_are_reported_and_left_out():
@@ -252,7 +252,7 @@ def test_divergence_between_the_optimum_and_its_neighbour_is_inconclusive():
     assert "less than a grid step (1 octaves)" in measure_arm(runs).reasons[0]
 
 
-# ---- seeds and noise ----------------------------------------------------------------------------------------------
+# ---- seeds and noise ------------------------------------------------------------------------------------------------
 
 
 def test_one_seed_everywhere_needs_sigma():
@@ -272,6 +272,16 @@ def test_one_seed_borrows_the_noise_of_replicated_cells():
     assert arm.verdict is Verdict.PASS and arm.sigma == pytest.approx(0.005, rel=0.6)
     other = measure_transfer(sweep(seeds=(0,)) + sweep(-1, arm="sp", grid=range(-6, 4)), controls={"sp": -1})
     assert other.arms["mup"].sigma == other.arms["sp"].sigma and other.verdict is Verdict.PASS
+
+
+def test_two_seeds_buy_a_wider_interval_than_their_spread():
+    """The spread of the resamples is itself known from few seeds, so Student's t replaces the normal."""
+    arm = measure_arm(sweep(seeds=(0, 1)))
+    weights = np.sqrt([fit.weight for fit in arm.fits])
+    slopes, _ = np.polyfit(np.log2(WIDTHS), [fit.bowls.vertex for fit in arm.fits], 1, w=weights)
+    low, high = arm.drift.interval()
+    raw_low, raw_high = np.quantile(slopes[1:], [0.05, 0.95])
+    assert high - low > 1.2 * (raw_high - raw_low)
 
 
 def test_seed_offsets_cancel():
@@ -522,7 +532,7 @@ def test_rates_written_differently_are_one_grid_point():
     assert Run(64, 0.1 + 0.2, 0, 1.0).log2_lr == Run(64, 0.3, 0, 1.0).log2_lr
 
 
-# ---- wider is better --------------------------------------------------------------------------------------------------
+# ---- wider is better ------------------------------------------------------------------------------------------------
 
 
 def curves(gain, noise=0.01, widths=(64, 128, 256)):
