@@ -399,6 +399,12 @@ def test_clean_removes_only_leftovers(tmp_path):
     Checkpoints(tmp_path / "not there yet", World()).clean()
 
 
+def test_leftovers_do_not_hinder_a_save(tmp_path):
+    prepare(tmp_path, after_clean)
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
 # --- crashes ---
 
 
