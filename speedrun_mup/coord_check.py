@@ -1,36 +1,36 @@
-"""The coordinate check: does every tensor's effect stay the same as the model gets wider, from the first updates on?
+"""The coordinate check: does what the updates of a tensor do stay the same as the model gets wider?
 
     result = coord_check(build_model, widths=[64, 128, 256, 512], data=batches, loss=loss, optimizer=make_optimizer)
     print(result.summary())
 
-A model is trained for a few steps at several widths on the same batches. What is judged is the slope of log2(value)
-against log2(width) of four quantities per parameter W with input x:
+A model is trained for a few steps at several widths, on the same batches. Judged are slopes of log2(value) against
+log2(width). For every parameter W with input x:
 
-    init        rms(W_0 x) before any update
-    update      rms((W_t - W_0) x_t): what the updates so far do to the present input
+    init        rms(W_0 x_0)
+    update      rms((W_t - W_0) x_t): what all updates so far do to the present input
     gradient    rms of the gradient, which Adam's eps has to follow
-    activation  rms of what modules put out
 
-`update` is the heart. Activations alone are blind to a wrong learning rate of one matrix where another tensor's update
-dominates what they carry (Yang et al., Tensor Programs V, appendix, look at activations; the spectral condition of Yang,
-Simon and Bernstein, arXiv 2310.17813, speaks of updates). Control arms with a known wrong rule are run beside: a check
-that does not see them proves nothing and says so.
+and for what modules put out:
 
-Arrays: S seeds, W widths, T + 1 points in time t = 0 ... T; W_t is after t updates.
+    activation  its rms, which must not grow
+
+`update` is the heart of it. Activations alone, what coordinate checks usually look at (Yang et al., Tensor Programs V,
+arXiv 2203.03466), do not show a wrong learning rate of a matrix whose effect another tensor's update drowns. Beside the
+model run controls, each with a rule wrong on purpose: a check that does not see them proves nothing, and says so.
+
+Shapes: S seeds, W widths, T + 1 points in time t = 0 ... T; W_t is the parameter after t updates.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import enum
 import itertools
 import json
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.attention import Dense
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.model import GPT
-from speedrun_mup.core.mup import ParamSpec, Parametrization, Role, named_specs
+from speedrun_mup.core.mup import Parametrization, ParamSpec, Role, named_specs
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import TrainBatches
+from speedrun_mup.data import Batch, TrainBatches
 from speedrun_mup.training import build_optimizers, model_config
 
 Array = NDArray[np.float64]
 Loss = Callable[[nn.Module, Any], Tensor]
 Record = Callable[[str, Tensor], None]
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 class CoordCheckError(UserError):
@@ -64,7 +64,7 @@ class CoordCheckError(UserError):
 
 
 class Verdict(enum.StrEnum):
-    """What the check shows, best first. Only PASS is success."""
+    """What the check shows, from best to worst. Only PASS is success."""
 
     PASS = "PASS"
     WARN = "WARN"
@@ -72,50 +72,54 @@ class Verdict(enum.StrEnum):
     INCONCLUSIVE = "INCONCLUSIVE"
 
 
+def _worst(verdicts: Iterable[Verdict | None]) -> Verdict:
+    """The worst verdict there is; None stands for what is not judged."""
+    order = list(Verdict)
+    return max((verdict for verdict in verdicts if verdict), key=order.index, default=Verdict.PASS)
+
+
 @dataclass(frozen=True)
 class Thresholds:
-    """Every number that decides a verdict.
-
-    Every wrong rule that occurs in practice is off by a multiple of 1/2; correct ones measure below 0.15.
-    """
+    """Every number that decides a verdict. Wrong rules are off by a multiple of 1/2, right ones measure below 0.15."""
 
     warn: float = 0.15  # octaves per doubling of width, between the measured and the predicted slope
     fail: float = 0.30
-    first_step: int = 3  # earlier updates are shown, not judged: zero-initialised layers hide what lies behind them
+    first_step: int = 3  # from here on t is judged; before, layers that start at zero hide what lies behind them
     min_widths: int = 3
     min_span: float = 4.0  # widest width over narrowest
 
     def judge(self, deviation: float) -> Verdict:
-        """The verdict on one deviation of a slope."""
+        """The verdict on a slope that is off by `deviation`. What is not finite is a FAIL."""
         size = abs(deviation)
         return Verdict.PASS if size <= self.warn else Verdict.WARN if size <= self.fail else Verdict.FAIL
 
 
-# Slopes in muP. A readout starts as a sum of m independent terms divided by m, so it starts small, as m**-1/2.
+# The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small.
 PREDICTED: dict[str, dict[Role, float]] = {
+    "update": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: 0.0, Role.SCALAR: 0.0},
     "init": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: -0.5, Role.SCALAR: 0.0},
-    "update": dict.fromkeys(Role, 0.0),
     "gradient": {Role.INPUT: -1.0, Role.HIDDEN: -1.0, Role.OUTPUT: -1.0, Role.SCALAR: 0.0},
 }
+NORMS = ("norm", "update norm", "flatness")  # of HIDDEN matrices after the last update, not judged: see _norms
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to build and train the model at every width.
+    """One way to build and train a model of any width.
 
-    build_model: width -> module with declared roles; initialised from torch's seed, so torch.initial_seed() tells it.
-    optimizer: module -> optimizer or several. lr_power: learning rates are multiplied by (width / narrowest)**lr_power.
+    build_model(width): a module whose parameters have roles, initialised from torch's seed (torch.initial_seed()).
+    optimizer(model): one optimizer or several. lr_power: learning rates are multiplied by (width / narrowest)**lr_power.
     """
 
     name: str
     build_model: Callable[[int], nn.Module]
-    optimizer: Callable[[nn.Module], Optimizers]
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
     lr_power: float = 0.0
 
 
 @dataclass(frozen=True)
 class Control(Arm):
-    """An arm with a rule that is wrong on purpose: the updates of `role` (None: all) must be seen to have `slope`."""
+    """An arm with a rule wrong on purpose: the updates of `role` (None: all) must be seen to go as width**slope."""
 
     role: Role | None = None
     slope: float = 0.5
@@ -128,27 +132,405 @@ class Control(Arm):
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity of one tensor over widths and time. values (W, T + 1): geometric mean over seeds, nan if not taken."""
+    """One quantity of one tensor. values (W, T + 1): geometric mean over seeds; nan where it is zero or not taken.
+
+    quantity: effect (init at t = 0, update from then on), gradient, activation, loss or one of NORMS. role: None for
+    what is no parameter.
+    """
 
     quantity: str
     name: str
-    role: Role | None  # None: an activation
+    role: Role | None
     values: Array
 
     @property
     def kind(self) -> str:
-        """What tensors of all layers have in common: the name with its layer numbers replaced."""
-        name = re.sub(r"(^|(?<=\.))\d+((?=\.)|$)", "*", self.name)
-        return name if self.role is None else name.split("[")[0]
+        """What the same tensors of all layers share: the name with stars for numbers, without the place in a stack."""
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", self.name)
+        return name if self.role is None or self.quantity == "activation" else re.sub(r"\[\d+\]", "", name)
+
+    def slope(self, widths: Sequence[int], times: slice) -> float | None:
+        """Of log2(value) on log2(width), by least squares. Mean over those `times` when no width lacks it; None if never."""
+        logs = np.log2(self.values[:, times])
+        logs = logs[:, ~np.isnan(logs).any(axis=0)]
+        if not logs.size:
+            return None
+        x = np.log2(widths) - np.log2(widths).mean()
+        with np.errstate(invalid="ignore"):
+            return float(x @ logs.mean(axis=1) / (x @ x))
 
 
 @dataclass(frozen=True)
 class Row:
-    """The slope of one quantity over all tensors of one kind. verdict None: shown, not judged."""
+    """The mean slope of the `tensors` of one kind. predicted and verdict: None for what is not judged."""
 
     quantity: str
     kind: str
     role: Role | None
+    tensors: int
+    slope: float
+    predicted: float | None
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What one arm measured. problems: why its slopes prove nothing, in words."""
+
+    name: str
+    widths: tuple[int, ...]
+    seeds: int
+    series: tuple[Series, ...]
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """INCONCLUSIVE if there are problems, else the worst of the rows."""
+        return Verdict.INCONCLUSIVE if self.problems else _worst(row.verdict for row in self.rows)
+
+    def update_slope(self, role: Role | None) -> float:
+        """The mean update slope of all tensors of `role` (None: of all); nan if there are none."""
+        rows = [row for row in self.rows if row.quantity == "update" and role in (None, row.role)]
+        return sum(row.slope * row.tensors for row in rows) / sum(row.tensors for row in rows) if rows else math.nan
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """What a control measured. slope: of the updates of `role`, `predicted` to be so far off. seen: it is, by a FAIL."""
+
+    arm: ArmResult
+    role: Role | None
     slope: float
     predicted: float
-    verdict: Verdict | None
+    seen: bool
+
+    @property
+    def whose(self) -> str:
+        """Whose slope it is, in words."""
+        return "all updates" if self.role is None else f"{self.role.value} updates"
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """The outcome of a check: its `verdict`, the `reasons` if it is INCONCLUSIVE, and all that was measured."""
+
+    arm: ArmResult
+    controls: tuple[ControlResult, ...]
+    steps: int
+    thresholds: Thresholds
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the check proves nothing, in words; empty if it does."""
+        blind = (
+            f"control {c.arm.name} was not seen: its {c.whose} have slope {c.slope:+.2f}, not about {c.predicted:+.1f}"
+            for c in self.controls
+            if not c.seen
+        )
+        return (*self.arm.problems, *blind)
+
+    @property
+    def verdict(self) -> Verdict:
+        """INCONCLUSIVE if there are reasons, else the verdict on the checked arm."""
+        return Verdict.INCONCLUSIVE if self.reasons else self.arm.verdict
+
+    def summary(self) -> str:
+        """A table for the terminal."""
+        return "\n".join(_summary_lines(self))
+
+    def to_json(self) -> str:
+        """All that was measured, as strict JSON; null where a value is zero, not finite or was not taken."""
+        return json.dumps(_plain({"verdict": self.verdict, "reasons": self.reasons} | asdict(self)), allow_nan=False)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw effects and activations against width, a panel per t and a curve per tensor, and the controls below."""
+        _plot(self, Path(path))
+
+
+def _summary_lines(check: CoordCheck) -> Iterator[str]:
+    arm = check.arm
+    yield f"coordinate check of {arm.name}"
+    yield f"widths {', '.join(map(str, arm.widths))}; {check.steps} updates; seeds: {arm.seeds}"
+    kinds = dict.fromkeys((row.kind, row.role) for row in arm.rows if row.role and row.quantity in PREDICTED)
+    pad = max((len(kind) for kind, _ in kinds), default=0) + 2
+
+    def line(kind: str, role: str, cells: Iterable[str], verdict: str) -> str:
+        return f"{kind:<{pad}}{role:<8}{''.join(f'{cell:<15}' for cell in cells)}{verdict}"
+
+    yield ""
+    yield line("slope (predicted)", "role", PREDICTED, "verdict")
+    for kind, role in kinds:
+        rows = {row.quantity: row for row in arm.rows if (row.kind, row.role) == (kind, role)}
+        cells = [f"{rows[q].slope:+.2f} ({rows[q].predicted:+.1f})" if q in rows else "-" for q in PREDICTED]
+        yield line(kind, role.value, cells, _worst(row.verdict for row in rows.values()))
+    yield ""
+    yield line("must not grow", "", ["activation"], "verdict")
+    yield from (
+        line(row.kind, "", [f"{row.slope:+.2f}"], str(row.verdict)) for row in arm.rows if row.quantity == "activation"
+    )
+    yield ""
+    yield line("not judged", "role", NORMS, "")
+    for kind, role in kinds:
+        norms = {row.quantity: f"{row.slope:+.2f}" for row in arm.rows if row.kind == kind and row.quantity in NORMS}
+        if norms:
+            yield line(kind, role.value, norms.values(), "")
+    yield ""
+    for c in check.controls:
+        outcome = "fails as it must" if c.seen else "NOT SEEN"
+        yield line(f"control {c.arm.name}", "", [f"{c.slope:+.2f} ({c.predicted:+.1f})", c.whose], outcome)
+    yield from (f"because {reason}" for reason in check.reasons)
+    yield f"verdict: {check.verdict}"
+
+
+def _plain(value: Any) -> Any:
+    """The same in what strict JSON has: arrays and tuples as lists, what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return _aten.convolution(x, weight, None, *rest)
+
+
+# What is linear in a parameter: the same without bias, where that one's arguments begin, where the parameter can stand.
+_PRODUCTS: dict[Any, tuple[Callable[..., Tensor], int, tuple[int, ...]]] = {
+    _aten.mm.default: (_aten.mm, 0, (0, 1)),
+    _aten.addmm.default: (_aten.mm, 1, (0, 1)),
+    _aten.bmm.default: (_aten.bmm, 0, (0, 1)),
+    _aten.baddbmm.default: (_aten.bmm, 1, (0, 1)),
+    _aten.mv.default: (_aten.mv, 0, (0,)),
+    _aten.embedding.default: (_aten.embedding, 0, (0,)),
+    _aten.convolution.default: (_convolution, 0, (1,)),
+}
+_COPIES = (_aten.clone.default, _aten._to_copy.default)
+
+
+class _Products(TorchDispatchMode):
+    """Inside it, every product of a parameter is taken once more with the parameter's stand-in, on the same input.
+
+    A parameter is known by its memory: views, copies, casts and functional use are seen too. standins: name of a
+    parameter -> the parameter and a tensor of its shape. see(name, product of the stand-in, product, is a lookup).
+    """
+
+    def __init__(self, standins: Mapping[str, tuple[Tensor, Tensor]], see: Callable[[str, Tensor, Tensor, bool], None]):
+        super().__init__()
+        self.see = see
+        self.known = {p.untyped_storage().data_ptr(): (name, p, standin) for name, (p, standin) in standins.items()}
+
+    def standin(self, x: Any) -> tuple[str, Tensor] | None:
+        """If `x` is a view of a parameter: its name, and the same view of its stand-in."""
+        found = self.known.get(x.untyped_storage().data_ptr()) if isinstance(x, Tensor) else None
+        if found is None:
+            return None
+        name, p, standin = found
+        return name, standin.as_strided(x.size(), x.stride(), x.storage_offset() - p.storage_offset())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _COPIES and (found := self.standin(args[0])):
+            name, standin = found
+            self.known[out.untyped_storage().data_ptr()] = name, out, func(standin, **(kwargs or {}))
+        if func in _PRODUCTS:
+            product, begin, places = _PRODUCTS[func]
+            operands = list(args[begin:])
+            for place in places:
+                if found := self.standin(operands[place]):
+                    name, operands[place] = found
+                    self.see(name, product(*operands), out, func is _aten.embedding.default)
+                    break
+        return out
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all arms share; the arguments of coord_check. batches: (S, T + 1)."""
+
+    loss: Loss
+    batches: Sequence[Sequence[Any]]
+    taps: Callable[[nn.Module, Record], None]
+    output_scale: Callable[[nn.Module], Mapping[str, float]]
+    thresholds: Thresholds
+
+    @property
+    def steps(self) -> int:
+        """T: the number of updates."""
+        return len(self.batches[0]) - 1
+
+
+class _Observer:
+    """Watches one model. values: by quantity and name, a number per t. still, unseen: what cannot be judged."""
+
+    def __init__(self, model: nn.Module, setting: _Setting):
+        self.model, self.setting = model.train(), setting
+        self.parameters = {name: (p, spec) for name, p, spec in named_specs(model) if p.requires_grad}
+        self.roles: dict[str, Role | None] = {name: spec.role for name, (_, spec) in self.parameters.items()}
+        self.start = {name: p.detach().clone() for name, (p, _) in self.parameters.items()}
+        self.moved: dict[str, Tensor] = {}  # W_t - W_0, and the same one step before
+        self.moved_before: dict[str, Tensor] = {}
+        self.scales = setting.output_scale(model)
+        self.values: dict[tuple[str, str], dict[int, float]] = {}
+        self.still: set[str] = set()  # kinds of parameters that did not move
+        self.unseen: set[str] = set()  # kinds of matrices that were not seen to multiply anything
+        self._multiplied: set[str] = set()
+        self._looked_up: set[str] = set()
+        self._looking = False
+        self._seen: dict[tuple[str, str], list[float]] = {}  # mean squares of the present look
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_hook(partial(self._see_module, name))
+        setting.taps(model, self.record)
+
+    def put(self, t: int, quantity: str, name: str, value: float) -> None:
+        """Note a value; as inf if it is not finite."""
+        self.values.setdefault((quantity, name), {})[t] = value if math.isfinite(value) else math.inf
+
+    def record(self, name: str, x: Tensor) -> None:
+        """Note an activation, if this forward pass is a look."""
+        if self._looking:
+            self._seen.setdefault(("activation", name), []).append(_mean_square(x))
+
+    def _see_module(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """A forward hook: note the first tensor that comes out, unless _see_product has noted it."""
+        while isinstance(output, tuple | list | Mapping):
+            output = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+        if isinstance(output, Tensor) and output.is_floating_point() and ("activation", name) not in self._seen:
+            self.record(name, output)
+
+    def _see_product(self, name: str, effect: Tensor, output: Tensor, is_lookup: bool) -> None:
+        """Called by _Products. Matrices stacked along the output are told apart: q, k and v of a (3, D, D)."""
+        spec, scale = self.parameters[name][1], self.scales.get(name, 1.0)
+        self._multiplied.add(name)
+        role = spec.role
+        if is_lookup:
+            self._looked_up.add(name)
+        elif name in self._looked_up:  # the embedding is the readout too
+            name, role = f"{name} (readout)", Role.OUTPUT
+        leading = itertools.takewhile(lambda dim: dim[0] not in ("in", "out"), zip(spec.layout, spec.shape))
+        stack = math.prod(size for _, size in leading)
+        parts = stack if output.size(-1) == stack * spec.fan_out else 1
+        for i in range(parts):
+            part = f"{name}[{i}]" if parts > 1 else name
+            self.roles[part] = role
+            for quantity, key, x in ("effect", part, effect), ("activation", part.removesuffix(".weight"), output):
+                mean_square = scale**2 * _mean_square(x.chunk(parts, dim=-1)[i])
+                self._seen.setdefault((quantity, key), []).append(mean_square)
+
+    @torch.no_grad()
+    def look(self, t: int, batch: Any) -> None:
+        """Take effects and activations in a forward pass of its own, after which torch's random state is as before."""
+        self.moved_before = self.moved
+        self.moved = {name: p.detach() - self.start[name] for name, (p, _) in self.parameters.items()}
+        standins = self.moved if t else self.start
+        pairs = {name: (p, standins[name]) for name, (p, _) in self.parameters.items()}
+        self._looking = True
+        with torch.random.fork_rng(devices=[]), _Products(pairs, self._see_product):
+            self.setting.loss(self.model, batch)
+        self._looking = False
+        for name, standin in standins.items():
+            if name not in self._multiplied:  # gains, biases, scalars: element by element
+                self._seen["effect", name] = [_mean_square(standin)]
+        for (quantity, name), squares in self._seen.items():
+            self.put(t, quantity, name, math.sqrt(sum(squares) / len(squares)))
+        self._seen.clear()
+
+    def look_back(self, t: int, loss: Tensor) -> None:
+        """Take the loss and, after its backward pass, the gradients."""
+        self.put(t, "loss", "loss", loss.item())
+        for name, (p, _) in self.parameters.items():
+            if p.grad is not None:
+                self.put(t, "gradient", name, math.sqrt(_mean_square(p.grad)))
+
+    def finish(self, t: int) -> None:
+        """After the last look: take norms, and note what cannot be judged."""
+        for name, (p, spec) in self.parameters.items():
+            if not self.moved[name].any():
+                self.still.add(_kind(name))
+            if spec.role in (Role.HIDDEN, Role.OUTPUT) and name not in self._multiplied:
+                self.unseen.add(_kind(name))
+            if spec.role is Role.HIDDEN and self.moved_before:
+                moved = self.moved[name]
+                for norm, value in _norms(spec, p.detach(), moved, moved - self.moved_before[name]).items():
+                    self.put(t, norm, name, value)
+
+
+def _mean_square(x: Tensor) -> float:
+    return x.detach().float().square().mean().item()
+
+
+def _norms(spec: ParamSpec, weight: Tensor, moved: Tensor, last: Tensor) -> dict[str, float]:
+    """sqrt(n_in / n_out) times the spectral norm of a matrix and of the sum of its updates; and how level the singular
+    values of the last update are: Frobenius norm / (spectral norm * sqrt(rank)), 1 if orthogonal. Means over a stack.
+    """
+    order = [i for i, word in enumerate(spec.layout) if word not in ("in", "out")]
+    order += [spec.layout.index("out"), spec.layout.index("in")]
+    weight, moved, last = (x.float().permute(order).reshape(-1, spec.fan_out, spec.fan_in) for x in (weight, moved, last))
+    scale = math.sqrt(spec.fan_in / spec.fan_out)
+    level = last.norm(dim=(1, 2)) / (_spectral_norm(last) * math.sqrt(min(spec.fan_out, spec.fan_in)))
+    values = scale * _spectral_norm(weight), scale * _spectral_norm(moved), level
+    return {name: value.mean().item() for name, value in zip(NORMS, values)}
+
+
+def _spectral_norm(matrices: Tensor, iterations: int = 15) -> Tensor:
+    """Largest singular values (N,) of (N, out, in) by power iteration from a fixed start: within a few per cent."""
+    v = torch.randn(matrices.size(-1), 1, generator=torch.Generator().manual_seed(0)).expand(len(matrices), -1, 1)
+    for _ in range(iterations):
+        v = matrices.mT @ (matrices @ v)
+        v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return (matrices @ v).norm(dim=(1, 2))
+
+
+def _kind(name: str) -> str:
+    """`name` with a star in place of every number between dots."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _observe(arm: Arm, width: int, narrowest: int, seed: int, setting: _Setting) -> _Observer:
+    """Build the model of `arm` and train it for T steps on the batches of `seed`, under observation."""
+    torch.manual_seed(seed)
+    model = arm.build_model(width)
+    built = arm.optimizer(model)
+    optimizers = [built] if isinstance(built, Optimizer) else list(built)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["lr"] * (width / narrowest) ** arm.lr_power
+    observer = _Observer(model, setting)
+    for t, batch in enumerate(setting.batches[seed]):
+        observer.look(t, batch)
+        if t == setting.steps:
+            break
+        loss = setting.loss(model, batch)
+        loss.backward()
+        observer.look_back(t, loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+    observer.finish(setting.steps)
+    return observer
+
+
+def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: _Setting, progress: tqdm) -> ArmResult:
+    """Observe `arm` at all widths, and judge."""
+    observers = []
+    for seed, width in itertools.product(range(seeds), widths):
+        progress.set_postfix_str(f"{arm.name}, width {width}")
+        observers.append(_observe(arm, width, min(widths), seed, setting))
+        progress.update()
+    keys = dict.fromkeys(key for observer in observers for key in observer.values)
+    series = []
+    for quantity, name in keys:
+        taken = [observer.values.get((quantity, name), {}) for observer in observers]
+        values = np.array([[at.get(t, math.nan) for t in range(setting.steps + 1)] for at in taken])
+        logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
+        role = observers[0].roles.get(name) if quantity != "activation" else None

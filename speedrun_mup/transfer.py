@@ -111,8 +111,8 @@ def read_runs(path: str | Path) -> list[Run]:
     reader.fieldnames = names
     for column in ("width", "lr", "seed", "loss"):
         if names.count(column) != 1:
-            fault = "no column" if column not in names else "more than one column"
-            raise TransferError(f"{path}: {fault} {column!r} in the header ({','.join(names)}); name it once")
+            found = "no column" if column not in names else "more than one column"
+            raise TransferError(f"{path}: {found} {column!r} in the header ({','.join(names)}); name it once")
     runs: dict[tuple[str, int, float, int], Run] = {}
     for row in reader:
         where = f"{path} row {reader.line_num}"
@@ -137,10 +137,10 @@ def _number(
     """The number in `column`, or a TransferError that says what should stand there."""
     try:
         value = float(row[column])
+        good = not (finite and not math.isfinite(value)) and not (whole and value % 1) and not (positive and value <= 0)
     except ValueError:
-        value = None
-    bad = value is None or (finite and not math.isfinite(value)) or (whole and value % 1) or (positive and value <= 0)
-    if value is None or bad:
+        value, good = math.nan, False
+    if not good:
         kind = f"a {'positive ' if positive else ''}{'whole ' if whole else ''}number"
         hint = "" if finite else " (write nan or diverged for a run that blew up)"
         raise TransferError(f"{where}, column {column}: {row[column]!r} should be {kind}{hint}")
@@ -977,9 +977,10 @@ def _plain(value: Any) -> Any:
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 9,
+    "xtick.labelsize": 7.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -808,6 +809,20 @@ def test_a_background_fault_surfaces_once(tmp_path, surface):
         save_later(checkpoints, 3)
         assert checkpoints.close() == tmp_path / "step-00000003"
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_all_ranks_learn_of_a_background_save_at_the_same_poll(tmp_path):
+    def look(world: World) -> list[Path | None]:
+        checkpoints, pending = Checkpoints(tmp_path, world), Future()
+        checkpoints._pending = pending
+        seen = []
+        for finished in (0, 1):
+            if world.rank == finished:
+                pending.set_result(tmp_path)
+            seen.append(checkpoints.poll())
+        return seen
+
+    assert on_ranks(2, look) == [[None, tmp_path]] * 2
 
 
 # --- real processes ---

@@ -273,7 +273,7 @@ def tuned(hidden: str) -> dict[str, Tuned]:
 
 
 def kind(name: str) -> str:
-    """Such as c_fc of "blocks.3.mlp.c_fc.weight."""
+    """The name of a parameter without its place: c_fc, for blocks.3.mlp.c_fc.weight."""
     return [word for word in name.split(".") if word != "weight" and not word.isdigit()][-1]
 
 

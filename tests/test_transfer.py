@@ -316,6 +316,15 @@ def test_filled_gaps_give_the_means_of_the_additive_fit():
     np.testing.assert_allclose(cells.mean, means, atol=1e-9)
 
 
+def test_degrees_of_freedom_of_the_noise():
+    """2 seeds at 5 points near the optimum: 10 runs less 5 + 2 - 1 effects, and less 5 with the offset as noise."""
+    cells = measure_arm(sweep(seeds=(0, 1))).fits[0].cells
+    squares, freedom = cells.noise(2.0, 0.05)
+    assert freedom.tolist() == [4, 5]
+    gap = cells.losses[0, 1:6] - cells.losses[1, 1:6]
+    np.testing.assert_allclose(squares, [((gap - gap.mean()) ** 2).sum() / 2, (gap**2).sum() / 2])
+
+
 def test_seeds_that_share_nothing_cannot_be_compared():
     runs = [run for run in sweep() if (run.seed == 0) == (run.lr <= 1.0) and run.seed < 2]
     assert "share too few learning rates" in measure_arm(runs).reasons[0]
@@ -420,6 +429,8 @@ def test_regret_is_curvature_times_squared_shift():
 def test_regret_follows_the_points_outside_the_window_and_the_cliff_to_infinity():
     far = measure_arm(sweep(-1.0, sigma=0.001, grid=range(-6, 4), optimum=0.0))
     assert far.regret.value == pytest.approx(0.025 * 9, rel=0.05)
+    between = measure_arm(sweep(-1.0, sigma=0.001, grid=range(-6, 4), optimum=0.4))  # 2^0.4: 0.6 of 2^0, 0.4 of 2^1
+    assert between.regret.value == pytest.approx(0.025 * (0.6 * 2.6**2 + 0.4 * 3.6**2), rel=0.03)
     gone = measure_arm(sweep(-1.0, grid=range(-6, 4), cliff=2.5))
     assert math.isinf(gone.regret.value)
     assert "width 512 diverges at the base width's optimum" in gone.reasons
@@ -597,6 +608,13 @@ def test_forecast_from_three_widths_admits_that_it_does_not_know_the_law():
     assert low < 3.0 + 1.5 * 32**-0.5 < high
     assert high - low > 2 * np.subtract(*loss_forecast(four, 512).loss.interval()[::-1])
     assert guess.exponent.value == 0.5 and "unknown" in guess.method
+
+
+def test_forecast_includes_the_scatter_of_one_run():
+    """Inside the range of widths and with many seeds the law is well known; one run still lands off it."""
+    arm = measure_arm(sweep(seeds=range(8), offset=0.05, sigma=0.001))
+    assert arm.seed_sd == pytest.approx(0.05, rel=0.4)
+    assert loss_forecast(arm, 192).loss.se > arm.seed_sd
 
 
 def test_forecast_follows_a_drift():

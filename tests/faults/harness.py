@@ -82,13 +82,14 @@ def fail_at(index: int, code: int) -> Tap:
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Start `work` in a child process that ends when it returns; its process id."""
+    """Start `work` in a child process that ends when it returns, or after a minute; its process id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork beside threads
         pid = os.fork()
     if pid:
         return pid
     try:
+        signal.alarm(60)
         work()
         os._exit(0)
     except BaseException:

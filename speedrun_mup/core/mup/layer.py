@@ -14,7 +14,7 @@ from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
 
 def weight_spec(module: nn.Module) -> ParamSpec:
     """What the module's weight is. Raises UndeclaredParameterError."""
-    specs: dict[str, ParamSpec] = module.__dict__.get("mup_specs", {})
+    specs: dict[str, ParamSpec] = vars(module).get("mup_specs", {})
     if "weight" not in specs:
         raise UndeclaredParameterError(f"{module} has no base shape; call set_base_shapes on the model before using it")
     return specs["weight"]
@@ -26,13 +26,11 @@ def _rescale(module: nn.Module, parameters: Iterable[Tensor | None], factor: flo
 
     Meta tensors have no values to scale: call again once they do.
     """
-    applied = module.__dict__.get("mup_rescaled", 1.0)
     present = [p for p in parameters if p is not None]
-    if factor == applied or any(p.is_meta for p in present):
-        return
-    for parameter in present:
-        parameter.mul_(factor / applied)
-    module.mup_rescaled = factor  # type: ignore[assignment]
+    if not any(p.is_meta for p in present):
+        for parameter in present:
+            parameter.mul_(factor / vars(module).get("mup_rescaled", 1.0))
+        vars(module)["mup_rescaled"] = factor
 
 
 class MuReadout(nn.Linear):
@@ -56,7 +54,7 @@ class MuReadout(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Initialise anew, as torch does or to zero, keeping a rescaling that was asked for before."""
-        factor = self.__dict__.pop("mup_rescaled", 1.0)
+        factor = vars(self).pop("mup_rescaled", 1.0)
         if self.readout_zero_init:
             for parameter in self._own_parameters():
                 nn.init.zeros_(parameter)

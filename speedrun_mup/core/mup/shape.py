@@ -120,7 +120,7 @@ def make_base_shapes(
 
 def _resolve(module: nn.Module, local: str, infshape: InfShape) -> ParamSpec:
     """What `module`'s parameter `local` is: role and layout as declared, else inferred."""
-    declared: ParamSpec | None = module.__dict__.get("mup_specs", {}).get(local)
+    declared: ParamSpec | None = vars(module).get("mup_specs", {}).get(local)
     spec = infer_spec(infshape, module) if declared is None or declared.inferred else declared
     base = tuple(d.base_dim or d.dim for d in infshape)
     return replace(spec, base_shape=base, shape=tuple(infshape.shape()))  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def apply_infshapes(model: nn.Module, infshapes: Mapping[str, InfShape]) -> None
     by_id = {id(p): infshapes[name] for name, p in model.named_parameters()}
     attached = set()
     for path, module in model.named_modules():
-        for local, p in module.named_parameters(recurse=False, remove_duplicate=False):
+        for local, p in module.named_parameters(recurse=False):
             spec = _resolve(module, local, by_id[id(p)])
             if (
                 isinstance(module, MuReadout | nn.Embedding)
@@ -146,7 +146,7 @@ def apply_infshapes(model: nn.Module, infshapes: Mapping[str, InfShape]) -> None
                     f"{path}.weight {spec.shape}: its first dimension differs from the base {spec.base_shape}; "
                     "a vocabulary must not grow with width"
                 )
-            module.__dict__.setdefault("mup_specs", {})[local] = spec
+            vars(module).setdefault("mup_specs", {})[local] = spec
             if id(p) not in attached:
                 p.infshape = InfShape.from_spec(spec)
             attached.add(id(p))

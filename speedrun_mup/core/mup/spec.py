@@ -101,7 +101,7 @@ def declare(
     parameter = module.get_parameter(name)
     spec = ParamSpec(role, tuple(base_shape), tuple(parameter.shape), tuple(layout.split()), group, m_depth)
     vars(parameter).pop("infshape", None)  # a convenience of set_base_shapes that says something else now
-    module.__dict__.setdefault("mup_specs", {})[name] = spec
+    vars(module).setdefault("mup_specs", {})[name] = spec
     return spec
 
 

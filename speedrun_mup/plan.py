@@ -1,0 +1,326 @@
+"""Which small runs a big one needs, what they cost, what learning rate and loss they promise, and if it came true.
+
+plan = make_plan(target, out, engine, budget_minutes=30)      # widths, seeds, cost; writes plan.json
+run_sweep(plan.sweep, out, engine)
+prediction = predict(out)                                     # learning rate and loss, with intervals
+...                                                           # train the target with that learning rate
+print(compare(out, run_folder))                               # predicted against measured
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data import Corpus
+from speedrun_mup.sweep import (
+    ARMS,
+    Engine,
+    Failure,
+    Pace,
+    Sweep,
+    computed_settings,
+    measure_sweep,
+    read_results,
+    run_flops,
+    write_whole,
+)
+from speedrun_mup.tracking import clock, read_metrics
+from speedrun_mup.training import saved_config
+from speedrun_mup.transfer import Thresholds, loss_forecast
+
+PLAN, VERSION = "plan.json", 1
+ARM = "mup"
+SEEDS = (5, 4, 3, 2)  # to choose from; one seed would leave the noise unknown
+OCTAVES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+REFINEMENT = 4  # half octaves that a sweep usually adds at a width
+PROBE_STEPS, PROBE_S = 3, 60.0  # steps to time at each width, unless they would take longer than this
+# Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
+# per octave squared is usual for small language models. It only serves to say in advance what a plan will achieve.
+NOISE_OVER_CURVATURE = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sweep that finds the learning rate of `target` most exactly within the budget.
+
+    runs: with the refinement that a sweep usually adds. flops: of the sweep; target_flops: of the target run. sweep_s,
+    target_s: on this machine with `workers` workers. lr_error: expected standard error of the target's best learning
+    rate, octaves.
+    """
+
+    target: TrainConfig
+    widths: tuple[int, ...]
+    seeds: int
+    runs: int
+    flops: float
+    target_flops: float
+    workers: int
+    sweep_s: float
+    target_s: float
+    lr_error: float
+
+    @property
+    def sweep(self) -> Sweep:
+        """What to run."""
+        return Sweep(_proxy_base(self.target), self.widths, (ARMS[ARM],), OCTAVES, tuple(range(self.seeds)))
+
+    def summary(self) -> str:
+        """For a terminal."""
+        target, widths = self.target, ", ".join(map(str, self.widths))
+        return "\n".join(
+            [
+                f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
+                f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
+                f"proxies: widths {widths}, {len(OCTAVES)} learning rates and about {REFINEMENT} more, "
+                f"{self.seeds} seeds: about {self.runs} runs",
+                f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run; "
+                f"about {clock(self.sweep_s)} with {self.workers} workers",
+                f"the learning rate will be known to about +- {self.lr_error:.2f} octaves (standard error)",
+            ]
+        )
+
+
+def _proxy_base(target: TrainConfig) -> TrainConfig:
+    """The target's settings as the base of a sweep; without a base width, its rates are meant for its own width."""
+    return replace(target, base_width=target.base_width or target.width)
+
+
+def make_plan(
+    target: TrainConfig,
+    out: Path,
+    engine: Engine,
+    *,
+    budget_minutes: float | None = None,
+    budget_flops: float | None = None,
+) -> Plan:
+    """Choose the sweep for `target` and write it to plan.json in `out`, the folder of the sweep.
+
+    Considered are head_dim times powers of two below the target's width, at least as many neighbouring ones as a
+    verdict needs, with 2 to 5 seeds; chosen is what fits the budget with the smallest expected error of the learning
+    rate extrapolated to the target's width. Times come from finished cells in `out`, else from a few steps per width.
+    Raises ConfigError if no design is possible or none fits.
+    """
+    if budget_minutes is None and budget_flops is None:
+        raise ConfigError("a plan needs a budget; give --budget-minutes or --budget-flops")
+    corpus, _ = find_corpus(target.data, target.tokenizer)
+    candidates = _candidates(target)
+    pace = Pace(read_results(out)) if out.exists() else Pace()
+    if pace.seconds(target.width, 0.0) is None:
+        pace = _probe(target, candidates, engine, corpus)
+    designs = [_design(target, widths, seeds, engine.workers, pace, corpus) for widths, seeds in _choices(candidates)]
+    fitting = [
+        plan
+        for plan in designs
+        if plan.flops <= (budget_flops or math.inf) and plan.sweep_s <= 60 * (budget_minutes or math.inf)
+    ]
+    if not fitting:
+        least = min(designs, key=lambda plan: plan.flops)
+        cost = f"{least.flops:.3g} FLOPs and {least.sweep_s / 60:.1f} minutes"
+        raise ConfigError(f"no plan fits the budget: the smallest takes {cost} here; allow that much")
+    plan = min(fitting, key=lambda plan: (plan.lr_error, plan.flops))
+    content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "prediction": None}
+    write_whole(out / PLAN, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return plan
+
+
+def _candidates(target: TrainConfig) -> list[int]:
+    """Proxy widths to choose from, ascending."""
+    powers = (target.head_dim * 2**power for power in itertools.count())
+    widths = list(itertools.takewhile(lambda width: width < target.width, powers))
+    if len(widths) < Thresholds.min_widths:
+        least = target.head_dim * 2**Thresholds.min_widths
+        raise ConfigError(
+            f"width={target.width} leaves no room for {Thresholds.min_widths} proxy widths from head_dim="
+            f"{target.head_dim} up, each twice the one before; plan for a width of {least} or more"
+        )
+    return widths
+
+
+def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Neighbouring widths, at least as many as a verdict needs, and a number of seeds."""
+    for first, last in itertools.combinations(range(len(candidates) + 1), 2):
+        if last - first >= Thresholds.min_widths:
+            yield from ((tuple(candidates[first:last]), seeds) for seeds in SEEDS)
+
+
+def _design(target: TrainConfig, widths: tuple[int, ...], seeds: int, workers: int, pace: Pace, corpus: Corpus) -> Plan:
+    """What one choice costs and how well it will do."""
+    each = seeds * (len(OCTAVES) + REFINEMENT)
+    flops = [run_flops(replace(target, width=width), corpus.vocab_size) for width in widths]
+    seconds = [pace.seconds(width, cost) or 0.0 for width, cost in zip(widths, flops, strict=True)]
+    whole = run_flops(target, corpus.vocab_size)
+    return Plan(
+        target=target,
+        widths=widths,
+        seeds=seeds,
+        runs=each * len(widths),
+        flops=each * sum(flops),
+        target_flops=whole,
+        workers=workers,
+        sweep_s=max(each * sum(seconds) / workers, *seconds),
+        target_s=whole / (workers * pace.flops_per_s(widths[-1])),
+        lr_error=expected_lr_error(widths, seeds, target.width),
+    )
+
+
+def expected_lr_error(widths: tuple[int, ...], seeds: int, target: int) -> float:
+    """Standard error, in octaves, of a line through the optima of `widths`, followed to the width `target`.
+
+    One optimum, from a parabola through 5 points one octave apart, has variance (noise / curvature)**2 / (40 seeds).
+    """
+    doublings = [math.log2(width) for width in widths]
+    mean = sum(doublings) / len(doublings)
+    spread = sum((at - mean) ** 2 for at in doublings)
+    leverage = 1 / len(widths) + (math.log2(target) - mean) ** 2 / spread
+    return NOISE_OVER_CURVATURE * math.sqrt(leverage / (40 * seeds))
+
+
+def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpus) -> Pace:
+    """Time a few steps and one validation per width, on all workers at once, as a sweep would run them."""
+    pace = Pace()
+    base = replace(_proxy_base(target), iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        for width in widths:
+            sweep = Sweep(base, (width,), (ARMS[ARM],))
+            cells = [sweep.cell(ARMS[ARM], width, 0.0, seed, corpus) for seed in range(engine.workers)]
+            if (pace.seconds(width, cells[0].flops) or 0.0) > PROBE_S:
+                break
+            for cell, outcome in engine.run(iter(cells), Path(scratch)):
+                if isinstance(outcome, Failure):
+                    raise ConfigError(f"timing {cell} failed: {outcome.why}; mend that first")
+                pace.learn(outcome)
+    return pace
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction and comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the sweep says about the target run; intervals hold 90 %.
+
+    lr_scale: what to give the target. verdict: of the transfer measurement, which decides whether the learning rate is
+    the mean of the optima or follows their drift. method: in words.
+    """
+
+    width: int
+    lr_scale: float
+    lr_scale_interval: tuple[float, float]
+    loss: float
+    loss_interval: tuple[float, float]
+    verdict: str
+    method: str
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Prediction:
+        """From the object in plan.json."""
+        pairs: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return Prediction(**(values | pairs))
+
+    def summary(self) -> str:
+        """For a terminal."""
+        (slow, fast), (low, high) = self.lr_scale_interval, self.loss_interval
+        return (
+            f"width {self.width}: use --lr-scale {self.lr_scale:.4g} (90 % {slow:.4g} to {fast:.4g})\n"
+            f"expect a validation loss of {self.loss:.4f} (90 % {low:.4f} to {high:.4f})\n"
+            f"transfer: {self.verdict}; {self.method}"
+        )
+
+
+def predict(out: Path) -> Prediction:
+    """Learning rate and loss of the target from the finished sweep in `out`; also written to its plan.json.
+
+    Raises ConfigError without a plan, TransferError if the sweep does not bear a forecast.
+    """
+    content = _read_plan(out)
+    target = _target(content, out)
+    arm = measure_sweep(out, [ARM]).arms[ARM]
+    forecast = loss_forecast(arm, target.width)
+    slow, fast = forecast.log2_lr.interval()
+    if math.isnan(slow):
+        raise ConfigError(f"{out}: with one seed the noise is unknown, and so is every interval; run a second seed")
+    prediction = Prediction(
+        width=target.width,
+        lr_scale=target.lr_scale * 2**forecast.log2_lr.value,
+        lr_scale_interval=(target.lr_scale * 2**slow, target.lr_scale * 2**fast),
+        loss=forecast.loss.value,
+        loss_interval=forecast.loss.interval(),
+        verdict=arm.verdict.value,
+        method=forecast.method,
+    )
+    write_whole(out / PLAN, json.dumps(content | {"prediction": asdict(prediction)}, indent=1, allow_nan=False) + "\n")
+    return prediction
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Predicted against measured. octaves: learning rate used over the predicted one, log2."""
+
+    prediction: Prediction
+    measured: float
+    octaves: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measured loss lies in the predicted interval."""
+        low, high = self.prediction.loss_interval
+        return low <= self.measured <= high
+
+    def summary(self) -> str:
+        """For a terminal."""
+        (low, high), predicted = self.prediction.loss_interval, self.prediction.loss
+        lines = [
+            f"validation loss: predicted {predicted:.4f} (90 % {low:.4f} to {high:.4f}), measured {self.measured:.4f}, "
+            f"{self.measured - predicted:+.4f}: {'inside' if self.inside else 'outside'}"
+        ]
+        if abs(self.octaves) > 0.01:
+            lines.append(f"the run's learning rate is 2^{self.octaves:+.2f} times the predicted one")
+        return "\n".join(lines)
+
+
+def compare(out: Path, run: Path) -> Comparison:
+    """The prediction in the plan.json of `out` against the finished target run in the folder `run`.
+
+    Raises ConfigError if there is no prediction, if the run is not at its end, or if it is not the target that was
+    planned; another learning rate or seed is no obstacle.
+    """
+    content = _read_plan(out)
+    if not content["prediction"]:
+        raise ConfigError(f"{out / PLAN} holds no prediction yet; finish the sweep and predict first")
+    planned, done = _target(content, out), saved_config(run)
+    mine, theirs = computed_settings(planned), computed_settings(done)
+    differ = [key for key in mine if mine[key] != theirs[key] and key not in ("lr_scale", "seed")]
+    if differ:
+        changes = "; ".join(f"{key} was planned as {mine[key]}, is {theirs[key]}" for key in differ)
+        raise ConfigError(f"{run} is not the planned run: {changes}; compare the run that was planned")
+    losses = [row["loss"] for row in read_metrics(run) if row["kind"] == "val" and row["step"] == done.iterations]
+    if not losses or losses[-1] is None:
+        raise ConfigError(f"{run} has no loss at step {done.iterations}; train it to its end first")
+    prediction = Prediction.from_json(content["prediction"])
+    return Comparison(prediction, losses[-1], math.log2(done.lr_scale / prediction.lr_scale))
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((out / PLAN).read_text())
+        if content["version"] != VERSION:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{out / PLAN} is missing or damaged; make a plan first") from None
+    return content
+
+
+def _target(content: dict[str, Any], out: Path) -> TrainConfig:
+    return from_json(json.dumps(content["target"]), out / PLAN)

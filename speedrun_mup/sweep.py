@@ -1,0 +1,1000 @@
+"""Many small runs: arms x widths x learning rates x seeds, in parallel, resumable, refined where it counts.
+
+    sweep = Sweep(make_config("laptop", {}), widths=(64, 128, 256), arms=pick_arms(["mup", "adam-sp"]))
+    with closing(LocalEngine()) as engine:
+        print(run_sweep(sweep, Path("sweeps/laptop"), engine).summary())
+
+A cell is one run. Its id is a hash of what it computes, and it is done once cells/<id>/result.json exists. Only the
+process that holds the folder's lock writes there, so workers may die at any moment. The same command does what is
+missing; another one with the same base adds to the folder. All cells share data order and seeds (common random
+numbers), and differ in nothing but arm, width, seed and a factor 2**octaves on one learning rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
+from speedrun_mup.core.model import GPTConfig
+from speedrun_mup.core.utils import pick_device
+from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data import Corpus
+from speedrun_mup.schedules import window_blocks
+from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
+from speedrun_mup.training import FREE_TO_CHANGE, FolderLock, train
+from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, measure_transfer
+
+SCHEMA = 1  # of result.json; part of every id
+SWEEP, CELLS, RESULT, SCRATCH = "sweep.json", "cells", "result.json", "running"
+KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr")
+ATTEMPTS = 3  # a cell that fails is tried again twice
+MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
+TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
+NOT_COMPUTED = FREE_TO_CHANGE | {"data", "tokenizer"}  # settings without a part in an id; the corpus has a fingerprint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to scale with width, as settings. predicted: octaves per doubling that a control's optimum must drift.
+
+    The prediction is for a knob that turns just what is scaled wrongly. lr_scale turns groups that are right as well,
+    and the common optimum then lies between, so the sign is what counts.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    predicted: float | None = None
+
+
+# At base width, where all tables agree. The lowest loss of a sweep of the laptop preset at width 64; see docs/LOG.md.
+ADAM = {"hidden_optimizer": "adam", "matrix_lr": 0.01}
+MUON = {"hidden_optimizer": "muon"}
+
+# adam-sp is the table "sp", not "adam-constant": what people do without muP. A constant rate is then too fast by m in
+# hidden matrices and readout; both call for -1 octave per doubling, which shows even where one knob turns all rates.
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("mup", {"parametrization": "mup", **MUON}),
+        Arm("record26", {"parametrization": "record26", **MUON}),
+        Arm("adam-mup", {"parametrization": "mup", **ADAM}),
+        Arm("adam-sp", {"parametrization": "sp", **ADAM}, predicted=-1.0),
+        Arm("muon-sqrt-m", {"parametrization": "muon-sqrt-m", **MUON}, predicted=-0.5),
+        Arm("muon-over-m", {"parametrization": "muon-over-m", **MUON}, predicted=1.0),
+    )
+}
+
+
+def pick_arms(names: Iterable[str]) -> tuple[Arm, ...]:
+    """The arms called `names`. Raises ConfigError for an unknown one."""
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        raise ConfigError(f"arm {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
+    return tuple(ARMS[name] for name in names)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its place in the table and its settings. corpus, vocab: fingerprint and vocabulary of its data."""
+
+    arm: str
+    width: int
+    octaves: float
+    seed: int
+    cfg: TrainConfig
+    corpus: str
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.arm} width {self.width} 2^{self.octaves:g} seed {self.seed}"
+
+    @functools.cached_property
+    def id(self) -> str:
+        """16 hex digits; equal if and only if the cells compute the same, wherever and under whatever name they run."""
+        text = json.dumps([SCHEMA, self.corpus, computed_settings(self.cfg)], sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """What training it takes."""
+        return run_flops(self.cfg, self.vocab)
+
+
+def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, without where it runs and what it shows."""
+    return {name: value for name, value in asdict(cfg).items() if name not in NOT_COMPUTED}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which cells to run.
+
+    base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, a learning
+    rate of TrainConfig. adaptive: extend and refine the grid where the minimum turns out to be. Raises ConfigError.
+    """
+
+    base: TrainConfig
+    widths: tuple[int, ...]
+    arms: tuple[Arm, ...] = (ARMS["mup"],)
+    octaves: tuple[float, ...] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    knob: str = "lr_scale"
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "arms", "octaves", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"a sweep without {name}; name at least one")
+        if self.knob not in KNOBS:
+            raise ConfigError(f"knob={self.knob!r} is not a learning rate; choose {', '.join(KNOBS)}")
+        if self.base.base_width is None:
+            raise ConfigError("a sweep needs the width that its settings were tuned at; give --base-width")
+
+    def cell(self, arm: Arm, width: int, octaves: float, seed: int, corpus: Corpus) -> Cell:
+        """One cell. The data are named so that a worker with another working directory finds them too."""
+        data = self.base.data if self.base.data in ("embedded", "synthetic") else str(corpus.directory.resolve())
+        own = {"out": "", "name": None, "resume": None, "save": False, "val_every": 0, "track": "none"}
+        settings = (
+            vars(self.base) | dict(arm.settings) | own | {"progress": False, "data": data, "width": width, "seed": seed}
+        )
+        settings[self.knob] = settings[self.knob] * 2.0**octaves
+        return Cell(
+            arm.name, width, float(octaves), seed, TrainConfig(**settings), corpus.fingerprint, corpus.vocab_size
+        )
+
+    def cells(self, points: Mapping[tuple[str, int], Iterable[float]], corpus: Corpus) -> list[Cell]:
+        """The cells of all seeds at `points`: (arm, width) -> octaves."""
+        return [
+            self.cell(arm, width, octaves, seed, corpus)
+            for arm in self.arms
+            for width in self.widths
+            for octaves in sorted(points[arm.name, width])
+            for seed in self.seeds
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(cfg: TrainConfig, vocab_size: int) -> float:
+    """FLOPs to train on one token: 6 per matrix weight that it meets, and 12 * width per key in each attention layer.
+
+    Keys are those inside window and micro-batch, averaged over training, while the window grows; that they also have to
+    be of the same document is left out, so this is an upper bound (2.7 % too much for record 26). Also left out: the
+    optimizers, of which Muon takes 0.55 % there but a large part of a very small model's step, and validation.
+    """
+    model = _shape(cfg, vocab_size)
+    attention = [layer for layer in range(model.n_layer) if layer != model.layer_without_attention]
+    weights = (4 * len(attention) + 8 * model.n_layer) * model.width**2 + model.padded_vocab * model.width
+    long, short = _mean_keys(cfg.iterations, cfg.window_tokens, cfg.block_size, cfg.micro_batch_tokens)
+    keys = sum(long if model.has_long_window(layer) else short for layer in attention)
+    return 6.0 * weights + 12.0 * model.width * keys
+
+
+def run_flops(cfg: TrainConfig, vocab_size: int) -> float:
+    """FLOPs of a whole training run."""
+    return flops_per_token(cfg, vocab_size) * cfg.batch_tokens * cfg.iterations
+
+
+def _shape(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The model's shape. Raises ConfigError for an impossible one."""
+    base = cfg.base_width or cfg.width
+    return GPTConfig(vocab_size, 0, cfg.n_layer, cfg.width, base, cfg.head_dim, cfg.block_size, cfg.parametrization)
+
+
+@functools.cache
+def _mean_keys(iterations: int, window_tokens: int, block_size: int, tokens: int) -> tuple[float, float]:
+    """Keys that a query sees, mean over positions and over training, in layers with the long and the short window."""
+    blocks = tokens // block_size
+
+    def keys(window: int) -> float:
+        window = min(max(window, 1), blocks)
+        return block_size * (window - 1) * (blocks - window / 2) / blocks + (block_size + 1) / 2
+
+    windows = [window_blocks(step / iterations, window_tokens, block_size) for step in range(iterations)]
+    return sum(map(keys, windows)) / iterations, sum(keys(window // 2) for window in windows) / iterations
+
+
+class Pace:
+    """How long a cell takes in one worker, learnt from finished ones: steps by their FLOPs, and what comes with a run.
+
+    What comes with a run is setting up and validation. What is known of the nearest width counts.
+    """
+
+    def __init__(self, results: Iterable[CellResult] = ()):
+        self._known: dict[int, _Spent] = {}
+        for result in results:
+            self.learn(result)
+
+    def learn(self, result: CellResult) -> None:
+        """Count a finished cell."""
+        if result.flops:
+            spent = self._known.setdefault(result.width, _Spent())
+            spent.flops += result.flops
+            spent.train_s += result.train_s
+            spent.other_s += result.seconds - result.train_s
+            spent.cells += 1
+
+    def seconds(self, width: int, flops: float) -> float | None:
+        """What a cell will take; None while nothing is known."""
+        if not self._known:
+            return None
+        spent = self._nearest(width)
+        return spent.other_s / spent.cells + flops * spent.train_s / spent.flops
+
+    def flops_per_s(self, width: int) -> float:
+        """Training speed of one worker. Raises ConfigError while nothing is known."""
+        if not self._known:
+            raise ConfigError("no cell has finished, so nothing is known about speed; run one first")
+        return self._nearest(width).flops / self._nearest(width).train_s
+
+    def _nearest(self, width: int) -> _Spent:
+        return self._known[min(self._known, key=lambda at: abs(math.log(at / width)))]
+
+
+@dataclass
+class _Spent:
+    """Sums over cells of one width."""
+
+    flops: float = 0.0
+    train_s: float = 0.0
+    other_s: float = 0.0
+    cells: int = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A finished cell, as in its result.json.
+
+    loss: validation loss at the end; train_loss: mean over the last tenth of training; both nan if never reached.
+    diverged: the loss or a gradient stopped being a number, or the run ended above its initial loss. That is a finding.
+    reason: of the divergence. curve: training loss of steps 0, 1, 2, ... seconds: of the whole cell; train_s: of its
+    optimizer steps. flops: of the steps that were taken. made_with: versions and device.
+    """
+
+    id: str
+    arm: str
+    width: int
+    octaves: float
+    seed: int
+    loss: float
+    train_loss: float
+    diverged: bool
+    reason: str
+    curve: list[float]
+    seconds: float
+    train_s: float
+    flops: float
+    corpus: str
+    config: dict[str, Any]
+    made_with: dict[str, str]
+
+    @property
+    def lr(self) -> float:
+        """The factor on the knob."""
+        return 2.0**self.octaves
+
+    def to_json(self) -> str:
+        """One line of strict JSON; a number that is not finite becomes null."""
+        values = asdict(self) | {"loss": _or_null(self.loss), "train_loss": _or_null(self.train_loss)}
+        values["curve"] = [_or_null(round(loss, 6)) for loss in self.curve]
+        return json.dumps({"schema": SCHEMA, **values}, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str, source: Path) -> CellResult:
+        """Read back `to_json`. ConfigError naming `source` for anything else."""
+        try:
+            values = json.loads(text)
+            if values.pop("schema") != SCHEMA or values.keys() != {entry.name for entry in fields(CellResult)}:
+                raise ValueError("made by another version")
+            values |= {name: _or_nan(values[name]) for name in ("loss", "train_loss")}
+            values["curve"] = [_or_nan(loss) for loss in values["curve"]]
+        except (ValueError, KeyError, AttributeError, TypeError) as fault:
+            raise ConfigError(f"{source} is no result of a cell ({fault}); delete it and run the sweep again") from None
+        return CellResult(**values)
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that came to nothing, and why, in one line."""
+
+    why: str
+
+
+Outcome = tuple[Cell, CellResult | Failure]
+
+
+def run_cell(cell: Cell, scratch: Path) -> CellResult:
+    """Train one cell in a folder of its own inside `scratch`, which is removed afterwards. Prints nothing.
+
+    Raises what `train` raises, except for divergence, and ConfigError if this machine has other data.
+    """
+    began = time.perf_counter()
+    corpus, _ = find_corpus(cell.cfg.data, cell.cfg.tokenizer)
+    if corpus.fingerprint != cell.corpus:
+        raise ConfigError(f"data={cell.cfg.data}: not the corpus that the sweep began with; bring back the same files")
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
+    folder = scratch / f"{cell.id}-{os.getpid()}"
+    loss, reason = math.nan, ""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                result = train(replace(cell.cfg, out=str(scratch), name=folder.name))
+            except NonFiniteError as fault:
+                reason = str(fault)
+            else:
+                if not result.finished:
+                    raise UserError(f"stopped by a signal at step {result.steps}; run the sweep again")
+                loss = _or_nan(result.val_loss)
+        records = [record for record in read_metrics(folder) if record["kind"] == "train"]
+        made_with = json.loads((folder / PROVENANCE).read_text().splitlines()[-1])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    curve = [_or_nan(record["loss"]) for record in records]
+    if not reason and not loss < curve[0]:
+        reason = f"ended at a loss of {loss:.4f}, began at {curve[0]:.4f}"
+    tail = curve[-max(1, round(TAIL * cell.cfg.iterations)) :]
+    return CellResult(
+        id=cell.id,
+        arm=cell.arm,
+        width=cell.width,
+        octaves=cell.octaves,
+        seed=cell.seed,
+        loss=loss,
+        train_loss=math.nan if len(curve) < cell.cfg.iterations else float(np.mean(tail)),
+        diverged=bool(reason),
+        reason=reason,
+        curve=curve,
+        seconds=time.perf_counter() - began,
+        train_s=records[-1]["train_s"] if records else 0.0,
+        flops=cell.flops * len(curve) / cell.cfg.iterations,
+        corpus=cell.corpus,
+        config=computed_settings(cell.cfg),
+        made_with={name: made_with[name] for name in ("speedrun_mup", "source_sha256", "torch", "platform")}
+        | {"device": _device_name(cell.cfg.device)},
+    )
+
+
+def _device_name(device: str) -> str:
+    kind = pick_device(device).type
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
+def attempt(cell: Cell, scratch: Path) -> CellResult | Failure:
+    """`run_cell`, with any exception as a Failure."""
+    try:
+        return run_cell(cell, scratch)
+    except UserError as fault:
+        return Failure(str(fault))
+    except Exception as fault:
+        text = (str(fault).splitlines() or [""])[0]
+        return Failure(f"{type(fault).__name__}: {text}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines: where cells run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """A place to run cells, `workers` at a time."""
+
+    workers: int
+
+    def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
+        """Run cells and yield each when it is finished. The next one is taken from `cells` when a worker is free."""
+
+    def close(self) -> None:
+        """End all processes."""
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus(device: str) -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one for each GPU that may be used; none if `device` is neither auto nor cuda."""
+    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",")[:count] if listed else [str(number) for number in range(count)]
+
+
+def _threads(workers: int) -> dict[str, str]:
+    """OpenMP threads that wait by spinning take the cores from one another: measured, a factor of up to 7."""
+    return {"OMP_NUM_THREADS": str(max(1, cores() // workers)), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+class LocalEngine:
+    """Worker processes on this machine, by default one per GPU or, without GPUs, one per core.
+
+    GPUs are dealt out in turn. A worker that dies costs the cell it was at, which becomes a Failure; another takes its
+    place. Workers outlive neither the engine nor the process that made it.
+    """
+
+    def __init__(self, workers: int | None = None, device: str = "auto"):
+        gpus = visible_gpus(device)
+        self.workers = workers or len(gpus) or cores()
+        self._pool = [
+            _Worker(_threads(self.workers) | ({"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}))
+            for rank in range(self.workers)
+        ]
+
+    def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
+        """See Engine. Leaving it early kills the workers that are busy."""
+        idle, busy = list(self._pool), dict[_Worker, Cell]()
+        try:
+            while True:
+                while idle and (cell := next(cells, None)) is not None:
+                    worker = idle.pop()
+                    worker.send(cell, scratch)
+                    busy[worker] = cell
+                if not busy:
+                    return
+                ready = connection.wait([worker.connection for worker in busy])
+                for worker in [worker for worker in busy if worker.connection in ready]:
+                    outcome = worker.receive()
+                    idle.append(worker)
+                    yield busy.pop(worker), outcome
+        finally:
+            for worker in busy:
+                worker.close()
+
+    def close(self) -> None:
+        """Kill all workers; a later `run` starts new ones."""
+        for worker in self._pool:
+            worker.close()
+
+
+class _Worker:
+    """A process that runs one cell after another. It starts with its first cell, and again if it has died."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = environment
+        self.process: Any = None
+
+    def send(self, cell: Cell, scratch: Path) -> None:
+        """Give it a cell."""
+        if self.process is None or not self.process.is_alive():
+            self.close()
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+            with _environment(self.environment):  # torch reads it when the process imports it
+                self.process.start()
+            theirs.close()  # so that its death is the end of the file
+        with contextlib.suppress(OSError):  # it died just now, and `receive` will notice
+            self.connection.send((cell, scratch))
+
+    def receive(self) -> CellResult | Failure:
+        """Its answer, or a Failure if it died over it."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return Failure(f"its process died (exit code {self.process.exitcode})")
+
+    def close(self) -> None:
+        """Kill it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables, for processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _work(tasks: Any) -> None:
+    """The life of a worker: until its parent closes the connection or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
+    tqdm.set_lock(threading.RLock())  # the default is a semaphore, which a killed process leaves behind
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            tasks.send(attempt(*tasks.recv()))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+    os._exit(1)
+
+
+class RayEngine:
+    """Tasks on a Ray cluster: that of RAY_ADDRESS, else one of `workers` processes on this machine.
+
+    A task takes one GPU, where there are any, else one core. Raises ConfigError without the package.
+    """
+
+    def __init__(self, workers: int | None = None, device: str = "auto"):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("engine=ray needs a package: pip install 'speedrun-mup[ray]'") from None
+        self._ray: Any = ray
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=False)
+        else:
+            own = {"num_cpus": workers or cores(), "include_dashboard": False, "object_store_memory": 100 * 2**20}
+            ray.init(address="local", log_to_driver=False, **own)
+        have = ray.cluster_resources()
+        gpus = int(have.get("GPU", 0)) if device in ("auto", "cuda") else 0
+        self.workers = workers or gpus or int(have["CPU"])
+        environment = {"env_vars": _threads(cores())}
+        resources = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 0, "runtime_env": environment}
+        self._task = ray.remote(**resources)(attempt)
+
+    def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
+        """See Engine. Leaving it early cancels the tasks under way."""
+        ray = self._ray
+        busy: dict[Any, Cell] = {}
+        try:
+            while True:
+                while len(busy) < self.workers and (cell := next(cells, None)) is not None:
+                    busy[self._task.remote(cell, scratch.resolve())] = cell
+                if not busy:
+                    return
+                (task, *_), _ = ray.wait(list(busy))
+                try:
+                    outcome = ray.get(task)
+                except ray.exceptions.RayError as fault:
+                    outcome = Failure(f"{type(fault).__name__}: its process or node died")
+                yield busy.pop(task), outcome
+        finally:
+            for task in busy:
+                ray.cancel(task, force=True)
+
+    def close(self) -> None:
+        """Leave the cluster, and end it if it is ours."""
+        self._ray.shutdown()
+
+
+ENGINES = {"local": LocalEngine, "ray": RayEngine}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def next_points(losses: Mapping[float, float], grid: Sequence[float]) -> set[float]:
+    """Octaves still to be run at one width. losses: octaves -> loss of all points so far, not finite where it diverged.
+
+    A minimum at an end asks for one octave more on that side, up to MAX_EXTENSION beyond `grid`; if what lies to the
+    right has diverged, for the half octave before it. A minimum inside asks for half octaves around the three lowest.
+    """
+    stable = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
+    left, right = min(losses), max(losses)
+    cliff = min((at for at in losses if at not in stable), default=math.inf)
+    if not stable:
+        wanted = {left - 1}
+    else:
+        best = min(stable, key=lambda at: (stable[at], at))
+        if best == left:
+            wanted = {left - 1}
+        elif best == right:
+            wanted = {right + 1}
+        else:
+            lowest = sorted(stable, key=lambda at: (stable[at], at))[:3] if best < max(stable) else [best]
+            wanted = {at + half for at in lowest for half in (-0.5, 0.5)}
+            wanted = {at for at in wanted if left < at < min(right, cliff)}
+    allowed = min(grid) - MAX_EXTENSION, max(grid) + MAX_EXTENSION
+    return {at for at in wanted if allowed[0] <= at <= allowed[1]} - set(losses)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a call of `run_sweep` leaves.
+
+    results: every finished cell of the folder, also of earlier calls. ran: cells finished by this call. failed: cell ->
+    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal.
+    """
+
+    out: Path
+    results: tuple[CellResult, ...]
+    ran: int
+    failed: dict[str, str]
+    left: int
+    stopped: bool
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to run."""
+        return not self.left and not self.failed
+
+    @property
+    def flops(self) -> float:
+        """Of all finished cells."""
+        return sum(result.flops for result in self.results)
+
+    def summary(self) -> str:
+        """Counts and cost, and a table of mean losses for each arm."""
+        diverged = sum(result.diverged for result in self.results)
+        worked = clock(sum(result.seconds for result in self.results))
+        lines = [
+            f"{self.out}: {len(self.results)} cells done ({self.ran} now, in {clock(self.seconds)}), "
+            f"{diverged} diverged, {len(self.failed)} failed, {self.left} left",
+            f"cost: {self.flops:.3g} FLOPs, {worked} of one worker's time",
+            *(f"failed: {cell}: {why}" for cell, why in self.failed.items()),
+        ]
+        for name in ("source_sha256", "torch", "device"):
+            versions = sorted({result.made_with[name] for result in self.results})
+            if len(versions) > 1:
+                lines.append(f"warning: cells were made with different {name}: {', '.join(v[:24] for v in versions)}")
+        if self.left:
+            lines.append("run the same command again to go on")
+        return "\n".join([*lines, *_tables(self.results)])
+
+
+def _tables(results: Sequence[CellResult]) -> Iterator[str]:
+    """Mean validation loss, a table per arm: widths down, octaves across."""
+    for arm in dict.fromkeys(result.arm for result in results):
+        means = mean_losses(result for result in results if result.arm == arm)
+        grid = sorted({at for _, _, at in means})
+        yield ""
+        yield f"{arm:<12}" + "".join(f"{f'2^{at:g}':>9}" for at in grid)
+        for width in sorted({width for _, width, _ in means}):
+            losses = (means.get((arm, width, at)) for at in grid)
+            shown = ("" if loss is None else "diverged" if math.isnan(loss) else f"{loss:.4f}" for loss in losses)
+            yield f"width {width:<6}" + "".join(f"{text:>9}" for text in shown)
+
+
+def mean_losses(results: Iterable[CellResult]) -> dict[tuple[str, int, float], float]:
+    """(arm, width, octaves) -> validation loss, mean over seeds; nan if one diverged."""
+    losses: dict[tuple[str, int, float], list[float]] = defaultdict(list)
+    for result in results:
+        losses[result.arm, result.width, result.octaves].append(math.nan if result.diverged else result.loss)
+    return {key: float(np.mean(values)) for key, values in losses.items()}
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    engine: Engine,
+    *,
+    budget_minutes: float | None = None,
+    budget_flops: float | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """Run what is missing of `sweep` in the folder `out`, round after round until the grid needs nothing more.
+
+    budget_minutes: for this call; no cell is begun that would end later, as far as is known. budget_flops: for all
+    cells of the folder together. SIGINT, SIGTERM and SIGUSR1 stop it: what is under way is given up, what is finished
+    stays. Raises ConfigError if `out` is in use, cannot be written, or holds cells of another base.
+    """
+    corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
+    for width in sweep.widths:
+        _shape(replace(sweep.base, width=width), corpus.vocab_size)
+    began = time.monotonic()
+    points = {(arm.name, width): set(map(float, sweep.octaves)) for arm in sweep.arms for width in sweep.widths}
+    stopped = False
+    with _open_folder(out) as scratch, closing(_Progress(progress)) as shown:
+        _admit(sweep, out, corpus)
+        deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
+        rounds = _Rounds(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
+        try:
+            with _signals_interrupt():
+                while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
+                    more = {key: next_points(losses, sweep.octaves) for key, losses in rounds.curves(points).items()}
+                    if not any(more.values()):
+                        break
+                    points = {key: points[key] | more.get(key, set()) for key in points}
+        except KeyboardInterrupt:
+            stopped = True
+            shown.say(f"stopped; {len(rounds.done)} cells are finished, run the same command again to go on")
+        left = sum(
+            cell.id not in rounds.done and str(cell) not in rounds.failed for cell in sweep.cells(points, corpus)
+        )
+        results = tuple(sorted(rounds.done.values(), key=_place))
+        return SweepResult(out, results, rounds.ran, rounds.failed, left, stopped, time.monotonic() - began)
+
+
+def _place(result: CellResult) -> tuple[str, int, float, int]:
+    return result.arm, result.width, result.octaves, result.seed
+
+
+class _Rounds:
+    """What one call has done so far, and what it may still spend. done: id -> result, of all cells in the folder."""
+
+    def __init__(
+        self, out: Path, scratch: Path, engine: Engine, shown: _Progress, deadline: float, budget_flops: float
+    ):
+        self.out, self.scratch, self.engine, self.shown = out, scratch, engine, shown
+        self.deadline, self.budget_flops = deadline, budget_flops
+        self.done = {result.id: result for result in read_results(out)}
+        self.pace = Pace(self.done.values())
+        self.spent = sum(result.flops for result in self.done.values())
+        self.ran = 0
+        self.failed: dict[str, str] = {}
+        self.waiting: list[Cell] = []
+
+    def curves(self, points: Collection[tuple[str, int]]) -> dict[tuple[str, int], dict[float, float]]:
+        """(arm, width) -> octaves -> mean loss, of those in `points` that have any."""
+        curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
+        for (arm, width, octaves), loss in mean_losses(self.done.values()).items():
+            if (arm, width) in points:
+                curves[arm, width][octaves] = loss
+        return curves
+
+    def run(self, cells: Sequence[Cell]) -> bool:
+        """Run those of `cells` that are not done, failed ones up to ATTEMPTS times; False if the budget ended it."""
+        tries: Counter[str] = Counter()
+        while todo := [cell for cell in cells if cell.id not in self.done and tries[cell.id] < ATTEMPTS]:
+            self.waiting = sorted(todo, key=lambda cell: -cell.flops)
+            self.shown.expect(len(self.waiting))
+            with closing(self.engine.run(self._affordable(), self.scratch)) as outcomes:
+                for cell, outcome in outcomes:
+                    tries[cell.id] += 1
+                    self._note(cell, outcome)
+            if self.waiting:
+                return False
+        return True
+
+    def _affordable(self) -> Iterator[Cell]:
+        """Take waiting cells, longest first, as long as one fits the budget; with unknown pace, the shortest first."""
+        while fitting := [cell for cell in self.waiting if self._fits(cell)]:
+            known = self.deadline == math.inf or self.pace.seconds(1, 1.0) is not None
+            cell = fitting[0 if known else -1]
+            self.waiting.remove(cell)
+            self.spent += cell.flops
+            yield cell
+
+    def _fits(self, cell: Cell) -> bool:
+        ends = time.monotonic() + (self.pace.seconds(cell.width, cell.flops) or 0.0)
+        return ends <= self.deadline and self.spent + cell.flops <= self.budget_flops
+
+    def _note(self, cell: Cell, outcome: CellResult | Failure) -> None:
+        """Keep a result; say a failure once."""
+        left = sum(self.pace.seconds(cell.width, cell.flops) or 0.0 for cell in self.waiting) / self.engine.workers
+        if isinstance(outcome, Failure):
+            if str(cell) not in self.failed:
+                self.shown.say(f"{cell}: {outcome.why}; it will be tried {ATTEMPTS} times")
+            self.failed[str(cell)] = outcome.why
+            self.shown.finished(cell, "failed", left)
+            return
+        write_whole(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
+        self.done[cell.id] = outcome
+        self.failed.pop(str(cell), None)
+        self.pace.learn(outcome)
+        self.ran += 1
+        self.shown.finished(cell, "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}", left)
+
+
+class _Progress:
+    """A bar on a terminal, a line per cell elsewhere."""
+
+    def __init__(self, show: bool):
+        self._plain = show and not sys.stderr.isatty()
+        self._bar = tqdm(total=0, unit="cell", disable=not show or self._plain, dynamic_ncols=True)
+        self._show, self._total, self._count = show, 0, 0
+
+    def expect(self, cells: int) -> None:
+        """So many cells more."""
+        self._total = self._count + cells
+        self._bar.total = self._total
+        self._bar.refresh()
+
+    def finished(self, cell: Cell, what: str, left_s: float) -> None:
+        """One cell more is over. left_s: estimate for those that wait."""
+        self._count += 1
+        self._bar.set_postfix_str(f"{cell}: {what}, {clock(left_s)} left")
+        self._bar.update()
+        if self._plain:
+            print(f"{self._count}/{self._total}  {cell}  {what}  {clock(left_s)} left", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._show:
+            self._bar.clear()
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self._bar.close()
+
+
+@contextmanager
+def _open_folder(out: Path) -> Iterator[Path]:
+    """Hold `out` against other processes; yields a scratch folder in it, which is empty before and gone afterwards."""
+    scratch = out / SCRATCH
+    try:
+        (out / CELLS).mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise ConfigError(f"{out} cannot be written ({fault.strerror}); choose another --out") from None
+    with closing(FolderLock(out)):
+        shutil.rmtree(scratch, ignore_errors=True)
+        for torn in out.glob(f"{CELLS}/*/.{RESULT}.part"):
+            torn.unlink()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise KeyboardInterrupt as SIGINT does. Outside the main thread Python allows no handlers."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                previous[number] = signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _admit(sweep: Sweep, out: Path, corpus: Corpus) -> None:
+    """Add what is asked to sweep.json. Raises ConfigError if the cells there have another base, data or arm."""
+    path = out / SWEEP
+    axes = {"width", "seed", "parametrization"}
+    settings = {name: value for name, value in computed_settings(sweep.base).items() if name not in axes}
+    base = {"schema": SCHEMA, "knob": sweep.knob, "corpus": corpus.fingerprint, **settings}
+    arms = {arm.name: {"settings": dict(arm.settings), "predicted": arm.predicted} for arm in sweep.arms}
+    asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("widths", "octaves", "seeds")}
+    asked |= {"arms": list(arms), "adaptive": sweep.adaptive}
+    before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
+    differ = [
+        f"{key} was {before['base'].get(key)}, is {base[key]}" for key in base if before["base"].get(key) != base[key]
+    ]
+    differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
+    if differ:
+        raise ConfigError(f"{out} holds another sweep: {'; '.join(differ)}; choose another folder")
+    requests = before["asked"] + ([] if asked in before["asked"] else [asked])
+    after = {"base": base, "arms": before["arms"] | arms, "asked": requests}
+    write_whole(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one go: killed at any moment, this leaves the old file or the new one. Raises ConfigError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as fault:
+        why = f"{path} cannot be written ({fault.strerror}); make room and run the same command again"
+        raise ConfigError(why) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a sweep folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_definition(out: Path) -> dict[str, Any]:
+    """The sweep.json of a folder: base, arms, asked. Raises ConfigError if there is none."""
+    path = out / SWEEP
+    try:
+        definition = json.loads(path.read_text())
+        if not {"base", "arms", "asked"} <= definition.keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(f"{path} is missing or damaged; give the folder of a sweep") from None
+    return definition
+
+
+def read_results(out: Path) -> list[CellResult]:
+    """All finished cells of a folder, by arm, width, learning rate and seed. Raises ConfigError for a damaged one."""
+    paths = out.glob(f"{CELLS}/*/{RESULT}")
+    return sorted((CellResult.from_json(path.read_text(), path) for path in paths), key=_place)
+
+
+def runs_table(out: Path) -> list[Run]:
+    """The finished cells as the estimator takes them: lr is the factor on the knob; a diverged run's loss is nan."""
+    return [
+        Run(result.width, result.lr, result.seed, math.nan if result.diverged else result.loss, result.arm)
+        for result in read_results(out)
+    ]
+
+
+def training_curves(out: Path) -> dict[CurveKey, Array]:
+    """(arm, width, lr, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended."""
+    curves = {}
+    for result in read_results(out):
+        losses = np.full(result.config["iterations"], np.nan)
+        losses[: len(result.curve)] = result.curve
+        curve = np.stack([np.arange(len(losses), dtype=float), losses], axis=1)
+        curves[result.arm, result.width, result.lr, result.seed] = curve
+    return curves
+
+
+COLUMNS = ("arm", "width", "lr", "log2_lr", "seed", "loss", "diverged", "train_loss", "seconds", "flops")
+
+
+def write_csv(out: Path, path: Path) -> None:
+    """The finished cells as a table that `transfer.read_runs` reads; losses are nan where a run diverged."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for cell in read_results(out):
+            loss = math.nan if cell.diverged else cell.loss
+            place = (cell.arm, cell.width, cell.lr, cell.octaves, cell.seed)
+            cost = (round(cell.seconds, 3), f"{cell.flops:.6g}")
+            writer.writerow([*place, loss, int(cell.diverged), cell.train_loss, *cost])
+
+
+def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any) -> TransferResult:
+    """`measure_transfer` on a sweep folder, with its controls, base width and training curves.
+
+    arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
+    of these. options: for `measure_transfer`. Raises ConfigError, TransferError.
+    """
+    definition = read_definition(out)
+    known = [name for name in definition["arms"] if arms is None or name in arms]
+    missing = set(arms or ()) - set(known)
+    if missing:
+        raise ConfigError(f"{out} has no arm {', '.join(sorted(missing))}; it has {', '.join(definition['arms'])}")
+    runs = [run for run in runs_table(out) if run.arm in known]
+    curves = {key: curve for key, curve in training_curves(out).items() if key[0] in known}
+    predicted = {name: definition["arms"][name]["predicted"] for name in known}
+    base = definition["base"]["base_width"]
+    everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
+    options = {"base_width": base if everywhere else None, "curves": curves} | options
+    return measure_transfer(runs, controls={k: v for k, v in predicted.items() if v is not None}, **options)
