@@ -143,17 +143,19 @@ _RANGES = (
 
 @dataclass(frozen=True)
 class Preset:
-    """A complete set of settings and what it costs: hardware, minutes and the loss to expect."""
+    """A complete set of settings and what it costs: hardware, minutes, and the loss to expect from which tokens."""
 
     about: str
-    expected_loss: float | None
+    tokenizer: str
+    expected_loss: float
     settings: Mapping[str, Any]
 
 
 PRESETS: dict[str, Preset] = {
     "laptop": Preset(
         "muP at width 128 from base width 64, 6 layers, bytes of Python source; 2 CPU cores, about a minute",
-        None,
+        "byte",
+        1.75,
         {
             "width": 128,
             "base_width": 64,
@@ -175,6 +177,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "record26": Preset(
         "record 26 as published, width 768, 12 layers, FineWeb; 8xH100, about 3 minutes, validation loss 3.28",
+        "gpt2",
         3.28,
         {},
     ),

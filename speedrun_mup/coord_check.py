@@ -24,12 +24,13 @@ Shapes: S seeds, W widths, T + 1 points in time t = 0 ... T; W_t is the paramete
 from __future__ import annotations
 
 import enum
+import gc
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -370,20 +371,26 @@ class _Setting:
         return len(self.batches[0]) - 1
 
 
+@dataclass
+class _Findings:
+    """What was found in one model. values: by quantity and name, a number per t. still, unseen: kinds of parameters."""
+
+    values: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    roles: dict[str, Role | None] = field(default_factory=dict)
+    still: set[str] = field(default_factory=set)  # did not move
+    unseen: set[str] = field(default_factory=set)  # matrices that were not seen to multiply anything
+
+
 class _Observer:
-    """Watches one model. values: by quantity and name, a number per t. still, unseen: what cannot be judged."""
+    """Watches one model in forward passes of its own and after backward passes."""
 
     def __init__(self, model: nn.Module, setting: _Setting):
-        self.model, self.setting = model.train(), setting
+        self.model, self.setting, self.found = model.train(), setting, _Findings()
         self.parameters = {name: (p, spec) for name, p, spec in named_specs(model) if p.requires_grad}
-        self.roles: dict[str, Role | None] = {name: spec.role for name, (_, spec) in self.parameters.items()}
-        self.start = {name: p.detach().clone() for name, (p, _) in self.parameters.items()}
-        self.moved: dict[str, Tensor] = {}  # W_t - W_0, and the same one step before
-        self.moved_before: dict[str, Tensor] = {}
         self.scales = setting.output_scale(model)
-        self.values: dict[tuple[str, str], dict[int, float]] = {}
-        self.still: set[str] = set()  # kinds of parameters that did not move
-        self.unseen: set[str] = set()  # kinds of matrices that were not seen to multiply anything
+        self.start = {name: p.detach().clone() for name, (p, _) in self.parameters.items()}
+        self.moved: dict[str, Tensor] = {}  # W_t - W_0
+        self.moved_before: dict[str, Tensor] = {}  # the same one step earlier
         self._multiplied: set[str] = set()
         self._looked_up: set[str] = set()
         self._looking = False
@@ -395,7 +402,7 @@ class _Observer:
 
     def put(self, t: int, quantity: str, name: str, value: float) -> None:
         """Note a value; as inf if it is not finite."""
-        self.values.setdefault((quantity, name), {})[t] = value if math.isfinite(value) else math.inf
+        self.found.values.setdefault((quantity, name), {})[t] = value if math.isfinite(value) else math.inf
 
     def record(self, name: str, x: Tensor) -> None:
         """Note an activation, if this forward pass is a look."""
@@ -423,8 +430,8 @@ class _Observer:
         parts = stack if output.size(-1) == stack * spec.fan_out else 1
         for i in range(parts):
             part = f"{name}[{i}]" if parts > 1 else name
-            self.roles[part] = role
             for quantity, key, x in ("effect", part, effect), ("activation", part.removesuffix(".weight"), output):
+                self.found.roles[key] = role
                 mean_square = scale**2 * _mean_square(x.chunk(parts, dim=-1)[i])
                 self._seen.setdefault((quantity, key), []).append(mean_square)
 
@@ -456,10 +463,11 @@ class _Observer:
     def finish(self, t: int) -> None:
         """After the last look: take norms, and note what cannot be judged."""
         for name, (p, spec) in self.parameters.items():
+            self.found.roles[name] = spec.role
             if not self.moved[name].any():
-                self.still.add(_kind(name))
+                self.found.still.add(_kind(name))
             if spec.role in (Role.HIDDEN, Role.OUTPUT) and name not in self._multiplied:
-                self.unseen.add(_kind(name))
+                self.found.unseen.add(_kind(name))
             if spec.role is Role.HIDDEN and self.moved_before:
                 moved = self.moved[name]
                 for norm, value in _norms(spec, p.detach(), moved, moved - self.moved_before[name]).items():
@@ -497,7 +505,7 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _observe(arm: Arm, width: int, narrowest: int, seed: int, setting: _Setting) -> _Observer:
+def _observe(arm: Arm, width: int, narrowest: int, seed: int, setting: _Setting) -> _Findings:
     """Build the model of `arm` and train it for T steps on the batches of `seed`, under observation."""
     torch.manual_seed(seed)
     model = arm.build_model(width)
@@ -517,20 +525,249 @@ def _observe(arm: Arm, width: int, narrowest: int, seed: int, setting: _Setting)
             optimizer.step()
         model.zero_grad(set_to_none=True)
     observer.finish(setting.steps)
-    return observer
+    return observer.found
 
 
 def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: _Setting, progress: tqdm) -> ArmResult:
-    """Observe `arm` at all widths, and judge."""
-    observers = []
+    """Observe `arm` at all widths and with all seeds, and judge it."""
+    found = []
     for seed, width in itertools.product(range(seeds), widths):
         progress.set_postfix_str(f"{arm.name}, width {width}")
-        observers.append(_observe(arm, width, min(widths), seed, setting))
+        found.append(_observe(arm, width, min(widths), seed, setting))
+        gc.collect()  # a model and its observer refer to each other
         progress.update()
-    keys = dict.fromkeys(key for observer in observers for key in observer.values)
     series = []
-    for quantity, name in keys:
-        taken = [observer.values.get((quantity, name), {}) for observer in observers]
+    for quantity, name in dict.fromkeys(key for findings in found for key in findings.values):
+        taken = [findings.values.get((quantity, name), {}) for findings in found]
         values = np.array([[at.get(t, math.nan) for t in range(setting.steps + 1)] for at in taken])
         logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
-        role = observers[0].roles.get(name) if quantity != "activation" else None
+        series.append(Series(quantity, name, found[0].roles.get(name), np.exp2(logs.mean(axis=0))))
+    problems = []
+    for kinds, fault in (
+        ({kind for findings in found for kind in findings.still}, f"did not move in {setting.steps} updates"),
+        ({kind for findings in found for kind in findings.unseen}, "cannot be followed: not seen to multiply anything"),
+    ):
+        if kinds:
+            problems.append(f"{', '.join(sorted(kinds))} {fault}")
+    if setting.steps < setting.thresholds.first_step:
+        problems.append(f"{setting.steps} updates are too few: slopes are judged from t = {setting.thresholds.first_step}")
+    rows = tuple(_judge(series, widths, setting.thresholds))
+    return ArmResult(arm.name, tuple(widths), seeds, tuple(series), rows, tuple(problems))
+
+
+def _judge(series: Iterable[Series], widths: Sequence[int], thresholds: Thresholds) -> Iterator[Row]:
+    """The rows of an arm: the mean over tensors of one kind of every slope that is judged or shown."""
+    late = slice(thresholds.first_step, None)
+    kinds: dict[tuple[str, str, Role | None], list[Series]] = {}
+    for one in series:
+        kinds.setdefault((one.quantity, one.kind, one.role), []).append(one)
+    for (quantity, kind, role), alike in kinds.items():
+        parts = {"effect": {"init": slice(0, 1), "update": late}, "gradient": {"gradient": late}}.get(quantity)
+        for row, times in (parts or {quantity: slice(-1, None) if quantity in NORMS else late}).items():
+            slopes = [slope for one in alike if (slope := one.slope(widths, times)) is not None]
+            if not slopes:
+                continue
+            slope, predicted, verdict = sum(slopes) / len(slopes), None, None
+            if row in PREDICTED and role:
+                predicted = PREDICTED[row][role]
+                verdict = thresholds.judge(slope - predicted)
+            elif row == "activation":
+                verdict = thresholds.judge(max(slope, 0.0))
+            yield Row(row, kind, role, len(slopes), slope, predicted, verdict)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def coord_check(
+    build_model: Callable[[int], nn.Module],
+    widths: Sequence[int],
+    data: Iterable[Any],
+    loss: Loss,
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+    *,
+    controls: Sequence[Control] | None = None,
+    steps: int = 6,
+    seeds: int = 2,
+    taps: Callable[[nn.Module, Record], None] = lambda model, record: None,
+    output_scale: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
+    thresholds: Thresholds = Thresholds(),
+    name: str = "model",
+    progress: bool = True,
+) -> CoordCheck:
+    """Check the scaling of any model in muP, in float32 on the CPU.
+
+    build_model(width): a module whose parameters have roles (mup.declare or mup.set_base_shapes), initialised from
+    torch's seed. data: batches; steps + 1 of them are used per seed, the same at every width, from the start again when
+    they run out. loss(model, batch): a scalar. optimizer(model): one or several; only their lr is ever changed.
+    controls: arms that must fail; by default the same model with all learning rates times sqrt(width / narrowest).
+    steps: updates; at least 3, more if layers that start at zero hide many others. taps(model, record): called once, to
+    arrange for record(name, tensor) in forward passes, for activations that no module puts out. output_scale(model):
+    what the model multiplies the product of a parameter by, by the parameter's name, where it is not done by a module
+    of its own on the way in, as MuReadout does. Raises CoordCheckError, and UndeclaredParameterError.
+    """
+    widths = sorted(set(widths))
+    fits = thresholds.min_widths <= len(widths) and widths[-1] >= thresholds.min_span * widths[0]
+    if not fits or steps < 1 or seeds < 1:
+        raise CoordCheckError(
+            f"widths={widths}, steps={steps}, seeds={seeds}: give at least {thresholds.min_widths} widths, the widest "
+            f"{thresholds.min_span:g} times the narrowest, and at least one step and seed"
+        )
+    batches = list(itertools.islice(itertools.cycle(data), seeds * (steps + 1)))
+    if not batches:
+        raise CoordCheckError("data has no batch; give an iterable of what loss(model, batch) takes")
+    per_seed = [batches[seed * (steps + 1) : (seed + 1) * (steps + 1)] for seed in range(seeds)]
+    setting = _Setting(loss, per_seed, taps, output_scale, thresholds)
+    if controls is None:
+        controls = [Control("lr-sqrt-m", build_model, optimizer, lr_power=0.5)]
+    fewer = widths[:-1]  # enough for controls, if it is enough at all
+    if len(fewer) < thresholds.min_widths or fewer[-1] < thresholds.min_span * fewer[0]:
+        fewer = widths
+    runs = len(widths) * seeds + len(fewer) * len(controls)
+    with torch.random.fork_rng(devices=[]), tqdm(total=runs, disable=not progress, leave=False) as bar:
+        checked = _measure(Arm(name, build_model, optimizer), widths, seeds, setting, bar)
+        results = []
+        for control in controls:
+            arm = _measure(control, fewer, 1, setting, bar)
+            slope = arm.update_slope(control.role) - (checked.update_slope(control.role) if control.lr_power else 0.0)
+            seen = slope * math.copysign(1.0, control.slope) > thresholds.fail
+            results.append(ControlResult(arm, control.role, slope, control.slope, seen))
+    return CoordCheck(checked, tuple(results), steps, thresholds)
+
+
+ADAM_MATRIX_LR = 0.004  # at base width; what a control gives Adam where the settings' matrix_lr is meant for Muon
+# Rule table, who updates the hidden matrices (None: as in the settings), whose updates must be seen to go how.
+_GPT_CONTROLS = (
+    ("muon-over-m", "muon", Role.HIDDEN, -1.0),
+    ("muon-sqrt-m", "muon", Role.HIDDEN, 0.5),
+    ("adam-constant", "adam", Role.HIDDEN, 1.0),
+    ("head-sqrt", None, Role.OUTPUT, 0.5),
+)
+
+
+def gpt_coord_check(
+    cfg: TrainConfig | None = None,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    *,
+    table: Parametrization | None = None,
+    steps: int = 6,
+    seeds: int = 2,
+    tokens: int = 512,
+    controls: bool = True,
+    progress: bool = True,
+) -> CoordCheck:
+    """Check the GPT as `cfg` (default: the laptop preset) trains it, at all `widths` instead of its own.
+
+    table: a rule table of your own instead of cfg.parametrization. tokens: of a step, from cfg.data (auto: the embedded
+    corpus); no fewer than the widest width, or Muon's updates cannot have full rank. Learning rates follow the square
+    root of the tokens, so that the few, small steps of a check stay where the loss is not yet saturated. controls:
+    whether to run them; without, nothing guards against blindness. Raises CoordCheckError, ConfigError.
+    """
+    cfg = cfg or make_config("laptop", {})
+    if tokens < max(widths):
+        raise CoordCheckError(f"tokens={tokens} are fewer than the widest width, {max(widths)}; take as many or more")
+    corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)
+    window = min(cfg.window_tokens, tokens) // cfg.block_size
+    lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.batch_tokens)
+    cfg = replace(cfg, base_width=cfg.base_width or cfg.width, lr_scale=lr_scale, kernel_warmup=0)
+
+    def recipe(cfg: TrainConfig, table: Parametrization | None = None) -> dict[str, Any]:
+        def build_model(width: int) -> GPT:
+            shape = model_config(replace(cfg, width=width), corpus, "dense", torch.float32)
+            shape = shape if table is None else replace(shape, parametrization=table)
+            return GPT(shape, cfg.seed + torch.initial_seed())
+
+        return {"build_model": build_model, "optimizer": lambda model: build_optimizers(model, cfg, World())}
+
+    arms = []
+    for name, hidden_optimizer, role, slope in _GPT_CONTROLS if controls else ():
+        changes: dict[str, Any] = {"parametrization": name}
+        if hidden_optimizer and hidden_optimizer != cfg.hidden_optimizer:
+            if cfg.hidden_optimizer == "adam":
+                continue  # Muon's rules are not in use
+            changes |= {"hidden_optimizer": hidden_optimizer, "matrix_lr": ADAM_MATRIX_LR}
+        arms.append(Control(name, **recipe(replace(cfg, **changes)), role=role, slope=slope))
+    batches = TrainBatches(corpus, tokens, 1, cfg.seed)
+    return coord_check(
+        widths=widths,
+        data=map(batches.micro_batch, itertools.count()),
+        loss=lambda model, batch: model(*batch, window),
+        **recipe(cfg, table),
+        controls=arms,
+        steps=steps,
+        seeds=seeds,
+        taps=_tap_scores,
+        output_scale=lambda model: {"lm_head.weight": model.logit_scale},
+        name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.hidden_optimizer}",
+        progress=progress,
+    )
+
+
+class _TappedAttention(Dense):
+    """The reference attention, which tells `record` its scores."""
+
+    def __init__(self, name: str, record: Record):
+        self.name, self.record = name, record
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """q, k, v (T, H, C) -> (T, H, C)."""
+        self.record(self.name, torch.einsum("qhc,khc->hqk", q, k)[:, mask] * scale)
+        return super().attend(q, k, v, mask, scale)
+
+
+def _tap_scores(model: Any, record: Record) -> None:
+    """Have every attention layer of a GPT record what goes into its softmax."""
+    for layer, block in enumerate(model.blocks):
+        if block.attn is not None:
+            block.attn.backend = _TappedAttention(f"blocks.{layer}.attn.scores", record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+}
+_COLORS: dict[Role | None, str] = {  # Okabe and Ito
+    Role.INPUT: "#0072b2",
+    Role.HIDDEN: "#d55e00",
+    Role.OUTPUT: "#009e73",
+    Role.SCALAR: "#cc79a7",
+    None: "#555555",
+}
+
+
+def _plot(check: CoordCheck, path: Path) -> None:
+    """Rows: effects, activations, and the effects of the controls at the last t. Columns: t. Colours: roles."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib import rc_context
+
+    arm, columns = check.arm, check.steps + 1
+    rows = 3 if check.controls else 2
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(1.25 * columns + 1.3, 1.75 * rows + 0.3), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+        for t in range(columns):
+            _draw(axes[0, t], arm, "effect", t)
+            _draw(axes[1, t], arm, "activation", t)
+            axes[0, t].set_title(f"t = {t}")
+        for panel, control in zip(axes[-1], check.controls):
+            _draw(panel, control.arm, "effect", check.steps)
+
+

@@ -43,6 +43,7 @@ class TrainResult:
     """What a run came to. Losses in nats per token; train_s leaves out validation, checkpoints and warmup."""
 
     folder: Path
+    corpus: Corpus
     steps: int
     val_loss: float | None
     train_loss: float | None
@@ -169,7 +170,7 @@ class Run:
             where = f"saved; go on with --resume {self.folder}" if cfg.save else "not saved"
             log.say(f"stopped at step {step} by {'/'.join(signals) or 'another rank'}, {where}")
         finished = step == cfg.iterations
-        return TrainResult(self.folder, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
+        return TrainResult(self.folder, self.corpus, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
 
     def close(self) -> None:
         """Finish a checkpoint under way, close files and let others into the folder."""

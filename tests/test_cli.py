@@ -1,0 +1,85 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY
+from speedrun_mup import cli
+from speedrun_mup.cli import COMMANDS, config_of, main, usage
+from speedrun_mup.config import make_config
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.training import saved_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def as_flags(settings):
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        yield from [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+
+
+def test_every_command_is_listed_and_helps(capsys):
+    assert main([]) == 0 and all(name in usage() for name in COMMANDS)
+    for name in COMMANDS:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main([name, "--help"])
+        assert leaving.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_train_tells_where_everything_is(tmp_path, capsys):
+    assert main(["train", *as_flags(TINY), "--out", str(tmp_path), "--name", "a"]) == 0
+    told = capsys.readouterr().out
+    for line in ("validation loss", "checkpoint  ", "loss curve  ", "metrics     "):
+        assert line in told
+    assert (tmp_path / "a" / "loss.png").exists()
+    assert "expect about" not in told
+
+
+@pytest.mark.parametrize("preset, tokenizer", [("laptop", "byte"), ("record26", "gpt2")])
+def test_a_preset_says_what_loss_to_expect_from_its_own_tokens(preset, tokenizer):
+    assert "expect about" in cli._expected(make_config(preset, {"seed": 3, "out": "x"}), tokenizer)
+    assert cli._expected(make_config(preset, {"seed": 3}), "synthetic") == ""
+    assert cli._expected(make_config(preset, {"matrix_lr": 0.1}), tokenizer) == ""
+
+
+def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
+    assert main(["train", *as_flags(TINY | {"matrix_lr": 0.03}), "--out", str(tmp_path), "--name", "a"]) == 0
+    cfg = config_of({"preset": "auto", "resume": str(tmp_path / "a")})
+    assert dataclasses.replace(cfg, resume=None) == saved_config(tmp_path / "a") and cfg.matrix_lr == 0.03
+    assert main(["train", "--resume", str(tmp_path / "a"), "--width", "96"]) == 4
+    assert "width was 64, is 96" in capsys.readouterr().err
+
+
+def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
+    fresh = config_of({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
+    assert fresh.resume is None and "no unfinished run" in capsys.readouterr().out
+
+
+def test_resume_of_nothing_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        config_of({"preset": "auto", "resume": str(tmp_path)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_to_be_started_again(number, tmp_path):
+    flags = as_flags(TINY | {"iterations": 3000, "progress": True})
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags, "--name", "a"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(run.pid, number)
+    told = run.communicate(timeout=120)[0]
+    assert run.returncode == 75
+    assert f"by {number.name}, saved; go on with --resume runs/a" in told
+    assert len(list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))) == 1

@@ -1,0 +1,688 @@
+"""The sweep: what is run, that nothing is lost or done twice whoever dies, and where the grid goes."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.attention import may_attend
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.corpus import find_corpus
+from speedrun_mup.schedules import window_blocks
+from speedrun_mup.sweep import (
+    ARMS,
+    COLUMNS,
+    Arm,
+    CellResult,
+    Failure,
+    LocalEngine,
+    Pace,
+    RayEngine,
+    Sweep,
+    attempt,
+    flops_per_token,
+    measure_sweep,
+    next_points,
+    pick_arms,
+    read_definition,
+    read_results,
+    run_cell,
+    run_flops,
+    run_sweep,
+    runs_table,
+    training_curves,
+    visible_gpus,
+    write_csv,
+)
+from speedrun_mup.training import FolderLock, train
+from speedrun_mup.transfer import Verdict, read_runs
+
+GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+
+
+def result_of(cell, loss, seconds=1.0):
+    """A finished cell without any training."""
+    bad = not math.isfinite(loss)
+    curve = list(np.linspace(4.85, 3.0 if bad else loss, cell.cfg.iterations))
+    return CellResult(
+        *(cell.id, cell.arm, cell.width, cell.octaves, cell.seed),
+        *(loss, loss, bad, "said so" if bad else "", curve, seconds, seconds, cell.flops, cell.corpus),
+        config={"iterations": cell.cfg.iterations},
+        made_with={"source_sha256": "0", "torch": "2", "device": "none"},
+    )
+
+
+class FakeEngine:
+    """Yields what `loss_of(cell)` says: a number, or a Failure."""
+
+    def __init__(self, loss_of, workers=1):
+        self.loss_of, self.workers, self.ran = loss_of, workers, []
+
+    def run(self, cells, scratch):
+        for cell in cells:
+            self.ran.append(cell)
+            loss = self.loss_of(cell)
+            yield cell, loss if isinstance(loss, Failure) else result_of(cell, loss)
+
+    def close(self):
+        pass
+
+
+class InlineEngine:
+    """Trains cells one after another in this process."""
+
+    workers = 1
+
+    def run(self, cells, scratch):
+        for cell in cells:
+            yield cell, attempt(cell, scratch)
+
+    def close(self):
+        pass
+
+
+def bowl(drift=0.0, noise=0.002, optimum=0.2, cliff=math.inf):
+    """cell -> loss: a parabola in octaves whose optimum drifts from width 32 on, per arm if `drift` is a dict."""
+
+    def loss_of(cell):
+        slope = drift[cell.arm] if isinstance(drift, dict) else drift
+        u = cell.octaves - optimum - slope * math.log2(cell.width / 32)
+        luck = random.Random(cell.id).gauss(0, noise) + 0.02 * cell.seed
+        return 2.5 + 4 * cell.width**-0.5 + 0.03 * u * u + luck if u < cliff else math.nan
+
+    return loss_of
+
+
+def quietly(sweep, out, engine, **options):
+    return run_sweep(sweep, out, engine, progress=False, **options)
+
+
+@pytest.fixture
+def small(tiny):
+    """small(**changes): a sweep of tiny runs over two widths."""
+
+    def make(base=None, **changes):
+        return Sweep(tiny(**(base or {})), **({"widths": (32, 64), "octaves": (-1, 0, 1), "seeds": (0,)} | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def corpus(cache_folder):
+    return find_corpus("synthetic")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells and their cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cell_of(sweep, corpus, arm="mup", width=64, octaves=0.0, seed=0):
+    return sweep.cell(ARMS[arm], width, octaves, seed, corpus)
+
+
+def test_a_cell_is_its_arm_width_rate_and_seed_and_nothing_else(small, corpus):
+    cell = cell_of(small(), corpus, "adam-sp", 32, -1.5, 7)
+    plain = cell_of(small(), corpus).cfg
+    differ = {key for key in vars(plain) if vars(plain)[key] != vars(cell.cfg)[key]}
+    assert differ == {"parametrization", "hidden_optimizer", "matrix_lr", "lr_scale", "seed", "width"}
+    assert (cell.cfg.width, cell.cfg.seed, cell.cfg.lr_scale) == (32, 7, 2**-1.5)
+    assert not cell.cfg.save and cell.cfg.val_every == 0
+
+
+def test_the_knob_may_be_one_learning_rate(small, corpus):
+    cell = cell_of(small(knob="matrix_lr"), corpus, "adam-mup", octaves=2)
+    assert cell.cfg.matrix_lr == 4 * ARMS["adam-mup"].settings["matrix_lr"] and cell.cfg.lr_scale == 1
+
+
+def test_ids_ignore_where_a_cell_runs_and_see_what_it_computes(small, corpus):
+    known = cell_of(small(), corpus).id
+    for name, value in {"out": "x", "device": "auto", "pack": 1, "attention": "dense", "val_every": 1}.items():
+        assert cell_of(small(base={name: value}), corpus).id == known, name
+    others = [
+        *(
+            cell_of(small(base=change), corpus).id
+            for change in ({"iterations": 7}, {"base_width": 64}, {"cooldown": 0.5})
+        ),
+        *(cell_of(small(), corpus, arm).id for arm in ARMS if arm != "mup"),
+        cell_of(small(), corpus, width=32).id,
+        cell_of(small(), corpus, octaves=0.5).id,
+        cell_of(small(), corpus, seed=1).id,
+        cell_of(small(), dataclasses.replace(corpus, fingerprint="another")).id,
+    ]
+    assert len({known, *others}) == 1 + len(others)
+
+
+def test_record_26_takes_the_flops_that_its_specification_counts():
+    """Between 727 MF (matrices alone) and 779 MF (window, no document mask) per token, and 5.0 to 5.4e17 in all."""
+    record = TrainConfig()
+    assert 727.3e6 < flops_per_token(record, 50257) < 779e6
+    assert flops_per_token(record, 50257) == pytest.approx(727.3e6 + 51.7e6, rel=1e-3)
+    assert run_flops(record, 50257) == pytest.approx(5.36e17, rel=0.01)
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_flops_are_those_of_the_model_and_of_the_mask_rule(tiny, width):
+    cfg = tiny(width=width, n_layer=8, micro_batch_tokens=256, window_tokens=160, iterations=9)
+    model = GPT(GPTConfig(65, 0, 8, width, 32, 16, 32))
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
+    t, doc, keys = torch.arange(256), torch.zeros(256), 0.0
+    for step in range(9):
+        window = window_blocks(step / 9, 160, 32)
+        for layer, block in enumerate(model.blocks):
+            if block.attn is not None:
+                reach = window if model.cfg.has_long_window(layer) else window // 2
+                keys += may_attend(t[:, None], t, doc[:, None], doc, reach, 32).sum().item() / 256 / 9
+    assert flops_per_token(cfg, 65) == pytest.approx(6 * matrices + 12 * width * keys, rel=1e-12)
+
+
+def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
+    for changes, fault in [
+        ({"seeds": ()}, "without seeds"),
+        ({"knob": "momentum"}, "not a learning rate"),
+        ({"base": {"base_width": None}}, "base-width"),
+    ]:
+        with pytest.raises(ConfigError, match=fault):
+            small(**changes)
+    with pytest.raises(ConfigError, match="width=40 is not a multiple"):
+        quietly(small(widths=(40,)), tmp_path / "s", FakeEngine(bowl()))
+    with pytest.raises(ConfigError, match="choose from mup, record26"):
+        pick_arms(["mup", "mupp"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grown(loss_at, grid=GRID):
+    """All points that the rule asks for, one round after another, with their losses."""
+    losses = {at: loss_at(at) for at in grid}
+    for _ in range(30):
+        new = next_points(losses, grid)
+        if not new:
+            return losses
+        losses |= {at: loss_at(at) for at in new}
+    raise AssertionError("the grid does not stop growing")
+
+
+@given(st.floats(-5.4, 5.4), st.floats(0.001, 1.0), st.floats(0, 0.9))
+@settings(deadline=None, max_examples=200)
+def test_a_bowl_ends_with_half_octaves_on_both_sides_of_its_minimum(optimum, curvature, skew):
+    losses = grown(lambda at: 3 + curvature * (at - optimum) ** 2 * (1 + skew * math.tanh(at - optimum)))
+    best = min(losses, key=losses.get)
+    assert abs(best - optimum) < 0.6
+    assert {best - 1, best - 0.5, best + 0.5, best + 1} <= set(losses)
+    assert len(losses) <= len(GRID) + 10
+
+
+def test_the_first_rounds_by_hand():
+    grid = (-1.0, 0.0, 1.0)
+    assert next_points({-1: 3.0, 0: 2.0, 1: 2.5}, grid) == {-0.5, 0.5}
+    assert next_points({-1: 1.0, 0: 2.0, 1: 2.5}, grid) == {-2}
+    assert next_points({-1: 3.0, 0: 2.0, 1: 1.5}, grid) == {2}
+    assert next_points({-1: 3.0, 0: 2.0, 1: math.nan}, grid) == {-0.5, 0.5}  # next to the cliff: what is before it
+    assert next_points({-1: math.nan, 0: math.nan, 1: math.nan}, grid) == {-2}
+    assert next_points({at: -at for at in range(-1, 5)}, grid) == set()  # three octaves further is far enough
+    assert next_points({at: at for at in range(-4, 2)}, grid) == set()
+
+
+def test_no_point_beyond_a_cliff_is_tried():
+    losses = grown(lambda at: 3 + (at - 1) ** 2 if at < 1.5 else math.nan)
+    assert set(losses) - set(GRID) == {-0.5, 0.5} | {at for at in losses if at in (-1.5, 1.5)}
+    assert max(at for at, loss in losses.items() if math.isfinite(loss)) == 1
+
+
+def test_rounds_extend_refine_and_stop(small, tmp_path):
+    engine = FakeEngine(bowl({"mup": 0.0, "adam-sp": -3.0}))
+    sweep = small(arms=pick_arms(["mup", "adam-sp"]), octaves=GRID, seeds=(0, 1))
+    result = quietly(sweep, tmp_path / "s", engine)
+    assert result.complete and result.ran == len(engine.ran) == len(result.results)
+    seen = {}
+    for cell in result.results:
+        seen.setdefault((cell.arm, cell.width), set()).add(cell.octaves)
+    assert seen["mup", 64] == set(GRID) | {-1.5, -0.5, 0.5, 1.5}
+    assert min(seen["adam-sp", 64]) == -4 and -3.5 in seen["adam-sp", 64]
+    assert (
+        Counter((c.arm, c.width, c.octaves) for c in result.results).most_common()[-1][1] == 2
+    )  # all seeds everywhere
+    fixed = quietly(dataclasses.replace(sweep, adaptive=False), tmp_path / "t", FakeEngine(bowl()))
+    assert len(fixed.results) == 2 * 2 * 7 * 2
+
+
+def test_the_longest_cells_come_first(small, tmp_path):
+    engine = FakeEngine(bowl())
+    quietly(small(), tmp_path / "s", engine)
+    widths = [cell.width for cell in engine.ran][:6]
+    assert widths == [64, 64, 64, 32, 32, 32]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folder, resumption, failures, budgets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_sweep_runs_nothing_again(small, tmp_path):
+    first = quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    again = quietly(small(), tmp_path / "s", FakeEngine(lambda cell: pytest.fail("ran again")))
+    assert again.ran == 0 and again.results == first.results
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+
+
+def test_an_interrupted_sweep_does_the_rest(small, tmp_path):
+    def stop(cell):
+        if len(engine.ran) == 4:
+            raise KeyboardInterrupt
+        return 3.0
+
+    engine = FakeEngine(stop)
+    result = quietly(small(adaptive=False), tmp_path / "s", engine)
+    assert result.stopped and (result.ran, result.left) == (3, 3) and "run the same command again" in result.summary()
+    rest = FakeEngine(bowl())
+    assert quietly(small(adaptive=False), tmp_path / "s", rest).complete
+    assert len(rest.ran) == 3
+
+
+def test_more_of_the_same_sweep_may_be_asked_for(small, tmp_path):
+    out = tmp_path / "s"
+    quietly(small(), out, FakeEngine(bowl()))
+    more = FakeEngine(bowl())
+    quietly(small(widths=(32, 96), seeds=(0, 1), arms=pick_arms(["mup", "adam-sp"])), out, more)
+    assert not {cell.id for cell in more.ran} & {cell.id for cell in FakeEngine(bowl()).ran}
+    assert not any((cell.arm, cell.width, cell.seed) == ("mup", 32, 0) for cell in more.ran)
+    assert set(read_definition(out)["arms"]) == {"mup", "adam-sp"} and len(read_definition(out)["asked"]) == 2
+    quietly(small(), out, FakeEngine(bowl()))
+    assert len(read_definition(out)["asked"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"base": {"iterations": 7}}, "iterations was 6, is 7"),
+        ({"knob": "matrix_lr"}, "knob was lr_scale, is matrix_lr"),
+        ({"arms": (Arm("mup", {"parametrization": "sp"}),)}, "arm mup was another"),
+        ({"base": {"data": "embedded"}}, "corpus was"),
+    ],
+)
+def test_another_sweep_in_the_folder_is_refused_in_one_line(small, tmp_path, changes, fault):
+    quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    before = (tmp_path / "s" / "sweep.json").read_text()
+    with pytest.raises(ConfigError, match=f"holds another sweep: .*{fault}") as refused:
+        quietly(small(**changes), tmp_path / "s", FakeEngine(bowl()))
+    assert "\n" not in str(refused.value)
+    assert (tmp_path / "s" / "sweep.json").read_text() == before
+
+
+def test_two_sweeps_cannot_share_a_folder(small, tmp_path):
+    (tmp_path / "s").mkdir()
+    with closing(FolderLock(tmp_path / "s")), pytest.raises(ConfigError, match="in use by process"):
+        quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+
+
+def test_leftovers_of_killed_cells_are_removed(small, tmp_path):
+    out = tmp_path / "s"
+    quietly(small(), out, FakeEngine(bowl()))
+    killed = read_results(out)[0].id
+    (out / "cells" / killed / "result.json").rename(out / "cells" / killed / ".result.json.part")
+    (out / "running" / "abc-1").mkdir(parents=True)
+    assert quietly(small(), out, FakeEngine(bowl())).ran == 1
+    assert {path.name for path in out.iterdir()} == {".lock", "sweep.json", "cells"}
+    assert all([entry.name for entry in folder.iterdir()] == ["result.json"] for folder in (out / "cells").iterdir())
+
+
+def test_a_failing_cell_is_tried_three_times_then_listed(small, tmp_path, capsys):
+    def loss_of(cell):
+        tries[str(cell)] += 1
+        if cell.width == 32 and cell.octaves == 0:
+            return Failure("no luck")
+        return Failure("first time") if tries[str(cell)] == 1 and cell.octaves == 1 else 3.0
+
+    tries = Counter()
+    result = run_sweep(small(adaptive=False), tmp_path / "s", FakeEngine(loss_of))
+    assert result.failed == {"mup width 32 2^0 seed 0": "no luck"} and not result.complete and result.left == 0
+    assert tries["mup width 32 2^0 seed 0"] == 3 and tries["mup width 64 2^1 seed 0"] == 2
+    assert "failed: mup width 32 2^0 seed 0: no luck" in result.summary()
+    assert capsys.readouterr().out.count("no luck") == 1
+    assert quietly(small(adaptive=False), tmp_path / "s", FakeEngine(bowl())).complete
+
+
+def test_a_damaged_result_is_named(small, tmp_path):
+    quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    path = next((tmp_path / "s").rglob("result.json"))
+    for text in (path.read_text()[:40], "[]", json.dumps(json.loads(path.read_text()) | {"schema": 0})):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"{path}.*delete it"):
+            read_results(tmp_path / "s")
+
+
+def test_a_budget_of_flops_is_kept_over_all_calls(small, tmp_path):
+    sweep = small(octaves=GRID, seeds=(0, 1))
+    whole = quietly(sweep, tmp_path / "whole", FakeEngine(bowl())).flops
+    for share in (0.3, 0.6):
+        result = quietly(sweep, tmp_path / "s", FakeEngine(bowl()), budget_flops=share * whole)
+        assert result.left > 0 and not result.complete
+        assert 0.9 * share * whole < result.flops <= share * whole
+    assert quietly(sweep, tmp_path / "s", FakeEngine(bowl())).complete
+
+
+def test_a_budget_of_minutes_is_kept_by_what_is_known_of_the_pace(small, tmp_path, monkeypatch):
+    """A cell of width 64 takes 100 s and one of width 32 takes 25; nothing may end after 5 minutes."""
+    now = [0.0]
+
+    class Clockwork(FakeEngine):
+        def run(self, cells, scratch):
+            for cell in cells:
+                self.ran.append(cell)
+                seconds = 25 * (cell.width / 32) ** 2
+                now[0] += seconds
+                yield cell, result_of(cell, 3.0, seconds)
+
+    monkeypatch.setattr("speedrun_mup.sweep.time", SimpleNamespace(monotonic=lambda: now[0]))
+    engine = Clockwork(None)
+    result = quietly(small(octaves=GRID, adaptive=False), tmp_path / "s", engine, budget_minutes=5)
+    assert now[0] <= 300 and now[0] > 275 and result.left > 0
+    assert engine.ran[0].width == 32  # the first only teaches the pace
+
+
+def test_the_pace_of_the_nearest_width_counts(small, corpus):
+    results = [result_of(cell_of(small(), corpus, width=width), 3.0, seconds=width) for width in (32, 64)]
+    narrow, wide = results
+    pace = Pace(dataclasses.replace(result, train_s=result.seconds - 5) for result in results)
+    assert Pace().seconds(32, 1.0) is None
+    assert pace.seconds(32, narrow.flops) == pytest.approx(32) and pace.seconds(64, wide.flops) == pytest.approx(64)
+    assert pace.seconds(128, 4 * wide.flops) == pytest.approx(5 + 4 * 59)
+    assert pace.flops_per_s(256) == pytest.approx(wide.flops / 59)
+    with pytest.raises(ConfigError, match="no cell has finished"):
+        Pace().flops_per_s(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the estimator gets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def same(a, b):
+    """Runs, with nan equal to nan."""
+    return [repr(run) for run in a] == [repr(run) for run in b]
+
+
+def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
+    sweep = small(octaves=GRID, seeds=(0, 1), arms=pick_arms(["mup", "muon-over-m"]))
+    quietly(sweep, tmp_path / "s", FakeEngine(bowl(cliff=1.7)))
+    write_csv(tmp_path / "s", tmp_path / "sweep.csv")
+    runs = runs_table(tmp_path / "s")
+    assert same(read_runs(tmp_path / "sweep.csv"), runs)
+    assert any(math.isnan(run.loss) for run in runs) and {run.arm for run in runs} == {"mup", "muon-over-m"}
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert all((row["loss"] == "nan") == bool(int(row["diverged"])) for row in rows)
+
+
+def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
+    arms = pick_arms(["mup", "adam-sp", "record26"])
+    sweep = small(widths=(32, 64, 128), octaves=GRID, seeds=(0, 1, 2), arms=arms)
+    quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": -0.9, "record26": 0.5})))
+    result = measure_sweep(tmp_path / "s", ["mup", "adam-sp"])
+    assert result.verdict is Verdict.PASS, result.summary()
+    assert result.arms["adam-sp"].predicted == -1.0
+    assert result.arms["adam-sp"].drift.value == pytest.approx(-0.9, abs=0.1)
+    assert result.arms["mup"].base_width == 32 and result.arms["mup"].wider is not None
+    assert measure_sweep(tmp_path / "s").verdict is Verdict.FAIL  # record26 is under test too, and drifts
+    with pytest.raises(ConfigError, match="no arm adam-mup; it has"):
+        measure_sweep(tmp_path / "s", ["adam-mup"])
+
+
+def test_training_curves_of_diverged_runs_end_in_nan(small, tmp_path):
+    out = tmp_path / "s"
+    quietly(small(), out, FakeEngine(bowl()))
+    path = next(out.rglob("result.json"))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"curve": content["curve"][:2], "diverged": True, "loss": None}))
+    curves = training_curves(out)
+    assert len(curves) == len(read_results(out)) and {curve.shape for curve in curves.values()} == {(6, 2)}
+    short = curves[content["arm"], content["width"], 2.0 ** content["octaves"], content["seed"]]
+    assert short[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.isfinite(short[:2, 1]).all() and np.isnan(short[2:, 1]).all()
+
+
+def test_cells_of_different_code_are_told_apart(small, tmp_path):
+    result = quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    assert "warning" not in result.summary()
+    other = dataclasses.replace(result.results[0], made_with={"source_sha256": "1", "torch": "2", "device": "none"})
+    mixed = dataclasses.replace(result, results=(other, *result.results[1:]))
+    assert "different source_sha256" in mixed.summary() and "different torch" not in mixed.summary()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
+    cell = cell_of(small(), corpus, octaves=1)
+    result = run_cell(cell, tmp_path / "scratch")
+    plain = train(tiny(lr_scale=2.0))
+    assert result.loss == plain.val_loss and len(result.curve) == 6 and result.curve[-1] == plain.train_loss
+    assert result.train_loss == plain.train_loss  # the last tenth of 6 steps is the last
+    assert not result.diverged and result.flops == cell.flops and result.seconds > result.train_s > 0
+    assert not list((tmp_path / "scratch").iterdir())
+    assert CellResult.from_json(result.to_json(), tmp_path).loss == result.loss
+
+
+def test_divergence_is_a_result(small, tmp_path):
+    result = quietly(small(widths=(32,), octaves=(0, 20), adaptive=False), tmp_path / "s", InlineEngine())
+    assert result.complete
+    fine, lost = result.results
+    assert not fine.diverged and lost.diverged and ("not finite" in lost.reason or "ended at" in lost.reason)
+    assert math.isnan(runs_table(tmp_path / "s")[1].loss)
+
+
+def test_a_cell_refuses_other_data(small, corpus, tmp_path):
+    outcome = attempt(cell_of(small(), dataclasses.replace(corpus, fingerprint="another")), tmp_path)
+    assert isinstance(outcome, Failure) and "not the corpus" in outcome.why
+
+
+def test_an_exception_is_a_failure_in_one_line(small, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("speedrun_mup.sweep.train", lambda cfg: [][1])
+    assert attempt(cell_of(small(), corpus), tmp_path) == Failure("IndexError: list index out of range")
+
+
+def once(results):
+    """Whether every cell is there once, and how many there are."""
+    places = [(cell.arm, cell.width, cell.octaves, cell.seed) for cell in results]
+    assert len(set(places)) == len(places)
+    return len(places)
+
+
+def fork_sweep(sweep, out, patience):
+    """Sweep in a forked child and SIGKILL it after `patience` seconds; True if it came to its end first."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if quietly(sweep, out, InlineEngine()).complete else 2
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def test_a_sweep_killed_at_random_moments_completes_with_every_cell_once(small, corpus, tmp_path):
+    out, sweep = tmp_path / "s", small(octaves=(0, 1), adaptive=False)
+    began = time.monotonic()
+    run_cell(cell_of(sweep, corpus, width=32), tmp_path / "scratch")
+    one, rng, stamps, kills = time.monotonic() - began, random.Random(0), {}, 0
+    while not fork_sweep(sweep, out, one * rng.uniform(0.1, 1.9) if kills < 5 else 600):
+        kills += 1
+        now = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+        assert stamps.items() <= now.items()  # nothing lost, nothing done twice
+        stamps = now
+    assert kills >= 3
+    assert once(read_results(out)) == 4
+    assert {path.name for path in out.iterdir()} == {".lock", "sweep.json", "cells"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with closing(LocalEngine(2, device="cpu")) as local:
+        yield local
+
+
+def running(out, cells):
+    """Process ids of workers that are in the middle of a cell; waits until there are so many."""
+    while True:
+        found = [int(path.parent.name.rpartition("-")[2]) for path in out.glob("running/*-*/metrics.jsonl")]
+        if len(found) >= cells:
+            return found
+        time.sleep(0.01)
+
+
+def meanwhile(work):
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.dist
+def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tmp_path):
+    victims = []
+
+    def kill():
+        victims.extend(running(tmp_path / "s", 1)[:1])
+        os.kill(victims[0], signal.SIGKILL)
+
+    sweep = small(base={"iterations": 30}, octaves=(0, 1), adaptive=False)
+    killer = meanwhile(kill)
+    result = quietly(sweep, tmp_path / "s", engine)
+    killer.join()
+    assert result.complete and once(result.results) == 4 and victims[0] != os.getpid()
+    assert not (tmp_path / "s" / "running").exists()
+
+
+@pytest.mark.dist
+def test_a_signal_stops_the_sweep_and_the_same_command_goes_on(small, engine, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    sweep = small(base={"iterations": 60}, octaves=(0, 1), adaptive=False)
+    meanwhile(lambda: running(tmp_path / "s", 1) and os.kill(os.getpid(), signal.SIGTERM))
+    result = quietly(sweep, tmp_path / "s", engine)
+    assert result.stopped and result.left == 4 - result.ran > 0
+    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "s" / "running").exists()
+    assert quietly(sweep, tmp_path / "s", engine).complete
+
+
+def test_gpus_are_counted_from_what_is_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus("auto") == ["0", "1"] and visible_gpus("cpu") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7")
+    assert visible_gpus("cuda") == ["3", "GPU-7"]
+    engine = LocalEngine(4)
+    assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in engine._pool] == ["3", "GPU-7", "3", "GPU-7"]
+    assert LocalEngine().workers == 2
+
+
+COMMAND = """
+from contextlib import closing
+from pathlib import Path
+from speedrun_mup.config import from_json
+from speedrun_mup.sweep import LocalEngine, Sweep, run_sweep
+
+sweep = Sweep(from_json({config!r}, Path("config")), (32, 64), octaves=(-1, 0, 1), seeds=(0, 1), adaptive=False)
+with closing(LocalEngine(2)) as engine:
+    raise SystemExit(0 if run_sweep(sweep, Path({out!r}), engine).complete else 1)
+"""
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_twenty_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
+    from speedrun_mup.config import to_json
+
+    out, rng, kills = tmp_path / "s", random.Random(1), 0
+    command = COMMAND.format(config=to_json(tiny(iterations=20)), out=str(out))
+    stamps: dict[Path, int] = {}
+    while True:
+        life = subprocess.Popen([sys.executable, "-c", command], start_new_session=True, stdout=subprocess.DEVNULL)
+        if kills == 20:
+            assert life.wait(600) == 0
+            break
+        begun = len(stamps)
+        waited = meanwhile(lambda: running(out, 1))  # importing takes far longer than a cell
+        waited.join(120)
+        time.sleep(rng.uniform(0, 0.4))
+        workers = [int(path.name.rpartition("-")[2]) for path in out.glob("running/*-*")]
+        os.killpg(life.pid, signal.SIGKILL) if rng.random() < 0.7 else life.kill()
+        life.wait()
+        kills += 1
+        deadline = time.monotonic() + 20
+        while any(map(alive, workers)):
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.05)
+        now = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+        assert stamps.items() <= now.items()
+        stamps = now
+        if len(stamps) == 12:
+            break
+        del begun
+    assert once(read_results(out)) == 12 and kills >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ray_runs_a_sweep_and_survives_a_killed_worker(small, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sweep = small(base={"iterations": 30}, octaves=(0, 1), adaptive=False)
+    killer = meanwhile(lambda: os.kill(running(tmp_path / "s", 1)[0], signal.SIGKILL))
+    with closing(RayEngine(2, device="cpu")) as engine:
+        result = quietly(sweep, tmp_path / "s", engine)
+    killer.join()
+    assert result.complete and once(result.results) == 4
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'speedrun-mup\[ray\]'"):
+        RayEngine()
