@@ -108,21 +108,20 @@ class Checkpoints:
 
         optim: this rank's ranges, keyed "parameter/state"; over all ranks they must tile each state without overlap.
         model, state: the same on all ranks. state: plain JSON (None, bool, int, finite float, str, list, dict).
-        wait: False returns once everything is copied to memory, and `poll` tells when it is on the disk. First waits
-        for the save before it, and raises what went wrong there.
+        wait: False returns once everything is copied to memory, and `poll` tells when it is on the disk. Waits for the
+        save before it first; if that one failed, raises its fault instead of saving.
         """
         self.poll(wait=True)
-        files: dict[str, Content] = {}
         state_text = _json(state)
         if json.loads(state_text) != state:
             raise ValueError("checkpoint state must be plain JSON: text keys, lists instead of tuples")
+        held = {key: part for key, part in optim.items() if part.end > part.begin}
+        ranges = {key: (part.begin, part.end) for key, part in held.items()}
+        tensors = {key: _on_cpu(part.tensor, copy=not wait) for key, part in held.items()}
+        files: dict[str, Content] = {_optim_name(self.world.rank, self.world.size): tensors}
         if self.world.is_main:
             files[MODEL] = {name: _on_cpu(tensor, copy=not wait) for name, tensor in model.items()}
             files[STATE] = state_text
-        held = {key: part for key, part in optim.items() if part.end > part.begin}
-        parts = {key: _on_cpu(part.tensor, copy=not wait) for key, part in held.items()}
-        files[_optim_name(self.world.rank, self.world.size)] = parts
-        ranges = {key: (part.begin, part.end) for key, part in held.items()}
         if wait:
             return self._write(step, files, ranges, self.world.gather_objects)
         self._pending = self._writer.submit(self._write, step, files, ranges, self._side_gather())
@@ -219,20 +218,13 @@ class Checkpoints:
 
         return gather
 
-    def _write(
-        self,
-        step: int,
-        files: dict[str, Content],
-        ranges: dict[str, Range],
-        gather: Gather,
-    ) -> Path:
+    def _write(self, step: int, files: dict[str, Content], ranges: dict[str, Range], gather: Gather) -> Path:
         """The commit protocol, on all ranks. Every gather is also a barrier."""
         final, main = self._folder(step), self.world.is_main
         temp = self.root / f".tmp-{final.name}"
         needed = sum(gather(sum(_size(content) for content in files.values())))
         try:
-            keep = _together(gather, lambda: main and self._prepare(final, temp))[0]
-            if keep:
+            if _together(gather, lambda: main and self._prepare(final, temp))[0]:
                 return final
             written = _together(gather, lambda: [(name, *_write_file(temp / name, files[name])) for name in files])
             holders = gather(ranges)

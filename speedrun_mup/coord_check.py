@@ -743,31 +743,70 @@ _STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 200,
 }
-_COLORS: dict[Role | None, str] = {  # Okabe and Ito
-    Role.INPUT: "#0072b2",
-    Role.HIDDEN: "#d55e00",
-    Role.OUTPUT: "#009e73",
-    Role.SCALAR: "#cc79a7",
-    None: "#555555",
+_COLORS: dict[Role | None, tuple[str, str]] = {  # of Okabe and Ito
+    Role.INPUT: ("#0072b2", "input"),
+    Role.HIDDEN: ("#d55e00", "hidden"),
+    Role.OUTPUT: ("#009e73", "output"),
+    Role.SCALAR: ("#cc79a7", "scalar"),
+    None: ("#8a8a8a", "modules"),
 }
+_EFFECT = "rms of $(W_t - W_0)\\, x_t$"
 
 
 def _plot(check: CoordCheck, path: Path) -> None:
-    """Rows: effects, activations, and the effects of the controls at the last t. Columns: t. Colours: roles."""
+    """Rows: effects, activations, and the last effects of the checked arm beside its controls. Columns: t."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib import rc_context
 
-    arm, columns = check.arm, check.steps + 1
-    rows = 3 if check.controls else 2
+    times = range(check.steps + 1)
+    columns, rows = max(len(times), 1 + len(check.controls)), 2 + bool(check.controls)
     with rc_context(_STYLE):
-        figure = Figure(figsize=(1.25 * columns + 1.3, 1.75 * rows + 0.3), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
-        for t in range(columns):
-            _draw(axes[0, t], arm, "effect", t)
-            _draw(axes[1, t], arm, "activation", t)
-            axes[0, t].set_title(f"t = {t}")
-        for panel, control in zip(axes[-1], check.controls):
-            _draw(panel, control.arm, "effect", check.steps)
+        figure = Figure(figsize=(1.25 * columns + 0.4, 1.6 * rows + 0.7), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey="row", squeeze=False)
+        used = set()
+        for row, (quantity, label) in enumerate((("effect", _EFFECT), ("activation", "rms of activations"))):
+            for t, panel in zip(times, axes[row]):
+                _draw(panel, check.arm, quantity, t, f"$t = {t}$")
+                used.add(panel)
+            axes[row, 0].set_ylabel(label)
+            _fit(axes[row, 0], [axes[row, t] for t in times if t == 0 or t >= check.thresholds.first_step])
+        axes[0, 0].set_title("$t = 0$: of $W_0\\, x_0$")
+        if check.controls:
+            _draw(axes[2, 0], check.arm, "effect", check.steps, "checked\n")
+            axes[2, 0].set_ylabel(f"{_EFFECT}\nat $t = {check.steps}$, with controls")
+            for c, panel in zip(check.controls, axes[2, 1:]):
+                slope = f"{c.slope:+.2f}".replace("-", "\N{MINUS SIGN}")
+                _draw(panel, c.arm, "effect", check.steps, f"{c.arm.name}\n{c.role.value if c.role else 'all'} {slope}")
+                panel.set_facecolor("#f4f4f4")
+        for panel in axes.flat:
+            if panel.get_title():
+                panel.set_xlabel("width" if panel in axes[-1] else "")
+            else:
+                panel.remove()
+        figure.suptitle(f"Coordinate check of {check.arm.name}: {check.verdict}", fontsize=10)
+        style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2}
+        handles = [Line2D([], [], color=color, label=label, **style) for color, label in _COLORS.values()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
 
 
+def _draw(panel: Any, arm: ArmResult, quantity: str, t: int, title: str) -> None:
+    """A curve per tensor against width, at one t."""
+    for series in arm.series:
+        if series.quantity == quantity and not np.isnan(series.values[:, t]).all():
+            color, order = _COLORS[series.role][0], 2 if series.role else 1
+            style: dict[str, Any] = {"linewidth": 0.9, "markersize": 2, "alpha": 0.7, "zorder": order}
+            panel.plot(arm.widths, series.values[:, t], "o-", color=color, **style)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(arm.widths, [str(width) for width in arm.widths])
+    panel.minorticks_off()
+    panel.set_title(title)
+
+
+def _fit(panel: Any, judged: Sequence[Any]) -> None:
+    """Set the common limits of a row by its judged panels: what is noise before may fall outside."""
+    shown = np.concatenate([line.get_ydata() for one in judged for line in one.lines])
+    shown = shown[np.isfinite(shown)]
+    panel.set_ylim(shown.min() / 2, shown.max() * 2)

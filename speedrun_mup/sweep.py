@@ -313,7 +313,7 @@ class CellResult:
     def to_json(self) -> str:
         """One line of strict JSON; a number that is not finite becomes null."""
         values = asdict(self) | {"loss": _or_null(self.loss), "train_loss": _or_null(self.train_loss)}
-        values["curve"] = [_or_null(round(loss, 6)) for loss in self.curve]
+        values["curve"] = [_or_null(loss) for loss in self.curve]
         return json.dumps({"schema": SCHEMA, **values}, allow_nan=False)
 
     @staticmethod
@@ -357,8 +357,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
     corpus, _ = find_corpus(cell.cfg.data, cell.cfg.tokenizer)
     if corpus.fingerprint != cell.corpus:
         raise ConfigError(f"data={cell.cfg.data}: not the corpus that the sweep began with; bring back the same files")
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
+    torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
     folder = scratch / f"{cell.id}-{os.getpid()}"
     loss, reason = math.nan, ""
     try:
@@ -375,7 +374,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         made_with = json.loads((folder / PROVENANCE).read_text().splitlines()[-1])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    curve = [_or_nan(record["loss"]) for record in records]
+    curve = [round(_or_nan(record["loss"]), 6) for record in records]
     if not reason and not loss < curve[0]:
         reason = f"ended at a loss of {loss:.4f}, began at {curve[0]:.4f}"
     tail = curve[-max(1, round(TAIL * cell.cfg.iterations)) :]
@@ -617,26 +616,27 @@ ENGINES = {"local": LocalEngine, "ray": RayEngine}
 def next_points(losses: Mapping[float, float], grid: Sequence[float]) -> set[float]:
     """Octaves still to be run at one width. losses: octaves -> loss of all points so far, not finite where it diverged.
 
-    A minimum at an end asks for one octave more on that side, up to MAX_EXTENSION beyond `grid`; if what lies to the
-    right has diverged, for the half octave before it. A minimum inside asks for half octaves around the three lowest.
+    A minimum less than an octave from an end asks for one octave more there, up to MAX_EXTENSION beyond `grid`. Any
+    other asks for the half octaves around it, which are those around the three lowest points of a bowl on a grid of
+    octaves; but for none at or beyond the first divergence.
     """
     stable = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
-    left, right = min(losses), max(losses)
-    cliff = min((at for at in losses if at not in stable), default=math.inf)
-    if not stable:
+    left, right = min(losses, default=0.0), max(losses, default=0.0)
+    if not losses:
+        wanted = set()
+    elif not stable:
         wanted = {left - 1}
     else:
         best = min(stable, key=lambda at: (stable[at], at))
-        if best == left:
+        if best - left < 1:
             wanted = {left - 1}
-        elif best == right:
+        elif right - best < 1 and right in stable:
             wanted = {right + 1}
         else:
-            lowest = sorted(stable, key=lambda at: (stable[at], at))[:3] if best < max(stable) else [best]
-            wanted = {at + half for at in lowest for half in (-0.5, 0.5)}
-            wanted = {at for at in wanted if left < at < min(right, cliff)}
-    allowed = min(grid) - MAX_EXTENSION, max(grid) + MAX_EXTENSION
-    return {at for at in wanted if allowed[0] <= at <= allowed[1]} - set(losses)
+            end = min((at for at in losses if at not in stable), default=right)
+            wanted = {at for at in (best + halves / 2 for halves in range(-3, 4)) if left < at < end}
+    low, high = min(grid) - MAX_EXTENSION, max(grid) + MAX_EXTENSION
+    return {at for at in wanted if low <= at <= high} - set(losses)
 
 
 @dataclass(frozen=True)
@@ -724,19 +724,21 @@ def run_sweep(
     for width in sweep.widths:
         _shape(replace(sweep.base, width=width), corpus.vocab_size)
     began = time.monotonic()
-    points = {(arm.name, width): set(map(float, sweep.octaves)) for arm in sweep.arms for width in sweep.widths}
     stopped = False
     with _open_folder(out) as scratch, closing(_Progress(progress)) as shown:
         _admit(sweep, out, corpus)
         deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
         rounds = _Rounds(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
+        points = {(arm.name, width): set(map(float, sweep.octaves)) for arm in sweep.arms for width in sweep.widths}
+        if sweep.adaptive:  # where an earlier call refined the grid, new seeds follow
+            points = {key: points[key] | set(losses) for key, losses in rounds.curves(points).items()}
         try:
             with _signals_interrupt():
                 while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
                     more = {key: next_points(losses, sweep.octaves) for key, losses in rounds.curves(points).items()}
                     if not any(more.values()):
                         break
-                    points = {key: points[key] | more.get(key, set()) for key in points}
+                    points = {key: points[key] | more[key] for key in points}
         except KeyboardInterrupt:
             stopped = True
             shown.say(f"stopped; {len(rounds.done)} cells are finished, run the same command again to go on")
@@ -767,10 +769,10 @@ class _Rounds:
         self.waiting: list[Cell] = []
 
     def curves(self, points: Collection[tuple[str, int]]) -> dict[tuple[str, int], dict[float, float]]:
-        """(arm, width) -> octaves -> mean loss, of those in `points` that have any."""
-        curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
+        """(arm, width) -> octaves -> mean loss of the finished cells, for those in `points`."""
+        curves: dict[tuple[str, int], dict[float, float]] = {key: {} for key in points}
         for (arm, width, octaves), loss in mean_losses(self.done.values()).items():
-            if (arm, width) in points:
+            if (arm, width) in curves:
                 curves[arm, width][octaves] = loss
         return curves
 

@@ -649,6 +649,7 @@ def test_at_another_width_they_differ():
     ("name", "divisor"),
     [
         ("mup", 7.5 * math.sqrt(32) * 4),
+        ("muon-over-m", 7.5 * math.sqrt(32) * 4),
         ("record26", 7.5 * math.sqrt(128)),  # what it was published with: sqrt of its own width
         ("head-sqrt", 7.5 * math.sqrt(128)),
         ("sp", 7.5 * math.sqrt(32)),

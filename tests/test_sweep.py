@@ -62,7 +62,7 @@ GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 def result_of(cell, loss, seconds=1.0):
     """A finished cell without any training."""
     bad = not math.isfinite(loss)
-    curve = list(np.linspace(4.85, 3.0 if bad else loss, cell.cfg.iterations))
+    curve = np.linspace(4.85, 3.0 if bad else loss, cell.cfg.iterations).round(6).tolist()
     return CellResult(
         *(cell.id, cell.arm, cell.width, cell.octaves, cell.seed),
         *(loss, loss, bad, "said so" if bad else "", curve, seconds, seconds, cell.flops, cell.corpus),
@@ -225,8 +225,8 @@ def grown(loss_at, grid=GRID):
     raise AssertionError("the grid does not stop growing")
 
 
-@given(st.floats(-5.4, 5.4), st.floats(0.001, 1.0), st.floats(0, 0.9))
-@settings(deadline=None, max_examples=200)
+@given(st.floats(-4.7, 4.7), st.floats(0.001, 1.0), st.floats(0, 0.9))
+@settings(deadline=None, max_examples=60)
 def test_a_bowl_ends_with_half_octaves_on_both_sides_of_its_minimum(optimum, curvature, skew):
     losses = grown(lambda at: 3 + curvature * (at - optimum) ** 2 * (1 + skew * math.tanh(at - optimum)))
     best = min(losses, key=losses.get)
@@ -248,8 +248,7 @@ def test_the_first_rounds_by_hand():
 
 def test_no_point_beyond_a_cliff_is_tried():
     losses = grown(lambda at: 3 + (at - 1) ** 2 if at < 1.5 else math.nan)
-    assert set(losses) - set(GRID) == {-0.5, 0.5} | {at for at in losses if at in (-1.5, 1.5)}
-    assert max(at for at, loss in losses.items() if math.isfinite(loss)) == 1
+    assert set(losses) == set(GRID) | {-0.5, 0.5, 1.5} and math.isnan(losses[1.5])
 
 
 def test_rounds_extend_refine_and_stop(small, tmp_path):
@@ -306,10 +305,12 @@ def test_an_interrupted_sweep_does_the_rest(small, tmp_path):
 def test_more_of_the_same_sweep_may_be_asked_for(small, tmp_path):
     out = tmp_path / "s"
     quietly(small(), out, FakeEngine(bowl()))
+    before = {cell.id for cell in read_results(out)}
     more = FakeEngine(bowl())
     quietly(small(widths=(32, 96), seeds=(0, 1), arms=pick_arms(["mup", "adam-sp"])), out, more)
-    assert not {cell.id for cell in more.ran} & {cell.id for cell in FakeEngine(bowl()).ran}
-    assert not any((cell.arm, cell.width, cell.seed) == ("mup", 32, 0) for cell in more.ran)
+    assert before and not before & {cell.id for cell in more.ran}
+    seeds = Counter((c.arm, c.width, c.octaves) for c in read_results(out) if c.width != 64)
+    assert set(seeds.values()) == {2}  # where the first call refined, the second seed follows
     assert set(read_definition(out)["arms"]) == {"mup", "adam-sp"} and len(read_definition(out)["asked"]) == 2
     quietly(small(), out, FakeEngine(bowl()))
     assert len(read_definition(out)["asked"]) == 2
@@ -483,8 +484,10 @@ def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
     cell = cell_of(small(), corpus, octaves=1)
     result = run_cell(cell, tmp_path / "scratch")
     plain = train(tiny(lr_scale=2.0))
-    assert result.loss == plain.val_loss and len(result.curve) == 6 and result.curve[-1] == plain.train_loss
-    assert result.train_loss == plain.train_loss  # the last tenth of 6 steps is the last
+    assert (
+        result.loss == plain.val_loss and len(result.curve) == 6 and result.curve[-1] == pytest.approx(plain.train_loss)
+    )
+    assert result.train_loss == result.curve[-1]  # the last tenth of 6 steps is the last
     assert not result.diverged and result.flops == cell.flops and result.seconds > result.train_s > 0
     assert not list((tmp_path / "scratch").iterdir())
     assert CellResult.from_json(result.to_json(), tmp_path).loss == result.loss
@@ -585,7 +588,7 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tm
         victims.extend(running(tmp_path / "s", 1)[:1])
         os.kill(victims[0], signal.SIGKILL)
 
-    sweep = small(base={"iterations": 30}, octaves=(0, 1), adaptive=False)
+    sweep = small(base={"iterations": 12}, octaves=(0, 1), adaptive=False)
     killer = meanwhile(kill)
     result = quietly(sweep, tmp_path / "s", engine)
     killer.join()
@@ -596,7 +599,7 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tm
 @pytest.mark.dist
 def test_a_signal_stops_the_sweep_and_the_same_command_goes_on(small, engine, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    sweep = small(base={"iterations": 60}, octaves=(0, 1), adaptive=False)
+    sweep = small(base={"iterations": 24}, octaves=(0, 1), adaptive=False)
     meanwhile(lambda: running(tmp_path / "s", 1) and os.kill(os.getpid(), signal.SIGTERM))
     result = quietly(sweep, tmp_path / "s", engine)
     assert result.stopped and result.left == 4 - result.ran > 0

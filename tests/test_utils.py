@@ -170,8 +170,14 @@ def test_collectives_over_gloo(size):
 
 @pytest.mark.dist
 def test_a_restarted_group_meets_in_a_fresh_key_space(monkeypatch):
-    """The store outlives the ranks of the first attempt and still holds their addresses."""
+    """The store outlives the first attempt and still holds its addresses when rank 0 of the second comes late."""
+
+    def join_late(device: str, timeout_s: float) -> World:
+        time.sleep(0.3 if os.environ["RANK"] == "0" else 0)
+        return join_world(device, timeout_s)
+
     store = new_store()
+    monkeypatch.setattr("dist.join_world", join_late)
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         assert run_ranks(2, lambda world: world.gather_objects(world.rank), 10, store) == [[0, 1]] * 2

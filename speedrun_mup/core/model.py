@@ -322,7 +322,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
-        weight = self.lm_head.weight  # a Function is told that a parameter needs a gradient even under no_grad
+        weight: Tensor = self.lm_head.weight  # a Function is told that a parameter needs a gradient even under no_grad
         weight = weight if torch.is_grad_enabled() else weight.detach()
         return SoftcapCrossEntropy.apply(self.hidden(tokens, window), weight, targets, self.logit_scale, LOGIT_BUDGET)
 

@@ -170,7 +170,7 @@ def set_base_shapes(
     """
     shapes = _extract_shapes(model if base is None else base)
     if delta is not None:
-        shapes = clear_dims(zip_infshapes(shapes, delta))
+        shapes = zip_infshapes(shapes, delta)
     infshapes = zip_infshapes(shapes, model)
     if savefile is not None:
         save_base_shapes(infshapes, savefile)
