@@ -38,7 +38,7 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
             flags["resume"] = str(found)
     if "resume" in flags:
         saved = saved_config(Path(str(flags["resume"])))
-        return TrainConfig(**(vars(saved) | flags))  # type: ignore[arg-type]
+        return TrainConfig(**(vars(saved) | flags))
     if preset == "auto":
         device = pick_device(str(flags.get("device", "auto")))
         preset = "record26" if device.type == "cuda" else "laptop"

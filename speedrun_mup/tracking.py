@@ -132,8 +132,8 @@ class RunLog:
             part = folder / f".{METRICS}.part"
             part.write_text("".join(_strict(record) + "\n" for record in kept))
             os.replace(part, folder / METRICS)
-        self._metrics: TextIO = open(folder / METRICS, "a")  # noqa: SIM115 - closed by close()
-        self._log: TextIO = open(folder / LOG, "a")  # noqa: SIM115
+        self._metrics: TextIO = open(folder / METRICS, "a")
+        self._log: TextIO = open(folder / LOG, "a")
         self._live = progress and sys.stderr.isatty()
         self._plain = progress and not self._live
         self._steps, self._last_plain, self._steps_seen = steps, -math.inf, 0
@@ -154,7 +154,7 @@ class RunLog:
             return
         done, (tokens, seconds) = record["step"] + 1, self._pace(record)
         eta = seconds * (self._steps - done)
-        self._keep(record | {"tokens_per_s": tokens / seconds})
+        self._keep({**record, "tokens_per_s": tokens / seconds})
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {tokens / seconds:,.0f} tok/s")
         self._bar.update()
         if self._plain and (record["train_s"] - self._last_plain >= PLAIN_EVERY_S or done == self._steps):

@@ -25,7 +25,7 @@ from speedrun_mup.config import TrainConfig, from_json, to_json
 from speedrun_mup.core.attention import Window, pick_backend
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
-from speedrun_mup.core.optimizers import DistAdam, Muon, ShardedOptimizer, Slice, Tuned, param_groups
+from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import World, join_world, leave_world
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import Batch, Corpus, TrainBatches, ValBatches
@@ -115,7 +115,8 @@ class Run:
         self.folder, self.lock = open_folder(cfg, world)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last)
         self.checkpoints.clean()
-        self.start, self.train_s, self.val_loss = 0, 0.0, None
+        self.start, self.train_s = 0, 0.0
+        self.val_loss: float | None = None
         self.stopping, self.failed_saves = False, 0
         notes = self.resume() if cfg.resume else []
         config = dataclasses.asdict(cfg)
@@ -137,7 +138,8 @@ class Run:
 
     def train(self, signals: list[str], observe: Observer | None = None) -> TrainResult:
         """The loop: one more pass than steps, because the last one only validates."""
-        cfg, log, loss = self.cfg, self.log, None
+        cfg, log = self.cfg, self.log
+        loss: float | None = None
         self.warm_up_kernels()
         steps = self.batches.stream(self.start, self.world.rank, self.world.size)
         for step in range(self.start, cfg.iterations + 1):
@@ -170,7 +172,9 @@ class Run:
             where = f"saved; go on with --resume {self.folder}" if cfg.save else "not saved"
             log.say(f"stopped at step {step} by {'/'.join(signals) or 'another rank'}, {where}")
         finished = step == cfg.iterations
-        return TrainResult(self.folder, self.corpus, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished)
+        return TrainResult(
+            self.folder, self.corpus, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished
+        )
 
     def close(self) -> None:
         """Finish a checkpoint under way, close files and let others into the folder."""
@@ -267,7 +271,7 @@ class Run:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
         for optimizer, (steps_taken, slices) in zip(self.optimizers, kept, strict=True):
-            optimizer.load_slices(lambda key, begin, end, slices=slices: slices[key].tensor, steps_taken)
+            optimizer.load_slices(_own_slices(slices), steps_taken)
 
     def save(self, step: int, last: bool) -> None:
         """Checkpoint after `step` steps. A failed save costs a warning; the last one, or SAVE_ATTEMPTS, cost the run."""
@@ -303,6 +307,11 @@ class Run:
             optimizer.load_slices(loaded.slice, loaded.state["optimizer_steps"][type(optimizer).__name__])
         self.start, self.train_s, self.val_loss = (loaded.state[key] for key in ("step", "train_s", "val_loss"))
         return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}"]
+
+
+def _own_slices(slices: dict[str, Slice]) -> FetchSlice:
+    """A source for `load_slices` that gives back just what `slices` held on this rank."""
+    return lambda key, begin, end: slices[key].tensor
 
 
 def _cloned(slices: dict[str, Slice]) -> dict[str, Slice]:

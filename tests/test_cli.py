@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import TINY
+
 from speedrun_mup import cli
 from speedrun_mup.cli import COMMANDS, config_of, main, usage
 from speedrun_mup.config import make_config
@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 def as_flags(settings):
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
-        yield from [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+        yield from (
+            [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+        )
 
 
 def test_every_command_is_listed_and_helps(capsys):

@@ -116,7 +116,7 @@ def test_bad_flags_cost_one_clear_line(line, capsys, tmp_path, monkeypatch):
     ["", "[]", "{", '{"width": "128"}', '{"nonsense": 1}', '{"width": 0}', '{"width": 1e99}', '{"compile": 1}'],
 )
 def test_a_corrupt_config_is_one_clear_error(text):
-    with pytest.raises(ConfigError, match="run/config.json is not a valid config"):
+    with pytest.raises(ConfigError, match=r"run/config\.json is not a valid config"):
         from_json(text, Path("run/config.json"))
 
 

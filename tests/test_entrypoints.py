@@ -10,10 +10,10 @@ import pytest
 from speedrun_mup.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
-TINY = (
-    "--data synthetic --head-dim 16 --block-size 32 --window-tokens 96 --micro-batch-tokens 128 --micro-batches 2 "
-    "--val-tokens 1024 --val-chunk-tokens 256 --device cpu"
-).split()
+TINY = [
+    *("--data", "synthetic", "--device", "cpu", "--head-dim", "16", "--block-size", "32", "--window-tokens", "96"),
+    *("--micro-batch-tokens", "128", "--micro-batches", "2", "--val-tokens", "1024", "--val-chunk-tokens", "256"),
+]
 
 
 def run(*command, cwd, fails=False):
@@ -29,7 +29,20 @@ def losses(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "scripts/train.py"])
 def test_scripts_work_from_any_folder(script, tmp_path):
-    words = "--mup --width 64 --base-width 32 --iterations 3 --seed 42 --no-compile --name a".split()
+    words = [
+        "--mup",
+        "--width",
+        "64",
+        "--base-width",
+        "32",
+        "--iterations",
+        "3",
+        "--seed",
+        "42",
+        "--no-compile",
+        "--name",
+        "a",
+    ]
     done = run(sys.executable, ROOT / script, *words, *TINY, cwd=tmp_path)
     for name in ("checkpoints/step-00000003/model.safetensors", "loss.png", "metrics.jsonl", "config.json"):
         assert (tmp_path / "runs" / "a" / name).exists()
@@ -46,7 +59,7 @@ def test_the_module_and_the_command_list(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_torchrun_trains_the_curve_of_one_process(tmp_path):
-    words = "--mup --width 64 --base-width 32 --iterations 8 --val-every 4".split()
+    words = ["--mup", "--width", "64", "--base-width", "32", "--iterations", "8", "--val-every", "4"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run(sys.executable, ROOT / "train.py", *words, *TINY, "--name", "one", cwd=tmp_path)
     run(*torchrun, "--nproc_per_node=2", ROOT / "train.py", *words, *TINY, "--name", "two", cwd=tmp_path)

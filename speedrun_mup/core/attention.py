@@ -125,16 +125,15 @@ class Flex:
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return may_attend(q, k, doc[q], doc[k], reach, block_size)
 
-        lists = (x[None, None] for x in block_lists(doc, window, block_size))
-        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block_size, mask_mod=rule)
+        n_partial, partial, n_full, full = (x[None, None] for x in block_lists(doc, window, block_size))
+        return BlockMask.from_kv_blocks(n_partial, partial, n_full, full, BLOCK_SIZE=block_size, mask_mod=rule)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
         """q, k, v (T, H, C) -> (T, H, C)."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = flex_attention(*heads_first, block_mask=mask, scale=scale)
-        return out[0].transpose(0, 1)  # type: ignore[union-attr]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=mask, scale=scale)[0].transpose(0, 1)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"dense": Dense, "blocked": Blocked, "flex": Flex}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -389,7 +389,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         """Scale the gradients that forward left."""
         grad_x, grad_w = ctx.saved_tensors
-        grad = cast(Tensor, grad_outputs[0])
+        (grad,) = grad_outputs
         return (
             None if grad_x is None else grad_x * grad.type_as(grad_x),
             None if grad_w is None else (grad_w * grad).to(ctx.weight_dtype),

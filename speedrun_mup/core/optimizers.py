@@ -156,11 +156,12 @@ class DistAdam(ShardedOptimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient (summed over ranks here)."""
         self.steps_taken += 1
-        active = [(parameter, group) for _, parameter, group in self.named_groups() if parameter.grad is not None]
-        reductions = []
-        for parameter, _ in active:
-            share = self._range(parameter)[2]
-            reductions.append(self.world.reduce_scatter(_padded(parameter.grad.flatten(), share * self.world.size)))
+        active, reductions = [], []
+        for _, parameter, group in self.named_groups():
+            if parameter.grad is not None:
+                padded = _padded(parameter.grad.flatten(), self._range(parameter)[2] * self.world.size)
+                active.append((parameter, group))
+                reductions.append(self.world.reduce_scatter(padded))
         gathers = []
         for (parameter, group), (gradient, reduction) in zip(active, reductions, strict=True):
             begin, end, share = self._range(parameter)
