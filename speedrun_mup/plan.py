@@ -1,10 +1,11 @@
 """Which small runs a big one needs, what they cost, what learning rate and loss they promise, and if it came true.
 
-plan = make_plan(target, out, engine, budget_minutes=30)      # widths, seeds, cost; writes plan.json
-run_sweep(plan.sweep, out, engine)
-prediction = predict(out)                                     # learning rate and loss, with intervals
-...                                                           # train the target with that learning rate
-print(compare(out, run_folder))                               # predicted against measured
+    plan = make_plan(target, out, engine, budget_minutes=30)    # widths, seeds, cost; writes plan.json
+    run_plan(plan, out, engine)
+    print(predict(out).summary())                               # learning rate and loss, with intervals
+    print(compare(out, run_folder).summary())                   # predicted against measured
+
+The proxies train for as many steps on as many tokens as the target: it is width that learning rates transfer over.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from speedrun_mup.sweep import (
     Failure,
     Pace,
     Sweep,
+    SweepResult,
     computed_settings,
     measure_sweep,
     read_results,
     run_flops,
+    run_sweep,
     write_whole,
 )
 from speedrun_mup.tracking import clock, read_metrics
@@ -40,9 +43,9 @@ from speedrun_mup.transfer import Thresholds, loss_forecast
 
 PLAN, VERSION = "plan.json", 1
 ARM = "mup"
-SEEDS = (5, 4, 3, 2)  # to choose from; one seed would leave the noise unknown
-OCTAVES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
-REFINEMENT = 4  # half octaves that a sweep usually adds at a width
+OCTAVES = (-2.0, -1.0, 0.0, 1.0, 2.0)
+REFINEMENT = (-1.5, -0.5, 0.5, 1.5)  # half octaves that a sweep usually adds around its minimum
+SEEDS, MOST_SEEDS = (1, 2, 3, 5), 5  # of the widest proxy; every narrower one has twice as many, up to the most
 PROBE_STEPS, PROBE_S = 3, 60.0  # steps to time at each width, unless they would take longer than this
 # Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
 # per octave squared is usual for small language models. It only serves to say in advance what a plan will achieve.
@@ -53,14 +56,14 @@ NOISE_OVER_CURVATURE = 0.25
 class Plan:
     """The sweep that finds the learning rate of `target` most exactly within the budget.
 
-    runs: with the refinement that a sweep usually adds. flops: of the sweep; target_flops: of the target run. sweep_s,
-    target_s: on this machine with `workers` workers. lr_error: expected standard error of the target's best learning
-    rate, octaves.
+    seeds: per width. runs: with the refinement that a sweep usually adds. flops: of the sweep; target_flops: of the
+    target run. sweep_s, target_s: on this machine with `workers` workers. lr_error: expected standard error of the
+    target's best learning rate, octaves.
     """
 
     target: TrainConfig
     widths: tuple[int, ...]
-    seeds: int
+    seeds: tuple[int, ...]
     runs: int
     flops: float
     target_flops: float
@@ -70,19 +73,24 @@ class Plan:
     lr_error: float
 
     @property
-    def sweep(self) -> Sweep:
-        """What to run."""
-        return Sweep(_proxy_base(self.target), self.widths, (ARMS[ARM],), OCTAVES, tuple(range(self.seeds)))
+    def sweeps(self) -> tuple[Sweep, ...]:
+        """What to run, all in one folder: one sweep per number of seeds."""
+        base = _proxy_base(self.target)
+        alike = itertools.groupby(zip(self.widths, self.seeds, strict=True), key=lambda pair: pair[1])
+        return tuple(
+            Sweep(base, tuple(width for width, _ in pairs), (ARMS[ARM],), OCTAVES, tuple(range(seeds)))
+            for seeds, pairs in alike
+        )
 
     def summary(self) -> str:
         """For a terminal."""
-        target, widths = self.target, ", ".join(map(str, self.widths))
+        target, points = self.target, len(OCTAVES) + len(REFINEMENT)
+        proxies = ", ".join(f"{width} ({seeds})" for width, seeds in zip(self.widths, self.seeds, strict=True))
         return "\n".join(
             [
                 f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
                 f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
-                f"proxies: widths {widths}, {len(OCTAVES)} learning rates and about {REFINEMENT} more, "
-                f"{self.seeds} seeds: about {self.runs} runs",
+                f"proxies: widths (seeds) {proxies}, about {points} learning rates each: about {self.runs} runs",
                 f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run; "
                 f"about {clock(self.sweep_s)} with {self.workers} workers",
                 f"the learning rate will be known to about +- {self.lr_error:.2f} octaves (standard error)",
@@ -106,9 +114,9 @@ def make_plan(
     """Choose the sweep for `target` and write it to plan.json in `out`, the folder of the sweep.
 
     Considered are head_dim times powers of two below the target's width, at least as many neighbouring ones as a
-    verdict needs, with 2 to 5 seeds; chosen is what fits the budget with the smallest expected error of the learning
-    rate extrapolated to the target's width. Times come from finished cells in `out`, else from a few steps per width.
-    Raises ConfigError if no design is possible or none fits.
+    verdict needs, with few seeds or many; chosen is what fits the budget with the smallest expected error of the
+    learning rate extrapolated to the target's width. Times come from finished cells in `out`, else from a few steps
+    per width. Raises ConfigError if no design is possible or none fits.
     """
     if budget_minutes is None and budget_flops is None:
         raise ConfigError("a plan needs a budget; give --budget-minutes or --budget-flops")
@@ -146,16 +154,21 @@ def _candidates(target: TrainConfig) -> list[int]:
     return widths
 
 
-def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Neighbouring widths, at least as many as a verdict needs, and a number of seeds."""
+def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Neighbouring widths, at least as many as a verdict needs, and their numbers of seeds."""
     for first, last in itertools.combinations(range(len(candidates) + 1), 2):
-        if last - first >= Thresholds.min_widths:
-            yield from ((tuple(candidates[first:last]), seeds) for seeds in SEEDS)
+        count = last - first
+        if count >= Thresholds.min_widths:
+            for widest in SEEDS:
+                seeds = tuple(min(MOST_SEEDS, widest * 2**narrower) for narrower in reversed(range(count)))
+                yield tuple(candidates[first:last]), seeds
 
 
-def _design(target: TrainConfig, widths: tuple[int, ...], seeds: int, workers: int, pace: Pace, corpus: Corpus) -> Plan:
+def _design(
+    target: TrainConfig, widths: tuple[int, ...], seeds: tuple[int, ...], workers: int, pace: Pace, corpus: Corpus
+) -> Plan:
     """What one choice costs and how well it will do."""
-    each = seeds * (len(OCTAVES) + REFINEMENT)
+    runs = [count * (len(OCTAVES) + len(REFINEMENT)) for count in seeds]
     flops = [run_flops(replace(target, width=width), corpus.vocab_size) for width in widths]
     seconds = [pace.seconds(width, cost) or 0.0 for width, cost in zip(widths, flops, strict=True)]
     whole = run_flops(target, corpus.vocab_size)
@@ -163,26 +176,27 @@ def _design(target: TrainConfig, widths: tuple[int, ...], seeds: int, workers: i
         target=target,
         widths=widths,
         seeds=seeds,
-        runs=each * len(widths),
-        flops=each * sum(flops),
+        runs=sum(runs),
+        flops=sum(count * cost for count, cost in zip(runs, flops, strict=True)),
         target_flops=whole,
         workers=workers,
-        sweep_s=max(each * sum(seconds) / workers, *seconds),
+        sweep_s=max(sum(count * each for count, each in zip(runs, seconds, strict=True)) / workers, *seconds),
         target_s=whole / (workers * pace.flops_per_s(widths[-1])),
         lr_error=expected_lr_error(widths, seeds, target.width),
     )
 
 
-def expected_lr_error(widths: tuple[int, ...], seeds: int, target: int) -> float:
-    """Standard error, in octaves, of a line through the optima of `widths`, followed to the width `target`.
+def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], target: int) -> float:
+    """Standard error, in octaves, of a weighted line through the optima of `widths`, followed to the width `target`.
 
-    One optimum, from a parabola through 5 points one octave apart, has variance (noise / curvature)**2 / (40 seeds).
+    One optimum is the vertex -b / 2c of a parabola through points u; b has variance noise**2 / sum(u**2) / seeds.
     """
-    doublings = [math.log2(width) for width in widths]
-    mean = sum(doublings) / len(doublings)
-    spread = sum((at - mean) ** 2 for at in doublings)
-    leverage = 1 / len(widths) + (math.log2(target) - mean) ** 2 / spread
-    return NOISE_OVER_CURVATURE * math.sqrt(leverage / (40 * seeds))
+    squares = sum(u * u for u in OCTAVES + REFINEMENT)
+    weights = [4 * squares * count / NOISE_OVER_CURVATURE**2 for count in seeds]
+    doublings = [math.log2(width / target) for width in widths]
+    mean = sum(w * at for w, at in zip(weights, doublings, strict=True)) / sum(weights)
+    spread = sum(w * (at - mean) ** 2 for w, at in zip(weights, doublings, strict=True))
+    return math.sqrt(1 / sum(weights) + mean**2 / spread)
 
 
 def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpus) -> Pace:
@@ -200,6 +214,15 @@ def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpu
                     raise ConfigError(f"timing {cell} failed: {outcome.why}; mend that first")
                 pace.learn(outcome)
     return pace
+
+
+def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResult:
+    """Run the sweeps of a plan one after another, widest last, until one is not complete. options: of `run_sweep`."""
+    for sweep in plan.sweeps:
+        result = run_sweep(sweep, out, engine, **options)
+        if not result.complete:
+            break
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
