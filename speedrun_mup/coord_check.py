@@ -95,11 +95,12 @@ class Thresholds:
         return Verdict.PASS if size <= self.warn else Verdict.WARN if size <= self.fail else Verdict.FAIL
 
 
-# The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small.
+# The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small. Scalars have no rule that
+# could be wrong, and few entries, which make their slopes noisy: they are shown, and have to move, but are not judged.
 PREDICTED: dict[str, dict[Role, float]] = {
-    "update": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: 0.0, Role.SCALAR: 0.0},
-    "init": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: -0.5, Role.SCALAR: 0.0},
-    "gradient": {Role.INPUT: -1.0, Role.HIDDEN: -1.0, Role.OUTPUT: -1.0, Role.SCALAR: 0.0},
+    "update": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: 0.0},
+    "init": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: -0.5},
+    "gradient": {Role.INPUT: -1.0, Role.HIDDEN: -1.0, Role.OUTPUT: -1.0},
 }
 NORMS = ("norm", "update norm", "flatness")  # of HIDDEN matrices after the last update, not judged: see _norms
 
@@ -191,8 +192,8 @@ class ArmResult:
         return Verdict.INCONCLUSIVE if self.problems else _worst(row.verdict for row in self.rows)
 
     def update_slope(self, role: Role | None) -> float:
-        """The mean update slope of all tensors of `role` (None: of all); nan if there are none."""
-        rows = [row for row in self.rows if row.quantity == "update" and role in (None, row.role)]
+        """The mean update slope of all tensors of `role` (None: of all that are judged); nan if there are none."""
+        rows = [row for row in self.rows if row.quantity == "update" and row.verdict and role in (None, row.role)]
         return sum(row.slope * row.tensors for row in rows) / sum(row.tensors for row in rows) if rows else math.nan
 
 
@@ -568,8 +569,7 @@ def _judge(series: Iterable[Series], widths: Sequence[int], thresholds: Threshol
             if not slopes:
                 continue
             slope, predicted, verdict = sum(slopes) / len(slopes), None, None
-            if row in PREDICTED and role:
-                predicted = PREDICTED[row][role]
+            if role and (predicted := PREDICTED.get(row, {}).get(role)) is not None:
                 verdict = thresholds.judge(slope - predicted)
             elif row == "activation":
                 verdict = thresholds.judge(max(slope, 0.0))
