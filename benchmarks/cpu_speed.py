@@ -32,6 +32,7 @@ from speedrun_mup.data import Batch
 from speedrun_mup.training import train
 
 SQUARE = 1024  # side of the square matmul that stands for what the machine can do
+PROFILED = 4  # steps in the middle of the run, left out of the timing
 MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 SETTINGS = {
     "base_width": 64,
@@ -40,16 +41,20 @@ SETTINGS = {
     "device": "cpu",
     "val_every": 0,
     "val_tokens": 4096,
+    "save": False,
     "progress": False,
 }
 
 
 @dataclass
 class Race:
-    """Times of both models, taken from inside `train` through its observer; all lists have one entry per step."""
+    """Times of both models, taken from inside `train` through its observer; the lists have one entry per measured step.
+
+    profiled: steps in a row that are profiled instead.
+    """
 
     cfg: TrainConfig
-    profiled_step: int
+    profiled: range
     ours_s: list[float] = field(default_factory=list)
     theirs_s: list[float] = field(default_factory=list)
     square_s: list[float] = field(default_factory=list)
@@ -65,17 +70,18 @@ class Race:
 
     def observe(self, step: int, model: GPT, micro_batches: list[Batch]) -> None:
         """Between two of our steps: note how long the last one took, then let the others run."""
-        elapsed = time.perf_counter() - self.resumed
-        if step == self.profiled_step + 1:
-            self.profiler.stop()
-        elif step > 1:  # step 0 warms up
+        elapsed, done = time.perf_counter() - self.resumed, step - 1
+        if done in self.profiled:
+            if done == self.profiled[-1]:
+                self.profiler.stop()
+        elif done < 1:  # warming up
+            self.opponent.step(micro_batches)
+        else:
             self.ours_s.append(elapsed)
             self.theirs_s.append(seconds(lambda: self.opponent.step(micro_batches)))
             self.square_s.append(seconds(lambda: self.square @ self.square))
             self.own_s.append(seconds(lambda: self.rows @ self.matrix))
-        else:
-            self.opponent.step(micro_batches)
-        if step == self.profiled_step:
+        if step == self.profiled[0]:
             self.profiler.start()
         self.resumed = time.perf_counter()
 
@@ -83,8 +89,8 @@ class Race:
 def race(width: int, steps: int) -> Race:
     """Train both at `width` for `steps` measured steps, while our attention window grows as in a whole run."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = make_config("laptop", SETTINGS | {"width": width, "iterations": steps + 3, "out": folder})
-        found = Race(cfg, profiled_step=steps // 2)
+        cfg = make_config("laptop", SETTINGS | {"width": width, "iterations": steps + PROFILED + 2, "out": folder})
+        found = Race(cfg, profiled=range(steps // 2, steps // 2 + PROFILED))
         with contextlib.redirect_stdout(io.StringIO()):
             train(cfg, found.observe)
     return found
@@ -98,28 +104,30 @@ def speed_row(run: Race) -> list[str]:
 
 
 def profile_of(run: Race) -> tuple[float, float, list[list[str]]]:
-    """FLOPs of the profiled step's matmuls, the seconds spent in them, and the ten most expensive operations."""
+    """GFLOP of a step's matmuls, the seconds spent in them, and rows of the dearest operations."""
     operations = sorted(run.profiler.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
-    total_s = sum(entry.self_cpu_time_total for entry in operations)
+    total_us = sum(entry.self_cpu_time_total for entry in operations)
     matmuls = [entry for entry in operations if entry.key in MATMULS]
-    flops, matmul_s = sum(entry.flops for entry in matmuls), sum(entry.self_cpu_time_total for entry in matmuls) / 1e6
+    gflop, matmul_us = (
+        sum(entry.flops for entry in matmuls) / 1e9,
+        sum(entry.self_cpu_time_total for entry in matmuls),
+    )
     rows = [
-        [f"`{entry.key}`", str(entry.count), f"{entry.self_cpu_time_total / 1e3:.1f}"]
-        + [f"{entry.self_cpu_time_total / total_s:.1%}"]
+        [f"`{entry.key}`", f"{entry.count / PROFILED:.0f}", f"{entry.self_cpu_time_total / PROFILED / 1e3:.1f}"]
+        + [f"{entry.self_cpu_time_total / total_us:.1%}"]
         for entry in operations[:12]
     ]
-    return flops, matmul_s, rows
+    return gflop / PROFILED, matmul_us / PROFILED / 1e6, rows
 
 
 def ceiling_row(run: Race) -> list[str]:
     """Width, both ceilings, what our matmuls reach and what the whole step reaches, in GFLOP/s and as shares."""
     square = [2 * SQUARE**3 / s / 1e9 for s in run.square_s]
     own = [2 * run.rows.numel() * run.matrix.size(1) / s / 1e9 for s in run.own_s]
-    flops, matmul_s, _ = profile_of(run)
-    ceiling, step_s = quantile(square, 0.5), quantile(run.ours_s, 0.5)
-    inside, whole = flops / matmul_s / 1e9, flops / step_s / 1e9
+    gflop, matmul_s, _ = profile_of(run)
+    ceiling, inside, whole = quantile(square, 0.5), gflop / matmul_s, gflop / quantile(run.ours_s, 0.5)
     return [
-        *(str(run.cfg.width), with_spread(square, 0), with_spread(own, 0), f"{flops / 1e9:.1f}"),
+        *(str(run.cfg.width), with_spread(square, 0), with_spread(own, 0), f"{gflop:.1f}"),
         *(f"{inside:.0f}", f"{inside / ceiling:.0%}", f"{whole:.0f}", f"{whole / ceiling:.0%}"),
     ]
 

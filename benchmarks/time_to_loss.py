@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="16 steps, two learning rates, one seed, no result file")
     quick = parser.parse_args().quick
-    preset = make_config("laptop", {"data": "embedded", "device": "cpu", "progress": False})
+    preset = make_config("laptop", {"data": "embedded", "device": "cpu", "save": False, "progress": False})
     if quick:
         preset = replace(preset, iterations=16)
     base = replace(

@@ -11,6 +11,7 @@ from pathlib import Path
 from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
 from speedrun_mup.core.errors import ConfigError, UserError
 
+DEMO_WIDTHS = (32, 64, 128, 256)
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
 
 
@@ -72,15 +73,45 @@ def _expected(cfg: TrainConfig, tokenizer: str) -> str:
     return ""
 
 
+def run_coord_check(argv: Sequence[str], prog: str = "speedrun-mup coord-check") -> int:
+    """Check how every update scales with width, against controls that must fail. Exit code 0 only for PASS."""
+    parser = new_parser(prog, run_coord_check.__doc__ or "")
+    check_group = parser.add_argument_group("check")
+    check_group.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], metavar="W", help="%(default)s")
+    check_group.add_argument("--steps", type=int, default=6, help="optimizer steps; %(default)s")
+    check_group.add_argument("--seeds", type=int, default=2, help="runs per width; %(default)s")
+    check_group.add_argument("--tokens", type=int, default=512, help="of a step, at least the widest width; %(default)s")
+    check_group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="the rest of the settings")
+    add_settings(parser, leave_out=("width", "iterations", "micro_batch_tokens", "micro_batches", "resume"))
+    flags = vars(parse(parser, argv))
+    check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}
+    cfg = make_config(flags.pop("preset"), flags)
+
+    from speedrun_mup.coord_check import Verdict, gpt_coord_check
+
+    result = gpt_coord_check(cfg, **check, progress=cfg.progress)
+    folder = Path(cfg.out) / (cfg.name or "coord-check")
+    folder.mkdir(parents=True, exist_ok=True)
+    result.plot(folder / "coord-check.png")
+    (folder / "coord-check.json").write_text(result.to_json() + "\n")
+    print(result.summary())
+    print(f"picture  {folder / 'coord-check.png'}")
+    print(f"numbers  {folder / 'coord-check.json'}")
+    return 0 if result.verdict is Verdict.PASS else 1
+
+
 def run_demo(argv: Sequence[str]) -> int:
-    """The main job, small: train the laptop preset."""
+    """The main job, small: train the laptop preset, then check that its learning rates hold at other widths."""
     parse(new_parser("speedrun-mup demo", run_demo.__doc__ or ""), argv)
-    return run_train(["--preset", "laptop", "--data", "embedded"], prog="speedrun-mup demo")
+    return run_train(["--preset", "laptop", "--data", "embedded"], "speedrun-mup demo") or run_coord_check(
+        ["--data", "embedded", "--widths", *map(str, DEMO_WIDTHS), "--seeds", "1"], "speedrun-mup demo"
+    )
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (run_demo, "the main job on the embedded corpus: minutes, offline, on a CPU"),
     "train": (run_train, "train a model"),
+    "coord-check": (run_coord_check, "do updates scale with width as muP says? with controls that must fail"),
 }
 
 

@@ -122,15 +122,13 @@ def make_plan(
         raise ConfigError("a plan needs a budget; give --budget-minutes or --budget-flops")
     corpus, _ = find_corpus(target.data, target.tokenizer)
     candidates = _candidates(target)
-    pace = Pace(read_results(out)) if out.exists() else Pace()
-    if pace.seconds(target.width, 0.0) is None:
+    pace = Pace(read_results(out))
+    if not pace.known:
         pace = _probe(target, candidates, engine, corpus)
     designs = [_design(target, widths, seeds, engine.workers, pace, corpus) for widths, seeds in _choices(candidates)]
-    fitting = [
-        plan
-        for plan in designs
-        if plan.flops <= (budget_flops or math.inf) and plan.sweep_s <= 60 * (budget_minutes or math.inf)
-    ]
+    most_s = math.inf if budget_minutes is None else 60 * budget_minutes
+    most_flops = math.inf if budget_flops is None else budget_flops
+    fitting = [plan for plan in designs if plan.flops <= most_flops and plan.sweep_s <= most_s]
     if not fitting:
         least = min(designs, key=lambda plan: plan.flops)
         cost = f"{least.flops:.3g} FLOPs and {least.sweep_s / 60:.1f} minutes"
@@ -170,7 +168,7 @@ def _design(
     """What one choice costs and how well it will do."""
     runs = [count * (len(OCTAVES) + len(REFINEMENT)) for count in seeds]
     flops = [run_flops(replace(target, width=width), corpus.vocab_size) for width in widths]
-    seconds = [pace.seconds(width, cost) or 0.0 for width, cost in zip(widths, flops, strict=True)]
+    seconds = [pace.seconds(width, cost) for width, cost in zip(widths, flops, strict=True)]
     whole = run_flops(target, corpus.vocab_size)
     return Plan(
         target=target,
@@ -207,7 +205,7 @@ def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpu
         for width in widths:
             sweep = Sweep(base, (width,), (ARMS[ARM],))
             cells = [sweep.cell(ARMS[ARM], width, 0.0, seed, corpus) for seed in range(engine.workers)]
-            if (pace.seconds(width, cells[0].flops) or 0.0) > PROBE_S:
+            if pace.seconds(width, cells[0].flops) > PROBE_S:
                 break
             for cell, outcome in engine.run(iter(cells), Path(scratch)):
                 if isinstance(outcome, Failure):

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -238,6 +239,11 @@ class Pace:
         for result in results:
             self.learn(result)
 
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to go by."""
+        return bool(self._known)
+
     def learn(self, result: CellResult) -> None:
         """Count a finished cell."""
         if result.flops:
@@ -247,16 +253,16 @@ class Pace:
             spent.other_s += result.seconds - result.train_s
             spent.cells += 1
 
-    def seconds(self, width: int, flops: float) -> float | None:
-        """What a cell will take; None while nothing is known."""
-        if not self._known:
-            return None
+    def seconds(self, width: int, flops: float) -> float:
+        """What a cell will take; 0 while nothing is known."""
+        if not self.known:
+            return 0.0
         spent = self._nearest(width)
         return spent.other_s / spent.cells + flops * spent.train_s / spent.flops
 
     def flops_per_s(self, width: int) -> float:
         """Training speed of one worker. Raises ConfigError while nothing is known."""
-        if not self._known:
+        if not self.known:
             raise ConfigError("no cell has finished, so nothing is known about speed; run one first")
         return self._nearest(width).flops / self._nearest(width).train_s
 
@@ -566,10 +572,10 @@ class RayEngine:
     def __init__(self, workers: int | None = None, device: str = "auto"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError:
             raise ConfigError("engine=ray needs a package: pip install 'speedrun-mup[ray]'") from None
-        self._ray: Any = ray
+        self._ray = ray
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
@@ -666,6 +672,10 @@ class SweepResult:
         """Of all finished cells."""
         return sum(result.flops for result in self.results)
 
+    def cost(self, target: TrainConfig, vocab_size: int) -> float:
+        """FLOPs of all finished cells over those of the run that they are to save from being tuned."""
+        return self.flops / run_flops(target, vocab_size)
+
     def summary(self) -> str:
         """Counts and cost, and a table of mean losses for each arm."""
         diverged = sum(result.diverged for result in self.results)
@@ -677,9 +687,9 @@ class SweepResult:
             *(f"failed: {cell}: {why}" for cell, why in self.failed.items()),
         ]
         for name in ("source_sha256", "torch", "device"):
-            versions = sorted({result.made_with[name] for result in self.results})
-            if len(versions) > 1:
-                lines.append(f"warning: cells were made with different {name}: {', '.join(v[:24] for v in versions)}")
+            kinds = len({result.made_with[name] for result in self.results})
+            if kinds > 1:
+                lines.append(f"warning: {kinds} different {name} made these cells; compare them with care")
         if self.left:
             lines.append("run the same command again to go on")
         return "\n".join([*lines, *_tables(self.results)])
@@ -766,6 +776,7 @@ class _Rounds:
         self.pace = Pace(self.done.values())
         self.spent = sum(result.flops for result in self.done.values())
         self.ran = 0
+        self.tries: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
         self.waiting: list[Cell] = []
 
@@ -779,13 +790,12 @@ class _Rounds:
 
     def run(self, cells: Sequence[Cell]) -> bool:
         """Run those of `cells` that are not done, failed ones up to ATTEMPTS times; False if the budget ended it."""
-        tries: Counter[str] = Counter()
-        while todo := [cell for cell in cells if cell.id not in self.done and tries[cell.id] < ATTEMPTS]:
+        while todo := [cell for cell in cells if cell.id not in self.done and self.tries[cell.id] < ATTEMPTS]:
             self.waiting = sorted(todo, key=lambda cell: -cell.flops)
             self.shown.expect(len(self.waiting))
             with closing(self.engine.run(self._affordable(), self.scratch)) as outcomes:
                 for cell, outcome in outcomes:
-                    tries[cell.id] += 1
+                    self.tries[cell.id] += 1
                     self._note(cell, outcome)
             if self.waiting:
                 return False
@@ -794,31 +804,32 @@ class _Rounds:
     def _affordable(self) -> Iterator[Cell]:
         """Take waiting cells, longest first, as long as one fits the budget; with unknown pace, the shortest first."""
         while fitting := [cell for cell in self.waiting if self._fits(cell)]:
-            known = self.deadline == math.inf or self.pace.seconds(1, 1.0) is not None
-            cell = fitting[0 if known else -1]
+            cell = fitting[0 if self.pace.known or self.deadline == math.inf else -1]
             self.waiting.remove(cell)
             self.spent += cell.flops
             yield cell
 
     def _fits(self, cell: Cell) -> bool:
-        ends = time.monotonic() + (self.pace.seconds(cell.width, cell.flops) or 0.0)
+        ends = time.monotonic() + self.pace.seconds(cell.width, cell.flops)
         return ends <= self.deadline and self.spent + cell.flops <= self.budget_flops
 
     def _note(self, cell: Cell, outcome: CellResult | Failure) -> None:
         """Keep a result; say a failure once."""
-        left = sum(self.pace.seconds(cell.width, cell.flops) or 0.0 for cell in self.waiting) / self.engine.workers
+        name = str(cell)
         if isinstance(outcome, Failure):
-            if str(cell) not in self.failed:
-                self.shown.say(f"{cell}: {outcome.why}; it will be tried {ATTEMPTS} times")
-            self.failed[str(cell)] = outcome.why
-            self.shown.finished(cell, "failed", left)
-            return
-        write_whole(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
-        self.done[cell.id] = outcome
-        self.failed.pop(str(cell), None)
-        self.pace.learn(outcome)
-        self.ran += 1
-        self.shown.finished(cell, "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}", left)
+            what = "failed"
+            if name not in self.failed:
+                self.shown.say(f"{name}: {outcome.why}; it will be tried {ATTEMPTS} times")
+            self.failed[name] = outcome.why
+        else:
+            what = "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}"
+            write_whole(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
+            self.done[cell.id] = outcome
+            self.failed.pop(name, None)
+            self.pace.learn(outcome)
+            self.ran += 1
+        left = sum(self.pace.seconds(cell.width, cell.flops) for cell in self.waiting)
+        self.shown.finished(f"{name}: {what}, {clock(left / self.engine.workers)} left")
 
 
 class _Progress:
@@ -835,13 +846,13 @@ class _Progress:
         self._bar.total = self._total
         self._bar.refresh()
 
-    def finished(self, cell: Cell, what: str, left_s: float) -> None:
-        """One cell more is over. left_s: estimate for those that wait."""
+    def finished(self, text: str) -> None:
+        """One cell more is over."""
         self._count += 1
-        self._bar.set_postfix_str(f"{cell}: {what}, {clock(left_s)} left")
+        self._bar.set_postfix_str(text)
         self._bar.update()
         if self._plain:
-            print(f"{self._count}/{self._total}  {cell}  {what}  {clock(left_s)} left", flush=True)
+            print(f"{self._count}/{self._total}  {text}", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""

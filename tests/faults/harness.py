@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,18 +104,24 @@ def wait(pid: int) -> int:
 
 
 class Meeting:
-    """Where threads that play ranks exchange values."""
+    """Where threads that play ranks exchange values. Polls, because some threads never woke from a threading.Barrier."""
 
     def __init__(self, size: int):
-        self.values: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.size = size
+        self.turns = [0] * size
+        self.values: dict[tuple[int, int], Any] = {}  # (turn, rank) -> value
 
     def gather(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
+        turn = self.turns[rank]
+        self.turns[rank] += 1
+        self.values[turn, rank] = value
+        keys = [(turn, peer) for peer in range(self.size)]
+        deadline = time.monotonic() + 20
+        while not all(key in self.values for key in keys):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {rank} waits alone at gather {turn}")
+            time.sleep(0.0005)
+        return [self.values[key] for key in keys]
 
 
 @dataclass(frozen=True)

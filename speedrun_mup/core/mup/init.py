@@ -76,10 +76,8 @@ def _at_base(tensor: Tensor, init_: Callable[..., Tensor], fan: Callable[[int, i
     spec = spec_of(tensor)
     init_(tensor, **kwargs)
     scale = _factor(spec) * math.sqrt(fan(*_fans(spec.shape)) / fan(*_fans(spec.base_shape)))
-    if not math.isclose(scale, 1.0):  # the two often cancel, up to the last bit
-        with torch.no_grad():
-            tensor.mul_(scale)
-    return tensor
+    with torch.no_grad():
+        return tensor.mul_(scale)
 
 
 def xavier_uniform_(tensor: Tensor, gain: float = 1.0) -> Tensor:
