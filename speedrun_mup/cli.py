@@ -100,6 +100,26 @@ def run_coord_check(argv: Sequence[str], prog: str = "speedrun-mup coord-check")
     return 0 if result.verdict is Verdict.PASS else 1
 
 
+def run_explain(argv: Sequence[str]) -> int:
+    """Print what muP comes to for every parameter: role, shape, init, multiplier, LR, eps, decay, at base and here."""
+    parser = new_parser("speedrun-mup explain", run_explain.__doc__ or "")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="record26", help="the rest of the settings; %(default)s")
+    parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_settings(parser)
+    flags = vars(parse(parser, argv))
+    vocab, as_json = flags.pop("vocab"), flags.pop("json")
+    if flags.get("base_width"):
+        flags.setdefault("parametrization", "mup")
+    cfg = make_config(flags.pop("preset"), flags)
+
+    from speedrun_mup.explain import explain, table, to_json
+
+    rows = explain(cfg, vocab)
+    print(to_json(rows) if as_json else table(rows))
+    return 0
+
+
 def run_demo(argv: Sequence[str]) -> int:
     """The main job, small: train the laptop preset, then check that its learning rates hold at other widths."""
     parse(new_parser("speedrun-mup demo", run_demo.__doc__ or ""), argv)
@@ -111,6 +131,7 @@ def run_demo(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (run_demo, "the main job on the embedded corpus: minutes, offline, on a CPU"),
     "train": (run_train, "train a model"),
+    "explain": (run_explain, "what the rules come to for every parameter of a model"),
     "coord-check": (run_coord_check, "do updates scale with width as muP says? with controls that must fail"),
 }
 

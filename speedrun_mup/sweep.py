@@ -746,10 +746,11 @@ def run_sweep(
         try:
             with _signals_interrupt():
                 while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
-                    more = {key: next_points(losses, sweep.octaves) for key, losses in rounds.curves(points).items()}
-                    if not any(more.values()):
+                    curves = rounds.curves(points)
+                    more = {key: points[key] | next_points(curves[key], sweep.octaves) for key in points}
+                    if more == points:
                         break
-                    points = {key: points[key] | more[key] for key in points}
+                    points = more
         except KeyboardInterrupt:
             stopped = True
             shown.say(f"stopped; {len(rounds.done)} cells are finished, run the same command again to go on")

@@ -16,7 +16,7 @@ FLOORS = [
     ["core.model", "config"],
     ["data", "corpus", "checkpoint", "tracking"],
     ["training"],
-    ["coord_check", "sweep", "transfer", "report"],
+    ["coord_check", "explain", "plan", "report", "sweep", "transfer"],
     ["cli"],
 ]
 

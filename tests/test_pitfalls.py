@@ -161,21 +161,21 @@ def test_pitfall_11_eps_does_not_bind_at_any_width(tiny):
                     assert (second[touched] < 10 * group["eps"]).float().mean() < 1e-3, name
 
 
-def test_pitfall_12_a_delta_that_changes_nothing_is_refused():
+def test_pitfall_12_base_shapes_in_which_nothing_grows_are_refused(tmp_path):
     def mlp(width):
         return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), mup.MuReadout(width, 4))
 
     model = mup.set_base_shapes(mlp(64), mlp(16), delta=mlp(32))
     assert [spec.role for _, _, spec in named_specs(model)].count(Role.HIDDEN) == 1
-    with pytest.raises(ValueError):
-        mup.make_base_shapes(mlp(16), mlp(16))
+    with pytest.raises(mup.BaseShapeError, match="delta"):
+        mup.set_base_shapes(mlp(16), mlp(16), savefile=tmp_path / "x.bsh")
 
 
 def test_pitfall_13_another_vocabulary_is_refused():
     def model(width, vocab):
         return nn.Sequential(nn.Embedding(vocab, width), nn.Linear(width, width), mup.MuReadout(width, vocab))
 
-    with pytest.raises(ValueError):
+    with pytest.raises(mup.BaseShapeError):
         mup.set_base_shapes(model(64, 32), model(16, 50), delta=model(32, 50))
 
 

@@ -271,22 +271,31 @@ class GPT(nn.Module):
         self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
         self.init_weights(seed)
 
+    def init_std(self, name: str, spec: mup.ParamSpec) -> float:
+        """Standard deviation of a parameter's first values; 0 where they are constant."""
+        factor = spec.factors(self.cfg.table, "adam").init
+        if spec.role is Role.INPUT:
+            return factor
+        if name.endswith(("attn.qkv_w", "mlp.c_fc.weight")):
+            return 0.5 * spec.base_fan_in**-0.5 * factor
+        return 0.0  # projections back into the stream, and the head, start at zero
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from `seed` and its own name: the same bits on every device and rank."""
+        """Fill every parameter from `seed` and its own name: the same bits on every device and rank. Skips meta tensors."""
         for name, parameter, spec in mup.named_specs(self):
-            factor = spec.factors(self.cfg.table, "adam").init
-            rng = generator(seed, "init", name)
+            if parameter.is_meta:
+                continue
+            std, rng = self.init_std(name, spec), generator(seed, "init", name)
+            values = torch.zeros(parameter.shape)
             if spec.role is Role.INPUT:
-                values = torch.empty(parameter.shape).normal_(generator=rng)
-            elif name.endswith(("attn.qkv_w", "mlp.c_fc.weight")):
-                bound = math.sqrt(3) * 0.5 * spec.base_fan_in**-0.5 * factor
-                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=rng)
+                values.normal_(std=std, generator=rng)
             elif spec.role is Role.SCALAR:
                 L = self.cfg.n_layer
                 values = torch.tensor([1.0] * L + [1.0, 0.0] * L + [0.5, 0.5] * L)
-            else:  # projections back into the stream, and the head, start at zero
-                values = torch.zeros(parameter.shape)
+            elif std:
+                bound = math.sqrt(3) * std
+                values.uniform_(-bound, bound, generator=rng)
             parameter.copy_(values)
 
     def hidden(self, tokens: Tensor, window: Window) -> Tensor:

@@ -127,6 +127,27 @@ def test_columns_and_names(batch):
     assert set(df["t"]) == {1, 2} and set(df["optimizer"]) == {"adam"} and set(df["lr"]) == {1e-3}
 
 
+def test_it_trains_as_a_plain_loop_does(batch):
+    torch.manual_seed(0)
+    model = nn.Linear(192, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+    for _ in range(3):
+        expected.append(model.weight.std().item())
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0].flatten(1)), batch[1]).backward()
+        optimizer.step()
+    df = get_coord_data(
+        {1: lambda: nn.Linear(192, 10)},
+        [batch],
+        mup=False,
+        flatten_input=True,
+        param_fdict={"std": "std"},
+        show_progress=False,
+    )
+    assert df[df["module"] == ":param[weight]"]["std"].tolist() == expected
+
+
 def test_defect_12_callable_optimizer(batch):
     def slow_sgd(model):
         return mup.MuSGD(model, lr=0.01)
@@ -200,6 +221,7 @@ def test_plot(tmp_path, batch):
     assert [axes.get_title() for axes in figure.axes] == ["t=1", "t=2", "t=3"]
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["0", "1", "3", "4", "5", "6"]  # 2, the first ReLU, is left out
+    assert len(figure.axes[0].lines) == 6  # and so is the root module
     figure = plot_coord_data(df, module_list=["0", "6"], legend=None, loglog=False)
     assert len(figure.axes[0].lines) == 2 and figure.axes[0].get_legend() is None
     assert len(plot_coord_data(df, name_contains="6").axes[0].lines) == 1
