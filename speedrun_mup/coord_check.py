@@ -121,7 +121,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Control(Arm):
-    """An arm with a rule wrong on purpose: the updates of `role` (None: all) must be seen to go as width**slope."""
+    """An arm with a rule wrong on purpose: the updates of `role` (None: all) must be seen to go as width**slope.
+
+    Where an lr_power makes the difference, times whatever the checked arm's go as.
+    """
 
     role: Role | None = None
     slope: float = 0.5
@@ -230,8 +233,9 @@ class CoordCheck:
             for c in self.controls
             if not c.seen
         )
-        untested = () if self.controls else ("no control was run: nothing shows that a wrong rule would be seen",)
-        return (*self.arm.problems, *untested, *blind)
+        untested = not self.controls and self.arm.verdict is not Verdict.FAIL
+        alone = ("no control was run: nothing shows that a wrong rule would have been seen",) if untested else ()
+        return (*self.arm.problems, *alone, *blind)
 
     @property
     def verdict(self) -> Verdict:
@@ -256,7 +260,7 @@ def _summary_lines(check: CoordCheck) -> Iterator[str]:
     by_kind: dict[tuple[str, Role | None], dict[str, Row]] = {}
     for row in arm.rows:
         by_kind.setdefault((row.kind, row.role), {})[row.quantity] = row
-    pad = 2 + max((len(kind) for kind, _ in by_kind), default=20)
+    pad = 2 + max(20, *(len(kind) for kind, _ in by_kind), *(len("control " + c.arm.name) for c in check.controls))
 
     def table(title: str, quantities: Sequence[str]) -> Iterator[str]:
         judged = quantities != NORMS
@@ -268,7 +272,7 @@ def _summary_lines(check: CoordCheck) -> Iterator[str]:
                 verdict = _worst(row.verdict for row in shown) if any(row.verdict for row in shown) else ""
                 yield f"{kind:<{pad}}{role.value if role else '':<8}{cells}{verdict}".rstrip()
 
-    yield f"coordinate check of {arm.name}: widths {', '.join(map(str, arm.widths))}; {check.steps} updates; {arm.seeds} seeds"
+    yield f"coordinate check of {arm.name}: widths {', '.join(map(str, arm.widths))}; {check.steps} updates; seeds: {arm.seeds}"
     yield from table("slope (predicted)", tuple(PREDICTED))
     yield from table("must not grow", ("activation",))
     yield from table("not judged", NORMS)
@@ -486,7 +490,9 @@ def _norms(spec: ParamSpec, weight: Tensor, moved: Tensor, last: Tensor) -> dict
     """
     order = [i for i, word in enumerate(spec.layout) if word not in ("in", "out")]
     order += [spec.layout.index("out"), spec.layout.index("in")]
-    weight, moved, last = (x.float().permute(order).reshape(-1, spec.fan_out, spec.fan_in) for x in (weight, moved, last))
+    weight, moved, last = (
+        x.float().permute(order).reshape(-1, spec.fan_out, spec.fan_in) for x in (weight, moved, last)
+    )
     scale = math.sqrt(spec.fan_in / spec.fan_out)
     level = last.norm(dim=(1, 2)) / (_spectral_norm(last) * math.sqrt(min(spec.fan_out, spec.fan_in)))
     values = scale * _spectral_norm(weight), scale * _spectral_norm(moved), level
@@ -552,7 +558,9 @@ def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: _Setting, pro
         if kinds:
             problems.append(f"{', '.join(sorted(kinds))} {fault}")
     if setting.steps < setting.thresholds.first_step:
-        problems.append(f"{setting.steps} updates are too few: slopes are judged from t = {setting.thresholds.first_step}")
+        problems.append(
+            f"{setting.steps} updates are too few: slopes are judged from t = {setting.thresholds.first_step}"
+        )
     rows = tuple(_judge(series, widths, setting.thresholds))
     return ArmResult(arm.name, tuple(widths), seeds, tuple(series), rows, tuple(problems))
 
@@ -700,7 +708,7 @@ def gpt_coord_check(
         steps=steps,
         seeds=seeds,
         taps=_tap_scores,
-        output_scale=lambda model: {"lm_head.weight": model.logit_scale},
+        output_scale=_logit_scale,
         name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.hidden_optimizer}",
         progress=progress,
     )
@@ -716,6 +724,11 @@ class _TappedAttention(Dense):
         """q, k, v (T, H, C) -> (T, H, C)."""
         self.record(self.name, torch.einsum("qhc,khc->hqk", q, k)[:, mask] * scale)
         return super().attend(q, k, v, mask, scale)
+
+
+def _logit_scale(model: Any) -> dict[str, float]:
+    """What a GPT multiplies the product of its head by."""
+    return {"lm_head.weight": model.logit_scale}
 
 
 def _tap_scores(model: Any, record: Record) -> None:
@@ -765,11 +778,9 @@ def _plot(check: CoordCheck, path: Path) -> None:
     with rc_context(_STYLE):
         figure = Figure(figsize=(1.25 * columns + 0.4, 1.6 * rows + 0.7), layout="constrained")
         axes = figure.subplots(rows, columns, sharey="row", squeeze=False)
-        used = set()
         for row, (quantity, label) in enumerate((("effect", _EFFECT), ("activation", "rms of activations"))):
             for t, panel in zip(times, axes[row]):
                 _draw(panel, check.arm, quantity, t, f"$t = {t}$")
-                used.add(panel)
             axes[row, 0].set_ylabel(label)
             _fit(axes[row, 0], [axes[row, t] for t in times if t == 0 or t >= check.thresholds.first_step])
         axes[0, 0].set_title("$t = 0$: of $W_0\\, x_0$")
@@ -787,7 +798,10 @@ def _plot(check: CoordCheck, path: Path) -> None:
                 panel.remove()
         figure.suptitle(f"Coordinate check of {check.arm.name}: {check.verdict}", fontsize=10)
         style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2}
-        handles = [Line2D([], [], color=color, label=label, **style) for color, label in _COLORS.values()]
+        drawn = {series.role for series in check.arm.series if series.quantity in ("effect", "activation")}
+        handles = [
+            Line2D([], [], color=c, label=label, **style) for role, (c, label) in _COLORS.items() if role in drawn
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
 
