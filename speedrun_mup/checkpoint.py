@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from speedrun_mup import __version__
+from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import ConfigError, UserError, World
 
 SCHEMA = 1
@@ -65,19 +66,6 @@ class CheckpointError(UserError):
 
 class DamagedCheckpoint(CheckpointError):
     """A folder that is not what a finished save left behind: something is missing, cut or changed."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The flat range [begin, end) of one state of one parameter, as one rank holds it. tensor: (end - begin,)."""
-
-    begin: int
-    end: int
-    tensor: Tensor
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.begin <= self.end or self.tensor.shape != (self.end - self.begin,):
-            raise ValueError(f"range [{self.begin}, {self.end}) does not fit a tensor {tuple(self.tensor.shape)}")
 
 
 class Checkpoints:

@@ -80,11 +80,15 @@ def param_groups(
 
 @dataclass(frozen=True)
 class Slice:
-    """A flat range [begin, end) of one parameter's state, as this rank holds it. tensor: (end - begin,)."""
+    """A flat range [begin, end) of one parameter's state, as one rank holds it. tensor: (end - begin,)."""
 
     begin: int
     end: int
     tensor: Tensor
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.end or self.tensor.shape != (self.end - self.begin,):
+            raise ValueError(f"range [{self.begin}, {self.end}) does not fit a tensor {tuple(self.tensor.shape)}")
 
 
 FetchSlice = Callable[[str, int, int], Tensor]  # ("param/state", begin, end) -> (end - begin,)
