@@ -121,8 +121,9 @@ class Cell:
 
     @functools.cached_property
     def id(self) -> str:
-        """16 hex digits; equal if and only if the cells compute the same, wherever and under whatever name they run."""
-        text = json.dumps([SCHEMA, self.corpus, computed_settings(self.cfg)], sort_keys=True, allow_nan=False)
+        """16 hex digits, the same wherever the cell runs: a hash of its arm, what it computes, and the data."""
+        what = [SCHEMA, self.arm, self.corpus, computed_settings(self.cfg)]
+        text = json.dumps(what, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @functools.cached_property
@@ -154,8 +155,9 @@ class Sweep:
 
     def __post_init__(self) -> None:
         for name in ("widths", "arms", "octaves", "seeds"):
-            if not getattr(self, name):
-                raise ConfigError(f"a sweep without {name}; name at least one")
+            values = [getattr(value, "name", value) for value in getattr(self, name)]
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
         if self.knob not in KNOBS:
             raise ConfigError(f"knob={self.knob!r} is not a learning rate; choose {', '.join(KNOBS)}")
         if self.base.base_width is None:
@@ -164,14 +166,19 @@ class Sweep:
     def cell(self, arm: Arm, width: int, octaves: float, seed: int, corpus: Corpus) -> Cell:
         """One cell. The data are named so that a worker with another working directory finds them too."""
         data = self.base.data if self.base.data in ("embedded", "synthetic") else str(corpus.directory.resolve())
-        own = {"out": "", "name": None, "resume": None, "save": False, "val_every": 0, "track": "none"}
-        settings = (
-            vars(self.base) | dict(arm.settings) | own | {"progress": False, "data": data, "width": width, "seed": seed}
-        )
-        settings[self.knob] = settings[self.knob] * 2.0**octaves
-        return Cell(
-            arm.name, width, float(octaves), seed, TrainConfig(**settings), corpus.fingerprint, corpus.vocab_size
-        )
+        own = {
+            "out": "",
+            "name": None,
+            "resume": None,
+            "save": False,
+            "val_every": 0,
+            "track": "none",
+            "progress": False,
+        }
+        place = {"data": data, "width": width, "seed": seed}
+        cfg = replace(self.base, **(own | place | dict(arm.settings)))
+        cfg = replace(cfg, **{self.knob: getattr(cfg, self.knob) * 2.0**octaves})
+        return Cell(arm.name, width, float(octaves), seed, cfg, corpus.fingerprint, corpus.vocab_size)
 
     def cells(self, points: Mapping[tuple[str, int], Iterable[float]], corpus: Corpus) -> list[Cell]:
         """The cells of all seeds at `points`: (arm, width) -> octaves."""

@@ -67,7 +67,7 @@ def result_of(cell, loss, seconds=1.0):
     curve = np.linspace(4.85, 3.0 if bad else loss, cell.cfg.iterations).round(6).tolist()
     return CellResult(
         *(cell.id, cell.arm, cell.width, cell.octaves, cell.seed),
-        *(loss, loss, bad, "said so" if bad else "", curve, seconds, seconds, cell.flops, cell.corpus),
+        *(loss, loss + 0.1, bad, "said so" if bad else "", curve, seconds, seconds, cell.flops, cell.corpus),
         config={"iterations": cell.cfg.iterations},
         made_with={"source_sha256": "0", "torch": "2", "device": "none"},
     )
@@ -208,7 +208,8 @@ def test_predicted_drifts_undo_the_rule_tables_error(arm):
 
 def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
     for changes, fault in [
-        ({"seeds": ()}, "without seeds"),
+        ({"seeds": ()}, "seeds=: name at least one"),
+        ({"widths": (32, 64, 32)}, "widths=32,64,32: .* none twice"),
         ({"knob": "momentum"}, "not a learning rate"),
         ({"base": {"base_width": None}}, "base-width"),
     ]:
@@ -477,6 +478,7 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert all((row["loss"] == "nan") == bool(int(row["diverged"])) for row in rows)
+    assert all(float(row["train_loss"]) == float(row["loss"]) + 0.1 for row in rows if row["loss"] != "nan")
 
 
 def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
@@ -538,6 +540,13 @@ def test_divergence_is_a_result(small, tmp_path):
     fine, lost = result.results
     assert not fine.diverged and lost.diverged and ("not finite" in lost.reason or "ended at" in lost.reason)
     assert math.isnan(runs_table(tmp_path / "s")[1].loss)
+
+
+@pytest.mark.parametrize("end", [9.0, math.nan])
+def test_ending_above_the_initial_loss_is_divergence(small, corpus, tmp_path, monkeypatch, end):
+    monkeypatch.setattr("speedrun_mup.sweep.train", lambda cfg: dataclasses.replace(train(cfg), val_loss=end))
+    result = run_cell(cell_of(small(), corpus, width=32), tmp_path)
+    assert result.diverged and result.reason == f"ended at a loss of {end:.4f}, began at 4.8520"
 
 
 def test_a_cell_refuses_other_data(small, corpus, tmp_path):

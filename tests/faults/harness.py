@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from unittest import mock
 
+import torch
+
 from speedrun_mup.core.utils import World
 
 CALLS = ("mkdir", "open", "write", "fsync", "close", "rename", "replace", "unlink", "rmdir")
@@ -90,6 +92,7 @@ def fork(work: Callable[[], object]) -> int:
         return pid
     try:
         signal.alarm(60)
+        torch.set_num_threads(1)  # torch rebuilds its pool after a fork; two threads that come first race for it
         work()
         os._exit(0)
     except BaseException:
