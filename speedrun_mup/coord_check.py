@@ -24,7 +24,6 @@ Shapes: S seeds, W widths, T + 1 points in time t = 0 ... T; W_t is the paramete
 from __future__ import annotations
 
 import enum
-import gc
 import itertools
 import json
 import math
@@ -151,8 +150,8 @@ class Series:
     @property
     def kind(self) -> str:
         """What the same tensors of all layers share: the name with stars for numbers, without the place in a stack."""
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", self.name)
-        return name if self.role is None or self.quantity == "activation" else re.sub(r"\[\d+\]", "", name)
+        kind = _kind(self.name)
+        return kind if self.quantity == "activation" else re.sub(r"\[\d+\]$", "", kind)
 
     def slope(self, widths: Sequence[int], times: slice) -> float | None:
         """Of log2(value) on log2(width), by least squares. Mean over those `times` when no width lacks it; None if never."""
@@ -391,7 +390,7 @@ class _Observer:
     """Watches one model in forward passes of its own and after backward passes."""
 
     def __init__(self, model: nn.Module, setting: _Setting):
-        self.model, self.setting, self.found = model.train(), setting, _Findings()
+        self.found = _Findings()  # the model itself is not kept: it refers to its observer
         self.parameters = {name: (p, spec) for name, p, spec in named_specs(model) if p.requires_grad}
         self.scales = setting.output_scale(model)
         self.start = {name: p.detach().clone() for name, (p, _) in self.parameters.items()}
@@ -442,15 +441,15 @@ class _Observer:
                 self._seen.setdefault((quantity, key), []).append(mean_square)
 
     @torch.no_grad()
-    def look(self, t: int, batch: Any) -> None:
-        """Take effects and activations in a forward pass of its own, after which torch's random state is as before."""
+    def look(self, t: int, forward: Callable[[], Any]) -> None:
+        """Take effects and activations in a forward pass of its own. Torch's random state is the same after it."""
         self.moved_before = self.moved
         self.moved = {name: p.detach() - self.start[name] for name, (p, _) in self.parameters.items()}
         standins = self.moved if t else self.start
         pairs = {name: (p, standins[name]) for name, (p, _) in self.parameters.items()}
         self._looking = True
         with torch.random.fork_rng(devices=[]), _Products(pairs, self._see_product):
-            self.setting.loss(self.model, batch)
+            forward()
         self._looking = False
         for name, standin in standins.items():
             if name not in self._multiplied:  # gains, biases, scalars: element by element
@@ -516,14 +515,14 @@ def _kind(name: str) -> str:
 def _observe(arm: Arm, width: int, narrowest: int, seed: int, setting: _Setting) -> _Findings:
     """Build the model of `arm` and train it for T steps on the batches of `seed`, under observation."""
     torch.manual_seed(seed)
-    model = arm.build_model(width)
+    model = arm.build_model(width).train()
     built = arm.optimizer(model)
     optimizers = [built] if isinstance(built, Optimizer) else list(built)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["lr"] * (width / narrowest) ** arm.lr_power
     observer = _Observer(model, setting)
     for t, batch in enumerate(setting.batches[seed]):
-        observer.look(t, batch)
+        observer.look(t, partial(setting.loss, model, batch))
         if t == setting.steps:
             break
         loss = setting.loss(model, batch)
@@ -542,7 +541,6 @@ def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: _Setting, pro
     for seed, width in itertools.product(range(seeds), widths):
         progress.set_postfix_str(f"{arm.name}, width {width}")
         found.append(_observe(arm, width, min(widths), seed, setting))
-        gc.collect()  # a model and its observer refer to each other
         progress.update()
     series = []
     for quantity, name in dict.fromkeys(key for findings in found for key in findings.values):
@@ -722,7 +720,8 @@ class _TappedAttention(Dense):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """q, k, v (T, H, C) -> (T, H, C)."""
-        self.record(self.name, torch.einsum("qhc,khc->hqk", q, k)[:, mask] * scale)
+        if not torch.is_grad_enabled():  # looks are taken without
+            self.record(self.name, torch.einsum("qhc,khc->hqk", q, k)[:, mask] * scale)
         return super().attend(q, k, v, mask, scale)
 
 

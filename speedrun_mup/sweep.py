@@ -166,18 +166,11 @@ class Sweep:
     def cell(self, arm: Arm, width: int, octaves: float, seed: int, corpus: Corpus) -> Cell:
         """One cell. The data are named so that a worker with another working directory finds them too."""
         data = self.base.data if self.base.data in ("embedded", "synthetic") else str(corpus.directory.resolve())
-        own = {
-            "out": "",
-            "name": None,
-            "resume": None,
-            "save": False,
-            "val_every": 0,
-            "track": "none",
-            "progress": False,
-        }
-        place = {"data": data, "width": width, "seed": seed}
-        cfg = replace(self.base, **(own | place | dict(arm.settings)))
-        cfg = replace(cfg, **{self.knob: getattr(cfg, self.knob) * 2.0**octaves})
+        settings: dict[str, Any] = {"data": data, "width": width, "seed": seed, **arm.settings}
+        quiet: dict[str, Any] = {"save": False, "val_every": 0, "track": "none", "progress": False}
+        cfg = replace(self.base, out="", name=None, resume=None, **quiet, **settings)
+        knob: dict[str, Any] = {self.knob: getattr(cfg, self.knob) * 2.0**octaves}
+        cfg = replace(cfg, **knob)
         return Cell(arm.name, width, float(octaves), seed, cfg, corpus.fingerprint, corpus.vocab_size)
 
     def cells(self, points: Mapping[tuple[str, int], Iterable[float]], corpus: Corpus) -> list[Cell]:
@@ -883,8 +876,6 @@ def _open_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out} cannot be written ({fault.strerror}); choose another --out") from None
     with closing(FolderLock(out)):
         shutil.rmtree(scratch, ignore_errors=True)
-        for torn in out.glob(f"{CELLS}/*/.{RESULT}.part"):
-            torn.unlink()
         try:
             yield scratch
         finally:

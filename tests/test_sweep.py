@@ -355,10 +355,12 @@ def test_two_sweeps_cannot_share_a_folder(small, tmp_path):
 def test_leftovers_of_killed_cells_are_removed(small, tmp_path):
     out = tmp_path / "s"
     quietly(small(), out, FakeEngine(bowl()))
-    killed = read_results(out)[0].id
-    (out / "cells" / killed / "result.json").rename(out / "cells" / killed / ".result.json.part")
+    killed = out / "cells" / read_results(out)[0].id
+    (killed / "result.json").rename(killed / ".result.json.part")
     (out / "running" / "abc-1").mkdir(parents=True)
-    assert quietly(small(), out, FakeEngine(bowl())).ran == 1
+    engine = FakeEngine(lambda cell: math.nan if (out / "running" / "abc-1").exists() else bowl()(cell))
+    result = quietly(small(), out, engine)
+    assert result.ran == 1 and not any(cell.diverged for cell in result.results)
     assert {path.name for path in out.iterdir()} == {".lock", "sweep.json", "cells"}
     assert all([entry.name for entry in folder.iterdir()] == ["result.json"] for folder in (out / "cells").iterdir())
 
@@ -483,13 +485,13 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
 
 def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
     arms = pick_arms(["mup", "adam-sp", "record26"])
-    sweep = small(widths=(32, 64, 128), octaves=GRID, seeds=(0, 1, 2), arms=arms)
+    sweep = small(base={"base_width": 64}, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1, 2), arms=arms)
     quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": -0.9, "record26": 0.5})))
     result = measure_sweep(tmp_path / "s", ["mup", "adam-sp"])
     assert result.verdict is Verdict.PASS, result.summary()
     assert result.arms["adam-sp"].predicted == -1.0
     assert result.arms["adam-sp"].drift.value == pytest.approx(-0.9, abs=0.1)
-    assert result.arms["mup"].base_width == 32 and result.arms["mup"].wider is not None
+    assert result.arms["mup"].base_width == 64 and result.arms["mup"].wider is not None
     assert measure_sweep(tmp_path / "s").verdict is Verdict.FAIL  # record26 is under test too, and drifts
     with pytest.raises(ConfigError, match="no arm adam-mup; it has"):
         measure_sweep(tmp_path / "s", ["adam-mup"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -107,24 +107,18 @@ def wait(pid: int) -> int:
 
 
 class Meeting:
-    """Where threads that play ranks exchange values. Polls, because some threads never woke from a threading.Barrier."""
+    """Where threads that play ranks exchange values."""
 
     def __init__(self, size: int):
-        self.size = size
-        self.turns = [0] * size
-        self.values: dict[tuple[int, int], Any] = {}  # (turn, rank) -> value
+        self.values: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=20)
 
     def gather(self, rank: int, value: Any) -> list[Any]:
-        turn = self.turns[rank]
-        self.turns[rank] += 1
-        self.values[turn, rank] = value
-        keys = [(turn, peer) for peer in range(self.size)]
-        deadline = time.monotonic() + 20
-        while not all(key in self.values for key in keys):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {rank} waits alone at gather {turn}")
-            time.sleep(0.0005)
-        return [self.values[key] for key in keys]
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
 
 
 @dataclass(frozen=True)
