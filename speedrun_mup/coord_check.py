@@ -508,8 +508,8 @@ def _spectral_norm(matrices: Tensor, iterations: int = 15) -> Tensor:
 
 
 def _kind(name: str) -> str:
-    """`name` with a star in place of every number between dots."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    """`name` with stars for the numbers in it, but for a leading one: the layers of a bare nn.Sequential are not alike."""
+    return re.sub(r"(?<=\.)\d+(?![^.])", "*", name)
 
 
 def _observe(arm: Arm, width: int, narrowest: int, seed: int, setting: _Setting) -> _Findings:

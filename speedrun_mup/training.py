@@ -165,6 +165,7 @@ class Run:
             self.train_s += time.perf_counter() - began
             tokens = (step + 1) * cfg.batch_tokens
             log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s})
+            self.hear_of_saves()
             last = self.stopping or step + 1 == cfg.iterations
             if cfg.save and (last or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
                 self.save(step + 1, last)
@@ -284,9 +285,21 @@ class Run:
             "corpus": self.corpus.fingerprint,
             "config": dataclasses.asdict(self.cfg),
         }
-        try:
+        self.hear_of_saves(wait=True)
+        with self.tolerating_failed_saves(last):
             self.checkpoints.save(step, self.model.state_dict(), slices, state, wait=last)
-            self.failed_saves = 0
+
+    def hear_of_saves(self, wait: bool = False) -> None:
+        """Learn how a save in the background ended, if it has; wait: until it has."""
+        with self.tolerating_failed_saves():
+            if self.checkpoints.poll(wait):
+                self.failed_saves = 0
+
+    @contextmanager
+    def tolerating_failed_saves(self, last: bool = False) -> Iterator[None]:
+        """Turn a CheckpointError into a warning, unless it is the last save or the SAVE_ATTEMPTS-th failure in a row."""
+        try:
+            yield
         except CheckpointError as fault:
             self.failed_saves += 1
             if last or self.failed_saves >= SAVE_ATTEMPTS:

@@ -422,7 +422,11 @@ def test_kinds_and_thresholds():
 
     assert kind("blocks.12.attn.qkv_w[2]") == "blocks.*.attn.qkv_w"
     assert kind("blocks.12.attn.qkv_w[2]", "activation") == "blocks.*.attn.qkv_w[2]"
-    assert kind("0.weight") == "*.weight" and kind("layer2.conv1.weight") == "layer2.conv1.weight"
+    assert (
+        kind("0.weight") == "0.weight"
+        and kind("experts.3") == "experts.*"
+        and kind("layer2.conv1.weight") == "layer2.conv1.weight"
+    )
     judge = Thresholds().judge
     assert [judge(x) for x in (0.15, -0.16, 0.3, -0.31)] == [Verdict.PASS, Verdict.WARN, Verdict.WARN, Verdict.FAIL]
     assert judge(math.nan) is judge(math.inf) is Verdict.FAIL
