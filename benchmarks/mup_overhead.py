@@ -1,0 +1,69 @@
+"""What muP costs in a training step: the laptop preset with muP against the same model without, step by step in turn.
+
+    python benchmarks/mup_overhead.py            # about two minutes on 2 cores; writes results/mup_overhead.md
+    python benchmarks/mup_overhead.py --quick    # a few steps, nothing written
+
+Everything that muP adds is a number computed before training starts: factors in learning rates, eps and initial values,
+and another constant where the record divides its logits anyway. So a step should take as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import circumstances, publish, seconds, with_spread
+from speedrun_mup.config import make_config
+from speedrun_mup.core.utils import World
+from speedrun_mup.training import Run
+
+PAIRS = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="4 pairs of steps, no result file")
+    pairs = 4 if parser.parse_args().quick else PAIRS
+    settings = {"data": "embedded", "device": "cpu", "progress": False, "width": 128, "base_width": 64}
+    with tempfile.TemporaryDirectory() as out, ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):
+
+        def opened(name: str) -> Run:
+            cfg = make_config("laptop", settings | {"parametrization": name, "out": out, "name": name})
+            return stack.enter_context(closing(Run(cfg, World())))
+
+        with_mup, without = opened("mup"), opened("record26")
+        stream = with_mup.batches.stream(0, 0, 1)
+
+        def step(run: Run, micro_batches: list, number: int) -> None:
+            run.agree(run.accumulate_gradients(micro_batches, number), number, stop=False)
+            run.set_schedule(number)
+            for optimizer in run.optimizers:
+                optimizer.step()
+            run.model.zero_grad(set_to_none=True)
+
+        ratios = []
+        for number in range(pairs + 2):
+            batch = next(stream)
+            order = (with_mup, without) if number % 2 else (without, with_mup)  # neither always comes first
+            took = {run: seconds(lambda run=run, batch=batch, number=number: step(run, batch, number)) for run in order}
+            if number >= 2:
+                ratios.append(took[with_mup] / took[without])
+        stream.close()
+    text = (
+        f"Seconds of a step with muP over seconds without, {len(ratios)} pairs: {with_spread(ratios, 3)} (middle 80 %)."
+    )
+    if pairs < PAIRS:
+        print(text)
+    else:
+        publish("mup_overhead", ["# What muP costs", circumstances(), text])
+
+
+if __name__ == "__main__":
+    main()
