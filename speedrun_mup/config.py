@@ -155,7 +155,7 @@ PRESETS: dict[str, Preset] = {
     "laptop": Preset(
         "muP at width 128 from base width 64, 6 layers, bytes of Python source; 2 CPU cores, about a minute",
         "byte",
-        1.75,
+        1.59,
         {
             "width": 128,
             "base_width": 64,
