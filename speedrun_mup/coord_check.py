@@ -226,20 +226,19 @@ class CoordCheck:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the check proves nothing, in words; empty if it does."""
+        """Why a PASS would prove nothing, in words; empty if it does."""
         blind = (
             f"control {c.arm.name} was not seen: its {c.whose} have slope {c.slope:+.2f}, not about {c.predicted:+.1f}"
             for c in self.controls
             if not c.seen
         )
-        untested = not self.controls and self.arm.verdict is not Verdict.FAIL
-        alone = ("no control was run: nothing shows that a wrong rule would have been seen",) if untested else ()
-        return (*self.arm.problems, *alone, *blind)
+        untested = () if self.controls else ("no control was run: nothing shows that a wrong rule would be seen",)
+        return (*self.arm.problems, *untested, *blind)
 
     @property
     def verdict(self) -> Verdict:
-        """INCONCLUSIVE if there are reasons, else the verdict on the checked arm."""
-        return Verdict.INCONCLUSIVE if self.reasons else self.arm.verdict
+        """That on the checked arm, but INCONCLUSIVE if there are reasons against it. A FAIL needs no control."""
+        return self.arm.verdict if self.arm.verdict is Verdict.FAIL or not self.reasons else Verdict.INCONCLUSIVE
 
     def summary(self) -> str:
         """A table for the terminal."""
@@ -674,19 +673,20 @@ def gpt_coord_check(
     """
     cfg = cfg or make_config("laptop", {})
     if tokens < max(widths):
-        raise CoordCheckError(f"tokens={tokens} are fewer than the widest width, {max(widths)}; take as many or more")
+        raise CoordCheckError(f"tokens={tokens} is less than the widest width, {max(widths)}; take as many or more")
     corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)
     window = min(cfg.window_tokens, tokens) // cfg.block_size
     lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.batch_tokens)
     cfg = replace(cfg, base_width=cfg.base_width or cfg.width, lr_scale=lr_scale, kernel_warmup=0)
 
     def recipe(cfg: TrainConfig, table: Parametrization | None = None) -> dict[str, Any]:
-        def build_model(width: int) -> GPT:
-            shape = model_config(replace(cfg, width=width), corpus, "dense", torch.float32)
-            shape = shape if table is None else replace(shape, parametrization=table)
-            return GPT(shape, cfg.seed + torch.initial_seed())
-
-        return {"build_model": build_model, "optimizer": lambda model: build_optimizers(model, cfg, World())}
+        shapes = {width: model_config(replace(cfg, width=width), corpus, "dense", torch.float32) for width in widths}
+        if table is not None:
+            shapes = {width: replace(shape, parametrization=table) for width, shape in shapes.items()}
+        return {
+            "build_model": lambda width: GPT(shapes[width], cfg.seed + torch.initial_seed()),
+            "optimizer": lambda model: build_optimizers(model, cfg, World()),
+        }
 
     arms = []
     for name, hidden_optimizer, role, slope in _GPT_CONTROLS if controls else ():

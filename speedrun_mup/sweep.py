@@ -751,9 +751,9 @@ def run_sweep(
                     if more == points:
                         break
                     points = more
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             stopped = True
-            shown.say(f"stopped; {len(rounds.done)} cells are finished, run the same command again to go on")
+            shown.say(f"stopped by {stop}; {len(rounds.done)} cells are finished, run the same command again to go on")
         left = sum(
             cell.id not in rounds.done and str(cell) not in rounds.failed for cell in sweep.cells(points, corpus)
         )
@@ -884,10 +884,10 @@ def _open_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise KeyboardInterrupt as SIGINT does. Outside the main thread Python allows no handlers."""
+    """SIGINT, SIGTERM and SIGUSR1 raise KeyboardInterrupt with their name, but in other threads than the main one."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     previous = {}
     try:

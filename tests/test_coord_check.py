@@ -198,7 +198,7 @@ def test_a_mup_cnn_passes():
 
 
 def test_the_same_cnn_fails_with_an_optimizer_that_knows_no_mup():
-    result = check_cnn(lambda model: torch.optim.Adam(model.parameters(), lr=0.003))
+    result = check_cnn(lambda model: torch.optim.Adam(model.parameters(), lr=0.001))
     assert result.verdict is Verdict.FAIL
     assert result.arm.update_slope(Role.HIDDEN) > 0.5
 
@@ -212,7 +212,7 @@ WITH_ADAM = {"hidden_optimizer": "adam", "matrix_lr": 0.004}
 
 def check_gpt(changes=None, **options):
     cfg = make_config("laptop", SMALL | (changes or {}))
-    return gpt_coord_check(cfg, **{"widths": (32, 64, 128), "tokens": 128, "progress": False} | options)
+    return gpt_coord_check(cfg, **{"widths": (32, 64, 128), "tokens": 192, "progress": False} | options)
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +247,13 @@ def small_shape():
     return cfg, cc.find_corpus("synthetic")[0], "dense", torch.float32
 
 
-def test_the_gpt_with_adam_alone_passes():
-    result = check_gpt(WITH_ADAM)
+def test_the_gpt_with_adam_alone_is_right_too():
+    assert check_gpt(WITH_ADAM, controls=False, tokens=256).arm.verdict is Verdict.PASS
+
+
+@pytest.mark.slow
+def test_with_adam_alone_muons_controls_are_left_out():
+    result = check_gpt(WITH_ADAM, tokens=256)
     assert result.verdict is Verdict.PASS, result.summary()
     assert [control.arm.name for control in result.controls] == ["adam-constant", "head-sqrt"]
 
@@ -312,11 +317,11 @@ class Zoo(nn.Module):
         weight = self.stack.flatten(end_dim=1)
         x = F.linear(x, weight if self.dtype is None else weight.to(self.dtype).float()).chunk(3, dim=-1)[1]
         inputs["turned"] = x
-        x = x @ self.turned
+        x = torch.einsum("btd,df->btf", x, self.turned)
         inputs["linear"] = x
         x = self.linear(x)
         inputs["experts"] = x
-        x = torch.einsum("btd,edf->ebtf", x, self.experts).sum(0)
+        x = torch.bmm(x.flatten(0, 1).expand(2, -1, -1), self.experts).sum(0).view_as(x)
         inputs["kernel"] = x
         x = F.conv1d(x.transpose(1, 2), self.kernel, padding=1).transpose(1, 2)
         return x * self.gain + F.linear(x, self.table).sum(-1, keepdim=True), inputs
@@ -515,8 +520,8 @@ def test_a_model_that_blows_up_fails():
             CoordCheckError,
             "data has no batch",
         ),
-        (lambda: check_gpt(tokens=96), CoordCheckError, "tokens=96 are fewer than the widest width, 128"),
-        (lambda: check_gpt(widths=(32, 64, 120)), ConfigError, "width=120 is not a multiple of head_dim=16"),
+        (lambda: check_gpt(tokens=96), CoordCheckError, "tokens=96 is less than the widest width, 128"),
+        (lambda: check_gpt(widths=(32, 64, 136)), ConfigError, "width=136 is not a multiple of head_dim=16"),
     ],
 )
 def test_impossible_wishes_are_refused_at_once_in_one_line(call, error, text):
@@ -539,7 +544,7 @@ def test_summary_json_and_picture(gpt_result, tmp_path):
     (row,) = (row for row in report["arm"]["rows"] if row["kind"] == "lm_head.weight" and row["quantity"] == "update")
     assert row["role"] == "output" and row["predicted"] == 0 and row["verdict"] == "PASS" and abs(row["slope"]) < 0.15
     assert len(report["controls"]) == 4 and report["controls"][0]["arm"]["widths"] == [32, 64, 128]
-    for name in ("check.png", "again.png", "check.svg"):
+    for name in ("check.png", "again.png"):
         gpt_result.plot(tmp_path / name)
     assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "check.png").read_bytes() == (tmp_path / "again.png").read_bytes()

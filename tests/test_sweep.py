@@ -647,12 +647,13 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tm
 
 
 @pytest.mark.dist
-def test_a_signal_stops_the_sweep_and_the_same_command_goes_on(small, engine, tmp_path):
+def test_a_signal_stops_the_sweep_and_the_same_command_goes_on(small, engine, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     sweep = small(base={"iterations": 24}, octaves=(0, 1), adaptive=False)
     meanwhile(lambda: running(tmp_path / "s", 1) and os.kill(os.getpid(), signal.SIGTERM))
-    result = quietly(sweep, tmp_path / "s", engine)
+    result = run_sweep(sweep, tmp_path / "s", engine)
     assert result.stopped and result.left == 4 - result.ran > 0
+    assert "stopped by SIGTERM; " in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "s" / "running").exists()
     assert quietly(sweep, tmp_path / "s", engine).complete
 
