@@ -547,19 +547,21 @@ def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: _Setting, pro
         values = np.array([[at.get(t, math.nan) for t in range(setting.steps + 1)] for at in taken])
         logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
         series.append(Series(quantity, name, found[0].roles.get(name), np.exp2(logs.mean(axis=0))))
-    problems = []
-    for kinds, fault in (
-        ({kind for findings in found for kind in findings.still}, f"did not move in {setting.steps} updates"),
-        ({kind for findings in found for kind in findings.unseen}, "cannot be followed: not seen to multiply anything"),
-    ):
-        if kinds:
-            problems.append(f"{', '.join(sorted(kinds))} {fault}")
-    if setting.steps < setting.thresholds.first_step:
-        problems.append(
-            f"{setting.steps} updates are too few: slopes are judged from t = {setting.thresholds.first_step}"
-        )
     rows = tuple(_judge(series, widths, setting.thresholds))
-    return ArmResult(arm.name, tuple(widths), seeds, tuple(series), rows, tuple(problems))
+    problems = tuple(_problems(found, rows, setting))
+    return ArmResult(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
+
+
+def _problems(found: Sequence[_Findings], rows: Iterable[Row], setting: _Setting) -> Iterator[str]:
+    """Why the slopes of an arm prove nothing, in words."""
+    if setting.steps <= setting.thresholds.first_step:
+        yield f"{setting.steps} updates are too few; take {setting.thresholds.first_step + 1} or more"
+    still = set().union(*(findings.still for findings in found))
+    unseen = set().union(*(findings.unseen for findings in found))
+    if still:
+        yield f"{', '.join(sorted(still))} did not move in {setting.steps} updates"
+    if unseen:
+        yield f"{', '.join(sorted(unseen))} cannot be followed: not seen to multiply anything"
 
 
 def _judge(series: Iterable[Series], widths: Sequence[int], thresholds: Thresholds) -> Iterator[Row]:
@@ -609,7 +611,7 @@ def coord_check(
     torch's seed. data: batches; steps + 1 of them are used per seed, the same at every width, from the start again when
     they run out. loss(model, batch): a scalar. optimizer(model): one or several; only their lr is ever changed.
     controls: arms that must fail; by default the same model with all learning rates times sqrt(width / narrowest).
-    steps: updates; at least 3, more if layers that start at zero hide many others. taps(model, record): called once, to
+    steps: updates, at least 4; more if layers that start at zero hide many others. taps(model, record): called once, to
     arrange for record(name, tensor) in forward passes, for activations that no module puts out. output_scale(model):
     what the model multiplies the product of a parameter by, by the parameter's name, where it is not done by a module
     of its own on the way in, as MuReadout does. Raises CoordCheckError, and UndeclaredParameterError.

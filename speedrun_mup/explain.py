@@ -47,7 +47,9 @@ def explain(cfg: TrainConfig, vocab_size: int = 50257) -> list[Row]:
     base_width = cfg.base_width or cfg.width
     here, base = (_values(cfg, width, base_width, vocab_size) for width in (cfg.width, base_width))
     return [
-        Row(name, spec.shape, spec.role.value, tuple(zip(spec.base_shape, spec.shape)), optimizer, base[name][2], values)
+        Row(
+            name, spec.shape, spec.role.value, tuple(zip(spec.base_shape, spec.shape)), optimizer, base[name][2], values
+        )
         for name, (spec, optimizer, values) in here.items()
     ]
 
@@ -91,7 +93,9 @@ def table(rows: Sequence[Row]) -> str:
 
     Parameters of the same name in several layers that agree in everything share a line: blocks.{0-5}.mlp.c_fc.weight.
     """
-    lines = [("parameter", "shape", "role", "InfShape", "init std", "forward", "optimizer", "LR", "eps", "weight decay")]
+    lines = [
+        ("parameter", "shape", "role", "InfShape", "init std", "forward", "optimizer", "LR", "eps", "weight decay")
+    ]
     for name, row in _merged(rows):
         pairs = zip(asdict(row.base).values(), asdict(row.here).values())
         init, forward, lr, eps, decay = (_arrow(base, here) for base, here in pairs)

@@ -26,7 +26,12 @@ def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
         axes.plot([r["tokens"] for r in train], losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot([r["tokens"] for r in train], _smooth(losses), color=colour, linewidth=1.5, label="train (smoothed)")
         axes.plot(
-            [tokens_at[r["step"]] for r in val], [r["loss"] for r in val], "o", color=colour, markersize=5, label="validation"
+            [tokens_at[r["step"]] for r in val],
+            [r["loss"] for r in val],
+            "o",
+            color=colour,
+            markersize=5,
+            label="validation",
         )
         for record in val[-1:]:
             axes.annotate(

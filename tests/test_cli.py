@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from speedrun_mup import cli
-from speedrun_mup.cli import COMMANDS, config_of, main, usage
+from speedrun_mup.cli import COMMANDS, main, usage
+from speedrun_mup.commands import train
+from speedrun_mup.commands.train import config_of
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.training import saved_config
@@ -46,9 +47,9 @@ def test_train_tells_where_everything_is(tmp_path, capsys):
 
 @pytest.mark.parametrize("preset, tokenizer", [("laptop", "byte"), ("record26", "gpt2")])
 def test_a_preset_says_what_loss_to_expect_from_its_own_tokens(preset, tokenizer):
-    assert "expect about" in cli._expected(make_config(preset, {"seed": 3, "out": "x"}), tokenizer)
-    assert cli._expected(make_config(preset, {"seed": 3}), "synthetic") == ""
-    assert cli._expected(make_config(preset, {"matrix_lr": 0.1}), tokenizer) == ""
+    assert "expect about" in train._expected(make_config(preset, {"seed": 3, "out": "x"}), tokenizer)
+    assert train._expected(make_config(preset, {"seed": 3}), "synthetic") == ""
+    assert train._expected(make_config(preset, {"matrix_lr": 0.1}), tokenizer) == ""
 
 
 def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):

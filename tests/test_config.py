@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from speedrun_mup.cli import main, train_parser
+from speedrun_mup.cli import main
+from speedrun_mup.commands.train import train_parser
 from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, parse, to_json
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 
 
 def flags(line: str) -> dict:
-    parsed = vars(parse(train_parser("train.py"), line.split()))
+    parsed = vars(parse(train_parser(), line.split()))
     parsed.pop("preset")
     return parsed
 
@@ -137,5 +138,5 @@ def test_help_answers_within_a_second_without_torch(tmp_path):
 
 
 def test_no_flag_is_told_twice():
-    options = [option for action in train_parser("x")._actions for option in action.option_strings]
+    options = [option for action in train_parser()._actions for option in action.option_strings]
     assert len(options) == len(set(options)) and os.sep not in "".join(options)

@@ -14,7 +14,9 @@ from speedrun_mup.training import build_optimizers, model_config
 
 
 def rows_of(**changes):
-    cfg = make_config("record26", {"width": 2048, "base_width": 768, "parametrization": "mup", "head_dim": 128} | changes)
+    cfg = make_config(
+        "record26", {"width": 2048, "base_width": 768, "parametrization": "mup", "head_dim": 128} | changes
+    )
     return {row.name: row for row in explain(cfg)}
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     ["data", "corpus", "checkpoint", "tracking"],
     ["training"],
     ["coord_check", "explain", "plan", "report", "sweep", "transfer"],
-    ["cli"],
+    ["commands", "cli"],
 ]
 
 

@@ -69,7 +69,9 @@ def test_pitfall_2_the_head_s_multiplier_is_in_every_path():
         torch.testing.assert_close(model(INPUTS, TARGETS, 2), expected)  # evaluation
         torch.testing.assert_close(model.logits(INPUTS[:32], 2)[-1], logits[31])  # generation: a prefix's next token
     hidden = model.hidden(INPUTS, 2)
-    torch.testing.assert_close(softcap_cross_entropy(hidden, model.lm_head.weight, TARGETS, model.logit_scale), expected)
+    torch.testing.assert_close(
+        softcap_cross_entropy(hidden, model.lm_head.weight, TARGETS, model.logit_scale), expected
+    )
     assert model.logit_scale == pytest.approx(1 / (7.5 * 16**0.5 * 4))
 
 
@@ -124,7 +126,9 @@ def test_pitfall_8_parameters_of_one_shape_keep_their_own_learning_rates():
         parameter.grad = torch.ones_like(parameter)
     adam.step()
     moved = {name: (before[name] - p).abs().max().item() for name, p in model.named_parameters()}
-    assert moved["embed.weight"] == pytest.approx(0.3, rel=1e-4) and moved["lm_head.weight"] == pytest.approx(0.2, rel=1e-4)
+    assert moved["embed.weight"] == pytest.approx(0.3, rel=1e-4) and moved["lm_head.weight"] == pytest.approx(
+        0.2, rel=1e-4
+    )
 
 
 def test_pitfall_9_the_schedule_keeps_ratios_of_scaled_learning_rates(tiny):
@@ -163,7 +167,9 @@ def test_pitfall_11_eps_does_not_bind_at_any_width(tiny):
 
 def test_pitfall_12_base_shapes_in_which_nothing_grows_are_refused(tmp_path):
     def mlp(width):
-        return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), mup.MuReadout(width, 4))
+        return nn.Sequential(
+            nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), mup.MuReadout(width, 4)
+        )
 
     model = mup.set_base_shapes(mlp(64), mlp(16), delta=mlp(32))
     assert [spec.role for _, _, spec in named_specs(model)].count(Role.HIDDEN) == 1
@@ -219,7 +225,9 @@ def test_pitfall_19_bf16_embeddings_still_move_at_the_end_of_training():
     """Learning rate 0.06 at the floor on entries of size 10 is above bfloat16's half ulp, at any width (exponent 0)."""
     for base_width in (16, 64):
         model = gpt(64, base_width)
-        group = next(g for g in param_groups(model, model.cfg.table, TUNED)["adam"] if g["params"][0][0] == "embed.weight")
+        group = next(
+            g for g in param_groups(model, model.cfg.table, TUNED)["adam"] if g["params"][0][0] == "embed.weight"
+        )
         assert group["lr"] == 0.1  # no factor of m
     entries = torch.full((1000,), 10.0, dtype=torch.bfloat16)
     assert ((entries - 0.06) != entries).all() and ((entries - 0.06 / 4) == entries).all()
@@ -238,7 +246,9 @@ def test_pitfall_20_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
 
 
 def test_pitfall_20_an_optimum_on_the_edge_proves_nothing():
-    runs = [Point(w, 2.0**k, s, 3.0 - 0.1 * k + 0.001 * s) for w in (64, 128, 256) for k in range(-2, 3) for s in range(2)]
+    runs = [
+        Point(w, 2.0**k, s, 3.0 - 0.1 * k + 0.001 * s) for w in (64, 128, 256) for k in range(-2, 3) for s in range(2)
+    ]
     assert str(measure_transfer(runs, resamples=300).verdict) == "INCONCLUSIVE"
 
 

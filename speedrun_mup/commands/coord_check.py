@@ -1,0 +1,39 @@
+"""`speedrun-mup coord-check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check how every update scales with width, against controls that must fail. Exit code 0 only for PASS."""
+    parser = new_parser("speedrun-mup coord-check", run.__doc__ or "")
+    check_group = parser.add_argument_group("check")
+    check_group.add_argument(
+        "--widths", type=int, nargs="+", default=[64, 128, 256, 512], metavar="W", help="%(default)s"
+    )
+    check_group.add_argument("--steps", type=int, default=6, help="optimizer steps; %(default)s")
+    check_group.add_argument("--seeds", type=int, default=2, help="runs per width; %(default)s")
+    check_group.add_argument(
+        "--tokens", type=int, default=512, help="of a step, at least the widest width; %(default)s"
+    )
+    check_group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="the rest of the settings")
+    add_settings(parser, leave_out=("width", "iterations", "micro_batch_tokens", "micro_batches", "resume"))
+    flags = vars(parse(parser, argv))
+    check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}
+    cfg = make_config(flags.pop("preset"), flags)
+
+    from speedrun_mup.coord_check import Verdict, gpt_coord_check
+
+    result = gpt_coord_check(cfg, **check, progress=cfg.progress)
+    folder = Path(cfg.out) / (cfg.name or "coord-check")
+    folder.mkdir(parents=True, exist_ok=True)
+    result.plot(folder / "coord-check.png")
+    (folder / "coord-check.json").write_text(result.to_json() + "\n")
+    print(result.summary())
+    print(f"picture  {folder / 'coord-check.png'}")
+    print(f"numbers  {folder / 'coord-check.json'}")
+    return 0 if result.verdict is Verdict.PASS else 1

@@ -1,0 +1,29 @@
+"""`speedrun-mup explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print what muP comes to for every parameter: role, shape, init, multiplier, LR, eps, decay, at base and here."""
+    parser = new_parser("speedrun-mup explain", run.__doc__ or "")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="record26", help="the rest of the settings; %(default)s"
+    )
+    parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_settings(parser)
+    flags = vars(parse(parser, argv))
+    vocab, as_json = flags.pop("vocab"), flags.pop("json")
+    if flags.get("base_width"):
+        flags.setdefault("parametrization", "mup")
+    cfg = make_config(flags.pop("preset"), flags)
+
+    from speedrun_mup.explain import explain, table, to_json
+
+    rows = explain(cfg, vocab)
+    print(to_json(rows) if as_json else table(rows))
+    return 0

@@ -1,0 +1,72 @@
+"""`speedrun-mup train`, which is also train.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
+
+STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The flags of training."""
+    parser = new_parser(
+        "speedrun-mup train", "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP."
+    )
+    add_preset(parser)
+    add_settings(parser)
+    return parser
+
+
+def config_of(flags: dict[str, object]) -> TrainConfig:
+    """The settings that the flags ask for: those of the run to resume, or of the preset, with the given ones on top."""
+    from speedrun_mup.core.utils import pick_device
+    from speedrun_mup.training import newest_unfinished, saved_config
+
+    preset, resume = str(flags.pop("preset")), flags.get("resume")
+    if resume == "auto":
+        out = Path(str(flags.get("out", TrainConfig.out)))
+        found = newest_unfinished(out)
+        if found is None:
+            print(f"--resume auto: no unfinished run in {out}; starting a new one")
+            del flags["resume"]
+        else:
+            flags["resume"] = str(found)
+    if "resume" in flags:
+        saved = saved_config(Path(str(flags["resume"])))
+        return TrainConfig(**(vars(saved) | flags))
+    if preset == "auto":
+        device = pick_device(str(flags.get("device", "auto")))
+        preset = "record26" if device.type == "cuda" else "laptop"
+    return make_config(preset, flags)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train, draw the loss curve, and say where everything is."""
+    cfg = config_of(vars(parse(train_parser(), argv)))
+    from speedrun_mup.report import plot_loss_curve
+    from speedrun_mup.training import train
+
+    result = train(cfg)
+    if os.environ.get("RANK", "0") == "0":
+        curve = plot_loss_curve([result.folder], result.folder / "loss.png")
+        print(f"{result.steps} steps, {result.tokens:,} tokens in {result.train_s:.1f} s of training")
+        if result.finished:
+            print(f"validation loss {result.val_loss:.4f}{_expected(cfg, result.corpus.tokenizer)}")
+        print(f"checkpoint  {result.folder / 'checkpoints' / f'step-{result.steps:08d}'}")
+        print(f"loss curve  {curve}")
+        print(f"metrics     {result.folder / 'metrics.jsonl'}")
+    return 0 if result.finished else STOPPED_BY_SIGNAL
+
+
+def _expected(cfg: TrainConfig, tokenizer: str) -> str:
+    """What a preset promises, if the run is just that preset on its own kind of tokens."""
+    for name, preset in PRESETS.items():
+        changed = {key for key, value in vars(make_config(name, {})).items() if value != getattr(cfg, key)}
+        if preset.tokenizer == tokenizer and changed <= {"data", "out", "name", "resume", "seed", "track", "progress"}:
+            return f"; expect about {preset.expected_loss:.2f}"
+    return ""
