@@ -1,0 +1,64 @@
+"""`speedrun-mup transfer`, and how a sweep is named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speedrun_mup.config import new_parser, parse
+from speedrun_mup.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from speedrun_mup.transfer import TransferResult
+
+
+def run(argv: Sequence[str]) -> int:
+    """Judge whether the best learning rate stays put with width, in a sweep or a table of yours. Exit code 0 for PASS."""
+    parser = new_parser("speedrun-mup transfer", run.__doc__ or "")
+    add_source(parser)
+    parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
+    arguments = parse(parser, argv)
+    result = measure(arguments)
+    print(result.to_json() if arguments.json else result.summary())
+    return 0 if result.verdict == "PASS" else 1
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what was measured."""
+    parser.add_argument(
+        "source", type=Path, metavar="FOLDER|CSV", help="of a sweep; or a table: width,lr,seed,loss and, if any, arm"
+    )
+    parser.add_argument(
+        "--controls",
+        default="",
+        metavar="ARM=DRIFT,...",
+        help="arms of the table built to fail, with the octaves per doubling of width that they must drift: sp=-1",
+    )
+    parser.add_argument(
+        "--sigma", type=float, metavar="NATS", help="of the loss between seeds; only if every run of the table has one seed"
+    )
+
+
+def measure(arguments: argparse.Namespace) -> TransferResult:
+    """What `add_source` names, measured. Raises ConfigError, TransferError."""
+    from speedrun_mup.sweep import measure_sweep
+    from speedrun_mup.transfer import measure_transfer, read_runs
+
+    source, sigma = arguments.source, arguments.sigma
+    controls = _controls(arguments.controls)
+    if not source.is_dir():
+        return measure_transfer(read_runs(source), controls=controls, sigma=sigma)
+    if controls:
+        raise ConfigError(f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out")
+    return measure_sweep(source, sigma=sigma)
+
+
+def _controls(text: str) -> dict[str, float]:
+    """arm -> predicted drift, from ARM=DRIFT,ARM=DRIFT."""
+    try:
+        pairs = [part.rsplit("=", 1) for part in text.split(",") if part]
+        return {name.strip(): float(drift) for name, drift in pairs}
+    except ValueError:
+        raise ConfigError(f"--controls {text}: give ARM=DRIFT,..., for instance sp=-1") from None

@@ -1,0 +1,49 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from speedrun_mup.cli import main
+
+TABLE = str(Path(__file__).parent / "data" / "transfer_sweep.csv")
+
+
+def test_the_exit_code_is_the_verdict(capsys):
+    assert main(["transfer", TABLE, "--controls", "adam-const=-1"]) == 0
+    assert "verdict: PASS" in capsys.readouterr().out
+    assert main(["transfer", TABLE]) == 1
+    assert "verdict: FAIL" in capsys.readouterr().out
+    assert main(["transfer", TABLE, "--controls", "adam-const=1"]) == 1
+    assert "did not fail as predicted" in capsys.readouterr().out
+
+
+def test_json_is_all_that_is_printed(capsys):
+    main(["transfer", TABLE, "--controls", "adam-const=-1", "--json"])
+    assert json.loads(capsys.readouterr().out)["arms"]["adam-const"]["predicted_drift"] == -1
+
+
+def test_sigma_replaces_a_second_seed(tmp_path, capsys):
+    lone = tmp_path / "lone.csv"
+    rows = Path(TABLE).read_text().splitlines()
+    lone.write_text("\n".join([rows[0], *(row for row in rows[1:] if row.split(",")[3] == "0")]))
+    assert main(["transfer", str(lone), "--controls", "adam-const=-1"]) == 1
+    assert "the noise is unknown" in capsys.readouterr().out
+    assert main(["transfer", str(lone), "--controls", "adam-const=-1", "--sigma", "0.005"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["nowhere.csv"], "nowhere.csv: cannot be read"),
+        (["."], "sweep.json is missing"),
+        ([".", "--controls", "a=-1"], "a sweep, which knows its controls; leave it out"),
+        ([TABLE, "--controls", "adam-const"], "give ARM=DRIFT,..., for instance sp=-1"),
+        ([TABLE, "--controls", "sp=-1"], "control 'sp' is not among the arms"),
+        ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["transfer", *arguments]) > 1
+    told = capsys.readouterr().err
+    assert fault in told and told.count("\n") == 1 and told.startswith("error: ")
