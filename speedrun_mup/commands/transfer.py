@@ -37,7 +37,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="arms of the table built to fail, with the octaves per doubling of width that they must drift: sp=-1",
     )
     parser.add_argument(
-        "--sigma", type=float, metavar="NATS", help="of the loss between seeds; only if every run of the table has one seed"
+        "--sigma",
+        type=float,
+        metavar="NATS",
+        help="of the loss between seeds; only if every run of the table has one seed",
     )
 
 
@@ -51,7 +54,9 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
     if not source.is_dir():
         return measure_transfer(read_runs(source), controls=controls, sigma=sigma)
     if controls:
-        raise ConfigError(f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out")
+        raise ConfigError(
+            f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out"
+        )
     return measure_sweep(source, sigma=sigma)
 
 
