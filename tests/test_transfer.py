@@ -19,8 +19,6 @@ from speedrun_mup.transfer import (
     fit_bowls,
     loss_forecast,
     measure_transfer,
-    plot_drift,
-    plot_lr_curves,
     read_runs,
     wider_is_better,
 )
@@ -206,8 +204,6 @@ def test_one_usable_width_has_no_drift():
     assert "interval unknown" not in result.summary()
     with pytest.raises(TransferError, match="two widths"):
         loss_forecast(result.arms["mup"], 128)
-    with pytest.raises(TransferError, match="no arm has a drift"):
-        plot_drift(result, "never.png")
 
 
 # ---- divergence -----------------------------------------------------------------------------------------------------
@@ -627,7 +623,7 @@ def test_forecast_follows_a_drift():
     assert "nan" not in str(bare)
 
 
-# ---- words and pictures ---------------------------------------------------------------------------------------------
+# ---- words -----------------------------------------------------------------------------------------------------------
 
 
 def test_summary_fits_a_terminal_and_json_is_strict():
@@ -647,20 +643,3 @@ def test_summary_fits_a_terminal_and_json_is_strict():
     assert widths[0]["diverged_log2_lr"] == [3.0, 4.0] and widths[0]["largest_stable_log2_lr"] == 2.0
     unknown = json.loads(measure_transfer(sweep(seeds=(0,))).to_json(), parse_constant=refuse)
     assert unknown["arms"]["mup"]["drift"]["interval_90"] == [None, None]
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-@pytest.mark.parametrize("plot", [plot_lr_curves, plot_drift])
-def test_pictures_have_the_same_bytes_every_time(tmp_path, plot, suffix):
-    runs = sweep(seeds=(0, 1), grid=range(-2, 3)) + control(-1.0, seeds=(0,), grid=range(-2, 3), cliff=1.5)
-    result = measure_transfer(runs, controls={"sp": -1.0}, resamples=100)
-    first, second = tmp_path / f"first.{suffix}", tmp_path / f"second.{suffix}"
-    plot(result, first)
-    plot(result, second)
-    assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
-
-
-def test_no_picture_of_nothing(tmp_path):
-    result = measure_transfer([Run(64, 1.0, 0, 3.0)])
-    with pytest.raises(TransferError, match="for a picture"):
-        plot_lr_curves(result, tmp_path / "never.png")

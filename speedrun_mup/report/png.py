@@ -1,0 +1,124 @@
+"""Figures as PNG, SVG or PDF, for papers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.report.contents import Axis, Figure, Key, Mark
+
+MOST_COLUMNS = 3
+_STYLE: dict[Any, Any] = {
+    "font.size": 8.5,
+    "axes.titlesize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "speedrun-mup",
+}
+_DOTTED = (0, (1, 1.5))
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path`, whose suffix names the format; the same figure gives the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    columns = min(MOST_COLUMNS, len(figure.panels))
+    rows = math.ceil(len(figure.panels) / columns)
+    width, height = figure.size
+    with matplotlib.rc_context(_STYLE):
+        legend = 0.5 + 0.062 * max(len(key.label) for key in figure.keys) if figure.keys else 0.0
+        canvas = Canvas(figsize=(width * columns + 0.5 + legend, (height + 0.3) * rows), layout="constrained")
+        axes = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for spare in axes.flat[len(figure.panels) :]:
+            spare.remove()
+        for panel, drawn in zip(figure.panels, axes.flat):
+            for mark in panel.marks:
+                if not figure.choice or mark.tags.get(figure.choice.tag) in (None, figure.choice.options[0]):
+                    _draw_mark(drawn, mark)
+            drawn.set_title(panel.title, loc="left")
+            drawn.set_xlabel(figure.x.label)
+            drawn.tick_params(labelbottom=True)
+        for name, axis in (("x", figure.x), ("y", figure.y)):
+            _set_axis(axes[0, 0], name, axis)
+        for drawn in axes[:, 0]:
+            drawn.set_ylabel(figure.y.label)
+        if figure.keys:
+            canvas.legend(handles=[_handle(key) for key in figure.keys], loc="outside right center")
+        stamps = {".svg": ("Date",), ".pdf": ("CreationDate", "Creator", "Producer"), ".png": ("Software",)}
+        canvas.savefig(path, metadata={name: None for name in stamps.get(path.suffix.lower(), ())})
+
+
+def _draw_mark(drawn: Any, mark: Mark) -> None:
+    style: dict[str, Any] = {"color": mark.color[0], "alpha": mark.opacity}
+    if mark.kind == "band":
+        drawn.fill_between(mark.x, mark.low, mark.high, linewidth=0, zorder=0.5, **style)
+    elif mark.kind == "rule":
+        for x in mark.x:
+            drawn.axvline(x, linestyle=_DOTTED, linewidth=mark.size, zorder=1, **style)
+    elif mark.kind == "line":
+        drawn.plot(mark.x, mark.y, linestyle=_DOTTED if mark.dotted else "-", linewidth=mark.size, **style)
+    elif mark.kind == "cross":
+        height = [0.975 - 0.04 * row for row in mark.y]
+        drawn.plot(mark.x, height, "x", markersize=3.5, transform=drawn.get_xaxis_transform(), **style)
+    else:
+        for x, low, high in zip(mark.x, mark.low, mark.high):
+            drawn.plot([x, x], [low, high], "_-", linewidth=1, markersize=4, **style)
+        drawn.plot(mark.x, mark.y, mark.symbol, markersize=mark.size, zorder=4, **_point_style(mark), **style)
+
+
+def _point_style(mark: Mark | Key) -> dict[str, Any]:
+    """Filled, or hollow; diamonds lie on top of lines and get a white edge."""
+    if mark.hollow:
+        return {"markerfacecolor": "white", "markeredgewidth": 0.9}
+    return {"markeredgecolor": "white"} if mark.symbol == "D" else {"markeredgewidth": 0}
+
+
+def _set_axis(drawn: Any, name: str, wanted: Axis) -> None:
+    """Scale, limits and ticks of the x or y axis, which all panels share."""
+    from matplotlib import ticker
+
+    axis = getattr(drawn, f"{name}axis")
+    if wanted.scale != "linear":
+        getattr(drawn, f"set_{name}scale")("log", base=2 if wanted.scale == "log2" else 10)
+    if wanted.limits:
+        getattr(drawn, f"set_{name}lim")(*wanted.limits)
+    if wanted.scale == "log2":
+        axis.set_major_locator(ticker.LogLocator(base=2, numticks=10))
+        axis.set_major_formatter(lambda value, _: f"$2^{{{math.log2(value):g}}}$")
+    elif wanted.scale == "log":
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}" if wanted.percent else f"{value:g}")
+    elif wanted.percent:
+        axis.set_major_formatter(ticker.PercentFormatter(1))
+    if wanted.ticks:
+        axis.set_major_locator(ticker.FixedLocator(wanted.ticks))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _handle(key: Key) -> Any:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    if key.kind == "band":
+        return Patch(color=key.color[0], linewidth=0, label=key.label)
+    if key.kind == "line":
+        return Line2D(
+            [], [], color=key.color[0], linestyle=_DOTTED if key.dotted else "-", linewidth=1.6, label=key.label
+        )
+    symbol = "x" if key.kind == "cross" else key.symbol
+    size = 4 if key.kind == "cross" else 5
+    style = {} if key.kind == "cross" else _point_style(key)
+    return Line2D([], [], color=key.color[0], linestyle="", marker=symbol, markersize=size, label=key.label, **style)
