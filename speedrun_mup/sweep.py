@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import connection
@@ -613,7 +613,17 @@ class RayEngine:
         self._ray.shutdown()
 
 
-ENGINES = {"local": LocalEngine, "ray": RayEngine}
+ENGINES: dict[str, Callable[[int | None, str], Engine]] = {"local": LocalEngine, "ray": RayEngine}
+
+
+def open_engine(engine: str, workers: int | None, device: str) -> Engine:
+    """The engine called `engine`. Raises ConfigError for an unknown one, or without workers."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine={engine!r} is unknown; choose from {', '.join(ENGINES)}")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers} must be at least 1")
+    return ENGINES[engine](workers, device)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running

@@ -86,3 +86,31 @@ def test_a_signal_saves_and_asks_to_be_started_again(number, tmp_path):
     assert run.returncode == 75
     assert f"by {number.name}, saved; go on with --resume runs/a" in told
     assert len(list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
+    settings = {key: TINY[key] for key in TINY if key not in ("width", "parametrization", "iterations", "val_every")}
+    grid = ["--widths", "32", "64", "--octaves", "-1", "0", "--seeds", "1", "--no-adaptive", "--workers", "1"]
+    words = ["sweep", *as_flags(settings), "--iterations", "3", *grid, "--out", str(tmp_path / "s")]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "4 cells done (4 now" in told and "next   speedrun-mup transfer" in told
+    assert (tmp_path / "s" / "runs.csv").read_text().count("\n") == 5
+    assert main(words) == 0 and "4 cells done (0 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, fault",
+    [
+        (["--arms", "mop"], "arm 'mop' is unknown"),
+        (["--workers", "0"], "workers=0 must be at least 1"),
+        (["--seeds", "0"], "seeds=: name at least one"),
+        (["--knob", "dropout"], "knob='dropout' is not a learning rate"),
+        (["--widths", "64", "x"], "invalid int value: 'x'"),
+        (["--width", "64"], "unknown argument --width; did you mean --widths?"),
+    ],
+)
+def test_a_wrong_sweep_is_one_line(words, fault, tmp_path, capsys):
+    assert main(["sweep", "--widths", "32", "64", "--out", str(tmp_path / "s"), *words]) == 2
+    told = capsys.readouterr().err
+    assert fault in told and told.count("\n") == 1 and not (tmp_path / "s").exists()
