@@ -42,11 +42,12 @@ def main() -> None:
         stream = with_mup.batches.stream(0, 0, 1)
 
         def step(run: Run, micro_batches: list, number: int) -> None:
-            run.agree(run.accumulate_gradients(micro_batches, number), number, stop=False)
+            vote = run.vote(number, run.accumulate_gradients(micro_batches, number), stop=False)
             run.set_schedule(number)
             for optimizer in run.optimizers:
-                optimizer.step()
+                optimizer.step(vote.good)
             run.model.zero_grad(set_to_none=True)
+            run.act_on_votes()
 
         ratios = []
         for number in range(pairs + 2):

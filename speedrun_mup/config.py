@@ -50,6 +50,14 @@ class TrainConfig:
     pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
     seed: int = setting("training", "fixes initialisation and data order", 0)
 
+    on_nonfinite: str = setting(
+        "training",
+        "when the loss or a gradient is not finite: stop, skip the step, or roll back to the last checkpoint and leave "
+        "the data out",
+        "stop",
+        ("stop", "skip", "rollback"),
+    )
+
     matrix_lr: float = setting("optimizer", "hidden matrices", 0.05)
     embed_lr: float = setting("optimizer", "embedding and value embeddings", 0.6)
     head_lr: float = setting("optimizer", "readout", 0.22)
@@ -82,6 +90,7 @@ class TrainConfig:
     save: bool = setting("run", "write checkpoints; the sweep's many small runs do without", True)
     save_every: int = setting("run", "steps between checkpoints; 0 is only at the end", 0)
     keep_last: int = setting("run", "checkpoints to keep, at least 2", 2)
+    keep_every: int = setting("run", "also keep every checkpoint whose step is a multiple of this; 0 is none", 0)
     track: str = setting("run", "mirror metrics to a tracker", "none", ("none", "tensorboard", "wandb", "trackio"))
     progress: bool = setting("run", "show progress", True)
 
@@ -128,7 +137,7 @@ _RANGES = (
     (
         "at least 0",
         lambda value: value >= 0,
-        "pack seed momentum_warmup val_every save_every kernel_warmup weight_decay",
+        "pack seed momentum_warmup val_every save_every keep_every kernel_warmup weight_decay",
     ),
     ("at least 2", lambda value: value >= 2, "keep_last"),
     (

@@ -391,11 +391,14 @@ class TrainBatches:
         """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
         return self._locate(step)[0]
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        number, start = self._place(index)
+        return self._shards[number].path.name, start
+
     def micro_batch(self, index: int) -> Batch:
-        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
-        step, i = divmod(index, self.N)
-        _, number, row = self._locate(step)
-        start = int(self._starts[number][row, i])
+        """Micro-batch `index` of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        number, start = self._place(index)
         return _to_batch(self._shards[number].take(start, start + self.T + 1))
 
     def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
@@ -409,6 +412,11 @@ class TrainBatches:
             raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
         share = self.N // size
         return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        step, i = divmod(index, self.N)
+        _, number, row = self._locate(step)
+        return number, int(self._starts[number][row, i])
 
     def _load(self, step: int, share: range) -> list[Batch]:
         return [self.micro_batch(step * self.N + i) for i in share]

@@ -82,6 +82,16 @@ def _strict(record: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file whole or not at all, as strict JSON, with "NaN" and "Infinity". A full disk costs a warning."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1) + "\n")
+        os.replace(part, path)
+    except OSError as fault:
+        print(f"warning: {path} cannot be written ({fault.strerror}); training goes on", file=sys.stderr)
+
+
 class Tracker:
     """A mirror of the metrics in somebody's tracker. kind: tensorboard, wandb or trackio."""
 
@@ -126,20 +136,32 @@ class RunLog:
         if not main:
             return
         self._tracker = None if track == "none" else Tracker(track, folder, config)
-        kept = []
-        if (folder / METRICS).exists():
-            kept = [record for record in read_metrics(folder) if record["step"] < start_step]
-            part = folder / f".{METRICS}.part"
-            part.write_text("".join(_strict(record) + "\n" for record in kept))
-            os.replace(part, folder / METRICS)
-        self._metrics: TextIO = open(folder / METRICS, "a")
+        self._metrics_path = folder / METRICS
+        self._metrics: TextIO = open(self._metrics_path, "a")
         self._log: TextIO = open(folder / LOG, "a")
         self._live = progress and sys.stderr.isatty()
         self._plain = progress and not self._live
-        self._steps, self._last_plain, self._steps_seen = steps, -math.inf, 0
-        self._resumed_train_s = max((record["train_s"] for record in kept), default=0.0)
+        self._steps, self._last_plain = steps, -math.inf
         self._warned_long = self._warned_disk = False
-        self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=not self._live, dynamic_ncols=True)
+        self._bar = tqdm(total=steps, unit="step", disable=not self._live, dynamic_ncols=True)
+        self.rewind(start_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of `step` and later: they will come again."""
+        if not self._main:
+            return
+        kept = [record for record in read_metrics(self._metrics_path.parent) if record["step"] < step]
+        part = self._metrics_path.with_name(f".{METRICS}.part")
+        try:
+            part.write_text("".join(_strict(record) + "\n" for record in kept))
+            os.replace(part, self._metrics_path)
+            self._metrics.close()
+            self._metrics = open(self._metrics_path, "a")
+        except OSError as fault:
+            self._warn_once(METRICS, fault)
+        self._steps_seen, self._resumed_train_s = 0, max((record["train_s"] for record in kept), default=0.0)
+        self._bar.n = step
+        self._bar.refresh()
 
     def say(self, text: str) -> None:
         """Show a line and keep it in log.txt."""
@@ -194,9 +216,12 @@ class RunLog:
             file.write(line + "\n")
             file.flush()
         except OSError as fault:
-            if not self._warned_disk:
-                self._warned_disk = True
-                print(f"warning: {file.name} cannot be written ({fault.strerror}); training goes on", file=sys.stderr)
+            self._warn_once(file.name, fault)
+
+    def _warn_once(self, name: str, fault: OSError) -> None:
+        if not self._warned_disk:
+            self._warned_disk = True
+            print(f"warning: {name} cannot be written ({fault.strerror}); training goes on", file=sys.stderr)
 
     def close(self) -> None:
         """Close files, bar and tracker."""

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOpti
 from speedrun_mup.core.utils import World, join_world, leave_world
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import Batch, Corpus, TrainBatches, ValBatches
+from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
-from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, provenance
+from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, provenance, write_json
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
+BAD_STEPS = 10  # skipped or rolled back before the run gives up
 TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
 
 Observer = Callable[[int, GPT, list[Batch]], None]
@@ -95,6 +98,13 @@ def stop_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
+class RollBack(Exception):
+    """The numbers went bad at a step: the run is to go on from its last checkpoint, with the data after that step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+
 class Run:
     """All that a run is made of, built from its config. `train` is the story."""
 
@@ -113,11 +123,17 @@ class Run:
         check_agreement(cfg, self.corpus, world)
 
         self.folder, self.lock = open_folder(cfg, world)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last, cfg.keep_every)
         self.checkpoints.clean()
         self.start, self.train_s = 0, 0.0
+        self.data_offset = 0  # steps of data that were skipped for good: step s trains on the batch s + data_offset
+        self.train_loss: float | None = None
         self.val_loss: float | None = None
-        self.stopping, self.failed_saves = False, 0
+        self.best_val_loss: float | None = None
+        self.spikes = SpikeWatch()
+        self.votes: deque[Vote] = deque()  # not acted on yet: so many wait for the device to get there
+        self.vote_lag = 1 if world.device.type == "cuda" else 0
+        self.stopping, self.failed_saves, self.bad_steps = False, 0, 0
         notes = self.resume() if cfg.resume else []
         config = dataclasses.asdict(cfg)
         self.log = RunLog(self.folder, cfg.iterations, self.start, world.is_main, cfg.progress, cfg.track, config)
@@ -137,44 +153,55 @@ class Run:
             self.log.say(note)
 
     def train(self, signals: list[str], observe: Observer | None = None) -> TrainResult:
-        """The loop: one more pass than steps, because the last one only validates."""
-        cfg, log = self.cfg, self.log
-        loss: float | None = None
+        """Train to the end, or until somebody asks to stop; over again from the last checkpoint for each `RollBack`."""
         self.warm_up_kernels()
-        steps = self.batches.stream(self.start, self.world.rank, self.world.size)
-        for step in range(self.start, cfg.iterations + 1):
-            if self.stopping:
-                break
-            if step == cfg.iterations or (cfg.val_every and step % cfg.val_every == 0):
-                self.val_loss = self.evaluate(step)
-                log.val({"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s})
-            if step == cfg.iterations:
-                break
-            if step and self.batches.epoch_of(step) > self.batches.epoch_of(step - 1):
-                log.say(f"step {step}: the data repeats from here, epoch {self.batches.epoch_of(step) + 1}")
-            began = time.perf_counter()
-            micro_batches = next(steps)
-            if observe:
-                observe(step, self.model, micro_batches)
-            loss_sum = self.accumulate_gradients(micro_batches, step)
-            loss = self.agree(loss_sum, step, stop=bool(signals)) / cfg.batch_tokens
-            self.set_schedule(step)
-            for optimizer in self.optimizers:
-                optimizer.step()  # sums gradients over ranks itself; there is no DDP wrapper
-            self.model.zero_grad(set_to_none=True)
-            self.train_s += time.perf_counter() - began
-            tokens = (step + 1) * cfg.batch_tokens
-            log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s})
-            self.hear_of_saves()
-            last = self.stopping or step + 1 == cfg.iterations
-            if cfg.save and (last or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
-                self.save(step + 1, last)
+        while True:
+            try:
+                return self.train_from_start(signals, observe)
+            except RollBack as bad:
+                self.roll_back(bad.step)
+
+    def train_from_start(self, signals: list[str], observe: Observer | None) -> TrainResult:
+        """The loop, from step `start`: one more pass than steps, because the last one only validates."""
+        cfg, log = self.cfg, self.log
+        with closing(self.batches.stream(self.start + self.data_offset, self.world.rank, self.world.size)) as steps:
+            for step in range(self.start, cfg.iterations + 1):
+                if self.stopping:
+                    break
+                if step == cfg.iterations or (cfg.val_every and step % cfg.val_every == 0):
+                    self.validate(step)
+                if step == cfg.iterations:
+                    break
+                self.tell_of_epoch(step)
+                began = time.perf_counter()
+                micro_batches = next(steps)
+                if observe:
+                    observe(step, self.model, micro_batches)
+                loss_sum = self.accumulate_gradients(micro_batches, step)
+                vote = self.vote(step, loss_sum, stop=bool(signals))
+                self.set_schedule(step)
+                for optimizer in self.optimizers:
+                    optimizer.step(vote.good)  # sums gradients over ranks itself; there is no DDP wrapper
+                self.model.zero_grad(set_to_none=True)
+                self.train_s += time.perf_counter() - began
+                save_due = bool(cfg.save_every) and (step + 1) % cfg.save_every == 0
+                self.act_on_votes(at_once=save_due or step + 1 == cfg.iterations)
+                self.hear_of_saves()
+                last = self.stopping or step + 1 == cfg.iterations
+                if cfg.save and (last or save_due):
+                    self.save(step + 1, last)
         if self.stopping:
             where = f"saved; go on with --resume {self.folder}" if cfg.save else "not saved"
             log.say(f"stopped at step {step} by {'/'.join(signals) or 'another rank'}, {where}")
-        finished = step == cfg.iterations
         return TrainResult(
-            self.folder, self.corpus, step, self.val_loss, loss, step * cfg.batch_tokens, self.train_s, finished
+            self.folder,
+            self.corpus,
+            step,
+            self.val_loss,
+            self.train_loss,
+            step * cfg.batch_tokens,
+            self.train_s,
+            finished=step == cfg.iterations,
         )
 
     def close(self) -> None:
@@ -211,28 +238,108 @@ class Run:
             total += loss.detach()
         return total
 
-    def agree(self, loss_sum: Tensor, step: int, stop: bool) -> float:
-        """The loss summed over ranks, if it and all gradients are finite everywhere; sets `stopping` if any rank must.
+    def vote(self, step: int, loss_sum: Tensor, stop: bool) -> Vote:
+        """Ask all ranks whether the loss and every gradient are finite, and whether anyone was asked to stop.
 
-        Comes before the optimizers: one NaN in one entry would make Muon's whole update NaN. Raises NonFiniteError on
-        all ranks, weights unchanged.
+        Comes before the optimizers: one NaN in one entry would make Muon's whole update NaN. After a bad step no later
+        one changes anything either, unless the policy is to skip, until the host has heard of it.
         """
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
-        bad = ~(norms.isfinite().all() & loss_sum.isfinite())
-        vote = torch.stack([loss_sum.nan_to_num(), bad.float(), torch.full_like(loss_sum, float(stop))])
-        self.world.all_reduce(vote).wait()
-        total, any_bad, any_stop = vote.tolist()
-        if any_bad:
-            mine = [name for name, norm in zip(gradients, norms.tolist()) if norm != norm or abs(norm) == float("inf")]
-            faults = self.world.gather_objects(mine[:3] or (["the loss"] if bool(bad) else []))
-            where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(faults) if names)
+        vote = Vote(step, gradients, loss_sum, stop, self.world)
+        if self.votes and self.cfg.on_nonfinite != "skip":
+            vote.good &= self.votes[-1].good
+        self.votes.append(vote)
+        return vote
+
+    def act_on_votes(self, at_once: bool = True) -> None:
+        """Log losses, set `stopping` and handle bad steps; on CUDA a step late, unless `at_once`, so that no step waits."""
+        lag = 0 if at_once else self.vote_lag
+        while len(self.votes) > lag:
+            vote = self.votes.popleft()
+            verdict = vote.read()
+            if verdict.stop:
+                self.stopping = True
+                lag = 0
+            if verdict.bad:
+                self.handle_bad_step(vote)
+            else:
+                self.log_step(vote.step, verdict.loss / self.cfg.batch_tokens)
+
+    def log_step(self, step: int, loss: float) -> None:
+        """Record a step that counted."""
+        self.train_loss, tokens = loss, (step + 1) * self.cfg.batch_tokens
+        self.log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s})
+        if spike := self.spikes.see(loss):
+            self.log.say(f"warning: step {step}: {spike}")
+
+    def handle_bad_step(self, vote: Vote) -> None:
+        """Dump the step whose update was withheld, and do as `on_nonfinite` says. NonFiniteError after BAD_STEPS of them.
+
+        Raises NonFiniteError to stop, RollBack to roll back, on all ranks.
+        """
+        evidence = self.world.gather_objects(vote.evidence())
+        named = {rank: not_finite(values) for rank, values in enumerate(evidence)}
+        where = "; ".join(f"rank {rank}: {', '.join(names[:3])}" for rank, names in named.items() if names)
+        what = f"step {vote.step}: not finite on {where}"
+        if self.world.is_main:
+            write_json(self.folder / f"bad-step-{vote.step:08d}.json", self.describe_bad_step(vote.step, evidence))
+        self.bad_steps += 1
+        if self.cfg.on_nonfinite == "stop" or self.bad_steps > BAD_STEPS:
             raise NonFiniteError(
-                f"step {step}: not finite on {where}; the weights are those before the step. Lower --lr-scale or look "
-                "at the data"
+                f"{what}; the weights are those before the step, {self.folder} holds a dump. Lower --lr-scale, look at "
+                "the data, or see --on-nonfinite"
             )
-        self.stopping = any_stop > 0
-        return total
+        self.log.say(f"warning: {what}; {'rolling back' if self.cfg.on_nonfinite == 'rollback' else 'step skipped'}")
+        if self.cfg.on_nonfinite == "rollback":
+            raise RollBack(vote.step)
+
+    def describe_bad_step(self, step: int, evidence: list[dict[str, float]]) -> dict[str, Any]:
+        """Where the step's tokens came from, and every rank's loss and gradient norms."""
+        first = (step + self.data_offset) * self.cfg.micro_batches
+        share = self.cfg.micro_batches // self.world.size
+        return {
+            "step": step,
+            "data_step": step + self.data_offset,
+            "ranks": [
+                {
+                    "micro_batches": [
+                        dict(zip(("shard", "first_token"), self.batches.place(first + rank * share + i)))
+                        for i in range(share)
+                    ],
+                    "loss": values["the loss"],
+                    "gradient_norms": {name: value for name, value in values.items() if name != "the loss"},
+                }
+                for rank, values in enumerate(evidence)
+            ],
+        }
+
+    def roll_back(self, bad_step: int) -> None:
+        """Load the newest checkpoint, and go on from there with the data that follows `bad_step`'s."""
+        self.votes.clear()
+        self.model.zero_grad(set_to_none=True)
+        self.hear_of_saves(wait=True)
+        used, train_s = bad_step + 1 + self.data_offset, self.train_s
+        found = self.checkpoints.newest(self.log.say)
+        if found is None:
+            raise NonFiniteError(f"step {bad_step}: no checkpoint to roll back to; set --save-every, or skip the step")
+        self.load(found)
+        self.data_offset, self.train_s = used - self.start, train_s
+        self.log.rewind(self.start)
+        self.log.say(f"rolled back to {found}; its data and that up to step {bad_step}'s are left out")
+
+    def validate(self, step: int) -> None:
+        """Evaluate the weights before `step`, and record what comes out."""
+        self.act_on_votes()
+        self.val_loss = self.evaluate(step)
+        self.best_val_loss = min(self.val_loss, self.best_val_loss or self.val_loss)
+        self.log.val({"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s})
+
+    def tell_of_epoch(self, step: int) -> None:
+        """Say so where the data repeats."""
+        data_step = step + self.data_offset
+        epoch = self.batches.epoch_of(data_step)
+        if data_step and epoch > self.batches.epoch_of(data_step - 1):
+            self.log.say(f"step {step}: the data repeats from here, epoch {epoch + 1}")
 
     def set_schedule(self, step: int) -> None:
         """Learning rates and Muon's momentum for this step."""
@@ -280,7 +387,10 @@ class Run:
         state = {
             "step": step,
             "train_s": self.train_s,
+            "data_offset": self.data_offset,
             "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "losses": self.spikes.history,
             "optimizer_steps": {type(optimizer).__name__: optimizer.steps_taken for optimizer in self.optimizers},
             "corpus": self.corpus.fingerprint,
             "config": dataclasses.asdict(self.cfg),
@@ -312,14 +422,25 @@ class Run:
         path = self.checkpoints.newest(notes.append)
         if path is None:
             return [*notes, f"{self.folder} has no checkpoint yet; starting at step 0"]
+        self.load(path)
+        return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}"]
+
+    def load(self, path: Path) -> None:
+        """Take model, optimizers and position from a checkpoint of this run. Nothing changes if it does not fit."""
         loaded = self.checkpoints.load(path)
-        check_resumable(self.cfg, self.corpus, loaded.state, path)
+        state = STATE_BEFORE | loaded.state
+        check_resumable(self.cfg, self.corpus, state, path)
         check_match(loaded.model, self.model.state_dict())
         self.model.load_state_dict(loaded.model)
         for optimizer in self.optimizers:
-            optimizer.load_slices(loaded.slice, loaded.state["optimizer_steps"][type(optimizer).__name__])
-        self.start, self.train_s, self.val_loss = (loaded.state[key] for key in ("step", "train_s", "val_loss"))
-        return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}"]
+            optimizer.load_slices(loaded.slice, state["optimizer_steps"][type(optimizer).__name__])
+        self.start, self.train_s, self.data_offset = state["step"], state["train_s"], state["data_offset"]
+        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
+        self.spikes = SpikeWatch(state["losses"])
+
+
+# What a checkpoint of version 0.1.0 does not tell.
+STATE_BEFORE: dict[str, Any] = {"data_offset": 0, "best_val_loss": None, "losses": []}
 
 
 def _own_slices(slices: dict[str, Slice]) -> FetchSlice:
@@ -414,16 +535,17 @@ def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
 
 # What a resumed run may change: where it runs and what it shows, not what it computes.
 FREE_TO_CHANGE = {
-    *("out", "name", "resume", "save", "save_every", "keep_last", "track", "progress", "val_every"),
-    *("device", "attention", "compile", "kernel_warmup", "pack"),
+    *("out", "name", "resume", "save", "save_every", "keep_last", "keep_every", "track", "progress", "val_every"),
+    *("on_nonfinite", "device", "attention", "compile", "kernel_warmup", "pack"),
 }
 
 
 def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
     """CheckpointError listing every setting that differs from those that `path` was made with."""
-    before, now = state["config"], dataclasses.asdict(cfg)
-    fixed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) != now[key]]
-    differ = [f"{key} was {before.get(key)}, is {now[key]}" for key in fixed]
+    now = dataclasses.asdict(cfg)
+    before = dataclasses.asdict(TrainConfig()) | state["config"]  # a setting that is newer than the run has its default
+    fixed = [key for key in now if key not in FREE_TO_CHANGE and before[key] != now[key]]
+    differ = [f"{key} was {before[key]}, is {now[key]}" for key in fixed]
     if state["corpus"] != corpus.fingerprint:
         differ.append("the corpus is not the same")
     if differ:

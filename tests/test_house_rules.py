@@ -14,7 +14,7 @@ FLOORS = [
     ["core.mup", "core.utils", "schedules"],
     ["core.attention", "core.fp8", "core.optimizers"],
     ["core.model", "config"],
-    ["data", "corpus", "checkpoint", "tracking"],
+    ["data", "corpus", "checkpoint", "numerics", "tracking"],
     ["training"],
     ["coord_check", "explain", "plan", "report", "sweep", "transfer"],
     ["commands", "cli"],

@@ -513,3 +513,24 @@ def test_before_the_first_step_and_after_a_reset_there_is_no_state(build, shapes
         p.data.copy_(start.detach())
     step_once(optimizer, params, 0)
     assert all(map(torch.equal, params, first))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@BOTH
+def test_where_a_step_is_not_good_nothing_changes(build, shapes, dtype):
+    """Even if every gradient is NaN; and where it is good, `good` changes no bit."""
+    plain, gated = parameters(shapes, dtype), parameters(shapes, dtype)
+    first, second = build(groups_of(plain), World()), build(groups_of(gated), World())
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(plain, gated, strict=True)):
+            p.grad = gradient(tuple(p.shape), step, i).to(dtype)
+            q.grad = p.grad.clone()
+        first.step()
+        second.step(torch.tensor(True))
+        kept = [p.detach().clone() for p in gated], {key: s.tensor.clone() for key, s in second.slices().items()}
+        for q in gated:
+            q.grad = torch.full_like(q, float("nan"))
+        second.step(torch.tensor(False))
+        second.steps_taken -= 1
+        assert all(map(torch.equal, gated, kept[0])) and all(map(torch.equal, plain, gated))
+        assert all(torch.equal(s.tensor, kept[1][key]) for key, s in second.slices().items())

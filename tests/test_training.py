@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.utils import World
+from speedrun_mup.data import read_shard
+from speedrun_mup.numerics import SpikeWatch
 from speedrun_mup.tracking import read_metrics
 from speedrun_mup.training import Run, newest_unfinished, stop_signals, train
 
@@ -150,14 +153,170 @@ def test_sigkill_at_random_moments_changes_nothing(tiny):
     assert_same_training(whole, dataclasses.replace(whole, folder=Path(cfg.out) / "killed"))
 
 
-def test_a_non_finite_gradient_stops_before_the_update(tiny, opened):
-    run = opened(tiny(name="nan"))
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    run.model.blocks[2].mlp.c_fc.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), float("nan")))
-    with pytest.raises(NonFiniteError, match=r"step 0: not finite on rank 0: blocks.2.mlp.c_fc.weight"):
-        run.train([])
-    for name, parameter in run.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+POISONED = "blocks.2.mlp.c_fc.weight"
+
+
+def poison(*steps, value=float("nan"), when=lambda batches: True):
+    """An observer that puts `value` into one entry of one gradient at each of `steps`, for batches that `when` takes."""
+
+    def observe(step, model, batches):
+        if step in steps and when(batches):
+            parameter = model.get_parameter(POISONED)
+            handle = parameter.register_hook(
+                lambda grad: (handle.remove(), grad.index_fill(0, torch.tensor([3]), value))[1]
+            )
+
+    return observe
+
+
+def state_of(run):
+    """Copies of all weights and of all optimizer state."""
+    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    slices = {k: part.tensor.clone() for optimizer in run.optimizers for k, part in optimizer.slices().items()}
+    return weights | slices
+
+
+def assert_same_state(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+LAGS = pytest.mark.parametrize("lag", [0, 1], ids=["at once", "a step late"])
+
+
+@LAGS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_gradient_stops_before_the_update(tiny, opened, value, lag):
+    until, run = opened(tiny(name="until", iterations=8)), opened(tiny(name="nan", iterations=8))
+    run.vote_lag, seen = lag, {}
+
+    def observe(step, model, batches):
+        poison(4, value=value)(step, model, batches)
+        seen[step] = state_of(run)
+
+    with pytest.raises(
+        NonFiniteError, match=rf"step 4: not finite on rank 0: {POISONED}; the weights are those before"
+    ):
+        run.train([], observe)
+    assert_same_state(state_of(run), seen[4])
+    assert max(seen) == 4 + lag  # the host was not held up, and yet nothing more changed
+    until.train([], lambda step, model, batches: step != 4 or assert_same_state(state_of(until), seen[4]))
+    assert [step for step, _ in curve(run.folder)] == [0, 1, 2, 3]
+
+
+def test_the_bad_step_is_dumped(tiny, opened):
+    run = opened(tiny(name="nan", micro_batches=2))
+    with pytest.raises(NonFiniteError):
+        run.train([], poison(3))
+    text = (run.folder / "bad-step-00000003.json").read_text()
+    dump = json.loads(text, parse_constant=lambda text: pytest.fail(f"{text} is not strict JSON"))
+    assert (dump["step"], dump["data_step"]) == (3, 3)
+    (rank,) = dump["ranks"]
+    assert math.isfinite(rank["loss"]) and rank["gradient_norms"].pop(POISONED) == "NaN"
+    assert all(norm >= 0 for norm in rank["gradient_norms"].values())
+    assert len(rank["gradient_norms"]) == len(list(run.model.parameters())) - 1
+    for i, place in enumerate(rank["micro_batches"]):
+        tokens = read_shard(run.corpus.directory / place["shard"])[place["first_token"] :]
+        assert tokens[:128].tolist() == run.batches.micro_batch(3 * 2 + i)[0].tolist()
+
+
+@LAGS
+def test_skipping_leaves_out_the_update_and_nothing_else(tiny, opened, lag):
+    run, seen = opened(tiny(name="skip", on_nonfinite="skip", iterations=8)), {}
+    run.vote_lag = lag
+
+    def observe(step, model, batches):
+        seen[step] = state_of(run)
+        poison(3)(step, model, batches)
+
+    assert run.train([], observe).finished
+    assert_same_state(seen[3], seen[4])
+    assert not torch.equal(seen[4][POISONED], seen[5][POISONED])
+    assert [step for step, _ in curve(run.folder)] == [0, 1, 2, 4, 5, 6, 7]
+    assert "warning: step 3: not finite on rank 0" in (run.folder / "log.txt").read_text()
+
+
+def test_a_run_whose_steps_are_all_bad_gives_up(tiny, opened):
+    run = opened(tiny(name="skip", on_nonfinite="skip", iterations=20))
+    with pytest.raises(NonFiniteError, match="step 10: "):
+        run.train([], poison(*range(20)))
+
+
+@LAGS
+def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
+    """Bad data at step 5, a checkpoint at step 4: steps 4 and on train on what follows that data, and a resume knows."""
+    run = opened(tiny(name="back", on_nonfinite="rollback", iterations=9, save_every=2))
+    run.vote_lag, trained = lag, {}
+    bad = run.batches.micro_batch(5 * 4)[0]
+
+    def observe(step, model, batches):
+        trained[step] = batches[0][0]
+        poison(step, when=lambda batches: torch.equal(batches[0][0], bad))(step, model, batches)
+
+    result = run.train([], observe)
+    assert result.finished and curve(run.folder)[-1][0] == 8
+    assert [step for step, _ in curve(run.folder)] == list(range(9))  # no line twice
+    for step in range(9):
+        data_step = step if step < 4 else step + 2
+        assert torch.equal(trained[step], run.batches.micro_batch(data_step * 4)[0])
+    run.close()
+    again = opened(tiny(name="back", on_nonfinite="rollback", iterations=9, save_every=2, resume=str(run.folder)))
+    assert again.start == 9 and again.data_offset == 2
+
+
+def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
+    cfg = {"iterations": 9, "save_every": 4}
+    whole = opened(tiny(name="back", on_nonfinite="rollback", **cfg))
+    whole.train([], lambda step, model, batches: whole.data_offset or poison(5)(step, model, batches))
+    other = opened(tiny(name="other", **cfg))
+
+    def leave(step, model, batches):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.train([], leave)
+    other.close()
+    resumed = opened(tiny(name="other", resume=str(other.folder), **cfg))
+    assert resumed.start == 4
+    resumed.data_offset = 2
+    resumed.train([])
+    assert_same_state(state_of(whole), state_of(resumed))
+
+
+def test_rolling_back_without_a_checkpoint_says_what_is_missing(tiny, opened):
+    run = opened(tiny(name="back", on_nonfinite="rollback"))
+    with pytest.raises(NonFiniteError, match="no checkpoint to roll back to; set --save-every"):
+        run.train([], poison(2))
+
+
+def test_a_spike_is_told_and_a_resumed_run_tells_it_too():
+    rng = random.Random(0)
+    losses = [3 + rng.gauss(0, 0.01) for _ in range(200)]
+    watch = SpikeWatch()
+    assert [watch.see(loss) for loss in losses] == [None] * 200
+    assert len(watch.history) == 128 and watch.history[-1] == losses[-1]
+    for each in (SpikeWatch(watch.history), watch):
+        assert "jumped to 3.1000; the last 128 were " in each.see(3.1)
+        assert each.see(3.02) is None
+    assert SpikeWatch([3.0] * 31).see(9.0) is None  # too few to say
+
+
+def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
+    run = opened(tiny(name="spike", iterations=40, on_nonfinite="skip"))
+
+    def observe(step, model, batches):
+        if step == 38:
+            with torch.no_grad():
+                model.lm_head.weight.mul_(-30)
+
+    run.train([], observe)
+    assert "warning: step 38: the loss jumped to" in (run.folder / "log.txt").read_text()
+    run.close()
+    again = opened(tiny(name="spike", iterations=40, on_nonfinite="skip", resume=str(run.folder)))
+    assert again.spikes.history == [loss for _, loss in curve(run.folder)]
+    assert again.best_val_loss == min(loss for _, loss in curve(run.folder, "val"))
 
 
 def test_resuming_with_other_settings_names_them(tiny):

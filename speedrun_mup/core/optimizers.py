@@ -111,6 +111,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 yield name, parameter, group
 
+    def step(self, good: Tensor | None = None) -> None:  # type: ignore[override]
+        """One update; gradients are summed over ranks here.
+
+        good: a boolean scalar on the device. If False, neither parameters nor state change, and no host had to wait.
+        """
+        raise NotImplementedError
+
     def slices(self) -> dict[str, Slice]:
         """This rank's state, keyed "param/state". Empty before the first step."""
         raise NotImplementedError
@@ -157,8 +164,8 @@ class DistAdam(ShardedOptimizer):
         return state["exp_avg"], state["exp_avg_sq"]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient (summed over ranks here)."""
+    def step(self, good: Tensor | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
         self.steps_taken += 1
         active, reductions = [], []
         for _, parameter, group in self.named_groups():
@@ -171,7 +178,7 @@ class DistAdam(ShardedOptimizer):
             begin, end, share = self._range(parameter)
             reduction.wait()
             mine = parameter.data.view(-1)[begin:end]
-            adam_update(mine, gradient[: end - begin], *self._moments(parameter), self.steps_taken, group)
+            adam_update(mine, gradient[: end - begin], *self._moments(parameter), self.steps_taken, group, good)
             gathers.append(self.world.all_gather(_padded(mine, share)))
         for (parameter, _), (full, gather) in zip(active, gathers, strict=True):
             gather.wait()
@@ -203,10 +210,19 @@ class DistAdam(ShardedOptimizer):
         self.steps_taken = 0
 
 
-def adam_update(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: Mapping[str, Any]) -> None:
-    """One Adam step on flat tensors, in place. `step` counts from 1. float32 inside, rounded once per tensor."""
+def adam_update(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    group: Mapping[str, Any],
+    good: Tensor | None = None,
+) -> None:
+    """One Adam step on flat tensors, in place, where `good`. `step` counts from 1. float32 inside, rounded once each."""
     (beta1, beta2), lr = group["betas"], group["lr"]
-    m, v, w, g = exp_avg.float(), exp_avg_sq.float(), p.float(), g.float()
+    m, v, w = (stored.to(torch.float32, copy=good is not None) for stored in (exp_avg, exp_avg_sq, p))
+    g = g.float()
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     if group["weight_decay"]:
@@ -214,7 +230,11 @@ def adam_update(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step:
     step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
     w.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
     for stored, new in ((exp_avg, m), (exp_avg_sq, v), (p, w)):
-        stored.copy_(new)
+        stored.copy_(_where(good, new, stored))
+
+
+def _where(good: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if good is None else torch.where(good, new, old)
 
 
 def _padded(flat: Tensor, length: int) -> Tensor:
@@ -298,15 +318,16 @@ class Muon(ShardedOptimizer):
         self._stacks = list(stacks.values())
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every matrix (gradients are summed over ranks here)."""
+    def step(self, good: Tensor | None = None) -> None:  # type: ignore[override]
+        """One update of every matrix."""
         self.steps_taken += 1
         reductions = [stack.reduce_gradients() for stack in self._stacks]
         gathers = []
         for stack, (gradient, reduction) in zip(self._stacks, reductions, strict=True):
             mu = stack.owners[0][2]["momentum"]
             reduction.wait()
-            momentum = stack.momentum_buffer().lerp_(gradient.float(), 1 - mu)
+            momentum = stack.momentum_buffer()
+            momentum.copy_(_where(good, momentum.lerp(gradient.float(), 1 - mu), momentum))
             ahead = gradient.float().lerp_(momentum, mu)
             update = self.orthogonalizer(ahead.bfloat16() if ahead.is_cuda else ahead)
             gathers.append(self.world.all_gather(update))
@@ -314,9 +335,9 @@ class Muon(ShardedOptimizer):
             gather.wait()
             per_owner = updates[: sum(stack.counts)].split(stack.counts)
             for (_, parameter, group), update in zip(stack.owners, per_owner, strict=True):
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"])
+                kept = parameter * (1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else parameter
+                new = kept.add(update.view_as(parameter), alpha=-group["lr"])
+                parameter.copy_(_where(good, new, parameter))
 
     def slices(self) -> dict[str, Slice]:
         """This rank's momentum, keyed "param/momentum_buffer"."""
