@@ -317,10 +317,10 @@ def compare(out: Path, run: Path) -> Comparison:
     Raises ConfigError if there is no prediction, if the run is not at its end, or if it is not the target that was
     planned; another learning rate or seed is no obstacle.
     """
-    content = _read_plan(out)
-    if not content["prediction"]:
+    planned, prediction = read_plan(out)
+    if not prediction:
         raise ConfigError(f"{out / PLAN} holds no prediction yet; finish the sweep and predict first")
-    planned, done = _target(content, out), saved_config(run)
+    done = saved_config(run)
     mine, theirs = computed_settings(planned), computed_settings(done)
     differ = [key for key in mine if mine[key] != theirs[key] and key not in ("lr_scale", "seed")]
     if differ:
@@ -329,8 +329,14 @@ def compare(out: Path, run: Path) -> Comparison:
     losses = [row["loss"] for row in read_metrics(run) if row["kind"] == "val" and row["step"] == done.iterations]
     if not losses or losses[-1] is None:
         raise ConfigError(f"{run} has no loss at step {done.iterations}; train it to its end first")
-    prediction = Prediction.from_json(content["prediction"])
     return Comparison(prediction, losses[-1], math.log2(done.lr_scale / prediction.lr_scale))
+
+
+def read_plan(out: Path) -> tuple[TrainConfig, Prediction | None]:
+    """The target in the plan.json of `out`, and the prediction if there is one. Raises ConfigError without a plan."""
+    content = _read_plan(out)
+    prediction = content["prediction"] and Prediction.from_json(content["prediction"])
+    return _target(content, out), prediction
 
 
 def _read_plan(out: Path) -> dict[str, Any]:

@@ -6,9 +6,13 @@ before: it picks scales and ticks, and what is visible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+Values = Sequence[float] | NDArray[np.float64]
 Color = tuple[str, str]  # on light and on dark ground
 GREY: Color = ("#6b6b6b", "#a0a0a0")
 ARM_COLORS: tuple[Color, ...] = (  # after Okabe and Ito, who see to it that everybody can tell them apart
@@ -32,13 +36,13 @@ class Mark:
     """
 
     kind: str  # points, line, band, rule, cross
-    x: Sequence[float]
-    y: Sequence[float] = ()
+    x: Values
+    y: Values = ()
     color: Color = GREY
     name: str = ""
     tags: dict[str, str] = field(default_factory=dict)
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    low: Values = ()
+    high: Values = ()
     symbol: str = "o"  # o, s (square), D (diamond)
     size: float = 4.0  # diameter of points, thickness of lines; points of 1/72 inch
     opacity: float = 1.0
@@ -131,7 +135,7 @@ class Report:
     verdict: str
     reasons: Sequence[str]
     sections: Sequence[Section]
-    switches: dict[str, Sequence[str]]
+    switches: Mapping[str, Sequence[str]]
 
     @property
     def figures(self) -> list[Figure]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 
-from speedrun_mup.report.contents import ARM_COLORS, GREY, Axis, Choice, Color, Figure, Key, Mark, Panel
-from speedrun_mup.transfer import Array, ArmResult, CurveKey, Estimate, TransferError, TransferResult, WidthFit
+from speedrun_mup.report.contents import ARM_COLORS, Axis, Choice, Color, Figure, Key, Mark, Panel
+from speedrun_mup.transfer import ArmResult, Array, CurveKey, Estimate, TransferError, TransferResult, WidthFit
 
 MOST_STEPS = 120  # points of a training curve; longer ones are averaged over neighbouring steps
 BAND: Color = ("#dcdcdc", "#3a3a3a")
@@ -87,7 +88,7 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, rank: int) -> list[Mark]
         *fit.problems,
     ]
     note = "; ".join(notes)
-    best = {"symbol": "D", "size": 5.5, "hollow": bool(fit.problems), "notes": [note]}
+    best: dict[str, Any] = {"symbol": "D", "size": 5.5, "hollow": bool(fit.problems), "notes": [note]}
     return [
         Mark(
             "points", lr[column], cells.losses[seed, column], color, f"{name}, one seed", tags, size=1.8, opacity=0.45
@@ -108,13 +109,20 @@ def _loss_limits(fits: Sequence[WidthFit]) -> tuple[float, float]:
     return lowest - 0.08 * height, highest + (0.3 if any(fit.cells.diverged for fit in fits) else 0.1) * height
 
 
-def interval_text(estimate: Estimate | None, digits: int = 2, sign: str = "+") -> str:
-    """A number for a title: its value and, if known, its 90 % interval."""
+def interval_text(estimate: Estimate | None, form: str = "{:+.2f}") -> str:
+    """A number for a reader: its value and, if known, its 90 % interval."""
     if estimate is None:
         return "unknown"
-    value, low, high = (f"{x:{sign}.{digits}f}" for x in (estimate.value, *estimate.interval()))
-    text = value if low == "nan" or low == "+nan" else f"{value} [{low}, {high}]"
+    low, high = estimate.interval()
+    text = form.format(estimate.value)
+    if not math.isnan(low):
+        text += f" [{form.format(low)}, {form.format(high)}]"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float) -> str:
+    """With its sign and two digits."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def drift(result: TransferResult) -> Figure:
@@ -162,22 +170,22 @@ def _drift(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[M
     low, high = slope.interval()
     marks = [Mark("line", 2 ** (start + x), slope.value * x, color, tags=tags, size=1.1)]
     if not math.isnan(low):
-        edges = {"low": np.minimum(low * x, high * x), "high": np.maximum(low * x, high * x)}
+        edges: dict[str, Any] = {"low": np.minimum(low * x, high * x), "high": np.maximum(low * x, high * x)}
         marks.append(Mark("band", 2 ** (start + x), color=color, tags=tags, opacity=0.15, **edges))
     for fit in arm.fits:
         at, bar = fit.optimum - zero, 1.645 * float(np.nan_to_num(fit.optimum_se))
-        style = {"symbol": _symbol(arm), "size": 4.5, "hollow": bool(fit.problems)}
         notes = ["; ".join([f"best learning rate 2^{fit.optimum:.2f}", *fit.problems])]
         tag = tags | {"width": str(fit.width)}
-        bars = {"low": [at - bar], "high": [at + bar]}
-        marks.append(Mark("points", [fit.width], [at], color, arm.arm, tag, notes=notes, **bars, **style))
+        style: dict[str, Any] = {"symbol": _symbol(arm), "size": 4.5, "hollow": bool(fit.problems)}
+        style |= {"low": [at - bar], "high": [at + bar], "notes": notes}
+        marks.append(Mark("points", [fit.width], [at], color, arm.arm, tag, **style))
     return marks
 
 
-def best_losses(result: TransferResult, promised: tuple[int, Mark, Mark | None] | None = None) -> Figure:
+def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure:
     """Loss at the best learning rate of each width, with 90 % intervals: a parametrization can transfer and still lose.
 
-    promised: the width of a target run, what was predicted there, and what was measured.
+    promised: points for a target run, such as what was predicted and what was measured.
     """
     marks: list[Mark] = []
     colors = arm_colors(result)
@@ -188,24 +196,19 @@ def best_losses(result: TransferResult, promised: tuple[int, Mark, Mark | None] 
         marks.append(Mark("line", widths, values, colors[name], tags=tags, size=1.1))
         for width, loss in zip(widths, losses):
             low, high = loss.interval()
-            bars = {} if math.isnan(low) else {"low": [low], "high": [high]}
-            style = {"symbol": _symbol(arm), "size": 4.5} | bars
+            style: dict[str, Any] = {"symbol": _symbol(arm), "size": 4.5}
+            if not math.isnan(low):
+                style |= {"low": [low], "high": [high]}
             marks.append(
                 Mark("points", [width], [loss.value], colors[name], name, tags | {"width": str(width)}, **style)
             )
     keys = [Key(name, "points", colors[name], _symbol(arm)) for name, arm in result.arms.items()]
-    ticks = sorted({fit.width for arm in result.arms.values() for fit in arm.fits})
+    ticks = {float(fit.width) for arm in result.arms.values() for fit in arm.fits}
     caption = "Loss at the best learning rate of each width, with 90 % intervals."
-    if promised:
-        width, predicted, measured = promised
-        ticks = sorted({*ticks, width})
-        marks.append(predicted)
-        keys.append(Key("predicted", predicted.kind, predicted.color, predicted.symbol, hollow=True))
-        caption += " Hollow: predicted for the target before it was trained."
-        if measured:
-            marks.append(measured)
-            keys.append(Key("measured", measured.kind, measured.color, measured.symbol))
-    x, y = Axis("width", "log2", ticks=ticks), Axis("loss at the best learning rate")
+    marks += promised
+    keys += [Key(mark.name, mark.kind, mark.color, mark.symbol, hollow=mark.hollow) for mark in promised]
+    ticks |= {width for mark in promised for width in mark.x}
+    x, y = Axis("width", "log2", ticks=sorted(ticks)), Axis("loss at the best learning rate")
     return Figure("best-loss", caption, x, y, [Panel("", marks)], keys, size=(3.6, 2.6))
 
 
@@ -216,8 +219,8 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
     """
     colors = width_colors(result)
     tables: dict[tuple[str, int, float], list[Array]] = {}
-    for (arm, width, lr, _), curve in sorted(curves.items()):
-        tables.setdefault((arm, width, round(math.log2(lr), 6)), []).append(curve)
+    for (owner, width, lr, _), curve in sorted(curves.items()):
+        tables.setdefault((owner, width, round(math.log2(lr), 6)), []).append(curve)
     rates = sorted({at for _, _, at in tables})
     own = "each arm's own best"
     panels, shown = [], []

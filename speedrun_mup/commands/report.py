@@ -1,0 +1,40 @@
+"""`speedrun-mup report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedrun_mup.commands.transfer import add_source, measure
+from speedrun_mup.config import new_parser, parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write a page, pictures and a summary of a sweep, or of a table of yours."""
+    parser = new_parser("speedrun-mup report", run.__doc__ or "")
+    add_source(parser)
+    parser.add_argument(
+        "--coord-check", type=Path, nargs="+", default=[], metavar="JSON", help="what speedrun-mup coord-check wrote"
+    )
+    parser.add_argument("--target", type=Path, metavar="RUN", help="folder of the finished run that was planned")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the files; default: report, beside what is measured"
+    )
+    arguments = parse(parser, argv)
+
+    from speedrun_mup.report.sections import make_report
+    from speedrun_mup.report.write import write_report
+
+    result = measure(arguments)
+    source = arguments.source
+    report = make_report(source, result, arguments.coord_check, arguments.target)
+    folder = source if source.is_dir() else source.parent
+    page, text, *pictures = write_report(report, arguments.out or folder / "report")
+    print(f"verdict: {result.verdict}")
+    for reason in result.reasons:
+        print(f"- {reason}")
+    for picture in pictures:
+        print(f"picture  {picture}")
+    print(f"summary  {text}")
+    print(f"page     {page}, for any browser: {page.resolve().as_uri()}")
+    return 0

@@ -1,0 +1,86 @@
+"""What a sweep cost beside the run that it serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.core.model import VOCAB_MULTIPLE
+from speedrun_mup.report.contents import GREY, Axis, Figure, Key, Mark, Panel, Section, Table
+from speedrun_mup.report.figures import arm_colors
+from speedrun_mup.sweep import CELLS, RESULT, CellResult, flops_per_token, run_flops
+from speedrun_mup.tracking import clock
+from speedrun_mup.transfer import TransferResult
+
+GOAL = 0.1  # a sweep should cost no more of its target than this
+REACH = 4  # doublings beyond the widest proxy that the figure shows
+
+
+def cost_section(
+    result: TransferResult, cells: Sequence[CellResult], folder: Path, target: TrainConfig | None
+) -> Section:
+    """FLOPs of all finished `cells` over those of `target`, and of runs just as long at larger widths."""
+    widest = max((cell for cell in cells if not cell.diverged), key=lambda cell: cell.width)
+    source = folder / CELLS / widest.id / RESULT
+    like = target or from_json(json.dumps(widest.config), source)
+    vocab = vocabulary(widest, source)
+    everything = _Cost("everything", list(cells))
+    arms = [_Cost(name, [cell for cell in cells if cell.arm == name]) for name in result.arms]
+    tested = [arm for arm in arms if result.arms[arm.name].predicted is None]
+    text = [
+        f"The {len(cells)} runs of the sweep took {everything.flops:.3g} FLOPs, and {everything.time} of one worker's "
+        "time. Counted are matrix products of training; controls are what trust costs, not what the tuning needs."
+    ]
+    wide = {widest.width * 2**power for power in range(REACH + 1)}
+    if target:
+        one = run_flops(target, vocab)
+        told = ", ".join(f"{cost.name} {cost.flops / one:.1%}" for cost in [*tested, everything])
+        text.append(f"The target, width {target.width}, takes {one:.3g} FLOPs. Cost over that: {told}.")
+        wide.add(target.width)
+    widths = sorted(wide)
+    runs = [run_flops(replace(like, width=width), vocab) for width in widths]
+    marks = [Mark("line", widths, [GOAL] * len(widths), GREY, dotted=True, size=1)]
+    for cost in [*tested, everything]:
+        color = arm_colors(result).get(cost.name, GREY)
+        tags = {"arm": cost.name} if cost in tested else {}
+        shares = [cost.flops / run for run in runs]
+        marks.append(Mark("line", widths, shares, color, f"{cost.name}, over one run", tags, size=1.2))
+        if target:
+            at = widths.index(target.width)
+            name = f"{cost.name}, over the target run"
+            marks.append(Mark("points", [target.width], [shares[at]], color, name, tags, symbol="D", size=6))
+    keys = [Key(cost.name, "line", arm_colors(result).get(cost.name, GREY)) for cost in [*tested, everything]]
+    keys.append(Key(f"{GOAL:.0%}", "line", dotted=True))
+    caption = "FLOPs of the sweep over those of one run as long, by the width of that run."
+    if target:
+        keys.append(Key("the target", "points", symbol="D"))
+    x, y = Axis("width of the run that is served", "log2", ticks=widths), Axis("cost of the sweep", "log", percent=True)
+    figure = Figure("cost", caption, x, y, [Panel("", marks)], keys, size=(3.6, 2.6))
+    rows = [[cost.name, str(len(cost.cells)), f"{cost.flops:.3g}", cost.time] for cost in [*arms, everything]]
+    return Section("Cost", text, [figure], [Table(["arm", "runs", "FLOPs", "time of one worker"], rows)])
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What some cells cost together."""
+
+    name: str
+    cells: list[CellResult]
+
+    @property
+    def flops(self) -> float:
+        return sum(cell.flops for cell in self.cells)
+
+    @property
+    def time(self) -> str:
+        return clock(sum(cell.seconds for cell in self.cells))
+
+
+def vocabulary(cell: CellResult, source: Path) -> int:
+    """The padded vocabulary of a finished cell's data, which is not recorded but counts in its FLOPs."""
+    cfg = from_json(json.dumps(cell.config), source)
+    per_token = cell.flops / (len(cell.curve) * cfg.batch_tokens)
+    return VOCAB_MULTIPLE + round((per_token - flops_per_token(cfg, VOCAB_MULTIPLE)) / (6 * cfg.width))

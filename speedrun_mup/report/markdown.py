@@ -1,0 +1,37 @@
+"""A report as Markdown, beside its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from speedrun_mup.report.contents import Report, Table
+
+
+def to_markdown(report: Report) -> str:
+    """The text of the file; pictures are named as `png.draw` is told to name them."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"# {report.title}: {report.verdict}"
+    yield ""
+    yield from (f"- {reason}" for reason in report.reasons)
+    for section in report.sections:
+        yield f"\n## {section.title}"
+        for paragraph in section.text:
+            yield f"\n{paragraph}"
+        for figure in section.figures:
+            yield f"\n![{figure.caption}]({figure.name}.png)\n\n*{figure.caption}*"
+        for table in section.tables:
+            yield ""
+            yield from _table(table)
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield _row(table.header)
+    yield _row(["---"] * len(table.header))
+    yield from map(_row, table.rows)
+
+
+def _row(cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"  # type: ignore

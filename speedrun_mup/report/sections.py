@@ -1,0 +1,159 @@
+"""A report on one sweep or table, section by section. What is missing is said, with the command that makes it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.plan import PLAN, Comparison, Prediction, compare, read_plan
+from speedrun_mup.report.checks import check_section
+from speedrun_mup.report.contents import GREY, Mark, Report, Section, Table
+from speedrun_mup.report.costs import cost_section
+from speedrun_mup.report.figures import (
+    best_losses,
+    drift,
+    interval_text,
+    lr_curves,
+    signed,
+    training_curves,
+    width_colors,
+)
+from speedrun_mup.sweep import CellResult, read_definition, read_results
+from speedrun_mup.sweep import training_curves as read_curves
+from speedrun_mup.transfer import Estimate, TransferResult
+
+
+def make_report(
+    source: Path, result: TransferResult, checks: Sequence[Path] = (), target: Path | None = None
+) -> Report:
+    """The report on `result`, measured in `source`, a sweep's folder or a table of runs.
+
+    checks: files that `speedrun-mup coord-check` wrote. target: folder of the finished run that the plan in `source`
+    was made for. Raises ConfigError if any of these is not what it should be, TransferError if there is nothing to draw.
+    """
+    swept = source.is_dir()
+    planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
+    comparison = compare(source, target) if target else None
+    cells = read_results(source) if swept else []
+    knob = read_definition(source)["base"]["knob"] if swept else ""
+    sections = [
+        Section("In numbers", tables=[_arms(result)]),
+        Section("Loss against learning rate", figures=[lr_curves(result, _rate_label(knob))], tables=[_widths(result)]),
+        _drift(result),
+        _best(result, prediction, comparison),
+    ]
+    if swept:
+        sections.append(Section("Training curves", _wider(result), [training_curves(result, read_curves(source))]))
+        sections.append(cost_section(result, cells, source, planned))
+    else:
+        why = f"{source.name} is a table of losses; `speedrun-mup sweep` keeps training curves and counts cost."
+        sections += [Section("Training curves", [why]), Section("Cost", [why])]
+    sections += [check_section(path, number) for number, path in enumerate(checks)]
+    if not checks:
+        make = "`speedrun-mup coord-check` makes one; give its coord-check.json with `--coord-check`."
+        sections.append(Section("Coordinate check", [f"None was given. {make}"]))
+    sections.append(_origin(source, result, cells))
+    switches = {"arm": list(result.arms), "width": [str(width) for width in width_colors(result)]}
+    return Report(source.resolve().stem, result.verdict.value, result.reasons, sections, switches)
+
+
+def _rate_label(knob: str) -> str:
+    """Of the learning-rate axis. In a sweep the rate is a factor on the rates of its settings."""
+    factor = "all" if knob == "lr_scale" else knob
+    return f"learning rate (factor on {factor})" if knob else "learning rate"
+
+
+def _arms(result: TransferResult) -> Table:
+    header = [
+        "arm",
+        "verdict",
+        "drift, octaves per doubling",
+        "regret at the widest, nats",
+        "sd of one run",
+        "wider is better",
+    ]
+    rows = []
+    for name, arm in result.arms.items():
+        role = "" if arm.predicted is None else f" (control, {signed(arm.predicted)} predicted)"
+        sigma = "unknown" if arm.sigma is None else f"{arm.sigma:.4f}"
+        wider = f"{arm.wider.verdict}, {arm.wider.share:.1%} of steps violate it" if arm.wider else "not known"
+        numbers = [interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma]
+        rows.append([name + role, arm.verdict.value, *numbers, wider])
+    return Table(header, rows)
+
+
+def _widths(result: TransferResult) -> Table:
+    header = [
+        "arm",
+        "width",
+        "seeds",
+        "rates",
+        "best log2 rate",
+        "best rate",
+        "curvature",
+        "loss",
+        "stable to",
+        "remark",
+    ]
+    rows = []
+    for name, arm in result.arms.items():
+        for fit in arm.fits:
+            error = "" if math.isnan(fit.optimum_se) else f" \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f}"
+            stable = "nothing" if math.isnan(fit.largest_stable) else f"{2**fit.largest_stable:.3g}"
+            counts = [str(fit.width), str(len(fit.cells.losses)), str(len(fit.cells.log2_lr))]
+            best = [signed(fit.optimum) + error, f"{2**fit.optimum:.4g}", f"{fit.curvature:.4f}"]
+            loss = interval_text(Estimate(fit.best_losses), "{:.4f}")
+            remark = "; ".join(problem.removeprefix(f"width {fit.width}: ") for problem in fit.problems)
+            rows.append([name, *counts, *best, loss, stable, remark])
+    return Table(header, rows)
+
+
+def _drift(result: TransferResult) -> Section:
+    title = "Drift of the best learning rate"
+    if any(arm.drift for arm in result.arms.values()):
+        return Section(title, figures=[drift(result)])
+    return Section(title, ["Unknown: no arm has two widths with an optimum inside the grid; extend the sweep."])
+
+
+def _best(result: TransferResult, prediction: Prediction | None, comparison: Comparison | None) -> Section:
+    """Losses at the best rates; predicted against measured, as far as there is a plan."""
+    if not prediction:
+        make = "`speedrun-mup plan` predicts loss and learning rate of a wide run from a sweep."
+        return Section("Loss at the best learning rate", [f"Without prediction. {make}"], [best_losses(result)])
+    low, high = prediction.loss_interval
+    style: dict[str, Any] = {"symbol": "s", "size": 6, "hollow": True, "low": [low], "high": [high]}
+    width = [prediction.width]
+    marks = [Mark("points", width, [prediction.loss], GREY, "predicted", **style)]
+    text = prediction.summary().splitlines()
+    if comparison:
+        marks.append(
+            Mark("points", width, [comparison.measured], ("#c00000", "#ff6b6b"), "measured", symbol="D", size=6)
+        )
+        text += comparison.summary().splitlines()
+    else:
+        text.append("Not measured yet: train the target, then give its folder with `--target`.")
+    return Section("Predicted against measured", text, [best_losses(result, marks)])
+
+
+def _wider(result: TransferResult) -> list[str]:
+    return [f"{name}: {arm.wider}." for name, arm in result.arms.items() if arm.wider]
+
+
+def _origin(source: Path, result: TransferResult, cells: Sequence[CellResult]) -> Section:
+    """What was compared with what, and by which rules."""
+    made = [
+        [name, ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common())]
+        for name in ("speedrun_mup", "source_sha256", "torch", "platform", "device")
+        if (counts := Counter(cell.made_with[name] for cell in cells if name in cell.made_with))
+    ]
+    corpora = [["corpus", corpus] for corpus in sorted({cell.corpus for cell in cells})]
+    rules = [[name.replace("_", " "), f"{value:g}"] for name, value in asdict(result.thresholds).items()]
+    tables = [Table(["made from", source.name], corpora + made), Table(["threshold", "value"], rules)]
+    text = (
+        "A verdict counts if grid, controls and thresholds were fixed before the runs; a change afterwards is post hoc."
+    )
+    return Section("Origin", [text], tables=tables)
