@@ -1,10 +1,47 @@
 """Reports: the figures, and the three ways to write them down."""
 
-import pytest
-from test_transfer import control, sweep
+import dataclasses
+import json
+import math
+import random
+import re
+from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from browser import Browser, find_browser
+from conftest import TINY
+from test_transfer import control, sweep
+from torch import nn
+
+from speedrun_mup.cli import main
+from speedrun_mup.config import make_config
+from speedrun_mup.coord_check import coord_check
+from speedrun_mup.core import mup
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.plan import compare, make_plan, predict, read_plan
 from speedrun_mup.report import figures, png
+from speedrun_mup.report.contents import Axis, Figure, Mark, Panel, Report, Section, Table
+from speedrun_mup.report.costs import vocabulary
+from speedrun_mup.report.markdown import to_markdown
+from speedrun_mup.report.page import to_html
+from speedrun_mup.report.sections import make_report
+from speedrun_mup.report.write import write_report
+from speedrun_mup.sweep import (
+    CellResult,
+    Sweep,
+    computed_settings,
+    measure_sweep,
+    pick_arms,
+    read_results,
+    run_flops,
+    run_sweep,
+)
+from speedrun_mup.training import train
 from speedrun_mup.transfer import Run, TransferError, measure_transfer
+
+CSV = Path(__file__).parent / "data" / "transfer_sweep.csv"
 
 
 @pytest.fixture(scope="module")
@@ -12,6 +49,78 @@ def result():
     """Two arms, one of them a control with a cliff and a lone seed."""
     runs = sweep(seeds=(0, 1), grid=range(-2, 3)) + control(-1.0, seeds=(0,), grid=range(-2, 3), cliff=1.5)
     return measure_transfer(runs, controls={"sp": -1.0}, resamples=100)
+
+
+class PlantedEngine:
+    """Trains nothing: a bowl whose optimum stays in mup and falls by an octave per doubling in adam-sp."""
+
+    workers = 1
+
+    def run(self, cells, scratch):
+        for cell in cells:
+            u = cell.octaves - 0.3 + (cell.arm == "adam-sp") * math.log2(cell.width / 32)
+            loss = 2.5 + 4 * cell.width**-0.5 + 0.03 * u * u + random.Random(cell.id).gauss(0, 0.002) + 0.01 * cell.seed
+            bad = u > 3.2
+            curve = np.linspace(4.85, loss, cell.cfg.iterations)[: 3 if bad else None].round(6).tolist()
+            loss = math.nan if bad else loss
+            done = (loss, loss, bad, "nan" * bad, curve, 2.0, 1.0, cell.flops * len(curve) / cell.cfg.iterations)
+            made_with = {"speedrun_mup": "1", "source_sha256": "0" * 64, "torch": "2", "device": "none"}
+            place = (cell.id, cell.arm, cell.width, cell.octaves, cell.seed)
+            yield cell, CellResult(*place, *done, cell.corpus, computed_settings(cell.cfg), made_with)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The folder of a planned sweep with a control, and the folder of the target run that it predicted."""
+    out = tmp_path_factory.mktemp("report") / "swept"
+    target = make_config("laptop", TINY | {"width": 128, "out": str(out.parent / "runs"), "save": False})
+    plan = make_plan(target, out, PlantedEngine(), budget_flops=1e15)
+    base = plan.sweeps[0].base
+    both = Sweep(base, (16, 32, 64), pick_arms(["adam-sp", "mup"]), seeds=(0, 1))
+    assert run_sweep(both, out, PlantedEngine(), progress=False).complete
+    predict(out)
+    return out, train(dataclasses.replace(target, name="target")).folder
+
+
+@pytest.fixture(scope="module")
+def check_file(tmp_path_factory):
+    """What a coordinate check of a very small network wrote, with one control."""
+
+    def plain(width):
+        return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), mup.MuReadout(width, 4))
+
+    def build_model(width):
+        return mup.set_base_shapes(plain(width), plain(16), delta=plain(32))
+
+    x = torch.randn(5, 64, 8, generator=torch.Generator().manual_seed(0))
+    check = coord_check(
+        build_model,
+        widths=[16, 32, 64],
+        data=zip(x, x[..., :4].argmax(dim=-1)),
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        optimizer=lambda model: mup.MuAdam(model, lr=0.003),
+    )
+    path = tmp_path_factory.mktemp("check") / "small" / "coord-check.json"
+    path.parent.mkdir()
+    path.write_text(check.to_json())
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(swept, check_file):
+    """A report with everything in it."""
+    out, run = swept
+    return make_report(out, measure_sweep(out), [check_file], run)
+
+
+def section(report, title):
+    return next(section for section in report.sections if section.title.startswith(title))
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -28,3 +137,292 @@ def test_no_picture_of_nothing():
         figures.lr_curves(measure_transfer([Run(64, 1.0, 0, 3.0)]))
     with pytest.raises(TransferError, match="no arm has a drift"):
         figures.drift(measure_transfer(sweep(widths=(64,))))
+
+
+def test_the_curves_of_the_figure_are_those_of_the_measurement(result):
+    figure = figures.lr_curves(result)
+    assert [panel.title.split("\n")[0] for panel in figure.panels] == ["mup", "sp (control)"]
+    fit = result.arms["mup"].fits[1]
+    marks = [mark for mark in figure.panels[0].marks if mark.tags.get("width") == str(fit.width)]
+    seeds, means, bowl, best, _ = marks
+    assert len(seeds.x) == fit.cells.losses.size
+    assert np.allclose(means.y, fit.cells.mean) and np.allclose(np.log2(means.x), fit.cells.log2_lr)
+    assert np.allclose(np.log2(best.x), fit.optimum) and best.y[0] == pytest.approx(min(bowl.y), abs=1e-4)
+    crosses = [mark for mark in figure.panels[1].marks if mark.kind == "cross"]
+    assert [np.log2(mark.x).tolist() for mark in crosses] == [
+        list(fit.cells.diverged) for fit in result.arms["sp"].fits
+    ]
+
+
+def test_drift_lines_meet_at_the_base_width_and_have_the_measured_slope(result):
+    marks = figures.drift(result).panels[0].marks
+    for name, arm in result.arms.items():
+        (line,) = [mark for mark in marks if mark.kind == "line" and mark.tags["arm"] == name]
+        slope, at_zero = np.polyfit(np.log2(line.x), line.y, 1)
+        assert slope == pytest.approx(arm.drift.value) and at_zero + slope * math.log2(arm.base_width) == pytest.approx(
+            0
+        )
+    bands = [mark for mark in marks if mark.kind == "band"]
+    assert len(bands) == 3 and all((np.asarray(band.low) <= band.high).all() for band in bands)
+
+
+# ---- contents -------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_gives_a_report_that_says_what_is_absent(tmp_path):
+    result = measure_transfer(sweep())
+    report = make_report(CSV, result)
+    for title, command in (
+        ("Training curves", "`speedrun-mup sweep`"),
+        ("Cost", "`speedrun-mup sweep`"),
+        ("Coordinate check", "`speedrun-mup coord-check`"),
+        ("Loss at the best", "`speedrun-mup plan`"),
+    ):
+        assert command in section(report, title).text[0]
+    assert {figure.name for figure in report.figures} == {"lr-curves", "drift", "best-loss"}
+    assert report.figures[0].x.label == "learning rate"
+
+
+def test_one_width_has_no_drift_and_still_a_report():
+    report = make_report(CSV, measure_transfer(sweep(widths=(64,))))
+    assert "extend the sweep" in section(report, "Drift").text[0] and not section(report, "Drift").figures
+
+
+def test_a_sweep_gives_everything(whole):
+    assert [figure.name for figure in whole.figures] == [
+        "lr-curves", "drift", "best-loss", "training-curves", "cost", "coord-check"
+    ]  # fmt: skip
+    assert whole.verdict == "PASS" and whole.switches == {"arm": ["mup", "adam-sp"], "width": ["16", "32", "64"]}
+    assert whole.figures[0].x.label == "learning rate (factor on all)"
+    (numbers,) = section(whole, "In numbers").tables
+    assert [row[0] for row in numbers.rows] == ["mup", "adam-sp"] and numbers.rows[1][1].startswith("control, −1.00")
+
+
+def test_predicted_stands_beside_measured(swept, whole):
+    out, run = swept
+    comparison, (_, prediction) = compare(out, run), read_plan(out)
+    part = section(whole, "Predicted against measured")
+    assert part.text == [*prediction.summary().splitlines(), *comparison.summary().splitlines()]
+    marks = {mark.name: mark for mark in part.figures[0].panels[0].marks}
+    assert marks["predicted"].y == [prediction.loss] and marks["measured"].y == [comparison.measured]
+    assert (marks["predicted"].low[0], marks["predicted"].high[0]) == prediction.loss_interval
+    waiting = make_report(out, measure_sweep(out))
+    assert "give its folder with `--target`" in section(waiting, "Predicted against measured").text[-1]
+
+
+def test_cost_is_flops_of_the_sweep_over_those_of_the_target(swept, whole):
+    out, _ = swept
+    target, _ = read_plan(out)
+    cells = read_results(out)
+    ratio = sum(cell.flops for cell in cells) / run_flops(target, 65)
+    part = section(whole, "Cost")
+    assert f"everything {ratio:.1%}" in part.text[1]
+    points = {mark.tags.get("arm"): mark for mark in part.figures[0].panels[0].marks if mark.kind == "points"}
+    mine = sum(cell.flops for cell in cells if cell.arm == "mup") / run_flops(target, 65)
+    assert points[None].y == [pytest.approx(ratio)] and points["mup"].y == [pytest.approx(mine)]
+    assert {row[0] for row in part.tables[0].rows} == {"mup", "adam-sp", "everything"}
+
+
+def test_the_vocabulary_follows_from_the_flops_of_any_cell(swept, tmp_path):
+    out, _ = swept
+    cells = read_results(out)
+    assert {vocabulary(cell, out) for cell in cells} == {128}  # 65 tokens, padded
+    assert any(cell.diverged for cell in cells)
+
+
+def test_training_curves_show_the_judged_rate_first_and_stop_where_a_run_diverged(swept, whole):
+    figure = section(whole, "Training curves").figures[0]
+    for panel in figure.panels:
+        first = [mark for mark in panel.marks if mark.tags["rate"] == figure.choice.options[0]]
+        assert [mark.tags["width"] for mark in first] == ["16", "32", "64"]
+    fast = {mark.tags["width"]: len(mark.x) for mark in figure.panels[1].marks if mark.tags["rate"] == "8"}
+    assert fast == {"16": 6, "32": 6, "64": 3}
+
+
+def test_long_training_curves_are_averaged_over_neighbouring_steps():
+    curve = np.stack([np.arange(1000.0), np.linspace(5, 3, 1000)], axis=1)
+    steps, losses = figures._thin(curve)
+    assert 100 < len(steps) <= figures.MOST_STEPS and np.allclose(np.interp(steps, curve[:, 0], curve[:, 1]), losses)
+
+
+def test_a_check_shows_its_slopes_and_its_controls(check_file, whole):
+    told = json.loads(check_file.read_text())
+    part = section(whole, "Coordinate check")
+    assert part.title.endswith(told["verdict"]) and part.text[0].startswith("small: ")
+    judged = [row for row in told["arm"]["rows"] if row["verdict"]]
+    assert len(part.tables[0].rows) == len(judged) and len(part.tables[1].rows) == len(told["controls"])
+    figure = part.figures[0]
+    assert len(figure.panels) == 1 + len(told["controls"]) and figure.choice.options[0] == "updates, t = 6"
+    last = [mark for mark in figure.panels[0].marks if mark.tags["what"] == "updates, t = 6"]
+    assert len(last) == len([series for series in told["arm"]["series"] if series["quantity"] == "effect"])
+
+
+def test_something_else_is_no_check(tmp_path, swept):
+    out, _ = swept
+    for text in ("{}", "[1]", "not json"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"other.json is no result of a coordinate check .*; give a coord-check"):
+            make_report(out, measure_sweep(out), [tmp_path / "other.json"])
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_the_same_every_time_and_need_nothing_else(whole, tmp_path):
+    page, summary, *pictures = write_report(whole, tmp_path / "a")
+    assert (page.name, summary.name) == ("report.html", "report.md") and all(path.exists() for path in pictures)
+    told = page.read_text(), summary.read_text()
+    assert told == (to_html(whole), to_markdown(whole)) and str(tmp_path) not in "".join(told)
+    assert not re.search(r"(?:src|href)=|https?://(?!www\.w3\.org/2000/svg)", told[0])
+    assert told[1].startswith("# swept: PASS\n")
+    assert re.findall(r"!\[.*\]\((.*)\)", told[1]) == [path.name for path in pictures]
+
+
+NASTY = "</script><img src=x onerror=alert(1)>|a"
+
+
+def test_names_from_a_table_stay_text():
+    marks = [Mark("points", [1.0], [math.nan], name=NASTY)]
+    figure = Figure("f", NASTY, Axis("x"), Axis("y"), [Panel(NASTY, marks)])
+    report = Report(NASTY, "PASS", [NASTY], [Section("s", [], [figure], [Table(["a"], [[NASTY]])])], {})
+    page = to_html(report)
+    assert "<img" not in page and page.count("</script>") == 2
+    data = json.loads(re.search(r'id="report">(.*?)</script>', page, re.S)[1])
+    assert data["title"] == NASTY and data["sections"][0]["figures"][0]["panels"][0]["marks"][0]["y"] == [None]
+    assert "| </script><img src=x onerror=alert(1)>\\|a |" in to_markdown(report)
+
+
+def test_the_command_says_where_everything_is(tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert main(["report", str(CSV), "--controls", "adam-const=-1", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "verdict: PASS" in told and f"page     {out / 'report.html'}" in told and "file:///" in told
+    assert len(list(out.iterdir())) == 5
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(CSV), "--out", str(tmp_path / "file")]) > 0
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_without_a_plan_there_is_nothing_to_compare(swept, capsys):
+    assert main(["report", str(CSV), "--target", str(swept[1])]) > 0
+    assert "plan.json is missing or damaged; make a plan first" in capsys.readouterr().err
+
+
+# ---- the page in a browser ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium to open the page with: apt install chromium")
+    browser = Browser(path, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, whole, tmp_path):
+    """The page with everything in it, opened; afterwards it must have had nothing to complain about."""
+    file = tmp_path / "report.html"
+    file.write_text(to_html(whole))
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.open(file.as_uri())
+    yield browser
+    assert browser.complaints == [] and browser.requests == [file.as_uri()]
+    assert "NaN" not in browser.run("document.body.innerHTML.replace(/<script.*?<\\/script>/gs, '')")
+
+
+MARKS = "document.querySelectorAll('#{} .mark').length"
+
+
+def shown(page, figure):
+    """How many panels and how many marks of a figure are to be seen."""
+    panels = f"[...document.querySelectorAll('#{figure} .panel')].filter((panel) => !panel.hidden).length"
+    return page.run(panels), page.run(MARKS.format(figure))
+
+
+def test_the_page_draws_every_figure_offline(page, whole):
+    assert page.run("document.body.dataset.drawn") == str(len(whole.figures))
+    for figure in whole.figures:
+        panels, marks = shown(page, figure.name)
+        assert panels == len(figure.panels) and marks > 0
+    assert page.run("document.title") == "swept: PASS" and "PASS" in page.run("document.querySelector('h1').innerText")
+    assert page.run("document.querySelectorAll('section').length") == len(whole.sections)
+
+
+def test_arms_and_widths_can_be_switched_off_and_on(page):
+    before = shown(page, "lr-curves")
+    page.click("button[data-value='64']")
+    panels, marks = shown(page, "lr-curves")
+    assert panels == before[0] == 2 and marks < before[1]
+    page.click("button[data-value='adam-sp']")
+    assert shown(page, "lr-curves")[0] == shown(page, "training-curves")[0] == 1
+    assert shown(page, "drift")[1] < before[1]
+    page.click("button[data-value='64']")
+    page.click("button[data-value='adam-sp']")
+    assert shown(page, "lr-curves") == before
+
+
+def test_axes_change_between_linear_and_logarithmic(page):
+    ticks = "[...document.querySelectorAll('#lr-curves svg text')].map((text) => text.textContent).join()"
+    assert "20" in page.run(ticks) and "2−1" in page.run(ticks)
+    button = "#lr-curves .tools button:nth-of-type({})"
+    page.click(button.format(1))
+    assert "2−1" not in page.run(ticks) and "8" in page.run(ticks).split(",")
+    before = page.run(ticks)
+    page.click(button.format(2))
+    page.click(button.format(3))
+    assert page.run(ticks) != before
+    assert page.run("document.querySelector('#drift .tools').innerText") == "log x"  # its shifts may be negative
+
+
+def test_pointing_at_a_mark_tells_its_numbers(page, swept):
+    x, y = page.run(
+        "(() => { const marks = [...document.querySelectorAll('#lr-curves .panel:first-child path.mark')];"
+        "const diamond = marks.filter((mark) => mark.getAttribute('stroke') === 'var(--ground)').at(-1);"
+        "diamond.scrollIntoView({block: 'center'}); const box = diamond.getBoundingClientRect();"
+        "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+    )
+    tip = "document.getElementById('tip')"
+    assert page.run(f"{tip}.hidden")
+    page.point(x, y)
+    best = measure_sweep(swept[0]).arms["mup"].fits[-1]
+    told = page.run(f"{tip}.innerText").splitlines()
+    assert told[0] == "mup, width 64: best learning rate" and f"optimum: 2^{best.optimum:.2f}" in told[3]
+    assert not page.run(f"{tip}.hidden") and page.run("document.querySelectorAll('.ring').length") == 1
+    page.point(1, 1)
+    assert page.run(f"{tip}.hidden") and page.run("document.querySelectorAll('.ring').length") == 0
+
+
+def test_the_reader_picks_the_learning_rate_of_training_curves(page, whole):
+    choice = section(whole, "Training curves").figures[0].choice
+    lines = (
+        "[...document.querySelectorAll('#training-curves polyline')].map((line) => line.getAttribute('points')).join()"
+    )
+    seen = set()
+    for option in choice.options[1:]:
+        page.run(
+            f"(() => {{ const select = document.querySelector('#training-curves select'); select.value = '{option}';"
+            "select.dispatchEvent(new Event('change')); })()"
+        )
+        seen.add(page.run(lines))
+    assert len(seen) == len(choice.options) - 1
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(page):
+    page.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+    assert page.run("document.documentElement.scrollWidth <= innerWidth")
+    page.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_names_from_a_table_stay_text_in_the_browser(browser, tmp_path):
+    marks = [Mark("points", [1.0], [2.0], name=NASTY, tags={"arm": NASTY})]
+    figure = Figure("f", NASTY, Axis("x"), Axis("y"), [Panel(NASTY, marks)])
+    report = Report(NASTY, "PASS", [NASTY], [Section(NASTY, [NASTY], [figure])], {"arm": [NASTY]})
+    (tmp_path / "nasty.html").write_text(to_html(report))
+    browser.complaints.clear()
+    browser.open((tmp_path / "nasty.html").as_uri())
+    assert browser.run("document.querySelectorAll('img').length") == 0 and browser.complaints == []
+    assert browser.run("document.querySelector('h2').textContent") == NASTY

@@ -57,7 +57,8 @@ def cost_section(
     caption = "FLOPs of the sweep over those of one run as long, by the width of that run."
     if target:
         keys.append(Key("the target", "points", symbol="D"))
-    x, y = Axis("width of the run that is served", "log2", ticks=widths), Axis("cost of the sweep", "log", percent=True)
+    x = Axis("width of the run that is served", "log2", ticks=widths)
+    y = Axis("cost of the sweep over one run", "log", percent=True)
     figure = Figure("cost", caption, x, y, [Panel("", marks)], keys, size=(3.6, 2.6))
     rows = [[cost.name, str(len(cost.cells)), f"{cost.flops:.3g}", cost.time] for cost in [*arms, everything]]
     return Section("Cost", text, [figure], [Table(["arm", "runs", "FLOPs", "time of one worker"], rows)])

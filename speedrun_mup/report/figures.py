@@ -222,7 +222,7 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
     for (owner, width, lr, _), curve in sorted(curves.items()):
         tables.setdefault((owner, width, round(math.log2(lr), 6)), []).append(curve)
     rates = sorted({at for _, _, at in tables})
-    own = "each arm's own best"
+    own = "best of the base width"
     panels, shown = [], []
     for name, arm in result.arms.items():
         chosen = _judged_rate(arm, rates)
@@ -231,14 +231,14 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
             if owner != name or width not in colors:
                 continue
             steps, loss = _thin(np.mean(some, axis=0))
-            label = f"{name}, width {width}, 2^{at:g}"
-            tags = {"arm": name, "width": str(width), "rate": f"2^{at:g}"}
+            label = f"{name}, width {width}, learning rate {2**at:.3g}"
+            tags = {"arm": name, "width": str(width), "rate": f"{2**at:.3g}"}
             marks.append(Mark("line", steps, loss, colors[width], label, tags, size=1.1))
             if at == chosen:
                 marks.append(Mark("line", steps, loss, colors[width], label, tags | {"rate": own}, size=1.1))
                 shown.append((steps, loss))
-        panels.append(Panel(f"{name}\nat 2^{chosen:g}", marks, {"arm": name}))
-    late = np.concatenate([loss[steps >= 0.05 * steps[-1]] for steps, loss in shown])
+        panels.append(Panel(f"{name}\nat learning rate {2**chosen:.3g}", marks, {"arm": name}))
+    late = np.concatenate([loss[steps >= 0.1 * steps[-1]] for steps, loss in shown])
     room = 0.05 * float(late.max() - late.min())
     limits = (float(late.min()) - room, float(late.max()) + room)
     keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
@@ -246,7 +246,7 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
         "Training loss, mean over seeds and over neighbouring steps, at one learning rate for all widths: the best of "
         "the base width. With the right rules a wider model is better at every step."
     )
-    choice = Choice("rate", "learning rate", [own, *(f"2^{at:g}" for at in rates)])
+    choice = Choice("rate", "learning rate", [own, *(f"{2**at:.3g}" for at in rates)])
     return Figure("training-curves", caption, Axis("step"), Axis("training loss", limits=limits), panels, keys, choice)
 
 

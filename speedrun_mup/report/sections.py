@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from speedrun_mup.sweep import CellResult, read_definition, read_results
 from speedrun_mup.sweep import training_curves as read_curves
 from speedrun_mup.transfer import Estimate, TransferResult
 
+SHOWN = 40  # characters of a version or hash
+
 
 def make_report(
     source: Path, result: TransferResult, checks: Sequence[Path] = (), target: Path | None = None
@@ -35,6 +37,8 @@ def make_report(
     checks: files that `speedrun-mup coord-check` wrote. target: folder of the finished run that the plan in `source`
     was made for. Raises ConfigError if any of these is not what it should be, TransferError if there is nothing to draw.
     """
+    tested_first = sorted(result.arms.items(), key=lambda item: item[1].predicted is not None)
+    result = replace(result, arms=dict(tested_first))
     swept = source.is_dir()
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
@@ -78,11 +82,10 @@ def _arms(result: TransferResult) -> Table:
     ]
     rows = []
     for name, arm in result.arms.items():
-        role = "" if arm.predicted is None else f" (control, {signed(arm.predicted)} predicted)"
+        verdict = arm.verdict if arm.predicted is None else f"control, {signed(arm.predicted)} predicted: {arm.verdict}"
         sigma = "unknown" if arm.sigma is None else f"{arm.sigma:.4f}"
         wider = f"{arm.wider.verdict}, {arm.wider.share:.1%} of steps violate it" if arm.wider else "not known"
-        numbers = [interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma]
-        rows.append([name + role, arm.verdict.value, *numbers, wider])
+        rows.append([name, verdict, interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma, wider])
     return Table(header, rows)
 
 
@@ -146,11 +149,11 @@ def _wider(result: TransferResult) -> list[str]:
 def _origin(source: Path, result: TransferResult, cells: Sequence[CellResult]) -> Section:
     """What was compared with what, and by which rules."""
     made = [
-        [name, ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common())]
+        [name, ", ".join(f"{value[:SHOWN]} ({count} runs)" for value, count in counts.most_common())]
         for name in ("speedrun_mup", "source_sha256", "torch", "platform", "device")
         if (counts := Counter(cell.made_with[name] for cell in cells if name in cell.made_with))
     ]
-    corpora = [["corpus", corpus] for corpus in sorted({cell.corpus for cell in cells})]
+    corpora = [["corpus", corpus[:SHOWN]] for corpus in sorted({cell.corpus for cell in cells})]
     rules = [[name.replace("_", " "), f"{value:g}"] for name, value in asdict(result.thresholds).items()]
     tables = [Table(["made from", source.name], corpora + made), Table(["threshold", "value"], rules)]
     text = (
