@@ -73,10 +73,12 @@ class _Cost:
 
     @property
     def flops(self) -> float:
+        """Of training, all cells."""
         return sum(cell.flops for cell in self.cells)
 
     @property
     def time(self) -> str:
+        """Of one worker, for a reader."""
         return clock(sum(cell.seconds for cell in self.cells))
 
 
