@@ -390,7 +390,7 @@ def test_pointing_at_a_mark_tells_its_numbers(page, swept):
     page.point(x, y)
     best = measure_sweep(swept[0]).arms["mup"].fits[-1]
     told = page.run(f"{tip}.innerText").splitlines()
-    assert told[0] == "mup, width 64: best learning rate" and f"optimum: 2^{best.optimum:.2f}" in told[3]
+    assert told[0] == "mup, width 64: best learning rate" and f"curvature {best.curvature:.4f}" in told[3]
     assert not page.run(f"{tip}.hidden") and page.run("document.querySelectorAll('.ring').length") == 1
     page.point(1, 1)
     assert page.run(f"{tip}.hidden") and page.run("document.querySelectorAll('.ring').length") == 0

@@ -35,8 +35,7 @@ def lr_curves(result: TransferResult, rate: str = "learning rate") -> Figure:
             for fit in arm.usable
             if fit.width == arm.base_width
         ]
-        role = "" if arm.predicted is None else " (control)"
-        panels.append(Panel(f"{arm.arm}{role}\ndrift {interval_text(arm.drift)}", marks, {"arm": arm.arm}))
+        panels.append(Panel(f"{_title(arm)}\ndrift {interval_text(arm.drift)}", marks, {"arm": arm.arm}))
     keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
     keys += [
         Key("optimum at base", "line", dotted=True),
@@ -52,6 +51,10 @@ def lr_curves(result: TransferResult, rate: str = "learning rate") -> Figure:
     )
     limits = _loss_limits(fits)
     return Figure("lr-curves", caption, Axis(rate, "log2"), Axis("loss", limits=limits), panels, keys)
+
+
+def _title(arm: ArmResult) -> str:
+    return arm.arm if arm.predicted is None else f"{arm.arm} (control)"
 
 
 def width_colors(result: TransferResult) -> dict[int, Color]:
@@ -81,12 +84,8 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, rank: int) -> list[Mark]
     seed, column = np.nonzero(np.isfinite(cells.losses))
     near = np.linspace(bowls.left[0], bowls.right[0], 61)
     bowl = bowls.a[0] + (near - bowls.center[0]) * (bowls.b[0] + (near - bowls.center[0]) * bowls.c[0])
-    error = "" if math.isnan(fit.optimum_se) else f" \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f}"
-    notes = [
-        f"optimum: 2^{fit.optimum:.2f}{error}",
-        f"curvature {fit.curvature:.4f} nats per octave squared",
-        *fit.problems,
-    ]
+    error = "" if math.isnan(fit.optimum_se) else f", known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} octaves"
+    notes = [f"curvature {fit.curvature:.4f} nats per octave squared{error}", *fit.problems]
     note = "; ".join(notes)
     best: dict[str, Any] = {"symbol": "D", "size": 5.5, "hollow": bool(fit.problems), "notes": [note]}
     return [
@@ -222,10 +221,10 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
     for (owner, width, lr, _), curve in sorted(curves.items()):
         tables.setdefault((owner, width, round(math.log2(lr), 6)), []).append(curve)
     rates = sorted({at for _, _, at in tables})
-    own = "best of the base width"
-    panels, shown = [], []
+    own = "nearest to the best of the base width"
+    panels, shown, judged = [], [], []
     for name, arm in result.arms.items():
-        chosen = _judged_rate(arm, rates)
+        chosen = _judged_rate(arm, [at for owner, _, at in tables if owner == name])
         marks = []
         for (owner, width, at), some in tables.items():
             if owner != name or width not in colors:
@@ -237,14 +236,15 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
             if at == chosen:
                 marks.append(Mark("line", steps, loss, colors[width], label, tags | {"rate": own}, size=1.1))
                 shown.append((steps, loss))
-        panels.append(Panel(f"{name}\nat learning rate {2**chosen:.3g}", marks, {"arm": name}))
+        panels.append(Panel(_title(arm), marks, {"arm": name}))
+        judged.append(f"{name} {2**chosen:.3g}")
     late = np.concatenate([loss[steps >= 0.1 * steps[-1]] for steps, loss in shown])
     room = 0.05 * float(late.max() - late.min())
     limits = (float(late.min()) - room, float(late.max()) + room)
     keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
     caption = (
-        "Training loss, mean over seeds and over neighbouring steps, at one learning rate for all widths: the best of "
-        "the base width. With the right rules a wider model is better at every step."
+        "Training loss, mean over seeds and over neighbouring steps, at one learning rate for all widths: that nearest to "
+        f"the best of the base width ({', '.join(judged)}). With the right rules a wider model is better at every step."
     )
     choice = Choice("rate", "learning rate", [own, *(f"{2**at:.3g}" for at in rates)])
     return Figure("training-curves", caption, Axis("step"), Axis("training loss", limits=limits), panels, keys, choice)

@@ -103,7 +103,7 @@ class View {
     this.panels = figure.panels.map((panel) => {
       const box = add(row, "div", { class: "panel" });
       add(box, "h3", {}, panel.title);
-      const size = { width: 64 + 160 * figure.size[0], height: 50 + 125 * figure.size[1] };
+      const size = { width: 64 + 185 * figure.size[0], height: 50 + 140 * figure.size[1] };
       const label = `${panel.title} ${figure.y.label} against ${figure.x.label}`;
       const svg = draw(box, "svg", { viewBox: `0 0 ${size.width} ${size.height}`, ...size, role: "img", "aria-label": label });
       const drawn = { panel, box, svg, size, targets: [] };
