@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS, Power, Role
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 
 MUP = PARAMETRIZATIONS["mup"]
+ROOT = Path(__file__).parent.parent
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A muP MLP in which every column of the rule table is in use
@@ -548,3 +551,24 @@ def test_summary_json_and_picture(gpt_result, tmp_path):
         gpt_result.plot(tmp_path / name)
     assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "check.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def python_blocks():
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "coord-check.md").read_text(), re.M | re.S)
+
+
+def test_the_mlp_of_the_documentation_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(python_blocks()[0].replace("optimizer=", "progress=False, optimizer="), names)
+    assert names["result"].verdict is Verdict.PASS and (tmp_path / "mlp.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_gpt2_of_the_documentation_passes():
+    pytest.importorskip("transformers")
+    names = {}
+    mlp, gpt2 = python_blocks()
+    exec(mlp.split("\n\n\n")[0] + "\n" + gpt2.replace("optimizer=", "progress=False, optimizer="), names)
+    assert names["result"].verdict is Verdict.PASS
