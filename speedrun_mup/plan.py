@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ from speedrun_mup.transfer import Thresholds, loss_forecast
 
 PLAN, VERSION = "plan.json", 1
 ARM = "mup"
-OCTAVES = (-2.0, -1.0, 0.0, 1.0, 2.0)
-REFINEMENT = (-1.5, -0.5, 0.5, 1.5)  # half octaves that a sweep usually adds around its minimum
+# Octaves to run, and half octaves that an adaptive sweep usually adds to them. The lean grid is for small budgets; it finds
+# the optimum only if that is less than an octave from what was tuned at base width.
+FULL = ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5))
+LEAN = ((-1.0, 0.0, 1.0), ())
 SEEDS, MOST_SEEDS = (1, 2, 3, 5), 5  # of the widest proxy; every narrower one has twice as many, up to the most
 PROBE_STEPS, PROBE_S = 3, 60.0  # steps to time at each width, unless they would take longer than this
 # Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
@@ -56,14 +58,16 @@ NOISE_OVER_CURVATURE = 0.25
 class Plan:
     """The sweep that finds the learning rate of `target` most exactly within the budget.
 
-    seeds: per width. runs: with the refinement that a sweep usually adds. flops: of the sweep; target_flops: of the
-    target run. sweep_s, target_s: on this machine with `workers` workers. lr_error: expected standard error of the
-    target's best learning rate, octaves.
+    seeds: per width. octaves: the grid, which an adaptive sweep refines and extends. runs: with what that usually adds.
+    flops: of the sweep; target_flops: of the target run. sweep_s, target_s: on this machine with `workers` workers.
+    lr_error: expected standard error of the target's best learning rate, octaves.
     """
 
     target: TrainConfig
     widths: tuple[int, ...]
     seeds: tuple[int, ...]
+    octaves: tuple[float, ...]
+    adaptive: bool
     runs: int
     flops: float
     target_flops: float
@@ -78,13 +82,20 @@ class Plan:
         base = _proxy_base(self.target)
         alike = itertools.groupby(zip(self.widths, self.seeds, strict=True), key=lambda pair: pair[1])
         return tuple(
-            Sweep(base, tuple(width for width, _ in pairs), (ARMS[ARM],), OCTAVES, tuple(range(seeds)))
+            Sweep(
+                base,
+                tuple(width for width, _ in pairs),
+                (ARMS[ARM],),
+                self.octaves,
+                tuple(range(seeds)),
+                adaptive=self.adaptive,
+            )
             for seeds, pairs in alike
         )
 
     def summary(self) -> str:
         """For a terminal."""
-        target, points = self.target, len(OCTAVES) + len(REFINEMENT)
+        target, points = self.target, self.runs // sum(self.seeds)
         proxies = ", ".join(f"{width} ({seeds})" for width, seeds in zip(self.widths, self.seeds, strict=True))
         return "\n".join(
             [
@@ -110,28 +121,40 @@ def make_plan(
     *,
     budget_minutes: float | None = None,
     budget_flops: float | None = None,
+    budget_share: float | None = None,
 ) -> Plan:
     """Choose the sweep for `target` and write it to plan.json in `out`, the folder of the sweep.
+
+    budget_share: of the target run's FLOPs. The tightest of the budgets counts.
 
     Considered are head_dim times powers of two below the target's width, at least as many neighbouring ones as a
     verdict needs, with few seeds or many; chosen is what fits the budget with the smallest expected error of the
     learning rate extrapolated to the target's width. Times come from finished cells in `out`, else from a few steps
     per width. Raises ConfigError if no design is possible or none fits.
     """
-    if budget_minutes is None and budget_flops is None:
-        raise ConfigError("a plan needs a budget; give --budget-minutes or --budget-flops")
+    if budget_minutes is budget_flops is budget_share is None:
+        raise ConfigError(
+            "a plan needs a budget; give --budget, for instance 30m, 1e18 FLOPs, or 10% of the target run"
+        )
     corpus, _ = find_corpus(target.data, target.tokenizer)
     candidates = _candidates(target)
     pace = Pace(read_results(out))
     if not pace.known:
         pace = _probe(target, candidates, engine, corpus)
-    designs = [_design(target, widths, seeds, engine.workers, pace, corpus) for widths, seeds in _choices(candidates)]
+    designs = [
+        _design(target, widths, seeds, grid, engine.workers, pace, corpus)
+        for widths, seeds in _choices(candidates)
+        for grid in (FULL, LEAN)
+    ]
     most_s = math.inf if budget_minutes is None else 60 * budget_minutes
     most_flops = math.inf if budget_flops is None else budget_flops
+    if budget_share is not None:
+        most_flops = min(most_flops, budget_share * run_flops(target, corpus.vocab_size))
     fitting = [plan for plan in designs if plan.flops <= most_flops and plan.sweep_s <= most_s]
     if not fitting:
         least = min(designs, key=lambda plan: plan.flops)
-        cost = f"{least.flops:.3g} FLOPs and {least.sweep_s / 60:.1f} minutes"
+        share = least.flops / least.target_flops
+        cost = f"{least.flops:.3g} FLOPs ({share:.1%} of the target run) and {least.sweep_s / 60:.1f} minutes"
         raise ConfigError(f"no plan fits the budget: the smallest takes {cost} here; allow that much")
     plan = min(fitting, key=lambda plan: (plan.lr_error, plan.flops))
     content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "prediction": None}
@@ -160,13 +183,21 @@ def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int
             for widest in SEEDS:
                 seeds = tuple(min(MOST_SEEDS, widest * 2**narrower) for narrower in reversed(range(count)))
                 yield tuple(candidates[first:last]), seeds
+            yield tuple(candidates[first:last]), (2,) + (1,) * (count - 1)  # the cheapest that shows its noise
 
 
 def _design(
-    target: TrainConfig, widths: tuple[int, ...], seeds: tuple[int, ...], workers: int, pace: Pace, corpus: Corpus
+    target: TrainConfig,
+    widths: tuple[int, ...],
+    seeds: tuple[int, ...],
+    grid: tuple[tuple[float, ...], tuple[float, ...]],
+    workers: int,
+    pace: Pace,
+    corpus: Corpus,
 ) -> Plan:
     """What one choice costs and how well it will do."""
-    runs = [count * (len(OCTAVES) + len(REFINEMENT)) for count in seeds]
+    octaves, refinement = grid
+    runs = [count * (len(octaves) + len(refinement)) for count in seeds]
     flops = [run_flops(replace(target, width=width), corpus.vocab_size) for width in widths]
     seconds = [pace.seconds(width, cost) for width, cost in zip(widths, flops, strict=True)]
     whole = run_flops(target, corpus.vocab_size)
@@ -174,22 +205,24 @@ def _design(
         target=target,
         widths=widths,
         seeds=seeds,
+        octaves=octaves,
+        adaptive=bool(refinement),
         runs=sum(runs),
         flops=sum(count * cost for count, cost in zip(runs, flops, strict=True)),
         target_flops=whole,
         workers=workers,
         sweep_s=max(sum(count * each for count, each in zip(runs, seconds, strict=True)) / workers, *seconds),
         target_s=whole / (workers * pace.flops_per_s(widths[-1])),
-        lr_error=expected_lr_error(widths, seeds, target.width),
+        lr_error=expected_lr_error(widths, seeds, octaves + refinement, target.width),
     )
 
 
-def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], target: int) -> float:
+def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], octaves: Sequence[float], target: int) -> float:
     """Standard error, in octaves, of a weighted line through the optima of `widths`, followed to the width `target`.
 
     One optimum is the vertex -b / 2c of a parabola through points u; b has variance noise**2 / sum(u**2) / seeds.
     """
-    squares = sum(u * u for u in OCTAVES + REFINEMENT)
+    squares = sum(u * u for u in octaves)
     weights = [4 * squares * count / NOISE_OVER_CURVATURE**2 for count in seeds]
     doublings = [math.log2(width / target) for width in widths]
     mean = sum(w * at for w, at in zip(weights, doublings, strict=True)) / sum(weights)
@@ -212,6 +245,21 @@ def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpu
                     raise ConfigError(f"timing {cell} failed: {outcome.why}; mend that first")
                 pace.learn(outcome)
     return pace
+
+
+def planned(target: TrainConfig, out: Path) -> Plan | None:
+    """The plan in `out`, if one was made. Raises ConfigError if that is for another target."""
+    if not (out / PLAN).exists():
+        return None
+    content = _read_plan(out)
+    found = _target(content, out)
+    mine, theirs = computed_settings(target), computed_settings(found)
+    differ = [f"{key} was {theirs[key]}, is {mine[key]}" for key in mine if mine[key] != theirs[key]]
+    if differ:
+        raise ConfigError(f"{out} holds a plan for another target: {'; '.join(differ)}; choose another --out")
+    values: dict[str, Any] = {entry.name: content[entry.name] for entry in fields(Plan)}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Plan(**values | lists | {"target": found})
 
 
 def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResult:
@@ -285,6 +333,12 @@ def predict(out: Path) -> Prediction:
     return prediction
 
 
+def advised(out: Path) -> TrainConfig:
+    """The target of the plan in `out`, with the learning rate that was predicted. Raises ConfigError before `predict`."""
+    target, prediction = _predicted(out)
+    return replace(target, lr_scale=prediction.lr_scale)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Predicted against measured. octaves: learning rate used over the predicted one, log2."""
@@ -317,9 +371,7 @@ def compare(out: Path, run: Path) -> Comparison:
     Raises ConfigError if there is no prediction, if the run is not at its end, or if it is not the target that was
     planned; another learning rate or seed is no obstacle.
     """
-    planned, prediction = read_plan(out)
-    if not prediction:
-        raise ConfigError(f"{out / PLAN} holds no prediction yet; finish the sweep and predict first")
+    planned, prediction = _predicted(out)
     done = saved_config(run)
     mine, theirs = computed_settings(planned), computed_settings(done)
     differ = [key for key in mine if mine[key] != theirs[key] and key not in ("lr_scale", "seed")]
@@ -347,6 +399,13 @@ def _read_plan(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{out / PLAN} is missing or damaged; make a plan first") from None
     return content
+
+
+def _predicted(out: Path) -> tuple[TrainConfig, Prediction]:
+    target, prediction = read_plan(out)
+    if not prediction:
+        raise ConfigError(f"{out / PLAN} holds no prediction yet; finish the sweep and predict first")
+    return target, prediction
 
 
 def _target(content: dict[str, Any], out: Path) -> TrainConfig:

@@ -11,6 +11,7 @@ from conftest import TINY
 
 from speedrun_mup.cli import COMMANDS, main, usage
 from speedrun_mup.commands import train
+from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.commands.train import config_of
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
@@ -104,6 +105,8 @@ def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
     [
         (["--arms", "mop"], "arm 'mop' is unknown"),
         (["--workers", "0"], "workers=0 must be at least 1"),
+        (["--budget", "soon"], "--budget soon: give a time such as 30m"),
+        (["--budget", "10%"], "in percent is for a plan"),
         (["--seeds", "0"], "seeds=: name at least one"),
         (["--knob", "dropout"], "knob='dropout' is not a learning rate"),
         (["--widths", "64", "x"], "invalid int value: 'x'"),
@@ -114,3 +117,33 @@ def test_a_wrong_sweep_is_one_line(words, fault, tmp_path, capsys):
     assert main(["sweep", "--widths", "32", "64", "--out", str(tmp_path / "s"), *words]) == 2
     told = capsys.readouterr().err
     assert fault in told and told.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "text, budget",
+    [
+        ("90s", {"budget_minutes": 1.5}),
+        ("2h", {"budget_minutes": 120.0}),
+        ("1e18", {"budget_flops": 1e18}),
+        ("10%", {"budget_share": 0.1}),
+        (None, {}),
+    ],
+)
+def test_budgets_are_read_with_their_units(text, budget):
+    assert budget_of(text) == pytest.approx(budget)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys):
+    words = [
+        "plan",
+        *as_flags(TINY | {"width": 128, "iterations": 24, "base_width": 32, "lr_scale": 2.5}),
+        "--out",
+        str(tmp_path / "p"),
+    ]
+    assert main([*words, "--budget", "0.1%"]) == 2 and "of the target run" in capsys.readouterr().err
+    assert main([*words, "--budget", "120%", "--run"]) == 0
+    told = capsys.readouterr().out
+    assert "target: width 128" in told and "use --lr-scale" in told and "--target runs/NAME" in told
+    assert main(words) == 0 and "proxies: " in capsys.readouterr().out  # found again, without a budget

@@ -10,7 +10,17 @@ import pytest
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.plan import Plan, Prediction, compare, expected_lr_error, make_plan, predict, run_plan
+from speedrun_mup.plan import (
+    Plan,
+    Prediction,
+    advised,
+    compare,
+    expected_lr_error,
+    make_plan,
+    planned,
+    predict,
+    run_plan,
+)
 from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_flops, run_sweep
 from speedrun_mup.training import train
 from speedrun_mup.transfer import TransferError
@@ -72,13 +82,14 @@ def out(tmp_path):
 
 
 def test_more_budget_buys_a_better_known_learning_rate(wide, out):
-    minutes = (3, 6, 12, 1000)
+    minutes = (1, 3, 12, 1000)
     plans = [make_plan(wide, out, FakeEngine(), budget_minutes=budget) for budget in minutes]
     assert all(plan.sweep_s <= 60 * budget for plan, budget in zip(plans, minutes))
     errors = [plan.lr_error for plan in plans]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
     assert plans[-1].widths == (16, 32, 64, 128, 256) and plans[-1].seeds == (5, 5, 5, 5, 5)
-    assert all(len(plan.widths) >= 3 and sum(plan.seeds) >= 6 for plan in plans)
+    assert all(len(plan.widths) >= 3 and plan.seeds[0] > 1 for plan in plans)
+    assert not plans[0].adaptive and plans[-1].adaptive
 
 
 def test_costs_are_counted(wide, out):
@@ -96,6 +107,22 @@ def test_costs_are_counted(wide, out):
     assert {(sweep.widths, len(sweep.seeds)) for sweep in cheap.sweeps} == {
         (tuple(w for w, s in zip(cheap.widths, cheap.seeds) if s == seeds), seeds) for seeds in set(cheap.seeds)
     }
+
+
+def test_a_budget_may_be_a_share_of_the_target_run(wide, out):
+    plan = make_plan(wide, out, FakeEngine(), budget_share=3.0)
+    assert plan.flops <= 3 * plan.target_flops
+    with pytest.raises(ConfigError, match=r"\(\d+\.\d% of the target run\)"):
+        make_plan(wide, out, FakeEngine(), budget_share=0.001)
+
+
+def test_a_plan_is_found_again_and_not_taken_for_another(target, out):
+    assert planned(target, out) is None
+    plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
+    assert planned(dataclasses.replace(target, out="elsewhere", progress=True), out).summary() == plan.summary()
+    assert planned(target, out).sweeps == plan.sweeps
+    with pytest.raises(ConfigError, match=r"plan for another target: iterations was 6, is 7"):
+        planned(dataclasses.replace(target, iterations=7), out)
 
 
 def test_finished_cells_make_timing_unnecessary(target, out):
@@ -116,7 +143,7 @@ def test_a_width_that_would_take_long_to_time_is_not_timed(wide, out, monkeypatc
 def test_impossible_plans_are_refused_in_one_line(target, out):
     with pytest.raises(ConfigError, match="needs a budget"):
         make_plan(target, out, FakeEngine())
-    with pytest.raises(ConfigError, match=r"the smallest takes .* FLOPs and .* minutes here"):
+    with pytest.raises(ConfigError, match=r"the smallest takes .* FLOPs \(.* of the target run\) and .* minutes here"):
         make_plan(target, out, FakeEngine(), budget_minutes=0.1)
     with pytest.raises(ConfigError, match="plan for a width of 128 or more"):
         make_plan(dataclasses.replace(target, width=64), out, FakeEngine(), budget_minutes=1)
@@ -134,7 +161,7 @@ def test_the_error_in_advance_is_that_of_a_line_through_measured_optima():
     c, b, _ = np.polyfit(us, (0.02 * us**2 + noise).reshape(-1, len(us)).T, 2)
     optima = (-b / (2 * c)).reshape(2000, 3)
     at_target = np.polyfit(j, optima.T, 1, w=np.sqrt(seeds))[1]
-    assert expected_lr_error(widths, seeds.tolist(), 512) == pytest.approx(at_target.std(), rel=0.1)
+    assert expected_lr_error(widths, seeds.tolist(), us.tolist(), 512) == pytest.approx(at_target.std(), rel=0.1)
 
 
 def test_a_record_sized_target_has_proxies_from_one_head_up(out, cache_folder):
@@ -166,6 +193,7 @@ def test_the_prediction_holds_the_planted_truth(swept, target, out):
     assert low < 2.5 + 4 * 128**-0.5 + 0.02 < high < low + 0.2  # seeds 0 to 4 add 0.02 on average
     assert prediction.verdict == "PASS" and "--lr-scale 1.2" in prediction.summary()
     assert json.loads((out / "plan.json").read_text())["prediction"]["lr_scale"] == prediction.lr_scale
+    assert advised(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)
 
 
 def test_rates_are_relative_to_the_targets(target, out):

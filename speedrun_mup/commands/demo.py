@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from speedrun_mup.commands import coord_check, train
+from speedrun_mup.commands import coord_check, plan, report
+from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, train_and_tell
 from speedrun_mup.config import new_parser, parse
 
-CHECK_WIDTHS = (32, 64, 128, 256)
+FOLDER = Path("runs/demo")
+CHECK = ["--data", "embedded", "--widths", "32", "64", "128", "256", "--seeds", "1"]
+TARGET = ["--width", "256", "--base-width", "64", "--mup", "--iterations", "64", "--micro-batches", "4"]
+TARGET += ["--data", "embedded", "--val-tokens", "32768", "--val-every", "0"]
+BUDGET = "350%"  # of so short a target run; a real one costs a few percent
 
 
 def run(argv: Sequence[str]) -> int:
-    """The main job, small: train the laptop preset, then check that its learning rates hold at other widths."""
+    """The main job, small: check the rules, tune on narrow models, train a wider one once, see if the forecast held."""
     parse(new_parser("speedrun-mup demo", run.__doc__ or ""), argv)
-    embedded = ["--data", "embedded"]
-    widths = ["--widths", *map(str, CHECK_WIDTHS)]
-    return train.run(["--preset", "laptop", *embedded]) or coord_check.run([*embedded, *widths, "--seeds", "1"])
+    print("1/4  Are the rules right? A coordinate check, with four controls that must fail.")
+    code = coord_check.run([*CHECK, "--out", str(FOLDER), "--name", "coord-check"])
+    if code:
+        return code
+    print("\n2/4  Tune on narrow models: widths 32, 64 and 128 for a target of width 256.")
+    proxies = FOLDER / "plan"
+    code = plan.run([*TARGET, "--budget", BUDGET, "--run", "--out", str(proxies)])
+    if code:
+        return code
+
+    from speedrun_mup.plan import advised
+
+    print("\n3/4  Train the wide model once, with the learning rate that the narrow ones chose.")
+    result = train_and_tell(advised(proxies))
+    if not result.finished:
+        return STOPPED_BY_SIGNAL
+    print("\n4/4  Did it come true?")
+    checked = str(FOLDER / "coord-check" / "coord-check.json")
+    return report.run([str(proxies), "--coord-check", checked, "--target", str(result.folder)])

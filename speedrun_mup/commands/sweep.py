@@ -10,17 +10,35 @@ from typing import Any
 
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.core.errors import ConfigError
 
 NOT_OF_A_SWEEP = ("width", "seed", "out", "name", "resume", "save", "save_every", "keep_last", "track", "val_every")
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the flags that say where cells run and what they may cost."""
+def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Give `parser` the flags that say where cells run and what they may cost. more: further kinds of budget."""
     group = parser.add_argument_group("where and how much")
     group.add_argument("--engine", choices=("local", "ray"), default="local", help="%(default)s")
     group.add_argument("--workers", type=int, metavar="INT", help="cells at a time (default: one per GPU, or per core)")
-    group.add_argument("--budget-minutes", type=float, metavar="FLOAT", help="for this call")
-    group.add_argument("--budget-flops", type=float, metavar="FLOAT", help="for all cells of the folder together")
+    group.add_argument(
+        "--budget", metavar="TIME|FLOPS", help=f"30m or 2h for this call; 1e15 FLOPs for the folder{more}"
+    )
+
+
+def budget_of(text: str | None) -> dict[str, float]:
+    """Arguments of run_sweep and make_plan: minutes from 90s, 30m, 2h or 1d; FLOPs from 1e18; a share from 10%."""
+    if text is None:
+        return {}
+    units = {"s": ("budget_minutes", 1 / 60), "m": ("budget_minutes", 1.0), "h": ("budget_minutes", 60.0)}
+    units |= {"d": ("budget_minutes", 24 * 60.0), "%": ("budget_share", 0.01)}
+    name, factor = units.get(text[-1:], ("budget_flops", 1.0))
+    try:
+        amount = float(text[: -1 if text[-1:] in units else None]) * factor
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount < float("inf"):
+        raise ConfigError(f"--budget {text}: give a time such as 30m or 2h, FLOPs such as 1e18, or for a plan 10%")
+    return {name: amount}
 
 
 def take(flags: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -51,7 +69,9 @@ def run(argv: Sequence[str]) -> int:
     add_engine(parser)
     add_settings(parser, leave_out=NOT_OF_A_SWEEP)
     flags = vars(parse(parser, argv))
-    budget = take(flags, "budget_minutes", "budget_flops")
+    budget = budget_of(flags.pop("budget"))
+    if "budget_share" in budget:
+        raise ConfigError("--budget in percent is for a plan, which has a target run; give a time or FLOPs")
     engine = take(flags, "engine", "workers")
     asked = argparse.Namespace(**take(flags, "widths", "arms", "octaves", "seeds", "knob", "adaptive", "out", "preset"))
     cfg = make_config(asked.preset, flags)

@@ -6,8 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
+
+if TYPE_CHECKING:
+    from speedrun_mup.training import TrainResult
 
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
 
@@ -47,7 +51,12 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
 
 def run(argv: Sequence[str]) -> int:
     """Train, draw the loss curve, and say where everything is."""
-    cfg = config_of(vars(parse(train_parser(), argv)))
+    result = train_and_tell(config_of(vars(parse(train_parser(), argv))))
+    return 0 if result.finished else STOPPED_BY_SIGNAL
+
+
+def train_and_tell(cfg: TrainConfig) -> TrainResult:
+    """Train, draw the loss curve, and print where everything is."""
     from speedrun_mup.report import plot_loss_curve
     from speedrun_mup.training import train
 
@@ -60,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"checkpoint  {result.folder / 'checkpoints' / f'step-{result.steps:08d}'}")
         print(f"loss curve  {curve}")
         print(f"metrics     {result.folder / 'metrics.jsonl'}")
-    return 0 if result.finished else STOPPED_BY_SIGNAL
+    return result
 
 
 def _expected(cfg: TrainConfig, tokenizer: str) -> str:
