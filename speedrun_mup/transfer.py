@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -430,6 +430,7 @@ def measure_transfer(
     runs: Iterable[Run],
     *,
     controls: Mapping[str, float] | None = None,
+    tested: Collection[str] | None = None,
     base_width: int | None = None,
     sigma: float | None = None,
     initial_loss: float = math.inf,
@@ -441,6 +442,7 @@ def measure_transfer(
     """Optima, drift, regret and verdict for every arm of a sweep.
 
     controls: arm -> predicted drift in octaves per doubling, for arms built to fail; if one does not, nothing passes.
+    tested: arms that the verdict is about, by default all but the controls; any others are measured for comparison.
     base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
     between runs that differ only in chance; needed only if no point was run with two seeds, used wherever there is one.
     initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
@@ -452,6 +454,9 @@ def measure_transfer(
         table[run.arm][run.width].append(run)
     if not table:
         raise TransferError("no runs: give one Run per finished run")
+    tested = set(table) - set(controls) if tested is None else set(tested)
+    for arm in sorted(tested - set(table)):
+        raise TransferError(f"arm {arm!r} is to be tested but was not run; there are {', '.join(table)}")
     for arm, predicted in controls.items():
         if arm not in table:
             raise TransferError(f"control {arm!r} is not among the arms ({', '.join(table)}); run it or do not name it")
@@ -473,7 +478,7 @@ def measure_transfer(
         base = base_width or min(table[arm])
         rng = np.random.default_rng([seed, *arm.encode()])
         arms[arm] = _measure_arm(arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng)
-    return TransferResult(arms, *_overall(arms, thresholds), thresholds)
+    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds)
 
 
 def _cells(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | str:
@@ -715,12 +720,14 @@ def _judge(
     return Verdict.PASS, [f"{measured}: inside +-{limit:g}, and at most {bound:g}", cost]
 
 
-def _overall(arms: Mapping[str, ArmResult], thresholds: Thresholds) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict over all arms: nothing counts unless every control failed the way its error predicts."""
+def _overall(
+    arms: Mapping[str, ArmResult], names: Collection[str], thresholds: Thresholds
+) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict over the arms `names`: nothing counts unless every control failed the way its error predicts."""
     controls = [result for result in arms.values() if result.predicted is not None]
-    tested = [result for result in arms.values() if result.predicted is None]
+    tested = [result for result in arms.values() if result.arm in names and result.predicted is None]
     if not tested:
-        raise TransferError(f"every arm ({', '.join(arms)}) is a control; nothing is left to judge")
+        raise TransferError(f"every arm ({', '.join(arms)}) is a control or left out; nothing is left to judge")
     verdicts = {result.verdict for result in tested}
     verdict = next(v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS) if v in verdicts)
     reasons = [f"arm {result.arm}: {result.verdict}, {text}" for result in tested for text in result.reasons]

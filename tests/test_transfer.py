@@ -471,10 +471,19 @@ def test_failing_arm_fails_and_an_arm_without_control_says_so():
     assert measure_transfer(sweep()).reasons[-1].startswith("no control arm")
 
 
+def test_arms_that_are_not_tested_are_measured_and_do_not_count():
+    runs = sweep() + control(-1.0)
+    assert measure_transfer(runs).verdict is Verdict.FAIL
+    result = measure_transfer(runs, tested=["mup"])
+    assert result.verdict is Verdict.PASS and result.arms["sp"].verdict is Verdict.FAIL
+    assert not any("sp" in reason for reason in result.reasons)
+
+
 @pytest.mark.parametrize(
     ("runs", "options", "message"),
     [
         ([], {}, "no runs"),
+        (sweep(), {"tested": ["sp"]}, "arm 'sp' is to be tested but was not run; there are mup"),
         (sweep(), {"controls": {"sp": -1.0}}, "control 'sp' is not among the arms \\(mup\\)"),
         (sweep(), {"controls": {"mup": 0.0}}, "a predicted drift of 0"),
         (sweep(), {"controls": {"mup": -1.0}}, "every arm \\(mup\\) is a control"),

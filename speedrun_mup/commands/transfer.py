@@ -37,6 +37,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="arms of the table built to fail, with the octaves per doubling of width that they must drift: sp=-1",
     )
     parser.add_argument(
+        "--tested", nargs="+", metavar="ARM", help="arms that the verdict is about (default: all but the controls)"
+    )
+    parser.add_argument(
         "--sigma",
         type=float,
         metavar="NATS",
@@ -49,15 +52,15 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
     from speedrun_mup.sweep import measure_sweep
     from speedrun_mup.transfer import measure_transfer, read_runs
 
-    source, sigma = arguments.source, arguments.sigma
+    source, options = arguments.source, {"sigma": arguments.sigma, "tested": arguments.tested}
     controls = _controls(arguments.controls)
     if not source.is_dir():
-        return measure_transfer(read_runs(source), controls=controls, sigma=sigma)
+        return measure_transfer(read_runs(source), controls=controls, **options)
     if controls:
         raise ConfigError(
             f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out"
         )
-    return measure_sweep(source, sigma=sigma)
+    return measure_sweep(source, **options)
 
 
 def _controls(text: str) -> dict[str, float]:
