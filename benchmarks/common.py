@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.data import Batch, Corpus
+from speedrun_mup.data import Batch
+from speedrun_mup.shards import Corpus
 
 RESULTS = Path(__file__).parent / "results"
 WARMUP = 0.05  # of the opponent's steps: its learning rate rises linearly, then falls linearly to zero

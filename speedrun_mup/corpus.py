@@ -6,10 +6,8 @@ $XDG_CACHE_HOME/speedrun-mup, else ~/.cache/speedrun-mup) and found there afterw
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -17,138 +15,26 @@ import re
 import secrets
 import shutil
 import sysconfig
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from speedrun_mup.core.utils import ConfigError, seed_for
-from speedrun_mup.data import MANIFEST, Corpus, ShardError, open_corpus, write_manifest, write_shard
+from speedrun_mup.documents import split_passages
+from speedrun_mup.shards import MANIFEST, Corpus, ShardError, measure_shard, open_corpus, write_manifest, write_shard
+from speedrun_mup.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 
 FINEWEB_COMMAND = "python scripts/data/fineweb.py --tokens 900M"
 
-_RECIPE = 1  # raise it when the embedded or synthetic tokens change, so that older caches are left alone
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back. `bos_token` opens a document; it is never the result of encoding text."""
-
-    vocab_size: int
-    bos_token: int
-
-    @abstractmethod
-    def encode_array(self, text: str) -> np.ndarray:
-        """Ids of `text`: (n,), without BOS."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. BOS reads <|bos|>; bytes that are not UTF-8 read as U+FFFD."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` as a list, without BOS."""
-        return self.encode_array(text).tolist()
-
-    def encode_documents(self, documents: Iterable[str]) -> np.ndarray:
-        """Ids of all `documents` in one row (n,) uint16, BOS before each."""
-        bos = np.array([self.bos_token], np.uint16)
-        return np.concatenate([part for text in documents for part in (bos, self.encode_array(text).astype(np.uint16))])
-
-
-class ByteTokenizer(Tokenizer):
-    """The 256 byte values of UTF-8, then BOS. A small vocabulary keeps the head small beside a narrow model."""
-
-    vocab_size, bos_token = 257, 256
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """The UTF-8 bytes of `text`: (n,) uint8."""
-        return np.frombuffer(text.encode(), np.uint8)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, each below 257."""
-        return b"".join(b"<|bos|>" if id == self.bos_token else bytes([id]) for id in ids).decode(errors="replace")
-
-
-class BpeTokenizer(Tokenizer):
-    """Byte-pair encoding: `tokens` lists the bytes of every id in merge order, `pattern` splits text into words.
-
-    BOS is the id after the last one. Karpathy's rustbpe trains it, tiktoken encodes. ConfigError if they are missing.
-    """
-
-    def __init__(self, pattern: str, tokens: list[bytes]):
-        self.pattern, self.tokens = pattern, tokens
-        self.vocab_size, self.bos_token = len(tokens) + 1, len(tokens)
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._encoding = _import_extra("tiktoken").Encoding(
-            f"bpe:{self.vocab_size}",
-            pat_str=pattern,
-            mergeable_ranks=ranks,
-            special_tokens={"<|bos|>": self.bos_token},
-        )
-
-    @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """A tokenizer of exactly `vocab_size` ids, BOS included. ConfigError if `documents` have too few pairs."""
-        trainer = _import_extra("rustbpe").Tokenizer()
-        trainer.train_from_iterator(iter(documents), vocab_size=vocab_size - 1)
-        tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
-        if len(tokens) != vocab_size - 1:
-            raise ConfigError(f"tokenizer=bpe:{vocab_size} is too large for this text; try bpe:{len(tokens) + 1}")
-        return cls(trainer.get_pattern(), tokens)
-
-    @classmethod
-    def load(cls, path: Path) -> BpeTokenizer:
-        """Read what `save` wrote. Raises ShardError."""
-        try:
-            saved = json.loads(path.read_bytes())
-            return cls(saved["pattern"], [base64.b64decode(token) for token in saved["tokens"]])
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            raise ShardError(
-                f"{path}: no tokenizer ({type(fault).__name__}); delete this folder and prepare the corpus again"
-            ) from None
-
-    def save(self, path: Path) -> None:
-        """Write pattern and tokens as JSON."""
-        tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        path.write_text(json.dumps({"pattern": self.pattern, "tokens": tokens}))
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """The merged pairs of `text`: (n,) uint32."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, each below the vocabulary's size."""
-        return self._encoding.decode(ids)
-
-
-def _import_extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ConfigError(
-            f"a bpe tokenizer needs {name}, which is not installed; pip install 'speedrun-mup[data]'"
-        ) from None
-
-
-def load_tokenizer(corpus: Corpus) -> Tokenizer:
-    """The tokenizer whose ids `corpus` holds. ConfigError if its ids stand for no text that we can show."""
-    if corpus.tokenizer == "byte":
-        return ByteTokenizer()
-    if corpus.tokenizer.startswith("bpe:"):
-        return BpeTokenizer.load(corpus.directory / "tokenizer.json")
-    raise ConfigError(f"tokens of kind {corpus.tokenizer!r} cannot be turned into text; use a byte or bpe corpus")
+_RECIPE = 2  # raise it when the embedded or synthetic tokens change, so that older caches are left alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedded corpus
 
-_PASSAGE_CHARS, _LONGEST_PASSAGE_CHARS = 512, 2048
+_PASSAGE_CHARS = 512
 _VAL_SHARE, _VAL_CHARS = 0.05, 600_000  # of the files, and no less text than this
 _SMALLEST_LIBRARY_CHARS = 5_000_000
 _EXCLUDED_FOLDERS = r"tests?|testing|idle_test|(site|dist)-packages|__pycache__|config-.*"
@@ -190,23 +76,6 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def split_passages(text: str) -> list[str]:
-    """Cut a source file at the first blank line after 512 characters, or the first line end after 2048.
-
-    A document longer than T is trained on only up to T. Files have 17 kB on average: as documents, they would leave 6 %
-    of the bytes in use at T = 1024 and 10 % at 2048, where passages leave 66 % and 80 % (Python 3.11.7). Passages have
-    849 bytes on average; FineWeb's documents have 690 tokens.
-    """
-    passages, lines, size = [], [], 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
-        size += len(line)
-        if size >= _LONGEST_PASSAGE_CHARS or (size >= _PASSAGE_CHARS and not line.strip()):
-            passages.append("".join(lines))
-            lines, size = [], 0
-    return [*passages, "".join(lines)] if lines else passages
-
-
 def _split(texts: Iterable[str]) -> dict[str, list[str]]:
     """Train and val passages. A file's hash decides on its part, a passage's on its place; equal ones come once.
 
@@ -218,10 +87,11 @@ def _split(texts: Iterable[str]) -> dict[str, list[str]]:
         chars += len(by_hash[val])
         val += 1
     parts = {"train": by_hash[val:], "val": by_hash[:val]}
-    return {
-        part: sorted({passage for text in texts for passage in split_passages(text)}, key=_sha256)
-        for part, texts in parts.items()
-    }
+
+    def passages(texts: Iterable[str]) -> set[str]:
+        return {passage for text in texts for passage in split_passages(text.splitlines(True), _PASSAGE_CHARS)}
+
+    return {part: sorted(passages(texts), key=_sha256) for part, texts in parts.items()}
 
 
 def embedded_corpus(tokenizer: str = "byte") -> Corpus:
@@ -241,7 +111,7 @@ def embedded_corpus(tokenizer: str = "byte") -> Corpus:
         coder: Tokenizer = ByteTokenizer()
         if tokenizer != "byte":
             coder = BpeTokenizer.train(passages["train"], vocab_size)
-            coder.save(directory / "tokenizer.json")
+            coder.save(directory)
         for part in "train", "val":
             write_shard(directory / f"{part}_000000.bin", coder.encode_documents(passages[part]))
         _describe(directory, tokenizer, coder.vocab_size, coder.bos_token, source)
@@ -252,14 +122,10 @@ def embedded_corpus(tokenizer: str = "byte") -> Corpus:
 
 def _describe(directory: Path, tokenizer: str, vocab_size: int, bos_token: int, source: str) -> Corpus:
     """The manifest of a corpus of one train and one val shard."""
+    names = {part: f"{part}_000000.bin" for part in ("train", "val")}
+    train, val = ({name: measure_shard(directory / name, vocab_size, bos_token)} for name in names.values())
     return write_manifest(
-        directory,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        bos_token=bos_token,
-        train=["train_000000.bin"],
-        val=["val_000000.bin"],
-        source=source,
+        directory, tokenizer=tokenizer, vocab_size=vocab_size, bos_token=bos_token, train=train, val=val, source=source
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import Corpus
+from speedrun_mup.shards import Corpus
 from speedrun_mup.sweep import (
     ARMS,
     Engine,

@@ -44,8 +44,8 @@ from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.model import GPTConfig
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import Corpus
 from speedrun_mup.schedules import window_blocks
+from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
 from speedrun_mup.training import FREE_TO_CHANGE, FolderLock, train
 from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, measure_transfer

@@ -29,9 +29,10 @@ from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import World, join_world, leave_world
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import Batch, Corpus, TrainBatches, ValBatches
+from speedrun_mup.data import Batch, TrainBatches, ValBatches
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
+from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, provenance, write_json
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up

@@ -15,27 +15,11 @@ import pytest
 
 from speedrun_mup import corpus as module
 from speedrun_mup.core.utils import ConfigError
-from speedrun_mup.corpus import (
-    FINEWEB_COMMAND,
-    BpeTokenizer,
-    ByteTokenizer,
-    cache_folder,
-    embedded_corpus,
-    find_corpus,
-    load_tokenizer,
-    split_passages,
-    write_synthetic,
-)
-from speedrun_mup.data import (
-    GPT2_BOS,
-    Corpus,
-    ShardError,
-    TrainBatches,
-    ValBatches,
-    open_corpus,
-    read_shard,
-    write_shard,
-)
+from speedrun_mup.corpus import FINEWEB_COMMAND, cache_folder, embedded_corpus, find_corpus, write_synthetic
+from speedrun_mup.data import TrainBatches, ValBatches
+from speedrun_mup.documents import split_passages
+from speedrun_mup.shards import GPT2_BOS, Corpus, ShardError, open_corpus, read_shard, write_shard
+from speedrun_mup.tokenizers import BpeTokenizer, load_tokenizer
 
 TEXT = "def área(x):\n    return 'naïve 漢字 🎲', x\n\x00\r\n"
 
@@ -62,6 +46,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(module, "_SMALLEST_LIBRARY_CHARS", 100_000)
     monkeypatch.setattr(module, "_VAL_CHARS", 20_000)
     return root
+
+
+def passages(text: str) -> list[str]:
+    return list(split_passages(text.splitlines(True), 512))
 
 
 def documents(corpus: Corpus, part: str) -> list[str]:
@@ -91,18 +79,18 @@ def test_parts_are_whole_files_and_all_of_them(library: Path) -> None:
     corpus = embedded_corpus()
     parts = {part: set(documents(corpus, part)) for part in ("train", "val")}
     texts = [path.read_text() for path in library.rglob("*.py")]
-    where = {text: {part for part, held in parts.items() if set(split_passages(text)) <= held} for text in texts}
+    where = {text: {part for part, held in parts.items() if set(passages(text)) <= held} for text in texts}
     assert all(len(found) == 1 for found in where.values())
     val = [text for text, found in where.items() if found == {"val"}]
     assert len(val) >= 0.05 * len(texts) and 20_000 <= sum(map(len, val)) < 30_000
     hashes = {text: hashlib.sha256(text.encode()).digest() for text in texts}
     assert max(hashes[text] for text in val) < min(hashes[text] for text in texts if text not in val)
-    assert {passage for text in texts for passage in split_passages(text)} == parts["train"] | parts["val"]
+    assert {passage for text in texts for passage in passages(text)} == parts["train"] | parts["val"]
 
 
 def test_passages_are_shuffled(library: Path) -> None:
     held = documents(embedded_corpus(), "train")
-    origin = {p: path.parent.name for path in library.rglob("*.py") for p in split_passages(path.read_text())}
+    origin = {p: path.parent.name for path in library.rglob("*.py") for p in passages(path.read_text())}
     switches = sum(origin[a] != origin[b] for a, b in pairwise(held))
     assert switches > 0.7 * len(held)  # in file order: 60 switches
     assert held == sorted(held, key=lambda text: hashlib.sha256(text.encode()).digest())
@@ -152,24 +140,7 @@ def test_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         embedded_corpus()
 
 
-def test_passages_join_to_the_text() -> None:
-    text = "".join(f"line {i}\n" + "\n" * (i % 9 == 0) for i in range(1000)) + "x" * 5000 + "\n" + "y\n" * 3000 + "end"
-    passages = split_passages(text)
-    assert "".join(passages) == text and len(passages) > 10
-    assert all(len(passage) >= 512 for passage in passages[:-1])
-    assert all(len(passage) < 2048 + 5001 for passage in passages)
-    assert split_passages("") == [] and split_passages("x") == ["x"]
-
-
 # --- Tokenizers ---
-
-
-def test_byte_tokenizer() -> None:
-    tokenizer = ByteTokenizer()
-    assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert tokenizer.decode([256, 97, 0xC3, 256]) == "<|bos|>a\ufffd<|bos|>"
-    assert tokenizer.encode_documents(["a", "", "b"]).tolist() == [256, 97, 256, 256, 98]
 
 
 def test_bpe(library: Path) -> None:
@@ -203,11 +174,6 @@ def test_bpe_without_its_packages(library: Path, cache: Path, monkeypatch: pytes
 def test_unknown_tokenizer(name: str) -> None:
     with pytest.raises(ConfigError, match="choose byte, or bpe:V"):
         embedded_corpus(name)
-
-
-def test_tokens_without_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="synthetic"):
-        load_tokenizer(write_synthetic(tmp_path / "a", 1000, 1000))
 
 
 # --- The synthetic corpus ---

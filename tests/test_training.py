@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.utils import World
-from speedrun_mup.data import read_shard
 from speedrun_mup.numerics import SpikeWatch
+from speedrun_mup.shards import read_shard
 from speedrun_mup.tracking import read_metrics
 from speedrun_mup.training import Run, newest_unfinished, stop_signals, train
 

@@ -1,0 +1,89 @@
+"""`speedrun-mup data text`, `data fineweb` and `data inspect`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedrun_mup.config import new_parser, parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Get text ready to train on, or look into a folder of shards."""
+    commands = {"text": run_text, "inspect": run_inspect}
+    parser = new_parser("speedrun-mup data", run.__doc__ or "")
+    about = "; ".join(f"{name}: {command.__doc__}" for name, command in commands.items())
+    parser.add_argument("command", choices=tuple(commands), help=f"{about} data COMMAND --help tells more")
+    return commands[parse(parser, argv[:1]).command](argv[1:])
+
+
+def run_text(argv: Sequence[str]) -> int:
+    """Turn files, folders, standard input or Hugging Face datasets into shards. A killed run goes on where it was."""
+    parser = new_parser("speedrun-mup data text", run_text.__doc__ or "")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help=".txt .md .jsonl .parquet (also .gz .zst), folders of them, - for standard input, hf://OWNER/NAME/CONFIG",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; --data DIR trains on it"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="NAME",
+        help="gpt2, byte, train:N (byte pairs, N tokens), a tokenizer.json, or a folder of shards that has one; %(default)s",
+    )
+    parser.add_argument("--bos", metavar="TOKEN", help="opens a document, for a tokenizer.json that does not say")
+    parser.add_argument("--field", default="text", metavar="NAME", help="of a record that holds the text; %(default)s")
+    parser.add_argument(
+        "--passage",
+        type=int,
+        dest="passage_chars",
+        metavar="CHARS",
+        help="cut .txt and .md at the first blank line after so many characters, 0 not at all; 512 for bytes, else 2048",
+    )
+    parser.add_argument(
+        "--val-share", type=float, default=0.01, metavar="SHARE", help="of the documents, for validation; %(default)s"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=100_000_000, metavar="TOKENS", help="where a shard ends; %(default)s"
+    )
+    parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of equal documents")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
+    flags = vars(parse(parser, argv))
+    paths, out, workers = flags.pop("paths"), flags.pop("out"), flags.pop("workers")
+
+    from speedrun_mup.tokenize_text import TextSettings, tokenize_text
+
+    corpus = tokenize_text(paths, out, TextSettings(**flags), workers, progress=sys.stderr.isatty())
+    for part in "train", "val":
+        facts = [corpus.facts[path.name] for path in getattr(corpus, part)]
+        tokens, documents = sum(each.tokens for each in facts), sum(each.documents for each in facts)
+        print(f"{part:<6} {tokens:,} tokens, {documents:,} documents, {len(facts)} shard(s)")
+    print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {out}")
+    return 0
+
+
+def run_inspect(argv: Sequence[str]) -> int:
+    """Say what a folder of shards holds, check every byte of it, draw how long its documents are. Exit code 3 for faults."""
+    parser = new_parser("speedrun-mup data inspect", run_inspect.__doc__ or "")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder of shards")
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="to show the beginning of; %(default)s")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="where to draw (default: DIR/document-lengths.png)")
+    arguments = parse(parser, argv)
+
+    from speedrun_mup.inspect_corpus import first_documents, inspect_corpus
+    from speedrun_mup.shards import ShardError, open_corpus
+
+    corpus = open_corpus(arguments.directory)
+    found = inspect_corpus(corpus)
+    print(found.summary())
+    print(f"picture      {found.plot(arguments.picture or arguments.directory / 'document-lengths.png')}")
+    for text in first_documents(corpus, arguments.documents):
+        print(f"\n{text}")
+    if found.faults:
+        raise ShardError(f"{arguments.directory}: {len(found.faults)} fault(s), the first: {found.faults[0]}")
+    return 0

@@ -1,0 +1,370 @@
+"""Token shards on disk: the file format, and the manifest that says what a folder of shards holds. Needs no torch.
+
+A shard is a file of uint16 tokens behind a 1024-byte header (modded-nanogpt's format).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from speedrun_mup.core.errors import ConfigError, UserError
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
+MAX_TOKENS = 2**31 - 1  # the count is an int32
+MANIFEST, MANIFEST_VERSION = "corpus.json", 2
+TOKENIZER_FILE = "tokenizer.json"  # beside the manifest, where ids are not bytes
+GPT2_VOCAB, GPT2_BOS = 50257, 50256  # of the FineWeb shards
+
+_SCAN_TOKENS = 2**20  # 2 MiB of tokens at a time stay in the cache
+
+
+class ShardError(UserError):
+    """A token file or a corpus folder that is missing, damaged, too small or does not fit its vocabulary."""
+
+    exit_code = 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to the disk, then rename it to `path`. Raises ShardError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as fault:
+        raise ShardError(f"{path}: cannot write: {fault.strerror}; free some space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, unless something failed
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep other writers out of it until done, or until this process ends, however it ends.
+
+    Clears away what a writer that was killed left of files that were not whole. ConfigError if another one is at work.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{directory}: another process is writing there; wait for it or stop it") from None
+        for leftover in directory.glob(".*.tmp"):
+            leftover.unlink()
+        yield
+
+
+def shard_header(tokens: int) -> bytes:
+    """The first 1024 bytes of a shard of so many tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    return header.tobytes()
+
+
+def write_shard(path: Path, tokens: Sequence[int] | np.ndarray) -> None:
+    """Write integers (n,), 0 < n < 2**31, each from 0 to 65535, as one shard. The file appears whole or not at all.
+
+    Raises ShardError rather than wrap an id that needs more than 16 bits.
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ShardError(f"{path}: a shard holds one row of integers, not {ids.dtype} of shape {ids.shape}")
+    if not 0 < len(ids) <= MAX_TOKENS:
+        raise ShardError(f"{path}: a shard holds from 1 to {MAX_TOKENS:,} tokens, not {len(ids):,}; split the corpus")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high > 65535:
+        raise ShardError(
+            f"{path}: token id {low if low < 0 else high} does not fit in 16 bits; use a vocabulary <= 65536"
+        )
+
+    def write(file: BinaryIO) -> None:
+        file.write(shard_header(len(ids)))
+        file.write(np.ascontiguousarray(ids, "<u2").data)
+
+    write_atomically(path, write)
+
+
+_LOOKS_LIKE = (
+    (b"version https://git-lfs", "a git-lfs pointer; run `git lfs pull`"),
+    (b"<", "an HTML or XML page; download the shard again"),
+    (b"\x1f\x8b", "a gzip file; decompress it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file; decompress it"),
+    (b"PK", "a zip file or a torch checkpoint; extract it"),
+    (b"PAR1", "a parquet file; tokenize it first"),
+    (b"\x93NUMPY", "a .npy array; rewrite it with speedrun_mup.shards.write_shard"),
+    (MAGIC.to_bytes(4, "big"), "a big-endian shard; rewrite it with speedrun_mup.shards.write_shard"),
+    ((20240801).to_bytes(4, "little"), "a llm.c shard of 32-bit tokens; tokenize with a vocabulary <= 65536"),
+)
+
+
+def _check_header(path: Path, head: bytes, size: int) -> None:
+    """Raise ShardError unless a file of `size` bytes that starts with `head` is one well-formed shard."""
+    if size == 0:
+        raise ShardError(f"{path}: an empty file, expected a token shard; fetch or write it again")
+    if not head.startswith(MAGIC.to_bytes(4, "little")):
+        kind = next((kind for start, kind in _LOOKS_LIKE if head.lstrip().startswith(start)), "no token shard at all")
+        raise ShardError(f"{path}: starts with {head[:8]!r}, expected magic number {MAGIC}: it looks like {kind}")
+    if size < HEADER_BYTES:
+        raise ShardError(f"{path}: {size} bytes, but a header has {HEADER_BYTES}: a truncated download; fetch it again")
+    version, tokens = (int(number) for number in np.frombuffer(head, "<i4", count=2, offset=4))
+    if version != VERSION:
+        raise ShardError(f"{path}: shard version {version}, expected {VERSION}; rewrite it as 16-bit tokens")
+    if tokens <= 0:
+        raise ShardError(f"{path}: its header counts {tokens} tokens, expected at least 1; fetch or write it again")
+    expected = HEADER_BYTES + 2 * tokens
+    if size != expected:
+        cause = "a truncated download" if size < expected else "bytes were appended or the header is damaged"
+        raise ShardError(
+            f"{path}: {size:,} bytes, expected {expected:,} for {tokens:,} tokens: {cause}; fetch it again"
+        )
+
+
+class Shard:
+    """One shard file, checked and mapped read-only. `tokens` (n,) uint16 is the file itself, not a copy.
+
+    A mapped file that shrinks kills the process that touches it (SIGBUS), so read through `take`, which looks first.
+    Raises ShardError naming the file, what was found, what was expected and the likely cause.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+                raise ShardError(f"{path}: not a file, expected a token shard")
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                _check_header(path, file.read(HEADER_BYTES), size)
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except OSError as fault:
+            raise ShardError(f"{path}: cannot read: {fault.strerror}; check the path and its permissions") from None
+        except ValueError:  # the file shrank between the check and the mapping
+            raise ShardError(f"{path}: its size changes while it is read; wait for the download to end") from None
+        self.path = path
+        self.tokens = np.frombuffer(self._map, "<u2", offset=HEADER_BYTES)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """tokens[start:stop] as a view, after checking that the file still has its size."""
+        if (size := self._map.size()) != len(self._map):
+            raise ShardError(
+                f"{self.path}: was {len(self._map):,} bytes, is now {size:,}; do not change it during a run"
+            )
+        return self.tokens[start:stop]
+
+    def find(self, token: int, vocab_size: int, stop: int | None = None) -> np.ndarray:
+        """Where `token` occurs in tokens[:stop]: ascending int64. ShardError at the first id that is >= vocab_size."""
+        stop = len(self) if stop is None else stop
+        found = []
+        for start in range(0, stop, _SCAN_TOKENS):
+            block = self.take(start, min(start + _SCAN_TOKENS, stop))
+            if block.max() >= vocab_size:
+                at = int(np.argmax(block >= vocab_size))
+                raise ShardError(
+                    f"{self.path}: token id {block[at]} at offset {start + at:,}, but the vocabulary has {vocab_size} "
+                    "entries; the shard belongs to another tokenizer or is damaged"
+                )
+            found.append(np.flatnonzero(block == token) + start)
+        return np.concatenate(found)
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of one shard: (n,) uint16, n < 2**31. Mapped, not copied. Raises ShardError (file, fault, cause)."""
+    return Shard(path).tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of files
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What a manifest says about one shard: its tokens, the documents that start in it, the SHA-256 of its file."""
+
+    tokens: int
+    documents: int
+    sha256: str
+
+
+def measure_shard(path: Path, vocab_size: int, bos_token: int) -> ShardFacts:
+    """Read a whole shard: header, every id, every byte. ShardError for a damaged file or an id >= vocab_size."""
+    shard = Shard(path)
+    documents = len(shard.find(bos_token, vocab_size))
+    return ShardFacts(len(shard), documents, file_sha256(path))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder of shards and what is needed to train on it.
+
+    tokenizer: "byte", "bpe:1024", "gpt2", ...; its ids are below `vocab_size`, and `bos_token` opens every document.
+    tokenizer_sha256: of its tokenizer.json, "" without one. fingerprint: equal only for equal tokens, so that runs on
+    different data are never compared. source: for reports. recipe: of sources and settings, "" where nobody repeats it.
+    facts: of every shard by file name; FineWeb's without a manifest have none.
+    """
+
+    directory: Path
+    tokenizer: str
+    vocab_size: int
+    bos_token: int
+    fingerprint: str
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    source: str
+    tokenizer_sha256: str = ""
+    recipe: str = ""
+    facts: Mapping[str, ShardFacts] = field(default_factory=dict)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of(
+    tokenizer: str, vocab_size: int, bos_token: int, train: Mapping[str, ShardFacts], val: Mapping[str, ShardFacts]
+) -> str:
+    """What a manifest's fingerprint must be: it covers the vocabulary and the name and SHA-256 of every shard."""
+    parts = {"train": train, "val": val}
+    hashes = [(part, name, facts.sha256) for part, shards in parts.items() for name, facts in shards.items()]
+    return _digest(tokenizer, vocab_size, bos_token, hashes)
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    tokenizer: str,
+    vocab_size: int,
+    bos_token: int,
+    train: Mapping[str, ShardFacts],
+    val: Mapping[str, ShardFacts],
+    source: str,
+    recipe: str = "",
+) -> Corpus:
+    """Describe the shards `train` and `val` (by file name inside `directory`) in corpus.json, and open the result."""
+    parts = {"train": train, "val": val}
+    saved = directory / TOKENIZER_FILE
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "source": source,
+        "recipe": recipe,
+        "tokenizer": tokenizer,
+        "tokenizer_sha256": file_sha256(saved) if saved.exists() else "",
+        "vocab_size": vocab_size,
+        "bos_token": bos_token,
+        "fingerprint": fingerprint_of(tokenizer, vocab_size, bos_token, train, val),
+        **{part: {name: asdict(facts) for name, facts in shards.items()} for part, shards in parts.items()},
+    }
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    write_atomically(directory / MANIFEST, lambda file: file.write(text.encode()))
+    return open_corpus(directory)
+
+
+def open_corpus(directory: Path) -> Corpus:
+    """The corpus in `directory`: by its corpus.json, or by upstream's FineWeb names (GPT-2 tokens) where there is none.
+
+    Every shard's header is checked. FineWeb's fingerprint covers names and sizes only. Raises ShardError.
+    """
+    if not directory.is_dir():
+        raise ShardError(f"{directory}: no such folder; write or download a corpus there first")
+    manifest = directory / MANIFEST
+    return _open_manifest(manifest) if manifest.exists() else _open_fineweb(directory)
+
+
+_MANIFEST_FIELDS = {
+    "source": str,
+    "tokenizer": str,
+    "vocab_size": int,
+    "bos_token": int,
+    "fingerprint": str,
+    "tokenizer_sha256": str,
+    "recipe": str,
+    "train": dict,  # file name: its ShardFacts
+    "val": dict,
+}
+
+
+def _open_manifest(path: Path) -> Corpus:
+    def fault(text: str) -> ShardError:
+        return ShardError(f"{path}: {text}; delete this folder and prepare the corpus again")
+
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ShardError(f"{path}: cannot read: {error.strerror}; check its permissions") from None
+    except (ValueError, RecursionError):
+        raise fault("not JSON") from None
+    found = manifest.get("version") if isinstance(manifest, dict) else None
+    if found != MANIFEST_VERSION:
+        raise fault(f"manifest version {found}, expected {MANIFEST_VERSION}")
+    for key, kind in _MANIFEST_FIELDS.items():
+        if type(manifest.get(key)) is not kind:
+            raise fault(f"{key} is {manifest.get(key)!r:.40}, expected {kind.__name__}")
+    vocab_size, bos_token = manifest["vocab_size"], manifest["bos_token"]
+    if not 0 <= bos_token < vocab_size <= 65536:
+        raise fault(f"bos_token {bos_token}, vocab_size {vocab_size}; expected 0 <= bos_token < vocab_size <= 65536")
+    facts = {}
+    for part in "train", "val":
+        if not manifest[part]:
+            raise fault(f"lists no {part} shard")
+        for name, entry in manifest[part].items():
+            if Path(name).name != name:
+                raise fault(f"lists {name!r:.80}, which is not a plain file name")
+            try:
+                facts[name] = ShardFacts(**entry)
+            except TypeError:
+                raise fault(f"{name} has {entry!r:.80}, expected tokens, documents and sha256") from None
+            if (held := len(Shard(path.parent / name))) != facts[name].tokens:
+                raise fault(f"{name} holds {held:,} tokens, not {facts[name].tokens}")
+    return Corpus(
+        directory=path.parent,
+        train=tuple(path.parent / name for name in manifest["train"]),
+        val=tuple(path.parent / name for name in manifest["val"]),
+        facts=facts,
+        **{key: manifest[key] for key in _MANIFEST_FIELDS if key not in ("train", "val")},
+    )
+
+
+def _open_fineweb(directory: Path) -> Corpus:
+    fetch = "download some with `python scripts/data/fineweb.py --tokens 900M`"
+    train, val = (tuple(sorted(directory.glob(f"*_{part}_*.bin"))) for part in ("train", "val"))
+    for part, shards in ("train", train), ("val", val):
+        if not shards:
+            raise ShardError(f"{directory}: no {MANIFEST} and no *_{part}_*.bin shard; {fetch}")
+    sizes = [(path.name, len(Shard(path))) for path in (*train, *val)]
+    return Corpus(
+        directory=directory,
+        tokenizer="gpt2",
+        vocab_size=GPT2_VOCAB,
+        bos_token=GPT2_BOS,
+        fingerprint=_digest("gpt2", GPT2_VOCAB, GPT2_BOS, sizes),
+        train=train,
+        val=val,
+        source=f"FineWeb shards in {directory}",
+    )

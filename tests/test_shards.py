@@ -1,0 +1,319 @@
+"""Shards and manifests: only whole, well-formed files pass."""
+
+import ast
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import random
+import struct
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
+
+from speedrun_mup import shards
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.shards import (
+    GPT2_BOS,
+    GPT2_VOCAB,
+    Corpus,
+    Shard,
+    ShardError,
+    measure_shard,
+    open_corpus,
+    read_shard,
+    sole_writer,
+    write_shard,
+)
+
+FUZZED_FILES = int(os.environ.get("FUZZED_FILES", 2000))
+FACTS = {"tokens": 5000, "documents": 1, "sha256": ""}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Corpus:
+    """Four shards of random documents, unequal in length."""
+    return make_corpus(tmp_path / "small", [documents(n, 40, n) for n in (5000, 3000, 4000, 2500)])
+
+
+# --- Shards ---
+
+
+@given(st.lists(st.integers(0, 65535), min_size=1, max_size=200))
+@settings(deadline=None, max_examples=50)
+def test_write_then_read(tmp_path_factory: pytest.TempPathFactory, tokens: list[int]) -> None:
+    path = tmp_path_factory.mktemp("shard") / "a.bin"
+    write_shard(path, tokens)
+    assert read_shard(path).tolist() == tokens == naive_read(path)
+    assert read_shard(path).dtype == np.uint16
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_read_is_a_read_only_map(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(2_000_000) % 65536)
+    tracemalloc.start()
+    tokens = read_shard(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000 and len(tokens) == 2_000_000
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4", ">i8", "u1"])
+def test_write_any_integer_type(tmp_path: Path, dtype: str) -> None:
+    write_shard(tmp_path / "a.bin", np.arange(200, dtype=dtype)[::3])
+    assert naive_read(tmp_path / "a.bin") == list(range(0, 200, 3))
+
+
+@pytest.mark.parametrize(
+    "tokens, word",
+    [
+        ([1, 65536], "65536"),
+        ([-1, 2], "-1"),
+        (np.array([70000], np.uint32), "70000"),
+        ([2**70], "integers"),
+        ([], "integers"),
+        (np.empty(0, np.uint16), "split"),
+        ([1.0, 2.0], "float64"),
+        (np.zeros((2, 2), np.uint16), "(2, 2)"),
+        (np.broadcast_to(np.uint16(1), 2**31), "split"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "tokens",
+)
+def test_write_never_wraps(tmp_path: Path, tokens: object, word: str) -> None:
+    with pytest.raises(ShardError) as error:
+        write_shard(tmp_path / "a.bin", tokens)  # type: ignore[arg-type]
+    one_line(error, "a.bin", word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    write_shard(path, [1, 2])
+    for call in "fsync", "replace":
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(ShardError) as error:
+                write_shard(path, [3])
+        one_line(error, path, "No space left")
+    assert naive_read(path) == [1, 2] and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ShardError, match="cannot write"):
+        write_shard(path / "below_a_file.bin", [1])
+
+
+def header(magic: int = 20240520, version: int = 1, count: int = 3, order: str = "<") -> bytes:
+    return struct.pack(f"{order}256i", magic, version, count, *[0] * 253)
+
+
+BAD_FILES = {
+    "empty": (b"", "empty"),
+    "one byte": (b"\x01", "no token shard"),
+    "magic only": (header()[:4], "truncated"),
+    "half a header": (header()[:512], "truncated"),
+    "header only": (header(), "truncated"),
+    "one token missing": (header() + bytes(4), "truncated"),
+    "odd length": (header() + bytes(5), "truncated"),
+    "one byte too many": (header() + bytes(7), "appended"),
+    "count too small": (header(count=2) + bytes(6), "appended"),
+    "count too large": (header(count=4) + bytes(6), "truncated"),
+    "count zero": (header(count=0), "counts 0"),
+    "count zero, but tokens": (header(count=0) + bytes(6), "counts 0"),
+    "count negative": (header(count=-1) + bytes(6), "counts -1"),
+    "count largest": (header(count=2**31 - 1) + bytes(6), "4,294,968,318"),
+    "magic": (header(magic=20240521) + bytes(6), "no token shard"),
+    "big-endian": (header(order=">") + bytes(6), "big-endian"),
+    "version 2": (header(version=2) + bytes(6), "version 2"),
+    "32-bit tokens": (header(magic=20240801, version=7) + bytes(12), "32-bit"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    "html": (b"\n<!DOCTYPE html><html>404</html>" + b" " * 2000, "HTML"),
+    "gzip": (gzip.compress(header() + bytes(6)), "gzip"),
+    "npy": (b"\x93NUMPY\x01\x00" + bytes(2000), ".npy"),
+    "zip": (b"PK\x03\x04" + bytes(2000), "zip"),
+    "zeros": (bytes(4096), "no token shard"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file_is_refused(tmp_path: Path, kind: str) -> None:
+    content, word = BAD_FILES[kind]
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ShardError) as error:
+        read_shard(tmp_path / "a.bin")
+    one_line(error, tmp_path / "a.bin", word)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in tmp_path / "missing.bin", tmp_path, tmp_path / "pipe", tmp_path / "nul\0":
+        with pytest.raises(ShardError) as error:
+            read_shard(path)
+        one_line(error, path)
+
+
+def mutated(good: bytes, rng: random.Random) -> bytes:
+    """One to four faults: in a header field, anywhere in a byte, at the end."""
+    raw = bytearray(good)
+    for _ in range(rng.randint(1, 4)):
+        action = rng.randrange(6)
+        if action == 0:
+            raw[rng.randrange(12) % len(raw)] = rng.randrange(256)
+        elif action == 1:
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        elif action == 2:
+            del raw[rng.randrange(1, len(raw) + 1) :]
+        elif action == 3:
+            raw += rng.randbytes(rng.randint(1, 64))
+        elif action == 4:
+            raw[8:12] = struct.pack("<i", rng.choice([0, -1, 2**31 - 1, 499, 501, rng.randrange(2**31)]))
+        else:
+            at = rng.randrange(len(raw)) & ~1
+            raw[at : at + 2] = struct.pack("<H", rng.randrange(VOCAB, 65536))
+    return bytes(raw)
+
+
+def test_fuzzed_files(tmp_path: Path) -> None:
+    """Any mutation either raises ShardError or leaves a shard as long as its header says; no big allocation."""
+    rng = random.Random(0)
+    good = header(count=500) + documents(500, 20).astype("<u2").tobytes()
+    path, refused, foreign = tmp_path / "a.bin", 0, 0
+    tracemalloc.start()
+    for _ in range(FUZZED_FILES):
+        raw = mutated(good, rng)
+        path.write_bytes(raw)
+        try:
+            tokens = read_shard(path)
+        except ShardError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        assert raw[:8] == good[:8] and len(raw) == 1024 + 2 * len(tokens)
+        assert tokens.tobytes() == raw[1024:]
+        try:
+            assert Shard(path).find(BOS, VOCAB).tolist() == np.flatnonzero(tokens == BOS).tolist()
+            assert tokens.max() < VOCAB
+        except ShardError as error:
+            assert "\n" not in str(error) and tokens.max() >= VOCAB
+            foreign += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert FUZZED_FILES / 2 < refused < FUZZED_FILES - foreign and foreign > FUZZED_FILES / 20
+    assert peak < 1_000_000
+
+
+def test_longest_shard(tmp_path: Path) -> None:
+    """A sparse file of 2**31 - 1 tokens: offsets are 64-bit and nothing is read that nobody asked for."""
+    path = tmp_path / "a.bin"
+    with open(path, "wb") as file:
+        file.write(header(count=2**31 - 1))
+        file.truncate(1024 + 2 * (2**31 - 1))
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x07\x00")
+    assert len(read_shard(path)) == 2**31 - 1
+    assert Shard(path).take(2**31 - 3, 2**31 - 1).tolist() == [0, 7]
+
+
+def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "a"), pytest.raises(ConfigError, match="another process"), sole_writer(tmp_path / "a"):
+        pass
+    (tmp_path / "a" / ".x.bin.1-ab.tmp").write_text("left by a writer that was killed")
+    with sole_writer(tmp_path / "a"):  # free again
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
+
+
+def test_measure_shard(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_shard(path, [BOS, 1, 2, BOS, 3])
+    facts = measure_shard(path, VOCAB, BOS)
+    assert (facts.tokens, facts.documents, facts.sha256) == (5, 2, hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(ShardError, match="id 50 at offset 0"):
+        measure_shard(path, 50, 0)
+
+
+# --- Corpora ---
+
+
+def test_manifest_round_trip(small: Corpus) -> None:
+    assert open_corpus(small.directory) == small
+    assert [path.name for path in small.train] == [f"train_{i:06d}.bin" for i in range(4)]
+    assert (small.tokenizer, small.vocab_size, small.bos_token, small.source) == ("test", VOCAB, BOS, "a test")
+
+
+def test_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
+    one, same, other = (make_corpus(tmp_path / str(i), [documents(100, 10, i // 2)]) for i in range(3))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def write_fineweb(directory: Path, val: str = "fineweb_val_000000.bin") -> Path:
+    directory.mkdir()
+    for name in "fineweb_train_000002.bin", "fineweb_train_000001.bin", val:
+        write_shard(directory / name, [GPT2_BOS, *range(100)])
+    return directory
+
+
+def test_upstream_layout(tmp_path: Path) -> None:
+    corpus = open_corpus(write_fineweb(tmp_path / "a"))
+    assert [path.name for path in corpus.train] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert (corpus.tokenizer, corpus.vocab_size, corpus.bos_token) == ("gpt2", GPT2_VOCAB, GPT2_BOS)
+    assert corpus.fingerprint == open_corpus(write_fineweb(tmp_path / "b")).fingerprint
+    write_shard(tmp_path / "b" / "fineweb_train_000003.bin", [GPT2_BOS])
+    assert corpus.fingerprint != open_corpus(tmp_path / "b").fingerprint
+
+
+def test_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(ShardError) as error:
+        open_corpus(tmp_path / "missing")
+    one_line(error, "no such folder")
+    with pytest.raises(ShardError) as error:
+        open_corpus(tmp_path)
+    one_line(error, "_train_", "fineweb.py")
+    with pytest.raises(ShardError) as error:
+        open_corpus(write_fineweb(tmp_path / "a", val="fineweb_other_000000.bin"))
+    one_line(error, "_val_", "fineweb.py")
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"version": 1}, "version 1"),
+        ({"vocab_size": "51"}, "expected int"),
+        ({"vocab_size": 70000}, "65536"),
+        ({"bos_token": 51}, "bos_token 51"),
+        ({"bos_token": True}, "expected int"),
+        ({"fingerprint": None}, "expected str"),
+        ({"train": ["train_000000.bin"]}, "expected dict"),
+        ({"val": {}}, "no val shard"),
+        ({"train": {"../train_000000.bin": 5000}}, "plain file name"),
+        ({"train": {"/absolute.bin": 5000}}, "plain file name"),
+        ({"train": {"train_000000.bin": FACTS | {"tokens": 4999}}}, "5,000 tokens, not 4999"),
+        ({"train": {"missing.bin": FACTS}}, "No such file"),
+        ({"train": {"..": FACTS}}, "not a file"),
+        ({"train": {"train_000000.bin": 5000}}, "expected tokens, documents and sha256"),
+        ({"train": {"train_000000.bin": {"tokens": 5000}}}, "expected tokens, documents and sha256"),
+    ],
+)
+def test_bad_manifest(small: Corpus, change: dict[str, object], word: str) -> None:
+    path = small.directory / "corpus.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ShardError) as error:
+        open_corpus(small.directory)
+    one_line(error, small.directory, word)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\xff", "[" * 100_000, '{"version": 1}'])
+def test_manifest_that_is_none(small: Corpus, text: str) -> None:
+    (small.directory / "corpus.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ShardError) as error:
+        open_corpus(small.directory)
+    one_line(error, "corpus.json", "again")
+
+
+def test_checks_survive_python_minus_o() -> None:
+    assert not [node for node in ast.walk(ast.parse(inspect.getsource(shards))) if isinstance(node, ast.Assert)]

@@ -1,0 +1,263 @@
+"""Text to a corpus: the right tokens, the same bytes whatever the workers or interruptions, nothing half done."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import kill_tokenize
+import pytest
+from small_corpus import naive_read
+
+from speedrun_mup import tokenize_text as module
+from speedrun_mup.cli import main
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.data import TrainBatches, ValBatches
+from speedrun_mup.documents import SourceError
+from speedrun_mup.shards import Corpus, ShardError, open_corpus, write_shard
+from speedrun_mup.tokenize_text import TextSettings, tokenize_text
+from speedrun_mup.tokenizers import load_tokenizer
+
+TEXTS = [f"document {i}: " + "spam and naïve eggs, " * (i % 17) for i in range(400)]
+BYTES = TextSettings(tokenizer="byte", val_share=0.1, shard_tokens=20_000)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", *TEXTS[:50]]))
+    return path
+
+
+def expected(texts: list[str], val: bool) -> list[list[int]]:
+    """Documents of one part as byte ids with BOS, by the rule as docs/data.md has it."""
+
+    def share(text: str) -> float:
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "big") / 2**64
+
+    return [[256, *text.encode()] for text in texts if text and (share(text) < 0.1) == val]
+
+
+def held(corpus: Corpus, part: str) -> list[list[int]]:
+    return [naive_read(path) for path in getattr(corpus, part)]
+
+
+def flat(rows: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(rows))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_document_once_in_order(text: Path, tmp_path: Path) -> None:
+    corpus = tokenize_text([str(text)], tmp_path / "out", BYTES)
+    for part in "train", "val":
+        documents = expected([*TEXTS, *TEXTS[:50]], part == "val")
+        shards = held(corpus, part)
+        assert flat(shards) == flat(documents)
+        assert all(shard[0] == 256 and len(shard) >= 20_000 for shard in shards[:-1]) and shards[-1][0] == 256
+        facts = [corpus.facts[path.name] for path in getattr(corpus, part)]
+        assert sum(each.documents for each in facts) == len(documents) > 20
+        assert [each.tokens for each in facts] == [len(shard) for shard in shards]
+    assert len(corpus.train) > 3 and (corpus.tokenizer, corpus.vocab_size, corpus.bos_token) == ("byte", 257, 256)
+    assert sorted(contents(tmp_path / "out")) == sorted(["corpus.json", *corpus.facts])
+    assert len(TrainBatches(corpus, 64, 2, seed=0).micro_batch(0)[0]) == len(ValBatches(corpus, 64, 64)[0][0]) == 64
+
+
+def test_workers_do_not_matter(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for workers, chunk in (1, 2**19), (4, 700), (3, 5000):
+        monkeypatch.setattr(module, "_CHUNK_CHARS", chunk)
+        tokenize_text([str(text)], tmp_path / f"out{workers}", BYTES, workers)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out4") == contents(tmp_path / "out3")
+
+
+def test_duplicates_are_dropped_on_request(text: Path, tmp_path: Path) -> None:
+    corpus = tokenize_text([str(text), str(text)], tmp_path / "out", dataclasses.replace(BYTES, drop_duplicates=True))
+    assert flat(held(corpus, "train")) == flat(expected(TEXTS, val=False))
+
+
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+def test_broken_off_anywhere(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop_duplicates: bool
+) -> None:
+    """Stopped before each write of a document in turn, and gone on with: the same bytes."""
+    settings = dataclasses.replace(BYTES, drop_duplicates=drop_duplicates)
+    tokenize_text([str(text)], tmp_path / "whole", settings)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    real, left = module.PartWriter.add, 0
+
+    def add(self: module.PartWriter, ids: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        real(self, ids)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.PartWriter, "add", add)
+    starts = 0
+    while not (tmp_path / "out").exists():
+        starts, left = starts + 1, 41
+        assert starts < 100
+        try:
+            tokenize_text([str(text)], tmp_path / "out", settings)
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out").exists()
+    assert starts > 5 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    assert kill_tokenize.compare(tmp_path, kills=2, seed=0, documents=3000) == 2
+
+
+def test_other_text_or_settings_are_not_mixed_in(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.PartWriter, "add", stop)
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+    other = dataclasses.replace(BYTES, val_share=0.2)
+    with pytest.raises(ConfigError, match=r"out\.unfinished comes from other text or settings"):
+        tokenize_text([str(text)], tmp_path / "out", other)
+    first = tokenize_text([str(text)], tmp_path / "out", BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.PartWriter, "add", stop)
+        assert tokenize_text([str(text)], tmp_path / "out", BYTES) == first  # there already
+    with pytest.raises(ConfigError, match="out comes from other text or settings"):
+        tokenize_text([str(text)], tmp_path / "out", other)
+    os.utime(text, (1, 1))
+    with pytest.raises(ConfigError, match="out comes from other text or settings"):
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+
+
+def test_folder_that_holds_something_else(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not empty"):
+        tokenize_text([str(text)], tmp_path, BYTES)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is not empty"):
+        tokenize_text([str(text)], tmp_path / "file", BYTES)
+    with pytest.raises(ConfigError, match="cannot write"):
+        tokenize_text([str(text)], tmp_path / "file" / "out", BYTES)
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("only this")
+    with pytest.raises(ConfigError, match="no document fell into the val part"):
+        tokenize_text([str(tmp_path / "a.txt")], tmp_path / "out", BYTES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_fault_in_the_text_keeps_what_is_done(text: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "z.jsonl"
+    bad.write_text('{"text": 1}\n')
+    with pytest.raises(SourceError, match="z.jsonl:1"):
+        tokenize_text([str(text), str(bad)], tmp_path / "out", BYTES)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.unfinished").exists()
+
+
+def test_trained_tokenizer(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    settings = dataclasses.replace(BYTES, tokenizer="train:300")
+    corpus = tokenize_text([str(text)], tmp_path / "out", settings)
+    assert (corpus.tokenizer, corpus.vocab_size, corpus.bos_token) == ("bpe:300", 300, 299)
+    tokenizer = load_tokenizer(corpus)
+    decoded = tokenizer.decode(flat(held(corpus, "val")))
+    assert decoded == "".join("<|bos|>" + bytes(ids[1:]).decode() for ids in expected([*TEXTS, *TEXTS[:50]], val=True))
+    again = tokenize_text([str(text)], tmp_path / "again", dataclasses.replace(BYTES, tokenizer=str(tmp_path / "out")))
+    assert (again.fingerprint, again.tokenizer_sha256) == (corpus.fingerprint, corpus.tokenizer_sha256)
+    with pytest.raises(ConfigError, match="reads the text twice"):
+        tokenize_text(["-"], tmp_path / "stdin", settings)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"val_share": 0.0}, "val_share"), ({"val_share": 1.0}, "val_share"), ({"shard_tokens": 0}, "shard_tokens")]
+    + [({"shard_tokens": 2**31}, "shard_tokens"), ({"passage_chars": -1}, "passage_chars")],
+)
+def test_impossible_settings(change: dict[str, float], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        TextSettings(**change)  # type: ignore[arg-type]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second text is three times as long."""
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 10_000)
+    peaks = []
+    for size in 2, 6:
+        path = tmp_path / f"{size}.txt"
+        path.write_text("".join(f"{i} " * 100 + "\n\n" for i in range(2500 * size)))
+        tracemalloc.start()
+        tokenize_text([str(path)], tmp_path / f"out{size}", TextSettings(tokenizer="byte"), workers=2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+
+
+# --- The commands ---
+
+
+def test_text_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tokenizer", "byte", "--val-share", "0.1", "--shard-tokens", "20000", "--workers", "2"]
+    assert main(["data", "text", str(text), "--out", str(tmp_path / "out"), *flags]) == 0
+    said = capsys.readouterr().out
+    tokenize_text([str(text)], tmp_path / "same", BYTES)
+    assert contents(tmp_path / "out") == contents(tmp_path / "same")
+    assert f"--data {tmp_path / 'out'}" in said and "vocabulary 257" in said
+    assert main(["data", "text", str(tmp_path / "missing.txt"), "--out", "x"]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_script_reads_standard_input(tmp_path: Path) -> None:
+    script = Path(module.__file__).parents[1] / "scripts" / "data" / "text.py"
+    command = [sys.executable, script, "-", "--out", "out", "--tokenizer", "byte", "--val-share", "0.3"]
+    prose = "".join(f"sentence {i} of some prose\n\n" for i in range(300))
+    done = subprocess.run(command, cwd=tmp_path, input=prose, text=True, capture_output=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    corpus = open_corpus(tmp_path / "out")
+    read = flat(held(corpus, "train") + held(corpus, "val"))
+    assert sorted(bytes(id for id in read if id < 256)) == sorted(prose.encode())
+
+
+def test_inspect_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tokenize_text([str(text)], tmp_path / "out", BYTES)
+    command = ["data", "inspect", str(tmp_path / "out"), "--documents", "2"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    documents = [ids[1:] for ids in expected([*TEXTS, *TEXTS[:50]], val=False)]
+    assert f"{len(documents):,} for training" in said and f"longest {max(map(len, documents)):,}" in said
+    assert f"[{len(documents[0]):,} tokens] {TEXTS[0]}" in said and "all right" in said
+    assert (tmp_path / "out" / "document-lengths.png").read_bytes().startswith(b"\x89PNG")
+    raw = bytearray(corpus.train[1].read_bytes())
+    raw[5000] ^= 1
+    corpus.train[1].write_bytes(raw)
+    assert main(command) == 3
+    said = capsys.readouterr()
+    assert "train_000001.bin: not what the manifest says" in said.err and said.err.count("\n") == 1
+    raw[5001] = 77
+    corpus.train[1].write_bytes(raw)
+    assert main(command) == 3
+    assert "the vocabulary has 257" in capsys.readouterr().err
+    manifest = tmp_path / "out" / "corpus.json"
+    manifest.write_text(manifest.read_text().replace(corpus.fingerprint, "0" * 64))
+    assert main(command) == 3
+    assert "2 fault(s)" in capsys.readouterr().err
+    corpus.train[1].write_bytes(raw[:-2])
+    assert main(command) == 3
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_inspect_what_upstream_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "fineweb_train_000001.bin", "fineweb_val_000000.bin":
+        write_shard(tmp_path / name, [50256, *range(100), 50256, 5])
+    assert main(["data", "inspect", str(tmp_path), "--picture", str(tmp_path / "a.png"), "--documents", "0"]) == 0
+    assert "there is no manifest with hashes: all right" in capsys.readouterr().out
+    assert main(["data", "inspect", str(tmp_path / "missing")]) == ShardError.exit_code
+    assert main(["data"]) == 2 and main(["data", "nothing"]) == 2
