@@ -1,4 +1,4 @@
-"""The transfer estimator on sweeps whose answer is planted: drift, interval, regret, verdict, words, pictures."""
+"""The transfer estimator on sweeps whose answer is planted: drift, interval, regret, verdict, words."""
 
 import dataclasses
 import json

@@ -1,0 +1,45 @@
+"""Does the best learning rate stay put as the model gets wider? The estimator, the equivalence test and the verdict.
+
+    result = measure_transfer(read_runs("sweep.csv"), controls={"sp": -1.0})
+    print(result.summary())
+
+Learning rates live on a log2 axis, in octaves. At each width a parabola through the points near the lowest loss gives
+the optimum; the slope of the optima on log2(width) is the drift, in octaves per doubling of width. Transfer means that
+the drift is shown to be small, which is an equivalence test: "no significant drift" is what a noisy sweep says of
+anything. Runs of one seed share initialisation and batches over all learning rates, so seeds are resampled whole.
+
+Intervals speak of noise. That a loss curve is no parabola is the business of the second, narrow window.
+
+Arrays named draws, and the rows of `Bowls`, hold the estimate from the data in row 0 and resamples in rows 1 to B.
+Shapes: S seeds, K stable learning rates, W widths, R = 1 + B rows.
+"""
+
+from speedrun_mup.transfer.fits import Array, Bowls, Cells, Estimate, WidthFit, fit_bowls
+from speedrun_mup.transfer.forecast import Forecast, loss_forecast
+from speedrun_mup.transfer.measure import measure_transfer
+from speedrun_mup.transfer.results import ArmResult, TransferResult
+from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, read_runs
+from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+from speedrun_mup.transfer.wider import WiderIsBetter, wider_is_better
+
+__all__ = [
+    "ArmResult",
+    "Array",
+    "Bowls",
+    "Cells",
+    "CurveKey",
+    "Estimate",
+    "Forecast",
+    "Run",
+    "Thresholds",
+    "TransferError",
+    "TransferResult",
+    "Verdict",
+    "WiderIsBetter",
+    "WidthFit",
+    "fit_bowls",
+    "loss_forecast",
+    "measure_transfer",
+    "read_runs",
+    "wider_is_better",
+]

@@ -1,0 +1,92 @@
+"""What a wide run will do at its best learning rate, from the narrow ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from speedrun_mup.transfer.fits import Array, Estimate
+from speedrun_mup.transfer.results import ArmResult
+from speedrun_mup.transfer.runs import TransferError
+from speedrun_mup.transfer.thresholds import Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What to expect of one run at `width`, at its best learning rate, everything else being as in the sweep.
+
+    loss: with the scatter of that one run. log2_lr: the rate to use. exponent: of the width in the excess loss.
+    """
+
+    width: int
+    loss: Estimate
+    log2_lr: Estimate
+    exponent: Estimate
+    method: str
+
+    def __str__(self) -> str:
+        loss, low, high = (f"{value:.4f}" for value in (self.loss.value, *self.loss.interval()))
+        lr, slow, fast = (f"{2**value:.4g}" for value in (self.log2_lr.value, *self.log2_lr.interval()))
+        ranges = [f" (90 % {low} to {high})", f" (90 % {slow} to {fast})"] if len(self.loss.draws) > 1 else ["", ""]
+        return f"width {self.width}: loss {loss}{ranges[0]}, lr {lr}{ranges[1]}; {self.method}"
+
+
+def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
+    """Loss and best learning rate at `width`, from the widths of one arm.
+
+    The law is loss(w) = a + b w**-p, fitted by least squares with every width counting the same: how far the law holds,
+    and not seed noise, is what separates widths. Four widths determine p, which is searched from 0 (loss linear in
+    log w) to 1.5. Two or three do not, and then a guess decides: log w falls for ever where 1/w is flat. So p = 1/2
+    gives the number, and every resample draws p between 0 and 1, which spans what is published: from small powers of
+    the parameter count (Kaplan et al., arXiv 2001.08361) to the 1/w of a model near its infinite-width limit (Vyas et
+    al., arXiv 2305.18411). The interval therefore grows with ignorance of the law.
+
+    The learning rate is the mean of the optima if the arm passed, else the drift is followed out to `width`.
+    Raises TransferError with fewer than two usable widths.
+    """
+    fits = arm.usable
+    if len(fits) < 2 or arm.drift is None:
+        raise TransferError(f"arm {arm.arm}: a forecast needs two widths with an optimum, it has {len(fits)}")
+    rng = np.random.default_rng([seed, width, *arm.arm.encode()])
+    losses = np.array([fit.best_losses for fit in fits]).T  # (R, W)
+    doublings = np.log2([fit.width / fits[-1].width for fit in fits])
+    rows = len(losses)
+    if len(fits) >= 4:
+        trials = [_power_law(doublings, losses, np.full(rows, p), 0.0) for p in np.linspace(0, 1.5, 61)]
+        best = np.array([rest for _, rest in trials]).argmin(axis=0)
+        exponent = np.linspace(0, 1.5, 61)[best]
+        law = f"a + b w^-{exponent[0]:.2f} through {len(fits)} widths"
+    else:
+        exponent = np.concatenate([[0.5], rng.uniform(0, 1, rows - 1)])
+        law = f"a + b w^-p through {len(fits)} widths, p between 0 and 1 unknown"
+    loss, _ = _power_law(doublings, losses, exponent, math.log2(width / fits[-1].width))
+    loss[1:] += arm.seed_sd * rng.standard_normal(rows - 1)
+
+    optima = np.array([fit.bowls.vertex for fit in fits])  # (W, R)
+    weights = np.array([fit.weight for fit in fits])
+    rate, advice = weights @ optima / weights.sum(), "mean of the optima, since they do not drift"
+    if arm.verdict is not Verdict.PASS:
+        middle = float(np.average(np.log2([fit.width for fit in fits]), weights=weights))
+        rate = rate + arm.drift.draws * (math.log2(width) - middle)
+        advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling, since transfer is not shown"
+    return Forecast(width, Estimate(loss), Estimate(rate), Estimate(exponent), f"loss from {law}; rate: {advice}")
+
+
+def _power_law(doublings: Array, losses: Array, exponent: Array, at: float) -> tuple[Array, Array]:
+    """Rows of `losses` (R, W) fitted by a + b basis(doublings), p = `exponent` (R,): value `at`, sum of squares; (R,).
+
+    The basis (2**(-p j) - 1) / p becomes -j ln 2 at p = 0, so the exponents form one family.
+    """
+
+    def basis(j: Array) -> Array:  # (R, len(j))
+        p = np.maximum(exponent, 1e-9)[:, None]
+        return np.expm1(-p * j * math.log(2)) / p
+
+    x, target = basis(doublings), basis(np.array([at]))[:, 0]
+    mean = x.mean(axis=1, keepdims=True)
+    slope = ((x - mean) * losses).sum(axis=1) / ((x - mean) ** 2).sum(axis=1)
+    level = losses.mean(axis=1)
+    rest = losses - level[:, None] - slope[:, None] * (x - mean)
+    return level + slope * (target - mean[:, 0]), (rest**2).sum(axis=1)

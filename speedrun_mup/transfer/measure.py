@@ -1,0 +1,229 @@
+"""The measurement: optima, drift, regret and the equivalence test, from runs to verdict."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from speedrun_mup.transfer.fits import Array, Cells, Estimate, Noise, WidthFit, fit_width, table_of
+from speedrun_mup.transfer.results import ArmResult, TransferResult
+from speedrun_mup.transfer.runs import CurveKey, Run, TransferError
+from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+from speedrun_mup.transfer.wider import wider_is_better
+
+
+def measure_transfer(
+    runs: Iterable[Run],
+    *,
+    controls: Mapping[str, float] | None = None,
+    tested: Collection[str] | None = None,
+    base_width: int | None = None,
+    sigma: float | None = None,
+    initial_loss: float = math.inf,
+    curves: Mapping[CurveKey, Array] | None = None,
+    thresholds: Thresholds | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> TransferResult:
+    """Optima, drift, regret and verdict for every arm of a sweep.
+
+    controls: arm -> predicted drift in octaves per doubling, for arms built to fail; if one does not, nothing passes.
+    tested: arms that the verdict is about, by default all but the controls; any others are measured for comparison.
+    base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
+    between runs that differ only in chance; needed only if no point was run with two seeds, used wherever there is one.
+    initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
+    training loss, for "wider is better". The same arguments give the same numbers. Raises TransferError.
+    """
+    controls, curves, thresholds = controls or {}, curves or {}, thresholds or Thresholds()
+    table: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        table[run.arm][run.width].append(run)
+    if not table:
+        raise TransferError("no runs: give one Run per finished run")
+    tested = set(table) - set(controls) if tested is None else set(tested)
+    for arm in sorted(tested - set(table)):
+        raise TransferError(f"arm {arm!r} is to be tested but was not run; there are {', '.join(table)}")
+    for arm, predicted in controls.items():
+        if arm not in table:
+            raise TransferError(f"control {arm!r} is not among the arms ({', '.join(table)}); run it or do not name it")
+        if not predicted:
+            raise TransferError(f"control {arm!r}: a predicted drift of 0 cannot fail; give the drift its error causes")
+    cells, problems = {}, {}
+    for arm, widths in table.items():
+        if base_width is not None and base_width not in widths:
+            have = ", ".join(map(str, sorted(widths)))
+            raise TransferError(f"base_width={base_width} was not run in arm {arm}; it has {have}")
+        sorted_cells = [table_of(width, widths[width], initial_loss) for width in sorted(widths)]
+        cells[arm] = [cell for cell in sorted_cells if isinstance(cell, Cells)]
+        problems[arm] = [cell for cell in sorted_cells if isinstance(cell, str)]
+    everywhere = [cell for arm in cells.values() for cell in arm]
+    arms = {}
+    for arm in table:
+        noise = Noise.of(cells[arm], everywhere, sigma, thresholds)
+        fits = tuple(fit_width(arm, cell, noise, thresholds, resamples, seed) for cell in cells[arm])
+        base = base_width or min(table[arm])
+        rng = np.random.default_rng([seed, *arm.encode()])
+        arms[arm] = _measure_arm(arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng)
+    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds)
+
+
+def _measure_arm(
+    arm: str,
+    base_width: int,
+    fits: tuple[WidthFit, ...],
+    problems: Sequence[str],
+    noise: Noise,
+    predicted: float | None,
+    curves: Mapping[CurveKey, Array],
+    thresholds: Thresholds,
+    rng: np.random.Generator,
+) -> ArmResult:
+    """Drift, regret, "wider is better" and the verdict of one arm."""
+    usable = [fit for fit in fits if not fit.problems]
+    base = next((fit for fit in usable if fit.width == base_width), None)
+    trouble = [*problems, *(text for fit in fits for text in fit.problems)]
+    drift = shift = regret = wider = None
+    if len(usable) > 1:
+        line = _line(usable)
+        drift = Estimate(_drift_draws(line, usable, noise, rng))
+        shift = Estimate(line @ np.array([fit.narrow.vertex - fit.bowls.vertex for fit in usable]))
+        trouble += _scatter(usable, drift.value, thresholds)
+    if base:
+        regret = Estimate(usable[-1].loss_at(base.bowls.vertex) - usable[-1].bowls.floor)
+    mine = {key: curve for key, curve in curves.items() if key[0] == arm}
+    if base and mine:
+        wider = wider_is_better(mine, base.optimum, thresholds)
+    verdict, reasons = _judge(fits, usable, drift, shift, regret, trouble, thresholds)
+    return ArmResult(
+        arm, base_width, fits, drift, shift, regret, noise.sigma, noise.total, predicted, wider, verdict, tuple(reasons)
+    )
+
+
+def _line(usable: Sequence[WidthFit]) -> Array:
+    """Coefficients (W,) that turn optima into their weighted least-squares slope on log2 width."""
+    doublings = np.log2([fit.width for fit in usable])
+    weights = np.array([fit.weight for fit in usable])
+    centred = doublings - np.average(doublings, weights=weights)
+    return weights * centred / (weights * centred**2).sum()
+
+
+def _drift_draws(line: Array, usable: Sequence[WidthFit], noise: Noise, rng: np.random.Generator) -> Array:
+    """Slopes (R,), resamples spread out to Student's t.
+
+    A variance that comes from 2 or 3 seeds per width is itself uncertain, and a normal interval would cover too little.
+    Degrees of freedom after Satterthwaite: S - 1 for each width with seeds; widths with a lone seed share sigma's.
+    """
+    optima = np.array([fit.bowls.vertex for fit in usable])
+    draws = line @ optima
+    parts = line**2 * optima[:, 1:].var(axis=1) if len(draws) > 1 else np.zeros(len(line))
+    if not parts.sum():
+        return draws
+    seeds = np.array([len(fit.cells.filled) for fit in usable])
+    lone = seeds == 1
+    uncertainty = (parts[~lone] ** 2 / (seeds[~lone] - 1)).sum() + parts[lone].sum() ** 2 / noise.freedom
+    if uncertainty:
+        freedom = parts.sum() ** 2 / uncertainty
+        draws[1:] = draws[0] + (draws[1:] - draws[0]) * np.sqrt(freedom / rng.chisquare(freedom, len(draws) - 1))
+    return draws
+
+
+def _scatter(usable: Sequence[WidthFit], drift: float, thresholds: Thresholds) -> tuple[str, ...]:
+    """A sentence if the optima do not lie on a line, so that a small slope would say little."""
+    optima = np.array([fit.optimum for fit in usable])
+    errors = np.nan_to_num([fit.optimum_se for fit in usable])
+    doublings = np.log2([fit.width for fit in usable])
+    weights = [fit.weight for fit in usable]
+    rest = optima - np.average(optima, weights=weights) - drift * (doublings - np.average(doublings, weights=weights))
+    excess = np.abs(rest) - np.maximum(thresholds.max_scatter, 3 * errors)
+    worst = int(excess.argmax())
+    if excess[worst] <= 0:
+        return ()
+    return (f"width {usable[worst].width}: optimum {rest[worst]:+.2f} octaves off the line through all widths",)
+
+
+def _judge(
+    fits: Sequence[WidthFit],
+    usable: Sequence[WidthFit],
+    drift: Estimate | None,
+    shift: Estimate | None,
+    regret: Estimate | None,
+    trouble: Sequence[str],
+    thresholds: Thresholds,
+) -> tuple[Verdict, list[str]]:
+    """One arm's verdict with its reasons: what blocks a verdict, else what fails, else what falls short of a pass."""
+    if drift is None or shift is None:
+        return Verdict.INCONCLUSIVE, [*trouble, f"{len(usable)} usable widths: no drift without two"]
+    limit, bound = thresholds.equivalence, thresholds.max_drift
+    low, high = drift.interval()
+    measured = f"drift {drift} octave per doubling"
+    blocked = list(trouble)
+    widths = [fit.width for fit in fits]
+    if len(widths) < thresholds.min_widths or widths[-1] < thresholds.min_span * widths[0]:
+        need = f"{thresholds.min_widths} widths that span a factor of {thresholds.min_span:g}"
+        blocked.append(f"widths {', '.join(map(str, widths))} are too few or too close: needs {need}")
+    if math.isnan(low):
+        blocked.append("the noise is unknown: run some learning rates with a second seed, or pass sigma")
+    if blocked:
+        return Verdict.INCONCLUSIVE, [*blocked, f"{measured} over {len(usable)} widths"]
+
+    widest = usable[-1]
+    allowed = max(thresholds.max_regret, thresholds.regret_sigmas * (widest.sigma or 0.0))
+    cost = f"regret {regret.value:.4f} nats at width {widest.width}, allowed {allowed:.4f}" if regret else ""
+    if regret and math.isinf(regret.value):
+        cost = f"width {widest.width} diverges at the base width's optimum"
+    failed = []
+    if low > bound or high < -bound:
+        failed.append(f"{measured}: beyond the tolerated +-{bound:g}")
+    if regret and regret.interval()[0] > allowed:
+        failed.append(cost)
+    if failed:
+        return Verdict.FAIL, failed
+
+    short = []
+    reach = max(high - drift.value, drift.value - low)
+    if not -limit < low <= high < limit:
+        text = f"{measured}: the interval is not inside +-{limit:g}"
+        if abs(drift.value) < bound:
+            more = max(2, math.ceil((reach / (limit - abs(drift.value))) ** 2))
+            text += f"; about {more} times the seeds would settle it"
+        short.append(text)
+    elif abs(drift.value) > bound:
+        short.append(f"{measured}: more than {bound:g}, but not surely")
+    if regret and regret.value > allowed:
+        short.append(f"{cost}, but noise could explain it")
+    if abs(shift.value) > max(thresholds.max_window_shift, 2 * shift.se):
+        narrow = f"drift {drift.value + shift.value:+.3f} from the narrow window, {drift.value:+.3f} from the wide one"
+        short.append(f"{narrow}: the answer depends on the window; add half-octave points near the optima")
+    if short:
+        return Verdict.INCONCLUSIVE, short
+    return Verdict.PASS, [f"{measured}: inside +-{limit:g}, and at most {bound:g}", cost]
+
+
+def _overall(
+    arms: Mapping[str, ArmResult], names: Collection[str], thresholds: Thresholds
+) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict over the arms `names`: nothing counts unless every control failed the way its error predicts."""
+    controls = [result for result in arms.values() if result.predicted is not None]
+    tested = [result for result in arms.values() if result.arm in names and result.predicted is None]
+    if not tested:
+        raise TransferError(f"every arm ({', '.join(arms)}) is a control or left out; nothing is left to judge")
+    verdicts = {result.verdict for result in tested}
+    verdict = next(v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS) if v in verdicts)
+    reasons = [f"arm {result.arm}: {result.verdict}, {text}" for result in tested for text in result.reasons]
+    if not controls:
+        reasons.append("no control arm: nothing shows that this sweep would have noticed a wrong rule")
+    for result in controls:
+        sign = math.copysign(1.0, result.predicted or 0.0)
+        need = f"{'above' if sign > 0 else 'below'} {sign * thresholds.equivalence:+g}"
+        low, high = result.drift.interval() if result.drift else (math.nan, math.nan)
+        enough = len(result.usable) >= thresholds.min_widths
+        if enough and min(sign * low, sign * high) > thresholds.equivalence:
+            reasons.append(f"control {result.arm} failed as predicted ({result.predicted:+g}): drift {result.drift}")
+        else:
+            verdict = Verdict.INCONCLUSIVE
+            found = f"drift {result.drift}" if enough and result.drift else "; ".join(result.reasons)
+            reasons.insert(0, f"control {result.arm} did not fail as predicted: {found}; the interval must lie {need}")
+    return verdict, tuple(reasons)

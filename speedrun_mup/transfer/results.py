@@ -1,0 +1,143 @@
+"""What was measured, and how it is told: for a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from speedrun_mup.transfer.fits import Estimate, WidthFit
+from speedrun_mup.transfer.runs import lr_text
+from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+from speedrun_mup.transfer.wider import WiderIsBetter
+
+
+@dataclass(frozen=True, eq=False)
+class ArmResult:
+    """One parametrization over all widths, ascending in fits.
+
+    drift: octaves per doubling; None without two usable widths. window_shift: how much it changes when the parabolas
+    see the narrow window only. regret: nats lost at the widest usable width by using the base width's optimum there;
+    None if that has none. sigma: of one run, pooled over widths, seed offset removed; seed_sd: with the offset.
+    predicted: the drift that a control is built to have; None for an arm under test.
+    """
+
+    arm: str
+    base_width: int
+    fits: tuple[WidthFit, ...]
+    drift: Estimate | None
+    window_shift: Estimate | None
+    regret: Estimate | None
+    sigma: float | None
+    seed_sd: float
+    predicted: float | None
+    wider: WiderIsBetter | None
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+    @property
+    def usable(self) -> tuple[WidthFit, ...]:
+        """The widths with a resolved optimum."""
+        return tuple(fit for fit in self.fits if not fit.problems)
+
+
+@dataclass(frozen=True, eq=False)
+class TransferResult:
+    """All arms and the verdict over them, with reasons in words."""
+
+    arms: dict[str, ArmResult]
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    thresholds: Thresholds
+
+    def summary(self) -> str:
+        """A table for a terminal, at most 100 columns wide but for the reasons."""
+        return "\n".join(_summary_lines(self))
+
+    def to_json(self) -> str:
+        """Everything but the resamples as strict JSON; what is not a finite number is null."""
+        return json.dumps(_plain(_as_dict(self)), indent=1, allow_nan=False)
+
+
+def _summary_lines(result: TransferResult) -> Iterator[str]:
+    names = ("width", "seeds", "points", "best log2 lr", "best lr", "curvature", "loss")
+    header = "{:>8} {:>5} {:>6} {:>15} {:>9} {:>9} {:>8}  stable".format(*names)
+    for arm in result.arms.values():
+        role = "" if arm.predicted is None else f"  (control, predicted drift {arm.predicted:+g})"
+        yield f"arm {arm.arm}{role}"
+        yield header
+        for fit in arm.fits:
+            error = "" if math.isnan(fit.optimum_se) else f" +- {fit.optimum_se:.2f}"
+            position = f"{fit.optimum:+.2f}{error}" + ("!" if fit.problems else " ")
+            first = f", not {lr_text(fit.cells.diverged[0])}" if fit.cells.diverged else " (end)"
+            stable = "nothing" if math.isnan(fit.largest_stable) else lr_text(fit.largest_stable)
+            yield (
+                f"{fit.width:>8} {len(fit.cells.losses):>5} {len(fit.cells.log2_lr):>6} {position:>15}"
+                f" {2**fit.optimum:>9.4g} {fit.curvature:>9.4f} {fit.best_losses[0]:>8.4f}"
+                f"  to {stable}{first}"
+            )
+        yield f"  {arm.verdict}"
+        yield from (f"  - {text}" for text in arm.reasons)
+        if arm.wider:
+            yield f"  - {arm.wider}"
+        yield ""
+    yield f"verdict: {result.verdict}"
+    yield from (f"- {text}" for text in result.reasons)
+
+
+def _as_dict(result: TransferResult) -> dict[str, Any]:
+    return {
+        "verdict": result.verdict,
+        "reasons": result.reasons,
+        "thresholds": asdict(result.thresholds),
+        "arms": {
+            name: {
+                "verdict": arm.verdict,
+                "reasons": arm.reasons,
+                "predicted_drift": arm.predicted,
+                "base_width": arm.base_width,
+                "drift": _numbers(arm.drift),
+                "window_shift": _numbers(arm.window_shift),
+                "regret": _numbers(arm.regret),
+                "sigma": arm.sigma,
+                "seed_sd": arm.seed_sd,
+                "wider_is_better": arm.wider and asdict(arm.wider),
+                "widths": [
+                    {
+                        "width": fit.width,
+                        "log2_lr": fit.cells.log2_lr.tolist(),
+                        "mean_loss": fit.cells.mean.tolist(),
+                        "runs": fit.cells.runs.tolist(),
+                        "diverged_log2_lr": fit.cells.diverged,
+                        "largest_stable_log2_lr": fit.largest_stable,
+                        "optimum_log2_lr": fit.optimum,
+                        "optimum_se": fit.optimum_se,
+                        "best_loss": _numbers(Estimate(fit.best_losses)),
+                        "curvature": fit.curvature,
+                        "sigma": fit.sigma,
+                        "problems": fit.problems,
+                    }
+                    for fit in arm.fits
+                ],
+            }
+            for name, arm in result.arms.items()
+        },
+    }
+
+
+def _numbers(estimate: Estimate | None) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    intervals = {"interval_90": estimate.interval(0.9), "interval_95": estimate.interval(0.95)}
+    return {"value": estimate.value, "se": estimate.se, **intervals}
+
+
+def _plain(value: Any) -> Any:
+    """The same with tuples as lists and what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,90 @@
+"""The table of runs that a measurement starts from."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from speedrun_mup.core.errors import UserError
+
+CurveKey = tuple[str, int, float, int]  # arm, width, lr, seed
+
+
+class TransferError(UserError):
+    """A table of runs that cannot be read or analysed."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run. lr: learning rate, absolute or a factor on all rates. loss: nan or inf if the run diverged."""
+
+    width: int
+    lr: float
+    seed: int
+    loss: float
+    arm: str = "mup"
+
+    @property
+    def log2_lr(self) -> float:
+        """Position on the learning-rate axis, rounded so that equal rates written differently are one grid point."""
+        return round(math.log2(self.lr), 6)
+
+
+def read_runs(path: str | Path) -> list[Run]:
+    """Runs from a CSV with columns width, lr, seed, loss and, if you like, arm; case and other columns do not matter.
+
+    A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming row (1 is the header) and column.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise TransferError(f"{path}: cannot be read ({fault}); give a CSV file in UTF-8") from None
+    reader = csv.DictReader(text.splitlines(), restval="")
+    names = [name.strip().lower() for name in reader.fieldnames or []]
+    reader.fieldnames = names
+    for column in ("width", "lr", "seed", "loss"):
+        if names.count(column) != 1:
+            found = "no column" if column not in names else "more than one column"
+            raise TransferError(f"{path}: {found} {column!r} in the header ({','.join(names)}); name it once")
+    runs: dict[tuple[str, int, float, int], Run] = {}
+    for row in reader:
+        where = f"{path} row {reader.line_num}"
+        width = _number(row, "width", where, whole=True, positive=True)
+        lr = _number(row, "lr", where, positive=True)
+        seed = _number(row, "seed", where, whole=True)
+        loss = math.nan if row["loss"].strip().lower() == "diverged" else _number(row, "loss", where, finite=False)
+        run = Run(int(width), lr, int(seed), loss, row.get("arm", "").strip() or "mup")
+        key = (run.arm, run.width, run.log2_lr, run.seed)
+        if key in runs:
+            same = f"arm {run.arm}, width {run.width}, lr {lr:g}, seed {run.seed}"
+            raise TransferError(f"{where}: {same} is there twice; drop one")
+        runs[key] = run
+    if not runs:
+        raise TransferError(f"{path}: a header but no rows; give one row per finished run")
+    return list(runs.values())
+
+
+def _number(
+    row: dict[str, str], column: str, where: str, *, whole: bool = False, positive: bool = False, finite: bool = True
+) -> float:
+    """The number in `column`, or a TransferError that says what should stand there."""
+    try:
+        value = float(row[column])
+        good = not (finite and not math.isfinite(value)) and not (whole and value % 1) and not (positive and value <= 0)
+    except ValueError:
+        value, good = math.nan, False
+    if not good:
+        kind = f"a {'positive ' if positive else ''}{'whole ' if whole else ''}number"
+        hint = "" if finite else " (write nan or diverged for a run that blew up)"
+        raise TransferError(f"{where}, column {column}: {row[column]!r} should be {kind}{hint}")
+    return value
+
+
+def lr_text(log2_lr: float) -> str:
+    """A learning rate for a reader: 2^-1.5 on a grid of quarter octaves, else a plain number."""
+    quarters = 4 * log2_lr
+    return f"2^{log2_lr:g}" if abs(quarters - round(quarters)) < 1e-5 else f"{2**log2_lr:.3g}"
