@@ -32,7 +32,6 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -82,7 +81,7 @@ class Checkpoints:
         self._intact: set[Path] = set()  # verified or written by this process
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
-        self._side_group: Any = None
+        self._aside: World | None = None  # for the writer thread
 
     def save(
         self,
@@ -112,7 +111,8 @@ class Checkpoints:
             files[STATE] = state_text
         if wait:
             return self._write(step, files, ranges, self.world.gather_objects)
-        self._pending = self._writer.submit(self._write, step, files, ranges, self._side_gather())
+        self._aside = self._aside or self.world.aside()
+        self._pending = self._writer.submit(self._write, step, files, ranges, self._aside.gather_objects)
         return self._folder(step)
 
     def poll(self, wait: bool = False) -> Path | None:
@@ -191,20 +191,6 @@ class Checkpoints:
                 f"none of the {len(steps)} checkpoints in {self.root} is intact; move them to start anew"
             )
         return None
-
-    def _side_gather(self) -> Gather:
-        """Gathers of the writer thread, over a group of their own: they must not interleave with training's."""
-        if self.world.size == 1:
-            return self.world.gather_objects
-        if self._side_group is None:
-            self._side_group = dist.new_group(backend="gloo")
-
-        def gather(value: Any) -> list[Any]:
-            values: list[Any] = [None] * self.world.size
-            dist.all_gather_object(values, value, group=self._side_group)
-            return values
-
-        return gather
 
     def _write(self, step: int, files: dict[str, Content], ranges: dict[str, Range], gather: Gather) -> Path:
         """The commit protocol, on all ranks. Every gather is also a barrier."""

@@ -50,6 +50,11 @@ class TrainConfig:
     pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
     seed: int = setting("training", "fixes initialisation and data order", 0)
 
+    strict: bool = setting(
+        "training",
+        "sum gradients in a fixed tree over micro-batches, with deterministic kernels: the same bits on any number of ranks",
+        False,
+    )
     on_nonfinite: str = setting(
         "training",
         "when the loss or a gradient is not finite: stop, skip the step, or roll back to the last checkpoint and leave "
@@ -100,6 +105,7 @@ class TrainConfig:
     )
     attention: str = setting("device", "backend; auto probes the device", "auto", ("auto", "flex", "blocked", "dense"))
     compile: bool | None = setting("device", "torch.compile the model (default: only on CUDA)", None)
+    timeout_s: float = setting("device", "seconds that a rank waits for the others before it gives up", 600.0)
     kernel_warmup: int = setting("device", "throw-away steps before training, to compile and warm up", 10)
 
     def __post_init__(self) -> None:
@@ -143,7 +149,7 @@ _RANGES = (
     (
         "positive and finite",
         lambda value: 0 < value < float("inf"),
-        "matrix_lr embed_lr head_lr scalar_lr lr_scale adam_eps scalar_eps",
+        "matrix_lr embed_lr head_lr scalar_lr lr_scale adam_eps scalar_eps timeout_s",
     ),
     ("in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 momentum momentum_start"),
     ("in [0, 1]", lambda value: 0 <= value <= 1, "cooldown lr_floor"),

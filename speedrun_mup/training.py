@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from speedrun_mup.core.attention import Window, pick_backend
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
-from speedrun_mup.core.utils import World, join_world, leave_world
+from speedrun_mup.core.utils import TreeSum, World, deterministic, join_world, leave_world, stop_with_parent
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import Batch, TrainBatches, ValBatches
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
@@ -63,10 +63,20 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
     Raises a UserError whose text is one line. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with
     finished=False.
     """
-    world = join_world(cfg.device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
+    world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
     try:
-        with stop_signals() as signals, closing(Run(cfg, world)) as run:
-            return run.train(signals, observe)
+        with stop_signals() as signals, deterministic(cfg.strict):
+            run = Run(cfg, world)
+            try:
+                result = run.train(signals, observe)
+            except BaseException:
+                with suppress(UserError):  # a save that fails now is not what ended the run
+                    run.close()
+                raise
+            run.close()
+            return result
     finally:
         leave_world()
 
@@ -230,6 +240,8 @@ class Run:
         As in the record, the gradient is that of the loss summed over T tokens and averaged over the N micro-batches,
         whoever computes them. Micro-batches start with a BOS, so several in a row are the same as several in turn.
         """
+        if self.cfg.strict:
+            return self.accumulate_gradients_as_tree(micro_batches, step)
         window, total = self.window(step), torch.zeros((), device=self.world.device)
         for first in range(0, len(micro_batches), self.pack):
             group = micro_batches[first : first + self.pack]
@@ -238,6 +250,20 @@ class Run:
             (loss / self.cfg.micro_batches).backward()
             total += loss.detach()
         return total
+
+    def accumulate_gradients_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
+        """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
+        window, tree = self.window(step), TreeSum()
+        for batch in micro_batches:
+            loss = self.loss_of(*self.to_device(batch), window)
+            (loss / self.cfg.micro_batches).backward()
+            tree.add([loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)])
+            reached = [p for p in self.model.parameters() if p.grad is not None]
+            self.model.zero_grad(set_to_none=True)
+        loss, *gradients = tree.total()
+        for parameter, gradient in zip(reached, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
 
     def vote(self, step: int, loss_sum: Tensor, stop: bool) -> Vote:
         """Ask all ranks whether the loss and every gradient are finite, and whether anyone was asked to stop.
@@ -475,8 +501,15 @@ def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def pick_pack(cfg: TrainConfig, world: World) -> int:
-    """How many of a rank's micro-batches one forward pass takes side by side."""
+    """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --strict cannot be kept."""
     share = max(cfg.micro_batches // world.size, 1)
+    if cfg.strict:
+        if world.size > 1 and share & (share - 1):
+            raise ConfigError(
+                f"{share} micro-batches per process are no branch of the tree that --strict sums in; start 1 process, or "
+                "so many that each has 1, 2, 4, 8, ... of them"
+            )
+        return 1
     if cfg.pack:
         return min(cfg.pack, share)
     fits = TOKENS_AT_ONCE[world.device.type] // cfg.micro_batch_tokens
@@ -537,7 +570,7 @@ def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
 # What a resumed run may change: where it runs and what it shows, not what it computes.
 FREE_TO_CHANGE = {
     *("out", "name", "resume", "save", "save_every", "keep_last", "keep_every", "track", "progress", "val_every"),
-    *("on_nonfinite", "device", "attention", "compile", "kernel_warmup", "pack"),
+    *("on_nonfinite", "timeout_s", "device", "attention", "compile", "kernel_warmup", "pack"),
 }
 
 

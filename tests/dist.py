@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +27,18 @@ def new_store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def run_ranks(size: int, work: Callable[[World], T], timeout_s: float = 60.0, store: TCPStore | None = None) -> list[T]:
+def run_ranks(
+    size: int,
+    work: Callable[[World], T],
+    timeout_s: float = 60.0,
+    store: TCPStore | None = None,
+    join_timeout_s: float | None = None,
+    lost: Sequence[int] = (),
+) -> list[T | None]:
     """What `work` returns (picklable) on each of `size` ranks. `store` is for a group that is not the first there.
 
-    Raises RuntimeError as soon as one rank fails, with its traceback, or when the time is up. No rank outlives this.
+    join_timeout_s: of collectives, if not `timeout_s`. lost: ranks that need not come to an end; theirs is None. Raises
+    RuntimeError as soon as another fails, with its traceback, or when the time is up. No rank outlives this.
     """
     store = store or new_store()
     environment = {
@@ -47,7 +55,7 @@ def run_ranks(size: int, work: Callable[[World], T], timeout_s: float = 60.0, st
             os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
             answer: tuple[bool, Any]
             try:
-                answer = True, work(join_world("cpu", timeout_s))
+                answer = True, work(join_world("cpu", join_timeout_s or timeout_s))
                 leave_world()
             except Exception:
                 answer = False, traceback.format_exc()
@@ -55,13 +63,15 @@ def run_ranks(size: int, work: Callable[[World], T], timeout_s: float = 60.0, st
             os._exit(not answer[0])
 
         ranks = {fork(partial(live, rank)): rank for rank in range(size)}
+        awaited = {pid: rank for pid, rank in ranks.items() if rank not in lost}
+        given_up = [pid for pid in ranks if pid not in awaited]
         try:
-            _wait(ranks, answers, time.monotonic() + timeout_s)
+            _wait(awaited, answers, time.monotonic() + timeout_s)
         finally:
-            for pid in ranks:
+            for pid in [*awaited, *given_up]:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        return [pickle.loads(path.read_bytes())[1] for path in answers]
+        return [pickle.loads(path.read_bytes())[1] if path.exists() else None for path in answers]
 
 
 def _wait(ranks: dict[int, int], answers: list[Path], deadline: float) -> None:

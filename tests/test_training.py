@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from dist import run_ranks
 from safetensors.torch import load_file
 
 from speedrun_mup.checkpoint import CheckpointError
+from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.utils import World
 from speedrun_mup.numerics import SpikeWatch
 from speedrun_mup.shards import read_shard
 from speedrun_mup.tracking import read_metrics
-from speedrun_mup.training import Run, newest_unfinished, stop_signals, train
+from speedrun_mup.training import Run, newest_unfinished, pick_pack, stop_signals, train
 
 
 def weights(result):
@@ -398,3 +400,35 @@ def test_signals_are_restored_afterwards():
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+STRICT = {"strict": True, "micro_batches": 8, "iterations": 5, "val_every": 2}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("hidden", ["muon", "adam"])
+def test_a_strict_run_is_the_same_to_the_bit_on_any_number_of_ranks(tiny, hidden):
+    alone = train(tiny(name="1", hidden_optimizer=hidden, **STRICT))
+    for size in (2, 4):
+        cfg = tiny(name=str(size), hidden_optimizer=hidden, **STRICT)
+        results = run_ranks(size, lambda world, cfg=cfg: dataclasses.asdict(train(cfg))["finished"])
+        assert results == [True] * size
+        assert_same_training(alone, dataclasses.replace(alone, folder=Path(cfg.out) / cfg.name))
+
+
+@pytest.mark.dist
+def test_without_strict_the_bits_depend_on_the_number_of_ranks_but_little_else_does(tiny):
+    """The test above could not fail if this one could not pass."""
+    changes = STRICT | {"strict": False, "pack": 1}
+    alone = train(tiny(name="1", **changes))
+    assert run_ranks(4, lambda world: train(tiny(name="4", **changes)).finished) == [True] * 4
+    folder = Path(tiny().out) / "4"
+    ours, theirs = ([loss for _, loss in curve(f)] for f in (alone.folder, folder))
+    assert ours != theirs and ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_strict_needs_branches_of_the_tree():
+    with pytest.raises(ConfigError, match="3 micro-batches per process are no branch"):
+        pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), World(0, 2))
+    for size in (1, 3, 6):
+        assert pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), World(0, size)) == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from speedrun_mup.core.utils import (
     CollectiveError,
     ConfigError,
     NonFiniteError,
+    TreeSum,
     UserError,
     World,
     generator,
@@ -21,6 +25,7 @@ from speedrun_mup.core.utils import (
     leave_world,
     pick_device,
     seed_for,
+    tree_sum,
 )
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -105,6 +110,94 @@ def test_every_user_error_has_its_own_exit_code():
     assert codes == [1, 2, 5, 6]
 
 
+# Sums
+
+
+def neighbours(terms: list[str]) -> str:
+    """How `tree_sum` puts brackets, by recursion: the largest power of two that leaves something goes to the left."""
+    if len(terms) == 1:
+        return terms[0]
+    left = 1 << ((len(terms) - 1).bit_length() - 1)
+    return f"({neighbours(terms[:left])}+{neighbours(terms[left:])})"
+
+
+def test_tree_sums_by_neighbours_whether_at_once_or_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1, 20):
+        terms = [torch.randn(50, generator=generator) * 10.0**i for i in range(n)]
+        brackets = neighbours([f"t{i}" for i in range(n)])
+        expected = eval(brackets, {f"t{i}": term for i, term in enumerate(terms)})
+        assert torch.equal(tree_sum(terms), expected)
+        tree = TreeSum()
+        for term in terms:
+            tree.add([term.clone(), term[:3].clone()])
+        total, start = tree.total()
+        assert torch.equal(total, expected) and torch.equal(start, expected[:3])
+        for block in (2, 4, 8):  # what ranks with `block` terms each would do
+            if n % block == 0:
+                assert torch.equal(
+                    tree_sum([tree_sum(terms[i : i + block]) for i in range(0, n, block)]), tree_sum(terms)
+                )
+
+
+def _strict_sums(world: World) -> list[torch.Tensor]:
+    """One number of each rank's many, whose sum depends on the order."""
+    strict = dataclasses.replace(world, strict=True)
+    mine = torch.randn(12, generator=torch.Generator().manual_seed(world.rank)) * 1000.0**world.rank
+    total = mine.clone()
+    strict.all_reduce(total).wait()
+    part, handle = strict.reduce_scatter(mine.view(4, 3))
+    handle.wait()
+    full, gathering = strict.all_gather(part)
+    gathering.wait()
+    return [total, full.flatten()]
+
+
+@pytest.mark.dist
+def test_sums_of_a_strict_world_are_trees():
+    terms = [torch.randn(12, generator=torch.Generator().manual_seed(rank)) * 1000.0**rank for rank in range(4)]
+    for answers in run_ranks(4, _strict_sums):
+        for answer in answers:
+            assert torch.equal(answer, tree_sum(terms))
+
+
+# Lost ranks
+
+
+def _lose_rank_1(how: str, world: World) -> str:
+    """What the others are told when rank 1 does not come to a collective."""
+    world.barrier()
+    if world.rank == 1:
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    try:
+        total = torch.ones(3)
+        world.all_reduce(total).wait()
+    except CollectiveError as fault:
+        return str(fault)
+    return "no error"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_the_others_name_a_rank_that_is_lost(how, monkeypatch):
+    monkeypatch.setattr("speedrun_mup.core.utils.ROLL_CALL_S", 1.0)
+    begun = time.monotonic()
+    told = run_ranks(3, partial(_lose_rank_1, how), join_timeout_s=3, lost=[1])
+    assert time.monotonic() - begun < 12
+    for rank in (0, 2):
+        assert told[rank].startswith("no sign of life from rank 1 (") and "\n" not in told[rank]
+        assert told[rank].endswith("; start all ranks again with --resume")
+
+
+def test_a_port_that_nobody_answers_at_is_one_line(environment):
+    environment(WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
+    with pytest.raises(CollectiveError, match=r"rank 1 of 2 cannot meet the others at 127.0.0.1:9 \(") as caught:
+        join_world("cpu", timeout_s=1)
+    assert "\n" not in str(caught.value)
+
+
 # Seeds
 
 
@@ -147,7 +240,7 @@ def _collectives(world: World) -> dict[str, object]:
         "reduced": {op: value.item() for op, value in reduced.items()},
         "objects": world.gather_objects({"rank": rank}),
         "from_main": world.from_main(f"said by {rank}"),
-        "joined again": join_world("cpu") == world,
+        "joined again": join_world("cpu", world.timeout_s) == world,
     }
 
 

@@ -1,14 +1,20 @@
-"""The world a process lives in (rank, size, device) and stateless seeds.
+"""The world a process lives in (rank, size, device), sums that do not depend on its size, and stateless seeds.
 
 One process is a group of one: every collective below is the identity at size 1 and needs no process group there.
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import datetime
 import hashlib
 import os
-from dataclasses import dataclass
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,47 +26,108 @@ from speedrun_mup.core.errors import ConfigError as ConfigError
 from speedrun_mup.core.errors import NonFiniteError as NonFiniteError
 from speedrun_mup.core.errors import UserError as UserError
 
+ROLL_CALL_S = 5.0  # how long ranks that lost someone wait for each other's sign of life
+
+
+def tree_sum(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of equally shaped tensors by neighbours, ((0 + 1) + (2 + 3)) + ..., an odd one out waiting for the next round.
+
+    Every aligned block of 2^k terms is a branch of its own, so the bits do not depend on who sums which block.
+    """
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2])] + list(terms[len(terms) - len(terms) % 2 :])
+    return terms[0]
+
+
+class TreeSum:
+    """`tree_sum`, entry by entry, of lists of tensors that come one at a time. Holds log2 of them, and changes them."""
+
+    def __init__(self) -> None:
+        self._branches: list[tuple[int, list[Tensor]]] = []  # (terms in it, their sums), ever smaller
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """Take the next term."""
+        terms = 1
+        while self._branches and self._branches[-1][0] == terms:
+            tensors, terms = self._joined(self._branches.pop()[1], tensors), 2 * terms
+        self._branches.append((terms, tensors))
+
+    def total(self) -> list[Tensor]:
+        """The sums of all terms so far."""
+        (_, total), *branches = reversed(self._branches)
+        for _, branch in branches:
+            total = self._joined(branch, total)
+        return total
+
+    @staticmethod
+    def _joined(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+        torch._foreach_add_(left, right)
+        return left
+
 
 class Handle:
     """A collective under way. `wait()` blocks until its result is in place; gloo has no futures for reduce-scatter."""
 
-    def __init__(self, work: Any = None):
-        self._work = work
+    def __init__(self, *finish: Callable[[], object]):
+        self._finish = finish
 
     def wait(self) -> None:
-        """Block until the result is in place."""
-        if self._work is not None:
-            self._work.wait()
-        self._work = None
+        """Block until the result is in place. Raises CollectiveError if a rank is lost."""
+        for step in self._finish:
+            step()
+        self._finish = ()
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: `rank` of `size`, computing on `device`. Build one with `join_world`."""
+    """This process among its peers: `rank` of `size`, computing on `device`. Build one with `join_world`.
+
+    strict: sums over ranks are canonical trees. timeout_s: how long a collective waits for the others. Collectives raise
+    CollectiveError naming the ranks that give no sign of life.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    strict: bool = False
+    timeout_s: float = 600.0
+    group: Any = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that prints and writes shared files."""
         return self.rank == 0
 
+    def aside(self) -> World:
+        """The same ranks in a gloo group of their own, for a thread whose collectives must not mix with training's."""
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout_s))
+        return dataclasses.replace(self, group=group)
+
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Handle:
         """Reduce `tensor` in place over all ranks. op: sum, max or min."""
         if self.size == 1:
             return Handle()
+        if self.strict and op == "sum":
+            full, gathering = self.all_gather(tensor[None])
+            return Handle(gathering.wait, lambda: tensor.copy_(tree_sum(full.unbind())))
         ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        return Handle(dist.all_reduce(tensor, ops[op], async_op=True))
+        return self._started(lambda: dist.all_reduce(tensor, ops[op], group=self.group, async_op=True))
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Handle]:
         """Start summing `full` (size * n, ...) over ranks; the part holds this rank's n rows once the handle is done."""
         if self.size == 1:
             return full, Handle()
         part = full.new_empty(len(full) // self.size, *full.shape[1:])
+        if self.strict:
+            parts = torch.empty_like(full)  # my n rows as each rank has them
+            swap = self._started(
+                lambda: dist.all_to_all_single(parts, full.contiguous(), group=self.group, async_op=True)
+            )
+            return part, Handle(swap.wait, lambda: part.copy_(tree_sum(parts.chunk(self.size))))
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return part, Handle(call(part, full.contiguous(), async_op=True))
+        return part, self._started(lambda: call(part, full.contiguous(), group=self.group, async_op=True))
 
     def all_gather(self, part: Tensor) -> tuple[Tensor, Handle]:
         """Start concatenating every rank's `part` (n, ...) into (size * n, ...), complete once the handle is done."""
@@ -68,14 +135,15 @@ class World:
             return part, Handle()
         full = part.new_empty(len(part) * self.size, *part.shape[1:])
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return full, Handle(call(full, part.contiguous(), async_op=True))
+        return full, self._started(lambda: call(full, part.contiguous(), group=self.group, async_op=True))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in rank order, on every rank. Also a barrier."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self._noticing_the_lost():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_main(self, value: Any) -> Any:
@@ -83,8 +151,45 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        with self._noticing_the_lost():
+            dist.broadcast_object_list(
+                box, src=0, group=self.group, device=self.device if self.device.type == "cuda" else None
+            )
         return box[0]
+
+    def _started(self, start: Callable[[], Any]) -> Handle:
+        with self._noticing_the_lost():
+            work = start()
+
+        def finish() -> None:
+            with self._noticing_the_lost():
+                work.wait()
+
+        return Handle(finish)
+
+    @contextmanager
+    def _noticing_the_lost(self) -> Iterator[None]:
+        """Turn what a backend raises when a rank is dead or late into a CollectiveError that names it."""
+        try:
+            yield
+        except RuntimeError as fault:
+            said = str(fault).splitlines()[0][:200]
+            raise CollectiveError(f"{self._call_roll()} ({said}); start all ranks again with --resume") from fault
+
+    def _call_roll(self) -> str:
+        """Who gives no sign of life. The store answers for the others; a store that is gone died with its host, rank 0."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"alive/{self.rank}", "yes")
+            for rank in others:
+                with suppress(RuntimeError):
+                    store.wait([f"alive/{rank}"], datetime.timedelta(seconds=ROLL_CALL_S))
+            lost = [rank for rank in others if not store.check([f"alive/{rank}"])]
+        except RuntimeError:
+            return f"rank {self.rank} lost the process that the ranks meet at, rank 0 or torchrun"
+        named = ", ".join(map(str, lost))
+        return f"no sign of life from rank {named}" if lost else f"rank {self.rank} lost touch with the others"
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -114,7 +219,7 @@ def _env_int(name: str, default: int) -> int:
         ) from None
 
 
-def join_world(device: str = "auto", timeout_s: float = 600.0) -> World:
+def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = False) -> World:
     """Join the process group that torchrun's environment describes, or be a world of one without it.
 
     Uses NCCL on CUDA and gloo elsewhere. Every restart of torchrun gets a fresh key space, because the shared store still
@@ -136,17 +241,46 @@ def join_world(device: str = "auto", timeout_s: float = 600.0) -> World:
             raise ConfigError(f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun")
         _env_int("MASTER_PORT", 0)
         timeout = datetime.timedelta(seconds=timeout_s)
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, chosen)
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        except RuntimeError as fault:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise CollectiveError(
+                f"rank {rank} of {size} cannot meet the others at {where} ({str(fault).splitlines()[0][:200]}); check that "
+                "all ranks start and that the port is free"
+            ) from fault
+    return World(rank, size, chosen, strict, timeout_s)
 
 
 def leave_world() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def stop_with_parent() -> None:
+    """On Linux, have the kernel send SIGTERM to this process when its parent dies: torchrun's ranks become no orphans."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """If `on`, let torch use only kernels that give the same bits every time."""
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # every byte that is read is written first
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def seed_for(seed: int, *purpose: object) -> int:
