@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: config.json, metrics.jsonl, log.txt; and what it shows: a progress bar or plain lines.
+"""What a run leaves in its folder: config.json, metrics.jsonl, log.txt, status.json; and what it shows: a progress bar or plain lines.
 
 metrics.jsonl is the source of truth. Trackers (TensorBoard, wandb, trackio) mirror it. Only rank 0 writes or shows.
 """
@@ -27,6 +27,7 @@ LONG_RUN_S = 3600  # beyond this a run says how long it will take,
 SLOW_STEP_S = 60  # after three steps or, if one takes this long, after one
 PLAIN_EVERY_S = 5  # without a terminal, a line of progress this often
 METRICS, LOG, CONFIG, PROVENANCE = "metrics.jsonl", "log.txt", "config.json", "provenance.json"
+STATUS = "status.json"
 
 
 def provenance(command: list[str]) -> dict[str, str]:

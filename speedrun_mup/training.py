@@ -33,7 +33,7 @@ from speedrun_mup.data import Batch, TrainBatches, ValBatches
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
-from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, provenance, write_json
+from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, provenance, write_json
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
 BAD_STEPS = 10  # skipped or rolled back before the run gives up
@@ -70,11 +70,14 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
         with stop_signals() as signals, deterministic(cfg.strict):
             run = Run(cfg, world)
             try:
+                run.tell_status("running")
                 result = run.train(signals, observe)
-            except BaseException:
+            except BaseException as fault:
+                run.tell_status("failed", f"{type(fault).__name__}: {fault}")
                 with suppress(UserError):  # a save that fails now is not what ended the run
                     run.close()
                 raise
+            run.tell_status("finished" if result.finished else "stopped")
             run.close()
             return result
     finally:
@@ -214,6 +217,11 @@ class Run:
             self.train_s,
             finished=step == cfg.iterations,
         )
+
+    def tell_status(self, status: str, why: str | None = None) -> None:
+        """Write status.json, because torchrun hides the exit codes of its ranks. status: running, finished, stopped, failed."""
+        if self.world.is_main:
+            write_json(self.folder / STATUS, {"status": status, "why": why, "pid": os.getpid(), "time": time.time()})
 
     def close(self) -> None:
         """Finish a checkpoint under way, close files and let others into the folder."""

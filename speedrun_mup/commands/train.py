@@ -29,17 +29,21 @@ def train_parser() -> argparse.ArgumentParser:
 def config_of(flags: dict[str, object]) -> TrainConfig:
     """The settings that the flags ask for: those of the run to resume, or of the preset, with the given ones on top."""
     from speedrun_mup.core.utils import pick_device
+    from speedrun_mup.tracking import CONFIG
     from speedrun_mup.training import newest_unfinished, saved_config
 
-    preset, resume = str(flags.pop("preset")), flags.get("resume")
-    if resume == "auto":
-        out = Path(str(flags.get("out", TrainConfig.out)))
-        found = newest_unfinished(out)
-        if found is None:
-            print(f"--resume auto: no unfinished run in {out}; starting a new one")
-            del flags["resume"]
-        else:
+    preset = str(flags.pop("preset"))
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun lost a rank and started the command again
+        flags.setdefault("resume", "auto")
+    if flags.get("resume") == "auto":
+        out, name = Path(str(flags.get("out", TrainConfig.out))), flags.get("name")
+        found = out / str(name) if name else newest_unfinished(out)
+        if found and (found / CONFIG).is_file():
             flags["resume"] = str(found)
+        else:
+            del flags["resume"]
+            if os.environ.get("RANK", "0") == "0":
+                print(f"--resume auto: no unfinished run {f'{name} ' if name else ''}in {out}; starting a new one")
     if "resume" in flags:
         saved = saved_config(Path(str(flags["resume"])))
         return TrainConfig(**(vars(saved) | flags))

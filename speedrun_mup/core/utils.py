@@ -26,7 +26,7 @@ from speedrun_mup.core.errors import ConfigError as ConfigError
 from speedrun_mup.core.errors import NonFiniteError as NonFiniteError
 from speedrun_mup.core.errors import UserError as UserError
 
-ROLL_CALL_S = 5.0  # how long ranks that lost someone wait for each other's sign of life
+ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
 
 
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
@@ -173,7 +173,7 @@ class World:
         try:
             yield
         except RuntimeError as fault:
-            said = str(fault).splitlines()[0][:200]
+            said = str(fault).splitlines()[0][:120]
             raise CollectiveError(f"{self._call_roll()} ({said}); start all ranks again with --resume") from fault
 
     def _call_roll(self) -> str:
@@ -182,9 +182,8 @@ class World:
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set(f"alive/{self.rank}", "yes")
-            for rank in others:
-                with suppress(RuntimeError):
-                    store.wait([f"alive/{rank}"], datetime.timedelta(seconds=ROLL_CALL_S))
+            with suppress(RuntimeError):
+                store.wait([f"alive/{rank}" for rank in others], datetime.timedelta(seconds=ROLL_CALL_S))
             lost = [rank for rank in others if not store.check([f"alive/{rank}"])]
         except RuntimeError:
             return f"rank {self.rank} lost the process that the ranks meet at, rank 0 or torchrun"
