@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -124,6 +125,8 @@ class TrainConfig:
             choices, value = setting_field.metadata["choices"], getattr(self, setting_field.name)
             if choices and value not in choices:
                 problems.append(f"{setting_field.name}={value!r} is not one of {', '.join(choices)}")
+        if self.name is not None and not re.fullmatch(r"(?!\.)[^/\0]{1,200}", self.name):
+            problems.append(f"name={self.name[:40]!r} is no name for a folder inside out; it may hold no / and no leading dot")
         if problems:
             raise ConfigError("; ".join(problems))
 

@@ -1,10 +1,11 @@
-"""What a run leaves in its folder: config.json, metrics.jsonl, log.txt, status.json; and what it shows: a progress bar or plain lines.
+"""What a run leaves in its folder and what it shows: config.json, metrics.jsonl, log.txt, status.json; a progress bar.
 
 metrics.jsonl is the source of truth. Trackers (TensorBoard, wandb, trackio) mirror it. Only rank 0 writes or shows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -228,7 +229,8 @@ class RunLog:
         """Close files, bar and tracker."""
         if self._main:
             self._bar.close()
-            self._metrics.close()
-            self._log.close()
+            for file in (self._metrics, self._log):
+                with contextlib.suppress(OSError):  # of lines that found no room, and were warned of
+                    file.close()
             if self._tracker:
                 self._tracker.close()

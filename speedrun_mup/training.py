@@ -24,7 +24,7 @@ from torch import Tensor
 from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
 from speedrun_mup.config import TrainConfig, from_json, to_json
 from speedrun_mup.core.attention import Window, pick_backend
-from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
+from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import TreeSum, World, deterministic, join_world, leave_world, stop_with_parent
@@ -126,6 +126,8 @@ class Run:
         self.cfg, self.world = cfg, world
         self.corpus, source = prepare_corpus(cfg, world)
         self.batches = TrainBatches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        if cfg.epochs:
+            self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
         self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
         self.compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         self.pack = pick_pack(cfg, world)
@@ -191,7 +193,8 @@ class Run:
                 micro_batches = next(steps)
                 if observe:
                     observe(step, self.model, micro_batches)
-                loss_sum = self.accumulate_gradients(micro_batches, step)
+                with self.telling_of_memory(step):
+                    loss_sum = self.accumulate_gradients(micro_batches, step)
                 vote = self.vote(step, loss_sum, stop=bool(signals))
                 self.set_schedule(step)
                 for optimizer in self.optimizers:
@@ -258,6 +261,24 @@ class Run:
             (loss / self.cfg.micro_batches).backward()
             total += loss.detach()
         return total
+
+    @contextmanager
+    def telling_of_memory(self, step: int) -> Iterator[None]:
+        """Turn running out of memory into an OutOfMemory that says how much a pass takes, and what would take less."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as fault:  # torch.OutOfMemoryError on CUDA, a plain one on CPUs
+            text = (str(fault).splitlines() or ["MemoryError"])[0]
+            known = isinstance(fault, torch.OutOfMemoryError | MemoryError)
+            if not known and "can't allocate memory" not in text:
+                raise
+            cfg, said = self.cfg, text.partition(". GPU ")[0].rpartition("] ")[2]
+            smaller = max(cfg.micro_batch_tokens // 2 // cfg.block_size, 1) * cfg.block_size
+            fewer = f"--pack {self.pack // 2}, or " if self.pack > 1 else ""
+            raise OutOfMemory(
+                f"step {step}: no memory for {self.pack} x {cfg.micro_batch_tokens:,} tokens at once ({said}); try {fewer}"
+                f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
+            ) from None
 
     def accumulate_gradients_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
         """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
@@ -458,7 +479,8 @@ class Run:
         if path is None:
             return [*notes, f"{self.folder} has no checkpoint yet; starting at step 0"]
         self.load(path)
-        return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}"]
+        done = "; already complete" if self.start == self.cfg.iterations else ""
+        return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}{done}"]
 
     def load(self, path: Path) -> None:
         """Take model, optimizers and position from a checkpoint of this run. Nothing changes if it does not fit."""

@@ -19,6 +19,12 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
+class OutOfMemory(UserError):
+    """The machine or the GPU has no memory left for a step."""
+
+    exit_code = 6
+
+
 class CollectiveError(UserError):
     """Ranks lost each other or disagree."""
 

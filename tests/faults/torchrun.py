@@ -79,7 +79,9 @@ class Torchrun:
             if self.process.poll() is not None:
                 raise RuntimeError(f"ended too early: {self.process.communicate()[0]}")
             metrics = self.folder / "metrics.jsonl"
-            return metrics.exists() and any(r["step"] >= step for r in read_metrics(self.folder) if r["kind"] == "train")
+            return metrics.exists() and any(
+                r["step"] >= step for r in read_metrics(self.folder) if r["kind"] == "train"
+            )
 
         until(reached)
         self.workers()
