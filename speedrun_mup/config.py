@@ -126,7 +126,9 @@ class TrainConfig:
             if choices and value not in choices:
                 problems.append(f"{setting_field.name}={value!r} is not one of {', '.join(choices)}")
         if self.name is not None and not re.fullmatch(r"(?!\.)[^/\0]{1,200}", self.name):
-            problems.append(f"name={self.name[:40]!r} is no name for a folder inside out; it may hold no / and no leading dot")
+            problems.append(
+                f"name={self.name[:40]!r} is no name for a folder inside out; it may hold no / and no leading dot"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
 
