@@ -170,13 +170,9 @@ class Checkpoints:
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def _newest_first(self) -> list[int]:
-        matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in self.root.glob("step-*")]
-        return sorted((int(match[1]) for match in matches if match), reverse=True)
-
     def _choose(self, report: Callable[[str], None]) -> tuple[int, str] | None:
         """The newest intact step and its seal."""
-        steps = self._newest_first()
+        steps = _newest_first(self.root)
         for step in steps:
             path = self._folder(step)
             try:
@@ -251,7 +247,7 @@ class Checkpoints:
     def _purge(self, saved: int) -> None:
         """Remove what is older than `saved`, except milestones and enough intact ones to make `keep_last` with it."""
         wanted = self.keep_last - 1
-        for step in (step for step in self._newest_first() if step < saved):
+        for step in (step for step in _newest_first(self.root) if step < saved):
             path = self._folder(step)
             if wanted and self._is_intact(path):
                 wanted -= 1
@@ -318,6 +314,19 @@ class Loaded:
             return safetensors.torch.load(self._bytes(name))
         except SafetensorError as fault:
             raise DamagedCheckpoint(f"{self.path / name}: {_first_line(fault)}") from fault
+
+
+def inspect(root: Path) -> list[tuple[Path, str | None]]:
+    """Every checkpoint in `root`, the newest first, with what is wrong with it. Reads every byte and changes none."""
+    found: list[tuple[Path, str | None]] = []
+    for step in _newest_first(root):
+        path = root / f"step-{step:08d}"
+        try:
+            _verify(path)
+            found.append((path, None))
+        except CheckpointError as fault:
+            found.append((path, str(fault)))
+    return found
 
 
 def check_match(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -425,6 +434,11 @@ class _Manifest:
             raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {right_size}")
         if sha256 != right_sha256:
             raise DamagedCheckpoint(f"{path}: its SHA-256 is not the one in the manifest")
+
+
+def _newest_first(root: Path) -> list[int]:
+    matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in root.glob("step-*")]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def _verify(folder: Path) -> _Manifest:

@@ -18,7 +18,7 @@ FLOORS = [
     ["data", "tokenizers"],
     ["corpus", "tokenize_text", "inspect_corpus"],
     ["training"],
-    ["coord_check", "explain", "plan", "report", "sweep", "transfer"],
+    ["coord_check", "doctor", "explain", "plan", "report", "sweep", "transfer"],
     ["commands", "cli"],
 ]
 

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
 
 
-def train_parser() -> argparse.ArgumentParser:
-    """The flags of training."""
-    parser = new_parser(
-        "speedrun-mup train", "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP."
-    )
+ABOUT = "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP."
+
+
+def train_parser(prog: str = "speedrun-mup train", about: str = ABOUT) -> argparse.ArgumentParser:
+    """The flags of training, for a command that takes them."""
+    parser = new_parser(prog, about)
     add_preset(parser)
     add_settings(parser)
     return parser

@@ -1,0 +1,24 @@
+"""`speedrun-mup doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedrun_mup.commands.train import config_of, train_parser
+from speedrun_mup.config import parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check what a run with these flags would find here, or a run's folder (--resume), and say what to fix. 1: something is."""
+    parser = train_parser("speedrun-mup doctor", run.__doc__ or "")
+    cfg = config_of(vars(parse(parser, argv)))
+
+    from speedrun_mup.doctor import Level, examine
+
+    findings = examine(cfg, Path(cfg.resume) if cfg.resume else None)
+    for finding in findings:
+        print(f"{finding.level.value:<5}{finding.subject:<12}{finding.text}")
+        if finding.fix:
+            print(f"{'':<17}-> {finding.fix}")
+    return int(any(finding.level is Level.BAD for finding in findings))

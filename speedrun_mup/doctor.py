@@ -1,0 +1,210 @@
+"""What a run would find on this machine, and what is left of one: device, memory, disk, data, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from speedrun_mup.checkpoint import inspect
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.attention import pick_backend
+from speedrun_mup.core.errors import UserError
+from speedrun_mup.core.utils import pick_device
+from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data import Corpus, TrainBatches, ValBatches, verify_corpus
+from speedrun_mup.explain import explain
+from speedrun_mup.tracking import PROVENANCE, STATUS, read_metrics
+from speedrun_mup.training import FolderLock, pick_dtype
+
+SUPPORTED_TORCH = ((2, 11), (2, 14))  # from, and before, as pyproject.toml has it
+SLACK = 1.1  # of free space over need, below which it is called tight
+
+
+class Level(Enum):
+    """How bad a finding is."""
+
+    GOOD = "ok"
+    WARNING = "warn"
+    BAD = "BAD"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a diagnosis. fix: what to do about it, if something is to be done."""
+
+    level: Level
+    subject: str
+    text: str
+    fix: str = ""
+
+
+def examine(cfg: TrainConfig, folder: Path | None = None) -> list[Finding]:
+    """Everything there is to say about running `cfg` here, and about the run in `folder`. Changes nothing."""
+    findings = list(_versions())
+    device = _guarded("device", lambda: pick_device(cfg.device), findings)
+    if device:
+        findings += _device(cfg, device)
+    found = _guarded("data", lambda: find_corpus(cfg.data, cfg.tokenizer), findings)
+    if found:
+        corpus, told = found
+        findings.append(Finding(Level.GOOD, "data", told.removeprefix("data: ")))
+        _guarded("data", lambda: findings.extend(_data(cfg, corpus)), findings)
+        parameters = sum(math.prod(row.shape) for row in explain(cfg, corpus.vocab_size))
+        if device:
+            findings += _memory(parameters, device)
+        findings += _disk(cfg, parameters, folder)
+    if folder:
+        findings += _run_folder(folder, found[0] if found else None)
+    return findings
+
+
+def _guarded(subject: str, work: Callable, findings: list[Finding]):
+    """What `work` returns, or None and a finding if it raises a UserError, which says what to do."""
+    try:
+        return work()
+    except UserError as fault:
+        text, _, fix = str(fault).rpartition("; ")
+        findings.append(Finding(Level.BAD, subject, text or fix, fix if text else ""))
+        return None
+
+
+def _versions() -> Iterator[Finding]:
+    release = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
+    known = SUPPORTED_TORCH[0] <= release < SUPPORTED_TORCH[1]
+    text = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    fix = "install torch from 2.11 to 2.13: nothing else was tested"
+    yield Finding(Level.GOOD if known else Level.WARNING, "versions", text, "" if known else fix)
+
+
+def _device(cfg: TrainConfig, device: torch.device) -> Iterator[Finding]:
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    why = "asked for" if cfg.device != "auto" else "the first of CUDA, MPS and CPU that is there"
+    yield Finding(Level.GOOD, "device", f"{device.type} ({why}): {name}, {torch.get_num_threads()} CPU threads")
+    dtype = str(pick_dtype(cfg, device)).removeprefix("torch.")
+    why = "asked for" if cfg.dtype != "auto" else "bfloat16 where a GPU computes in it, else float32"
+    yield Finding(Level.GOOD, "dtype", f"{dtype} ({why})")
+    findings: list[Finding] = []
+    picked = _guarded("attention", lambda: pick_backend(cfg.attention, device, compiled), findings)
+    if picked:
+        findings.append(Finding(Level.GOOD, "attention", f"{picked[0]} ({picked[1]})"))
+    yield from findings
+
+
+def _enough(subject: str, need: float, free: float, what: str, fix: str) -> Finding:
+    level = Level.BAD if free < need else Level.WARNING if free < SLACK * need else Level.GOOD
+    text = f"{free / 1e9:,.1f} GB free, {what} {need / 1e9:,.2f} GB"
+    return Finding(level, subject, text, "" if level is Level.GOOD else fix)
+
+
+def _memory(parameters: int, device: torch.device) -> Iterator[Finding]:
+    """Weights, gradients, at most two optimizer states and a snapshot of weights and states, 4 bytes each."""
+    what = f"{parameters:,} parameters with gradients and optimizer take, besides activations, up to"
+    fix = "choose a smaller --width, or more ranks"
+    if device.type == "cuda":
+        yield _enough("memory", 16.0 * parameters, torch.cuda.mem_get_info(device)[0], what, fix)
+    elif (info := Path("/proc/meminfo")).exists() and (match := re.search(r"MemAvailable:\s+(\d+)", info.read_text())):
+        yield _enough("memory", 28.0 * parameters, 1024.0 * int(match[1]), what, fix)
+    else:
+        yield Finding(Level.GOOD, "memory", f"{what} {28e-9 * parameters:,.2f} GB; free memory is not known here")
+
+
+def _disk(cfg: TrainConfig, parameters: int, folder: Path | None) -> Iterator[Finding]:
+    where = folder or Path(cfg.out)
+    there = next(path for path in (where.absolute(), *where.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as fault:
+        yield Finding(Level.BAD, "disk", f"{there} cannot be written ({fault.strerror})", "choose another with --out")
+        return
+    count = cfg.keep_last + 1 + (cfg.iterations // cfg.keep_every if cfg.keep_every else 0)
+    what = f"{count} checkpoints in {where} take up to"
+    fix = "free some space, or choose another disk with --out"
+    yield _enough("disk", 12.0 * parameters * count * cfg.save, shutil.disk_usage(there).free, what, fix)
+
+
+def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
+    verify_corpus(corpus)
+    ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens)
+    usage = TrainBatches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed).usage()
+    epochs = cfg.iterations / usage.steps
+    text = (
+        f"intact; {usage.steps:,} steps an epoch, {usage.skipped:,} tokens skipped; this run takes {epochs:.2f} epochs"
+    )
+    too_long = cfg.epochs is not None and epochs > cfg.epochs
+    fix = f"train at most {usage.steps * (cfg.epochs or 0):,} steps, or allow more --epochs" if too_long else ""
+    yield Finding(Level.BAD if too_long else Level.GOOD, "data", text, fix)
+
+
+def _run_folder(folder: Path, corpus: Corpus | None) -> Iterator[Finding]:
+    yield from _state_of_run(folder)
+    yield from _checkpoints(folder)
+    findings: list[Finding] = []
+    records = _guarded("metrics", lambda: read_metrics(folder), findings) if (folder / "metrics.jsonl").exists() else []
+    if records:
+        steps = [record["step"] for record in records if record["kind"] == "train"]
+        doubles = len(steps) - len(set(steps))
+        level = Level.WARNING if doubles else Level.GOOD
+        fix = "a resumed run writes them anew" if doubles else ""
+        findings.append(Finding(level, "metrics", f"{len(steps):,} steps recorded, {doubles} twice", fix))
+    yield from findings
+    for dump in sorted(folder.glob("bad-step-*.json")):
+        fix = "it tells the tokens and the norm of every gradient; see --on-nonfinite"
+        yield Finding(Level.WARNING, "numbers", f"{dump} is the dump of a step that was not finite", fix)
+    lines = (folder / PROVENANCE).read_text().splitlines() if (folder / PROVENANCE).exists() else []
+    before = json.loads(lines[-1]).get("torch") if lines else torch.__version__
+    if before != torch.__version__:
+        text = f"the run used torch {before}, this is {torch.__version__}"
+        yield Finding(Level.WARNING, "versions", text, "to go on to the bit, use the same one")
+    newest = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+    if newest > time.time() + 60:
+        text = f"files in {folder} are {newest - time.time():,.0f} s in the future"
+        yield Finding(Level.WARNING, "clock", text, "set the clock; --resume auto goes by it to find the newest run")
+
+
+def _state_of_run(folder: Path) -> Iterator[Finding]:
+    try:
+        FolderLock(folder).close()
+        free = True
+    except UserError:
+        free = False
+    path = folder / STATUS
+    told = json.loads(path.read_text()) if path.exists() else {"status": "not started"}
+    status, why = told["status"], told.get("why")
+    if not free:
+        yield Finding(Level.GOOD, "run", f"{folder} is in use by process {(folder / '.lock').read_text()}")
+    elif status == "running":
+        yield Finding(Level.WARNING, "run", f"{folder}: died without a word", f"go on with --resume {folder}")
+    elif status == "failed":
+        yield Finding(Level.WARNING, "run", f"{folder}: failed: {why}", f"mend it, then go on with --resume {folder}")
+    else:
+        yield Finding(Level.GOOD, "run", f"{folder}: {status}")
+
+
+def _checkpoints(folder: Path) -> Iterator[Finding]:
+    root = folder / "checkpoints"
+    found = inspect(root)
+    intact = [path.name for path, damage in found if damage is None]
+    for _, damage in found:
+        if damage:
+            fix = "delete it" if intact else "there is no other: restore it from a copy, or start anew"
+            yield Finding(Level.WARNING if intact else Level.BAD, "checkpoint", damage, fix)
+    if intact:
+        yield Finding(Level.GOOD, "checkpoint", f"intact: {', '.join(intact)}; a resume starts from {intact[0]}")
+    elif not found:
+        yield Finding(Level.WARNING, "checkpoint", f"none in {root}", "a resume starts at step 0")
+    leftovers = [path.name for path in sorted(root.glob(".t*-step-*"))] if root.is_dir() else []
+    if leftovers:
+        yield Finding(Level.GOOD, "checkpoint", f"left by a kill, removed at the next start: {', '.join(leftovers)}")

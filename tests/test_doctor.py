@@ -1,0 +1,125 @@
+"""The doctor finds what is wrong, says what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from test_cli import as_flags
+
+from speedrun_mup.cli import main
+from speedrun_mup.core.utils import World
+from speedrun_mup.corpus import find_corpus
+from speedrun_mup.doctor import Level, examine
+from speedrun_mup.training import Run, train
+
+
+def bad(findings):
+    """{subject: text} of all that is not good."""
+    return {finding.subject: finding.text for finding in findings if finding.level is not Level.GOOD}
+
+
+@pytest.fixture
+def run(tiny):
+    """A finished run with three checkpoints, in its folder."""
+    return train(tiny(name="a", width=32, iterations=6, save_every=2, keep_every=2, val_every=0)).folder
+
+
+def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    assert main(["doctor", "--resume", str(run)]) == 0
+    told = capsys.readouterr().out
+    for text in (
+        "cpu (asked for)",
+        "float32 (bfloat16 where a GPU computes in it, else float32)",
+        "blocked (cpu: FlexAttention needs CUDA and torch.compile)",
+        " steps an epoch, ",
+        f"6 checkpoints in {run} take up to",
+        "intact: step-00000006, step-00000004, step-00000002; a resume starts from step-00000006",
+        "6 steps recorded, 0 twice",
+        f"{run}: finished",
+    ):
+        assert text in told
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert main(["doctor", *as_flags(TINY), "--preset", "laptop", "--out", str(tmp_path / "new")]) == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_checkpoints(tiny, run):
+    cfg = tiny(resume=str(run))
+    os.truncate(run / "checkpoints" / "step-00000006" / "model.safetensors", 100)
+    (run / "checkpoints" / ".tmp-step-00000008").mkdir()
+    findings = examine(cfg, run)
+    assert "step-00000006/model.safetensors: has 100 bytes instead of" in bad(findings)["checkpoint"]
+    assert any("a resume starts from step-00000004" in finding.text for finding in findings)
+    assert any("left by a kill" in finding.text and ".tmp-step-00000008" in finding.text for finding in findings)
+    for step in (2, 4):
+        (run / "checkpoints" / f"step-0000000{step}" / "state.json").unlink()
+    lost = [finding for finding in examine(cfg, run) if finding.subject == "checkpoint" and finding.level is Level.BAD]
+    assert len(lost) == 3 and "restore it from a copy" in lost[0].fix
+    assert main(["doctor", "--resume", str(run)]) == 1
+
+
+def test_changed_and_missing_data(tiny, tmp_path):
+    corpus, _ = find_corpus("synthetic", "byte")
+    data = Path(shutil.copytree(corpus.directory, tmp_path / "data"))
+    shard = next(data.glob("*.bin"))
+    tokens = np.fromfile(shard, "<u2")
+    tokens[1000] ^= 1
+    tokens.tofile(shard)
+    assert "tokens changed since corpus.json was written" in bad(examine(tiny(data=str(data))))["data"]
+    assert "no folder" in bad(examine(tiny(data=str(tmp_path / "nowhere"))))["data"]
+    assert "epochs" in bad(examine(tiny(iterations=1000, epochs=2)))["data"]
+
+
+def test_what_is_too_little(tiny, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    found = bad(examine(tiny()))
+    assert set(found) == {"disk"} and "0.0 GB free, 3 checkpoints in" in found["disk"]
+    assert not bad(examine(tiny(save=False)))
+    huge = bad(examine(tiny(width=8192, base_width=32)))
+    assert "memory" in huge and "parameters with gradients and optimizer" in huge["memory"]
+
+
+def test_what_is_not_here(tiny):
+    for change, subject, text in (
+        ({"device": "cuda:9"}, "device", "device=cuda:9 is not usable here"),
+        ({"attention": "flex"}, "attention", "attention=flex cannot train on cpu"),
+        ({"out": "/proc"}, "disk", "/proc cannot be written"),
+    ):
+        assert text in bad(examine(tiny(**change)))[subject]
+
+
+def test_how_a_run_ended(tiny, run):
+    cfg = tiny(resume=str(run))
+    for status, text in (("running", "died without a word"), ("failed", "failed: NonFiniteError: step 3")):
+        (run / "status.json").write_text(json.dumps({"status": status, "why": "NonFiniteError: step 3"}))
+        assert text in bad(examine(cfg, run))["run"]
+    (run / "bad-step-00000003.json").write_text("{}")
+    assert "bad-step-00000003.json" in bad(examine(cfg, run))["numbers"]
+    os.utime(run / "log.txt", (time.time() + 9000,) * 2)
+    assert "in the future" in bad(examine(cfg, run))["clock"]
+    lines = (run / "provenance.json").read_text().splitlines()
+    (run / "provenance.json").write_text(json.dumps(json.loads(lines[-1]) | {"torch": "2.9.0"}) + "\n")
+    assert "the run used torch 2.9.0" in bad(examine(cfg, run))["versions"]
+    record = (run / "metrics.jsonl").read_text().splitlines()[0]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(record + "\n")
+    assert "1 twice" in bad(examine(cfg, run))["metrics"]
+
+
+def test_a_run_in_use_and_one_without_checkpoints(tiny):
+    cfg = tiny(name="open")
+    with closing(Run(cfg, World())) as run:
+        findings = examine(dataclasses.replace(cfg, resume=str(run.folder)), run.folder)
+    assert any(f"is in use by process {os.getpid()}" in finding.text for finding in findings)
+    assert "none in" in bad(findings)["checkpoint"]
