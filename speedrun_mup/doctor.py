@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -24,7 +23,7 @@ from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import Corpus, TrainBatches, ValBatches, verify_corpus
 from speedrun_mup.explain import explain
-from speedrun_mup.tracking import PROVENANCE, STATUS, read_metrics
+from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
 from speedrun_mup.training import FolderLock, pick_dtype
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))  # from, and before, as pyproject.toml has it
@@ -163,10 +162,10 @@ def _run_folder(folder: Path, corpus: Corpus | None) -> Iterator[Finding]:
     for dump in sorted(folder.glob("bad-step-*.json")):
         fix = "it tells the tokens and the norm of every gradient; see --on-nonfinite"
         yield Finding(Level.WARNING, "numbers", f"{dump} is the dump of a step that was not finite", fix)
-    lines = (folder / PROVENANCE).read_text().splitlines() if (folder / PROVENANCE).exists() else []
-    before = json.loads(lines[-1]).get("torch") if lines else torch.__version__
-    if before != torch.__version__:
-        text = f"the run used torch {before}, this is {torch.__version__}"
+    text = (folder / PROVENANCE).read_text(errors="replace") if (folder / PROVENANCE).exists() else ""
+    before = re.findall(r'"torch": "([^"]*)"', text)
+    if before and before[-1] != torch.__version__:
+        text = f"the run used torch {before[-1]}, this is {torch.__version__}"
         yield Finding(Level.WARNING, "versions", text, "to go on to the bit, use the same one")
     newest = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
     if newest > time.time() + 60:
@@ -180,9 +179,8 @@ def _state_of_run(folder: Path) -> Iterator[Finding]:
         free = True
     except UserError:
         free = False
-    path = folder / STATUS
-    told = json.loads(path.read_text()) if path.exists() else {"status": "not started"}
-    status, why = told["status"], told.get("why")
+    told = read_status(folder)
+    status, why = told["status"], told["why"]
     if not free:
         yield Finding(Level.GOOD, "run", f"{folder} is in use by process {(folder / '.lock').read_text()}")
     elif status == "running":

@@ -53,6 +53,15 @@ def provenance(command: list[str]) -> dict[str, str]:
     }
 
 
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run said of itself last, in status.json: status, why, pid, time. "not known" if the file is not there or odd."""
+    try:
+        told = json.loads((folder / STATUS).read_bytes())
+        return {"status": told["status"], "why": told["why"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {"status": "not known", "why": None}
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl, in order. A torn last line, left by a kill, is dropped."""
     records = []

@@ -33,7 +33,7 @@ from speedrun_mup.data import Batch, TrainBatches, ValBatches
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
-from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, provenance, write_json
+from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, provenance, read_status, write_json
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
 BAD_STEPS = 10  # skipped or rolled back before the run gives up
@@ -70,7 +70,8 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
         with stop_signals() as signals, deterministic(cfg.strict):
             run = Run(cfg, world)
             try:
-                run.tell_status("running")
+                if run.start < cfg.iterations:
+                    run.tell_status("running")
                 result = run.train(signals, observe)
             except BaseException as fault:
                 run.tell_status("failed", f"{type(fault).__name__}: {fault}")
@@ -218,7 +219,7 @@ class Run:
             self.train_loss,
             step * cfg.batch_tokens,
             self.train_s,
-            finished=step == cfg.iterations,
+            finished=step == cfg.iterations and not self.stopping,
         )
 
     def tell_status(self, status: str, why: str | None = None) -> None:
@@ -692,5 +693,5 @@ def saved_config(folder: Path) -> TrainConfig:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` has a checkpoint of its last step."""
-    return (folder / "checkpoints" / f"step-{saved_config(folder).iterations:08d}").is_dir()
+    """Whether the run in `folder` came to its end, the last validation included."""
+    return read_status(folder)["status"] == "finished"

@@ -111,6 +111,20 @@ def test_stopping_and_resuming_is_bitwise_an_uninterrupted_run(tiny):
     assert_same_training(whole, again)
 
 
+def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_life(tiny):
+    whole = train(tiny(name="whole"))
+
+    def stop_at_the_end(step, model, batches):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    part = train(tiny(name="part"), observe=stop_at_the_end)
+    assert (part.finished, part.steps) == (False, 6) and newest_unfinished(part.folder.parent) == part.folder
+    again = train(tiny(name="part", resume=str(part.folder)))
+    assert again.finished and newest_unfinished(part.folder.parent) is None
+    assert_same_training(whole, again)
+
+
 def test_resume_survives_a_folder_without_any_checkpoint(tiny):
     run = tiny(name="x")
     Run(run, World()).close()  # opened, never trained
