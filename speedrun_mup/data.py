@@ -27,7 +27,6 @@ from speedrun_mup.shards import Corpus, Shard, ShardError
 Batch = tuple[Tensor, Tensor]  # inputs (T,) int32 and targets (T,) int64: the same tokens, one place further
 
 
-
 def _to_batch(tokens: np.ndarray) -> Batch:
     """T + 1 tokens as inputs (T,) int32 and targets (T,) int64."""
     return torch.from_numpy(tokens[:-1].astype(np.int32)), torch.from_numpy(tokens[1:].astype(np.int64))

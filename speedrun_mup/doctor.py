@@ -21,8 +21,10 @@ from speedrun_mup.core.attention import pick_backend
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import Corpus, TrainBatches, ValBatches, verify_corpus
+from speedrun_mup.data import TrainBatches, ValBatches
 from speedrun_mup.explain import explain
+from speedrun_mup.inspect_corpus import inspect_corpus
+from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
 from speedrun_mup.training import FolderLock, pick_dtype
 
@@ -135,13 +137,12 @@ def _disk(cfg: TrainConfig, parameters: int, folder: Path | None) -> Iterator[Fi
 
 
 def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
-    verify_corpus(corpus)
+    for fault in inspect_corpus(corpus).faults:
+        yield Finding(Level.BAD, "data", fault, "delete the folder and prepare the corpus again")
     ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens)
     usage = TrainBatches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed).usage()
     epochs = cfg.iterations / usage.steps
-    text = (
-        f"intact; {usage.steps:,} steps an epoch, {usage.skipped:,} tokens skipped; this run takes {epochs:.2f} epochs"
-    )
+    text = f"{usage.steps:,} steps an epoch, {usage.skipped:,} tokens skipped; this run takes {epochs:.2f} epochs"
     too_long = cfg.epochs is not None and epochs > cfg.epochs
     fix = f"train at most {usage.steps * (cfg.epochs or 0):,} steps, or allow more --epochs" if too_long else ""
     yield Finding(Level.BAD if too_long else Level.GOOD, "data", text, fix)

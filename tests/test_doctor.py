@@ -75,7 +75,7 @@ def test_changed_and_missing_data(tiny, tmp_path):
     tokens = np.fromfile(shard, "<u2")
     tokens[1000] ^= 1
     tokens.tofile(shard)
-    assert "tokens changed since corpus.json was written" in bad(examine(tiny(data=str(data))))["data"]
+    assert f"{shard}: not what the manifest says; its bytes have changed" in bad(examine(tiny(data=str(data))))["data"]
     assert "no folder" in bad(examine(tiny(data=str(tmp_path / "nowhere"))))["data"]
     assert "epochs" in bad(examine(tiny(iterations=1000, epochs=2)))["data"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 HERE, CHECKPOINT, TRAINING, UTILS = (
     f"tests/{name}.py" for name in ("faults/test_matrix", "test_checkpoint", "test_training", "test_utils")
 )
-DATA, CORPUS, CONFIG, TRACKING, SWEEP = (
-    f"tests/test_{name}.py" for name in ("data", "corpus", "config", "tracking", "sweep")
+DATA, SHARDS, CORPUS, CONFIG, TRACKING, SWEEP = (
+    f"tests/test_{name}.py" for name in ("data", "shards", "corpus", "config", "tracking", "sweep")
 )
 
 
@@ -166,24 +166,24 @@ MATRIX = _rows(
     (
         "a file that is no shard: pointer, web page, archive, other magic or version",
         "refused before the first step with its likely cause, also under python -O",
-        [f"{DATA}::test_bad_file_is_refused", f"{DATA}::test_checks_survive_python_minus_o"],
+        [f"{SHARDS}::test_bad_file_is_refused", f"{SHARDS}::test_checks_survive_python_minus_o"],
     ),
     (
         "a header whose count is wrong, odd or trailing bytes",
         "refused before anything is allocated",
-        [f"{DATA}::test_bad_file_is_refused", f"{DATA}::test_longest_shard"],
+        [f"{SHARDS}::test_bad_file_is_refused", f"{SHARDS}::test_longest_shard"],
     ),
-    ("random damage to shards", "refused, or a well-formed shard", [f"{DATA}::test_fuzzed_files"]),
+    ("random damage to shards", "refused, or a well-formed shard", [f"{SHARDS}::test_fuzzed_files"]),
     (
         "a token outside the vocabulary",
         "found before it reaches the embedding; file, offset and token named",
         [f"{DATA}::test_id_outside_the_vocabulary", f"{CORPUS}::test_tokenizer_that_the_shards_do_not_have"],
     ),
-    ("writing a token that needs more than 16 bits", "refused; never wrapped", [f"{DATA}::test_write_never_wraps"]),
+    ("writing a token that needs more than 16 bits", "refused; never wrapped", [f"{SHARDS}::test_write_never_wraps"]),
     (
         "a shard of more than 2^31 - 1 tokens",
         "refused by the writer; the longest reads",
-        [f"{DATA}::test_longest_shard"],
+        [f"{SHARDS}::test_longest_shard"],
     ),
     (
         "a shard without BOS, documents longer than a shard",
@@ -193,7 +193,7 @@ MATRIX = _rows(
     (
         "no shard, one shard, no validation shard, too little",
         "refused, or it works",
-        [f"{DATA}::test_folder_without_shards", f"{DATA}::test_corpus_too_small", f"{DATA}::test_val_too_small"],
+        [f"{SHARDS}::test_folder_without_shards", f"{DATA}::test_corpus_too_small", f"{DATA}::test_val_too_small"],
     ),
     (
         "the data ends",
@@ -207,7 +207,7 @@ MATRIX = _rows(
     (
         "shards replaced between two lives",
         "refused: the corpus is not the same",
-        [f"{HERE}::test_row_31_another_corpus_in_the_same_place", f"{DATA}::test_fingerprint_is_of_the_tokens"],
+        [f"{HERE}::test_row_31_another_corpus_in_the_same_place", f"{SHARDS}::test_fingerprint_is_of_the_tokens"],
     ),
     (
         "a shard cut or deleted, or the whole folder, during a run",
@@ -227,7 +227,7 @@ MATRIX = _rows(
             f"{CORPUS}::test_build_that_fails_leaves_nothing",
             f"{CORPUS}::test_nothing_looks_finished_before_the_rename",
             f"{CORPUS}::test_auto_with_half_of_fineweb_does_not_fall_back",
-            f"{DATA}::test_failed_write_keeps_the_old_file",
+            f"{SHARDS}::test_failed_write_keeps_the_old_file",
         ],
     ),
     # --- numbers

@@ -41,7 +41,7 @@ from speedrun_mup.core.model import SoftcapCrossEntropy
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import ShardError, read_shard, write_manifest, write_shard
+from speedrun_mup.shards import ShardError, measure_shard, read_shard, write_manifest, write_shard
 from speedrun_mup.tracking import read_metrics
 from speedrun_mup.training import FREE_TO_CHANGE, STATE_BEFORE, Run, check_resumable, train
 
@@ -282,7 +282,11 @@ def test_row_31_another_corpus_in_the_same_place(tiny, tmp_path):
     (data / name).unlink()
     write_shard(data / name, tokens)
     kept = {key: manifest[key] for key in ("tokenizer", "vocab_size", "bos_token", "source")}
-    write_manifest(data, **kept, train=list(manifest["train"]), val=list(manifest["val"]))
+    shards = {
+        part: {name: measure_shard(data / name, kept["vocab_size"], kept["bos_token"]) for name in manifest[part]}
+        for part in ("train", "val")
+    }
+    write_manifest(data, **kept, **shards)
     with pytest.raises(CheckpointError, match="the corpus is not the same; resume without changing"):
         train(dataclasses.replace(cfg, resume=str(folder_of(cfg))))
 
