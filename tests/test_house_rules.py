@@ -16,7 +16,7 @@ FLOORS = [
     ["core.model", "config"],
     ["shards", "documents", "checkpoint", "numerics", "tracking"],
     ["data", "tokenizers"],
-    ["corpus", "tokenize_text", "inspect_corpus"],
+    ["corpus", "tokenize_text", "inspect_corpus", "fineweb"],
     ["training"],
     ["coord_check", "doctor", "explain", "plan", "report", "sweep", "transfer"],
     ["commands", "cli"],

@@ -1,21 +1,56 @@
-"""`speedrun-mup data text`, `data fineweb` and `data inspect`."""
+"""`speedrun-mup data fineweb`, `data text` and `data inspect`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speedrun_mup.config import new_parser, parse
+
+if TYPE_CHECKING:
+    from speedrun_mup.shards import Corpus
+
+FINEWEB_FOLDERS = {"10B": "data/fineweb10B", "100B": "data/fineweb100B", "edu": "data/finewebedu10B"}
 
 
 def run(argv: Sequence[str]) -> int:
     """Get text ready to train on, or look into a folder of shards."""
-    commands = {"text": run_text, "inspect": run_inspect}
+    commands = {"fineweb": run_fineweb, "text": run_text, "inspect": run_inspect}
     parser = new_parser("speedrun-mup data", run.__doc__ or "")
     about = "; ".join(f"{name}: {command.__doc__}" for name, command in commands.items())
     parser.add_argument("command", choices=tuple(commands), help=f"{about} data COMMAND --help tells more")
     return commands[parse(parser, argv[:1]).command](argv[1:])
+
+
+def run_fineweb(argv: Sequence[str]) -> int:
+    """Download FineWeb's ready-made GPT-2 shards from the Hugging Face hub, checked. A killed download goes on."""
+    parser = new_parser("speedrun-mup data fineweb", run_fineweb.__doc__ or "")
+    parser.add_argument(
+        "--tokens", default="900M", metavar="N", help="to have for training, in whole shards of 100M; %(default)s"
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=tuple(FINEWEB_FOLDERS),
+        default="10B",
+        help="FineWeb's samples, or FineWeb-Edu; %(default)s",
+    )
+    folders = ", ".join(FINEWEB_FOLDERS.values())
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write (default: {folders})")
+    parser.add_argument(
+        "--revision", default="main", metavar="REV", help="branch, tag or commit on the hub; %(default)s"
+    )
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="downloads at a time; %(default)s")
+    flags = vars(parse(parser, argv))
+
+    from speedrun_mup.fineweb import download_fineweb, parse_tokens
+
+    out = flags.pop("out") or Path(FINEWEB_FOLDERS[flags["dataset"]])
+    corpus = download_fineweb(parse_tokens(flags.pop("tokens")), out, progress=sys.stderr.isatty(), **flags)
+    print_parts(corpus)
+    print(f"train on them with --data {out}")
+    return 0
 
 
 def run_text(argv: Sequence[str]) -> int:
@@ -59,12 +94,17 @@ def run_text(argv: Sequence[str]) -> int:
     from speedrun_mup.tokenize_text import TextSettings, tokenize_text
 
     corpus = tokenize_text(paths, out, TextSettings(**flags), workers, progress=sys.stderr.isatty())
+    print_parts(corpus)
+    print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {out}")
+    return 0
+
+
+def print_parts(corpus: Corpus) -> None:
+    """A line about each part of a corpus with a manifest."""
     for part in "train", "val":
         facts = [corpus.facts[path.name] for path in getattr(corpus, part)]
         tokens, documents = sum(each.tokens for each in facts), sum(each.documents for each in facts)
         print(f"{part:<6} {tokens:,} tokens, {documents:,} documents, {len(facts)} shard(s)")
-    print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {out}")
-    return 0
 
 
 def run_inspect(argv: Sequence[str]) -> int:

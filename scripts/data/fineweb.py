@@ -1,0 +1,11 @@
+"""FineWeb's ready-made shards: the same command as `speedrun-mup data fineweb`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from speedrun_mup.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["data", "fineweb", *sys.argv[1:]]))

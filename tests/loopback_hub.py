@@ -1,0 +1,146 @@
+"""A Hugging Face hub for one dataset on the loopback, with faults on request.
+
+It speaks what huggingface_hub asks for: the commit of a revision, the tree of a commit with sizes and LFS hashes, and files
+at `resolve`, redirected to another path as the real hub redirects to its CDN, with ranges.
+"""
+
+import hashlib
+import json
+import threading
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "c0de"
+
+
+class LoopbackHub:
+    """Serves `files` (name: bytes) of dataset `repository`; use it as a context manager.
+
+    faults[name]: what goes wrong at the next GETs of that file ("tree" is the listing), one after the other: a status,
+    "cut" (half of what is left, then the connection is lost), "short" and "long" (another length, and closed properly),
+    "flip" (one byte is another), "no range" (answers 200 to a range). requests: (method, path, range) of all requests.
+    """
+
+    def __init__(self, repository: str, files: dict[str, bytes]):
+        self.repository, self.files = repository, dict(files)
+        self.faults: dict[str, list[int | str]] = defaultdict(list)
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.tokens: set[str | None] = set()
+        self.slow_s = 0.0  # before every 64 KiB
+        self.pause = threading.Event()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                hub.answer(self)
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "LoopbackHub":
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.pause.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fetches(self, name: str) -> list[str | None]:
+        """The ranges of all GETs of a file's bytes."""
+        return [span for method, path, span in self.requests if method == "GET" and path == f"/cdn/{name}"]
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = unquote(urlsplit(request.path).path)
+        span = request.headers.get("Range")
+        self.requests.append((request.command, path, span))
+        api = f"/api/datasets/{self.repository}"
+        if path.startswith(api):
+            self.tokens.add(request.headers.get("Authorization"))
+            fault = self.faults["tree"].pop(0) if self.faults["tree"] else None
+            if isinstance(fault, int):
+                return self.send(request, fault)
+            revision = path.removeprefix(api).split("/")[2]
+            if revision not in ("main", COMMIT):
+                return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
+            found = self.tree() if path.startswith(f"{api}/tree/") else {"id": self.repository, "sha": COMMIT}
+            return self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(found).encode())
+        name = path.rpartition("/")[2]
+        if path.startswith("/api/"):
+            return self.send(request, 404, {"X-Error-Code": "RepoNotFound"})
+        if name not in self.files:
+            return self.send(request, 404, {"X-Error-Code": "EntryNotFound"})
+        if path == f"/datasets/{self.repository}/resolve/{COMMIT}/{name}":
+            size = str(len(self.files[name]))
+            return self.send(
+                request,
+                302,
+                {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"', "X-Linked-Size": size, "Location": f"/cdn/{name}"},
+            )
+        return self.send_file(request, name, span)
+
+    def tree(self) -> list[dict[str, object]]:
+        return [{"type": "file", "path": "README.md", "oid": "0" * 40, "size": 5}] + [
+            {
+                "type": "file",
+                "path": name,
+                "oid": "0" * 40,
+                "size": len(content),
+                "lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134},
+            }
+            for name, content in self.files.items()
+        ]
+
+    def send_file(self, request: BaseHTTPRequestHandler, name: str, span: str | None) -> None:
+        content = self.files[name]
+        fault = self.faults[name].pop(0) if request.command == "GET" and self.faults[name] else None
+        if isinstance(fault, int):
+            return self.send(request, fault, {"Retry-After": "0"} if fault == 429 else {})
+        start = int(span.removeprefix("bytes=").rstrip("-")) if span and fault != "no range" else 0
+        if start >= len(content):
+            return self.send(request, 416, {"Content-Range": f"bytes */{len(content)}"})
+        part = content[start:]
+        if fault == "flip":
+            part = part[:-7] + bytes([part[-7] ^ 1]) + part[-6:]
+        part = {"short": part[: len(part) // 2], "long": part + b"more"}.get(str(fault), part)
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send(request, 206 if start else 200, headers, part, cut=fault == "cut")
+
+    def send(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        cut: bool = False,
+    ) -> None:
+        request.send_response(status)
+        for key, value in ((headers or {}) | {"Content-Length": str(len(body))}).items():
+            request.send_header(key, value)
+        request.end_headers()
+        if request.command == "HEAD":
+            return
+        body = body[: len(body) // 2] if cut else body
+        try:
+            for at in range(0, len(body), 2**16):
+                if self.slow_s:
+                    self.pause.wait(self.slow_s)
+                request.wfile.write(body[at : at + 2**16])
+                request.wfile.flush()
+        except OSError:
+            request.close_connection = True  # the client left
+        if cut:
+            request.close_connection = True
