@@ -19,7 +19,10 @@ check: .venv/.ok-dev
 	$(BIN)/mypy
 	$(QUIET) $(BIN)/python -m pytest -n 2 -m "not slow and not dist"
 
-bench: .venv/.ok-dev
+bench: .venv/.ok
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/mup_overhead.py
+	$(BIN)/python benchmarks/sweep_throughput.py
 	$(BIN)/python benchmarks/cpu_speed.py
 	$(BIN)/python benchmarks/time_to_loss.py
 

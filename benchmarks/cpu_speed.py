@@ -5,7 +5,7 @@
 
 Both models train in one process on the same micro-batches, turn about, step by step; so what else the machine does
 falls on both alike. Our step is all of `train`: the wait for data, forward, backward, the finiteness check, Muon, Adam,
-the metrics file. Needs `pip install transformers`.
+the metrics file. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Opponent, circumstances, publish, quantile, seconds, table, with_spread
+from benchmarks.common import circumstances, publish, quantile, seconds, table, with_spread
+from benchmarks.opponent import Opponent
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
 from speedrun_mup.corpus import find_corpus

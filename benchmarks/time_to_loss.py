@@ -6,7 +6,7 @@
 GPT-2 (Hugging Face, AdamW) trains on FACTOR times the preset's tokens, once for every learning rate of a grid that is
 widened until its best is inside. Both see the same micro-batches in the same order and are validated on the same
 chunks, none longer than a training sequence. The two train in one process, turn about, so what else the machine does
-falls on both alike; seconds are of training only. Needs `pip install transformers`.
+falls on both alike; seconds are of training only. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.common import Opponent, circumstances, publish, seconds, table
+from benchmarks.common import circumstances, publish, seconds, table
+from benchmarks.opponent import Opponent
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
 from speedrun_mup.corpus import find_corpus

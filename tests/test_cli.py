@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 
 from speedrun_mup.cli import COMMANDS, main, usage
-from speedrun_mup.commands import train
+from speedrun_mup.commands import demo, train
 from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.commands.train import config_of
 from speedrun_mup.config import make_config
@@ -147,3 +147,19 @@ def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "target: width 128" in told and "use --lr-scale" in told and "--target runs/NAME" in told
     assert main(words) == 0 and "proxies: " in capsys.readouterr().out  # found again, without a budget
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--data", "synthetic", "--head-dim", "16", "--device", "cpu", "--no-progress"]
+    shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
+    monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "128", "--seeds", "1"])
+    monkeypatch.setattr(demo, "BUDGET", "120%")
+    target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
+    monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape])
+    assert main(["demo"]) == 0
+    told = capsys.readouterr().out
+    assert "PASS" in told and "use --lr-scale" in told and "validation loss" in told
+    assert "predicted" in (tmp_path / "runs" / "demo" / "plan" / "report" / "report.md").read_text()
