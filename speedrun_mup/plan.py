@@ -43,8 +43,8 @@ from speedrun_mup.transfer import Thresholds, loss_forecast
 
 PLAN, VERSION = "plan.json", 1
 ARM = "mup"
-# Octaves to run, and half octaves that an adaptive sweep usually adds to them. The lean grid is for small budgets; it finds
-# the optimum only if that is less than an octave from what was tuned at base width.
+# Octaves to run, and half octaves that a refined sweep usually adds to them. The lean grid is for small budgets: cheap if
+# the optimum is less than an octave from what was tuned at base width, else extended like any other.
 FULL = ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5))
 LEAN = ((-1.0, 0.0, 1.0), ())
 SEEDS, MOST_SEEDS = (1, 2, 3, 5), 5  # of the widest proxy; every narrower one has twice as many, up to the most
@@ -58,7 +58,7 @@ NOISE_OVER_CURVATURE = 0.25
 class Plan:
     """The sweep that finds the learning rate of `target` most exactly within the budget.
 
-    seeds: per width. octaves: the grid, which an adaptive sweep refines and extends. runs: with what that usually adds.
+    seeds: per width. octaves: the grid. refine: add half octaves around the minimum. runs: with what that usually adds.
     flops: of the sweep; target_flops: of the target run. sweep_s, target_s: on this machine with `workers` workers.
     lr_error: expected standard error of the target's best learning rate, octaves.
     """
@@ -67,7 +67,7 @@ class Plan:
     widths: tuple[int, ...]
     seeds: tuple[int, ...]
     octaves: tuple[float, ...]
-    adaptive: bool
+    refine: bool
     runs: int
     flops: float
     target_flops: float
@@ -88,7 +88,7 @@ class Plan:
                 (ARMS[ARM],),
                 self.octaves,
                 tuple(range(seeds)),
-                adaptive=self.adaptive,
+                refine=self.refine,
             )
             for seeds, pairs in alike
         )
@@ -206,7 +206,7 @@ def _design(
         widths=widths,
         seeds=seeds,
         octaves=octaves,
-        adaptive=bool(refinement),
+        refine=bool(refinement),
         runs=sum(runs),
         flops=sum(count * cost for count, cost in zip(runs, flops, strict=True)),
         target_flops=whole,

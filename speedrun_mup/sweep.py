@@ -142,7 +142,8 @@ class Sweep:
     """Which cells to run.
 
     base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, a learning
-    rate of TrainConfig. adaptive: extend and refine the grid where the minimum turns out to be. Raises ConfigError.
+    rate of TrainConfig. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
+    half octaves around the minimum. Raises ConfigError.
     """
 
     base: TrainConfig
@@ -152,6 +153,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     knob: str = "lr_scale"
     adaptive: bool = True
+    refine: bool = True
 
     def __post_init__(self) -> None:
         for name in ("widths", "arms", "octaves", "seeds"):
@@ -630,11 +632,11 @@ def open_engine(engine: str, workers: int | None, device: str) -> Engine:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def next_points(losses: Mapping[float, float], grid: Sequence[float]) -> set[float]:
+def next_points(losses: Mapping[float, float], grid: Sequence[float], refine: bool = True) -> set[float]:
     """Octaves still to be run at one width. losses: octaves -> loss of all points so far, not finite where it diverged.
 
     A minimum less than an octave from an end asks for one octave more there, up to MAX_EXTENSION beyond `grid`. Any
-    other asks for the half octaves around it, which are those around the three lowest points of a bowl on a grid of
+    other asks, if `refine`, for the half octaves around it, which are those around the three lowest points of a bowl on a grid of
     octaves; but for none at or beyond the first divergence.
     """
     stable = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
@@ -649,6 +651,8 @@ def next_points(losses: Mapping[float, float], grid: Sequence[float]) -> set[flo
             wanted = {left - 1}
         elif right - best < 1 and right in stable:
             wanted = {right + 1}
+        elif not refine:
+            wanted = set()
         else:
             end = min((at for at in losses if at not in stable), default=right)
             wanted = {at for at in (best + halves / 2 for halves in range(-3, 4)) if left < at < end}
@@ -757,7 +761,7 @@ def run_sweep(
             with _signals_interrupt():
                 while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
                     curves = rounds.curves(points)
-                    more = {key: points[key] | next_points(curves[key], sweep.octaves) for key in points}
+                    more = {key: points[key] | next_points(curves[key], sweep.octaves, sweep.refine) for key in points}
                     if more == points:
                         break
                     points = more
@@ -918,7 +922,7 @@ def _admit(sweep: Sweep, out: Path, corpus: Corpus) -> None:
     base = {"schema": SCHEMA, "knob": sweep.knob, "corpus": corpus.fingerprint, **settings}
     arms = {arm.name: {"settings": dict(arm.settings), "predicted": arm.predicted} for arm in sweep.arms}
     asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("widths", "octaves", "seeds")}
-    asked |= {"arms": list(arms), "adaptive": sweep.adaptive}
+    asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
     before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
     differ = [
         f"{key} was {before['base'].get(key)}, is {base[key]}" for key in base if before["base"].get(key) != base[key]

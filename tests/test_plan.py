@@ -89,7 +89,7 @@ def test_more_budget_buys_a_better_known_learning_rate(wide, out):
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
     assert plans[-1].widths == (16, 32, 64, 128, 256) and plans[-1].seeds == (5, 5, 5, 5, 5)
     assert all(len(plan.widths) >= 3 and plan.seeds[0] > 1 for plan in plans)
-    assert not plans[0].adaptive and plans[-1].adaptive
+    assert not plans[0].refine and plans[-1].refine
 
 
 def test_costs_are_counted(wide, out):

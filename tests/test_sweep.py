@@ -258,6 +258,11 @@ def test_the_first_rounds_by_hand():
     assert next_points({at: at for at in range(-4, 2)}, grid) == set()
 
 
+def test_without_refinement_the_grid_is_only_extended():
+    assert next_points({-1: 3, 0: 2, 1: 1}, (-1, 0, 1), refine=False) == {2}
+    assert next_points({-1: 3, 0: 2, 1: 1, 2: 2}, (-1, 0, 1), refine=False) == set()
+
+
 def test_no_point_beyond_a_cliff_is_tried():
     losses = grown(lambda at: 3 + (at - 1) ** 2 if at < 1.5 else math.nan)
     assert set(losses) == set(GRID) | {-0.5, 0.5, 1.5} and math.isnan(losses[1.5])
