@@ -13,6 +13,7 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
     "train": "train a model",
     "data": "get text ready to train on: FineWeb, or your own files; look into a folder of shards",
     "doctor": "does this machine, or a run's folder, have what it needs? what to fix if not",
+    "bench": "what a training step costs here: time by phase, tokens/s, MFU, memory, beside the device's ceilings",
     "explain": "what the rules come to for every parameter of a model",
     "coord-check": "do updates scale with width as muP says? with controls that must fail",
     "plan": "which small runs a big one needs, what they cost, and what they predict",

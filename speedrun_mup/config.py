@@ -49,6 +49,12 @@ class TrainConfig:
     micro_batch_tokens: int = setting("training", "tokens of one micro-batch; a multiple of --block-size", 49152)
     micro_batches: int = setting("training", "micro-batches of a step, over all ranks; a multiple of the rank count", 8)
     pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
+    micro_batch: str = setting(
+        "training",
+        "auto: halve --micro-batch-tokens and double --micro-batches until a pass fits the device's memory",
+        "fixed",
+        ("fixed", "auto"),
+    )
     seed: int = setting("training", "fixes initialisation and data order", 0)
 
     strict: bool = setting(
@@ -107,6 +113,9 @@ class TrainConfig:
     attention: str = setting("device", "backend; auto probes the device", "auto", ("auto", "flex", "blocked", "dense"))
     compile: bool | None = setting("device", "torch.compile the model (default: only on CUDA)", None)
     timeout_s: float = setting("device", "seconds that a rank waits for the others before it gives up", 600.0)
+    fp8: bool | None = setting(
+        "device", "8-bit products in the head's training (default: where the GPU has them and it is compiled)", None
+    )
     kernel_warmup: int = setting("device", "throw-away steps before training, to compile and warm up", 10)
 
     def __post_init__(self) -> None:

@@ -23,10 +23,11 @@ from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import TrainBatches, ValBatches
 from speedrun_mup.explain import explain
+from speedrun_mup.hardware import pick_dtype
 from speedrun_mup.inspect_corpus import inspect_corpus
 from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
-from speedrun_mup.training import FolderLock, pick_dtype
+from speedrun_mup.training import FolderLock
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))  # from, and before, as pyproject.toml has it
 SLACK = 1.1  # of free space over need, below which it is called tight

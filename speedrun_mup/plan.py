@@ -22,6 +22,7 @@ from typing import Any
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import find_corpus
+from speedrun_mup.flops import run_flops
 from speedrun_mup.shards import Corpus
 from speedrun_mup.sweep import (
     ARMS,
@@ -33,7 +34,6 @@ from speedrun_mup.sweep import (
     computed_settings,
     measure_sweep,
     read_results,
-    run_flops,
     run_sweep,
     write_whole,
 )

@@ -41,10 +41,9 @@ from tqdm import tqdm
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
-from speedrun_mup.core.model import GPTConfig
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.schedules import window_blocks
+from speedrun_mup.flops import model_shape, run_flops
 from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
 from speedrun_mup.training import FREE_TO_CHANGE, FolderLock, train
@@ -189,45 +188,6 @@ class Sweep:
 # ---------------------------------------------------------------------------------------------------------------------
 # What it costs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def flops_per_token(cfg: TrainConfig, vocab_size: int) -> float:
-    """FLOPs to train on one token: 6 per matrix weight that it meets, and 12 * width per key in each attention layer.
-
-    Keys are those inside window and micro-batch, averaged over training, while the window grows; that they also have to
-    be of the same document is left out, so this is an upper bound (2.7 % too much for record 26). Also left out: the
-    optimizers, of which Muon takes 0.55 % there but a large part of a very small model's step, and validation.
-    """
-    model = _shape(cfg, vocab_size)
-    attention = [layer for layer in range(model.n_layer) if layer != model.layer_without_attention]
-    weights = (4 * len(attention) + 8 * model.n_layer) * model.width**2 + model.padded_vocab * model.width
-    long, short = _mean_keys(cfg.iterations, cfg.window_tokens, cfg.block_size, cfg.micro_batch_tokens)
-    keys = sum(long if model.has_long_window(layer) else short for layer in attention)
-    return 6.0 * weights + 12.0 * model.width * keys
-
-
-def run_flops(cfg: TrainConfig, vocab_size: int) -> float:
-    """FLOPs of a whole training run."""
-    return flops_per_token(cfg, vocab_size) * cfg.batch_tokens * cfg.iterations
-
-
-def _shape(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
-    """The model's shape. Raises ConfigError for an impossible one."""
-    base = cfg.base_width or cfg.width
-    return GPTConfig(vocab_size, 0, cfg.n_layer, cfg.width, base, cfg.head_dim, cfg.block_size, cfg.parametrization)
-
-
-@functools.cache
-def _mean_keys(iterations: int, window_tokens: int, block_size: int, tokens: int) -> tuple[float, float]:
-    """Keys that a query sees, mean over positions and over training, in layers with the long and the short window."""
-    blocks = tokens // block_size
-
-    def keys(window: int) -> float:
-        window = min(max(window, 1), blocks)
-        return block_size * (window - 1) * (blocks - window / 2) / blocks + (block_size + 1) / 2
-
-    windows = [window_blocks(step / iterations, window_tokens, block_size) for step in range(iterations)]
-    return sum(map(keys, windows)) / iterations, sum(keys(window // 2) for window in windows) / iterations
 
 
 class Pace:
@@ -747,7 +707,7 @@ def run_sweep(
     """
     corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
     for width in sweep.widths:
-        _shape(replace(sweep.base, width=width), corpus.vocab_size)
+        model_shape(replace(sweep.base, width=width), corpus.vocab_size)
     began = time.monotonic()
     stopped = False
     with _open_folder(out) as scratch, closing(_Progress(progress)) as shown:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,17 @@ from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteErro
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import TreeSum, World, deterministic, join_world, leave_world, stop_with_parent
-from speedrun_mup.corpus import find_corpus
+from speedrun_mup.corpus import cache_folder, find_corpus
 from speedrun_mup.data import Batch, TrainBatches, ValBatches
+from speedrun_mup.hardware import (
+    fit_micro_batch,
+    is_out_of_memory,
+    pick_compile,
+    pick_dtype,
+    pick_fp8,
+    pick_pack,
+    use_compile_cache,
+)
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
@@ -37,7 +46,6 @@ from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, provenance
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
 BAD_STEPS = 10  # skipped or rolled back before the run gives up
-TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
 
 Observer = Callable[[int, GPT, list[Batch]], None]
 
@@ -125,19 +133,26 @@ class Run:
 
     def __init__(self, cfg: TrainConfig, world: World):
         self.cfg, self.world = cfg, world
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # a benchmark puts a stopwatch here
         self.corpus, source = prepare_corpus(cfg, world)
         self.batches = TrainBatches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
         if cfg.epochs:
             self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
         self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
-        self.compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
-        self.pack = pick_pack(cfg, world)
-        attention, why = pick_backend(cfg.attention, world.device, self.compiled)
+        use_compile_cache(cache_folder() / "compiled")
+        self.compiled, why_compiled = pick_compile(cfg, world.device)
+        attention, why_attention = pick_backend(cfg.attention, world.device, self.compiled)
         dtype = pick_dtype(cfg, world.device)
-        self.model = GPT(model_config(cfg, self.corpus, attention, dtype), cfg.seed).to(world.device)
+        fp8, why_head = pick_fp8(cfg, world.device, dtype, self.compiled)
+        self.model = GPT(model_config(cfg, self.corpus, attention, dtype, fp8), cfg.seed).to(world.device)
+        if self.compiled:
+            self.model.compile_parts()
         self.optimizers = build_optimizers(self.model, cfg, world)
-        self.loss_of: Callable[..., Tensor] = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         check_agreement(cfg, self.corpus, world)
+        self.pack = pick_pack(cfg, world.size, world.device)
+        if cfg.micro_batch == "auto":
+            cfg = fit_micro_batch(cfg, self.pack, self.fits)
+            self.use(cfg)
 
         self.folder, self.lock = open_folder(cfg, world)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last, cfg.keep_every)
@@ -158,12 +173,16 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         scaling = f"{cfg.parametrization} from base width {cfg.base_width or cfg.width}"
         precision = str(dtype).removeprefix("torch.")
+        self.choices = (
+            f"device: {world.size} x {world.device.type}, {precision}; {'' if self.compiled else 'not '}compiled "
+            f"({why_compiled}); attention {attention} ({why_attention}); head in {'fp8' if fp8 else precision} "
+            f"({why_head}); {self.pack} of {cfg.micro_batches} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass"
+        )
         notes = [
             source,
             f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters, {scaling}; "
             f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
-            f"device: {world.size} x {world.device.type}, {precision}, {'' if self.compiled else 'not '}compiled, "
-            f"attention {attention} ({why}), {self.pack} of {cfg.micro_batches} micro-batches a pass",
+            self.choices,
             *notes,
         ]
         for note in notes:
@@ -194,13 +213,7 @@ class Run:
                 micro_batches = next(steps)
                 if observe:
                     observe(step, self.model, micro_batches)
-                with self.telling_of_memory(step):
-                    loss_sum = self.accumulate_gradients(micro_batches, step)
-                vote = self.vote(step, loss_sum, stop=bool(signals))
-                self.set_schedule(step)
-                for optimizer in self.optimizers:
-                    optimizer.step(vote.good)  # sums gradients over ranks itself; there is no DDP wrapper
-                self.model.zero_grad(set_to_none=True)
+                self.take_step(micro_batches, step, stop=bool(signals))
                 self.train_s += time.perf_counter() - began
                 save_due = bool(cfg.save_every) and (step + 1) % cfg.save_every == 0
                 self.act_on_votes(at_once=save_due or step + 1 == cfg.iterations)
@@ -227,6 +240,41 @@ class Run:
         if self.world.is_main:
             write_json(self.folder / STATUS, {"status": status, "why": why, "pid": os.getpid(), "time": time.time()})
 
+    def take_step(self, micro_batches: list[Batch], step: int, stop: bool = False) -> None:
+        """Gradients, a vote on them, and the update. stop: whether this rank was asked to."""
+        with self.telling_of_memory(step):
+            loss_sum = self.accumulate_gradients(micro_batches, step)
+        vote = self.vote(step, loss_sum, stop)
+        self.set_schedule(step)
+        with self.phase("optimizer"):
+            for optimizer in self.optimizers:
+                optimizer.step(vote.good)  # sums gradients over ranks itself; there is no DDP wrapper
+            self.model.zero_grad(set_to_none=True)
+
+    def use(self, cfg: TrainConfig) -> None:
+        """Divide steps into micro-batches, and those into passes, as `cfg` says."""
+        self.cfg, self.pack = cfg, cfg.pack
+        self.batches = TrainBatches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+
+    def fits(self, cfg: TrainConfig) -> bool:
+        """Whether a forward and backward pass of `cfg` fits into every rank's memory beside the optimizers' state."""
+        self.use(cfg)
+        fits = True
+        try:
+            state = sum(2 * p.numel() * p.element_size() for p in self.model.parameters()) // self.world.size
+            reserved = torch.empty(state, dtype=torch.uint8, device=self.world.device)
+            with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
+                self.accumulate_gradients(next(stream)[: self.pack], step=0)
+            del reserved
+        except (RuntimeError, MemoryError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            fits = False
+        self.model.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return all(self.world.gather_objects(fits))
+
     def close(self) -> None:
         """Finish a checkpoint under way, close files and let others into the folder."""
         try:
@@ -239,11 +287,18 @@ class Run:
     def window(self, step: int) -> Window:
         """The long attention window at `step`, in blocks; a tensor where the graph must not depend on its value."""
         blocks = window_blocks(step / self.cfg.iterations, self.cfg.window_tokens, self.cfg.block_size)
-        return torch.tensor(blocks, dtype=torch.int32, device=self.world.device) if self.compiled else blocks
+        if not self.compiled:
+            return blocks
+        return torch.full(
+            (), blocks, dtype=torch.int32, device=self.world.device
+        )  # unlike torch.tensor, waits for nobody
 
     def to_device(self, batch: Batch) -> Batch:
-        """A batch, on this rank's device."""
-        inputs, targets = batch
+        """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle."""
+        if self.world.device.type == "cuda":
+            inputs, targets = (tokens.pin_memory() for tokens in batch)
+        else:
+            inputs, targets = batch
         return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
 
     def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> Tensor:
@@ -258,8 +313,10 @@ class Run:
         for first in range(0, len(micro_batches), self.pack):
             group = micro_batches[first : first + self.pack]
             inputs, targets = self.to_device((torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])))
-            loss = self.loss_of(inputs, targets, window)
-            (loss / self.cfg.micro_batches).backward()
+            with self.phase("forward"):
+                loss = self.model(inputs, targets, window)
+            with self.phase("backward"):
+                (loss / self.cfg.micro_batches).backward()
             total += loss.detach()
         return total
 
@@ -268,11 +325,10 @@ class Run:
         """Turn running out of memory into an OutOfMemory that says how much a pass takes, and what would take less."""
         try:
             yield
-        except (RuntimeError, MemoryError) as fault:  # torch.OutOfMemoryError on CUDA, a plain one on CPUs
-            text = (str(fault).splitlines() or ["MemoryError"])[0]
-            known = isinstance(fault, torch.OutOfMemoryError | MemoryError)
-            if not known and "can't allocate memory" not in text:
+        except (RuntimeError, MemoryError) as fault:
+            if not is_out_of_memory(fault):
                 raise
+            text = (str(fault).splitlines() or ["MemoryError"])[0]
             cfg, said = self.cfg, text.partition(". GPU ")[0].rpartition("] ")[2]
             smaller = max(cfg.micro_batch_tokens // 2 // cfg.block_size, 1) * cfg.block_size
             fewer = f"--pack {self.pack // 2}, or " if self.pack > 1 else ""
@@ -285,8 +341,10 @@ class Run:
         """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
         window, tree = self.window(step), TreeSum()
         for batch in micro_batches:
-            loss = self.loss_of(*self.to_device(batch), window)
-            (loss / self.cfg.micro_batches).backward()
+            with self.phase("forward"):
+                loss = self.model(*self.to_device(batch), window)
+            with self.phase("backward"):
+                (loss / self.cfg.micro_batches).backward()
             tree.add([loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)])
             reached = [p for p in self.model.parameters() if p.grad is not None]
             self.model.zero_grad(set_to_none=True)
@@ -414,7 +472,7 @@ class Run:
         """Mean validation loss with the window of `step`. Ranks share the chunks, which are summed in a fixed order."""
         losses = torch.zeros(len(self.val_batches), device=self.world.device)
         for chunk in range(self.world.rank, len(losses), self.world.size):
-            losses[chunk] = self.loss_of(*self.to_device(self.val_batches[chunk]), self.window(step))
+            losses[chunk] = self.model(*self.to_device(self.val_batches[chunk]), self.window(step))
         self.world.all_reduce(losses).wait()
         return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
 
@@ -426,13 +484,14 @@ class Run:
         kept = [(optimizer.steps_taken, _cloned(optimizer.slices())) for optimizer in self.optimizers]
         stream = self.batches.stream(0, self.world.rank, self.world.size)
         for _ in range(self.cfg.kernel_warmup):
-            self.accumulate_gradients(next(stream), step=0)
+            with self.telling_of_memory(self.start):
+                self.accumulate_gradients(next(stream), step=0)
             for optimizer in self.optimizers:
                 optimizer.step()
             self.model.zero_grad(set_to_none=True)
         stream.close()
         with torch.no_grad():
-            self.loss_of(*self.to_device(self.val_batches[0]), self.window(0))
+            self.model(*self.to_device(self.val_batches[0]), self.window(0))
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
         for optimizer, (steps_taken, slices) in zip(self.optimizers, kept, strict=True):
@@ -520,34 +579,7 @@ def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
     return found
 
 
-def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
-    """Of embeddings and activations: bfloat16 where the GPU computes in it, else float32 (CPUs emulate bfloat16)."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    return (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float32
-    )
-
-
-def pick_pack(cfg: TrainConfig, world: World) -> int:
-    """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --strict cannot be kept."""
-    share = max(cfg.micro_batches // world.size, 1)
-    if cfg.strict:
-        if world.size > 1 and share & (share - 1):
-            raise ConfigError(
-                f"{share} micro-batches per process are no branch of the tree that --strict sums in; start 1 process, or "
-                "so many that each has 1, 2, 4, 8, ... of them"
-            )
-        return 1
-    if cfg.pack:
-        return min(cfg.pack, share)
-    fits = TOKENS_AT_ONCE[world.device.type] // cfg.micro_batch_tokens
-    return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
-
-
-def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.dtype) -> GPTConfig:
+def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.dtype, fp8: bool = False) -> GPTConfig:
     """The model that `cfg` describes, for the vocabulary of `corpus`."""
     return GPTConfig(
         vocab_size=corpus.vocab_size,
@@ -560,6 +592,7 @@ def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.
         parametrization=cfg.parametrization,
         embed_dtype=dtype,
         attention=attention,
+        fp8=fp8,
     )
 
 

@@ -19,6 +19,14 @@ def cache_folder(tmp_path_factory):
     return Path(os.environ["SPEEDRUN_MUP_CACHE"])
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 TINY = {
     "data": "synthetic",
     "width": 64,

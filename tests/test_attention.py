@@ -252,7 +252,6 @@ def test_flex_is_dense_as_far_as_a_cpu_can_run_it():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_compiled_flex_is_dense_on_a_gpu(window):
     T, B, H, C = 1024, 128, 2, 64

@@ -10,6 +10,7 @@ import pytest
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flops import run_flops
 from speedrun_mup.plan import (
     Plan,
     Prediction,
@@ -21,7 +22,7 @@ from speedrun_mup.plan import (
     predict,
     run_plan,
 )
-from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_flops, run_sweep
+from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_sweep
 from speedrun_mup.training import train
 from speedrun_mup.transfer import TransferError
 

@@ -28,6 +28,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.corpus import find_corpus
+from speedrun_mup.flops import flops_per_token, run_flops
 from speedrun_mup.schedules import window_blocks
 from speedrun_mup.sweep import (
     ARMS,
@@ -40,14 +41,12 @@ from speedrun_mup.sweep import (
     RayEngine,
     Sweep,
     attempt,
-    flops_per_token,
     measure_sweep,
     next_points,
     pick_arms,
     read_definition,
     read_results,
     run_cell,
-    run_flops,
     run_sweep,
     runs_table,
     training_curves,

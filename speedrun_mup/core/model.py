@@ -9,7 +9,9 @@ Shapes: T tokens, D width, H heads, C head_dim, V padded vocabulary, L layers. T
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from speedrun_mup.core import mup
 from speedrun_mup.core.attention import BACKENDS, Window, document_numbers
+from speedrun_mup.core.fp8 import E5M2, Scales, head_scales, mm, mm_backward, quantize
 from speedrun_mup.core.mup import Role
 from speedrun_mup.core.utils import ConfigError, generator
 
@@ -26,6 +29,7 @@ RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too 
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits = 30 * sigmoid(z / (7.5 * sqrt(width)))
 LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in float32
+FUSED_LOGIT_BUDGET = 2**29  # where they are never written in float32: 1 GiB in bfloat16, 8192 rows of the record's head
 VOCAB_MULTIPLE = 128
 
 
@@ -35,6 +39,7 @@ class GPTConfig:
 
     vocab_size: of the tokenizer; padded up to a multiple of 128 inside. base_width: the width that the learning rates
     were tuned at. bos_token: opens a document. parametrization: a name in mup.PARAMETRIZATIONS or a table of your own.
+    fp8: train the head with 8-bit products; it predicts and validates without them, as in the record.
     Raises ConfigError for an impossible shape.
     """
 
@@ -48,6 +53,7 @@ class GPTConfig:
     parametrization: str | mup.Parametrization = "record26"
     embed_dtype: torch.dtype = torch.float32
     attention: str = "blocked"
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.head_dim % 4:
@@ -269,6 +275,8 @@ class GPT(nn.Module):
         mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar")
         forward = head.factors(cfg.table, "adam").forward
         self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
+        self.scales = head_scales(D, forward) if cfg.fp8 else None
+        self.fused = False
         self.init_weights(seed)
 
     def init_std(self, name: str, spec: mup.ParamSpec) -> float:
@@ -332,8 +340,24 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
         weight: Tensor = self.lm_head.weight  # a Function is told that a parameter needs a gradient even under no_grad
-        weight = weight if torch.is_grad_enabled() else weight.detach()
-        return SoftcapCrossEntropy.apply(self.hidden(tokens, window), weight, targets, self.logit_scale, LOGIT_BUDGET)
+        training = torch.is_grad_enabled()
+        return SoftcapCrossEntropy.apply(
+            self.hidden(tokens, window),
+            weight if training else weight.detach(),
+            targets,
+            self.logit_scale,
+            FUSED_LOGIT_BUDGET if self.fused else LOGIT_BUDGET,
+            self.scales if training else None,
+            self.fused,
+        )
+
+    def compile_parts(self) -> None:
+        """Compile what gains by it, with static shapes: all that comes before the head, and the loss around its products.
+
+        A window given as a tensor never makes it compile again.
+        """
+        self.hidden = torch.compile(self.hidden, dynamic=False)  # type: ignore[method-assign]
+        self.fused = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Accept the record's own checkpoints: compiled names, and `scalars` padded to a multiple of its 8 ranks."""
@@ -358,38 +382,83 @@ def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: flo
     return F.cross_entropy(softcap(F.linear(x, weight.type_as(x)), scale), targets, reduction="sum")
 
 
+def loss_and_gradient(
+    z: Tensor, targets: Tensor, scale: float, wanted: bool, grad_s: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (R,) of a head's raw output z (R, V) and, if wanted, their gradient: z's type, or e5m2 divided by grad_s.
+
+    The obvious way, for a compiler to fuse into two passes. Capped logits are below 30, so no maximum is subtracted.
+    """
+    gate = torch.sigmoid(z.float() * scale)
+    likely = (SOFTCAP * gate).exp()
+    total = likely.sum(dim=-1, keepdim=True)
+    hit = (torch.arange(z.size(1), device=z.device) == targets[:, None]).float()
+    losses = total[:, 0].log() - SOFTCAP * (gate * hit).sum(dim=-1)
+    if not wanted:
+        return losses, None
+    grad = (likely / total - hit) * gate * (1 - gate) * (SOFTCAP * scale)
+    return losses, grad.type_as(z) if grad_s is None else quantize(grad, grad_s, E5M2)
+
+
+def loss_and_gradient_in_place(
+    z: Tensor, targets: Tensor, scale: float, wanted: bool, grad_s: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same in fewer passes and less memory, for where nothing fuses."""
+    gate = z.float().mul_(scale).sigmoid_()
+    likely = (gate * SOFTCAP).exp_()
+    total = likely.sum(dim=-1, keepdim=True)
+    target = targets[:, None]
+    losses = (total.log() - gate.gather(1, target) * SOFTCAP)[:, 0]
+    if not wanted:
+        return losses, None
+    grad = likely.div_(total)
+    grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+    grad.mul_(gate).mul_(gate.neg_().add_(1).mul_(SOFTCAP * scale))
+    return losses, grad.type_as(z) if grad_s is None else quantize(grad, grad_s, E5M2)
+
+
+@functools.cache
+def _fused_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(loss_and_gradient, dynamic=False)
+
+
 class SoftcapCrossEntropy(torch.autograd.Function):
     """Head, softcap and summed cross-entropy over chunks of rows, so that (T, V) logits never exist.
 
-    The gradient is computed beside the loss, while a chunk's logits are there, so nothing is computed twice.
+    The gradient is computed beside the loss, while a chunk's logits are there, so nothing is computed twice. fp8: scales
+    of 8-bit products; fused: compile what is around the products.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, scale: float, budget: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        budget: int,
+        fp8: Scales | None = None,
+        fused: bool = False,
+    ) -> Tensor:
         """x (T, D), weight (V, D), targets (T,), scale on the logits, logits to hold at a time -> float32 scalar."""
-        w = weight.type_as(x)
-        rows = max(1, budget // len(w))
+        w = weight if fp8 else weight.type_as(x)
+        rows = 1 << (max(1, budget // len(w)).bit_length() - 1)  # a power of two, so that chunks are alike
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
+        both = _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
         for begin in range(0, len(x), rows):
             chunk = slice(begin, begin + rows)
-            gate = torch.sigmoid(F.linear(x[chunk], w).float().mul_(scale))  # (rows, V)
-            logits = gate * SOFTCAP
-            target = targets[chunk, None]
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            losses[chunk] = (lse - logits.gather(1, target))[:, 0]
-            if not (needs_x or needs_w):
+            z, *stored = mm(x[chunk], w, *fp8) if fp8 else (F.linear(x[chunk], w),)
+            losses[chunk], grad = both(z, targets[chunk], scale, needs_x or needs_w, fp8.grad if fp8 else None)
+            if grad is None:
                 continue
-            grad = logits.sub_(lse).exp_()  # softmax
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad.mul_(gate).mul_((1 - gate).mul_(SOFTCAP * scale))
-            grad_z = grad.type_as(x)
+            by_x, by_w = mm_backward(grad, *stored, *fp8) if fp8 else (grad @ w, grad.T @ x[chunk])
             if grad_x is not None:
-                torch.mm(grad_z, w, out=grad_x[chunk])
+                grad_x[chunk] = by_x
             if grad_w is not None:
-                grad_w += grad_z.T @ x[chunk]
+                grad_w += by_w
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return losses.sum()
@@ -402,7 +471,5 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return (
             None if grad_x is None else grad_x * grad.type_as(grad_x),
             None if grad_w is None else (grad_w * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+            *[None] * 5,
         )

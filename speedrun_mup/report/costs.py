@@ -9,9 +9,10 @@ from pathlib import Path
 
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.model import VOCAB_MULTIPLE
+from speedrun_mup.flops import flops_per_token, run_flops
 from speedrun_mup.report.contents import GREY, Axis, Figure, Key, Mark, Panel, Section, Table
 from speedrun_mup.report.figures import arm_colors
-from speedrun_mup.sweep import CELLS, RESULT, CellResult, flops_per_token, run_flops
+from speedrun_mup.sweep import CELLS, RESULT, CellResult
 from speedrun_mup.tracking import clock
 from speedrun_mup.transfer import TransferResult
 

@@ -1,0 +1,355 @@
+"""How fast a training step is here, where its time goes, and what the device could do at best."""
+
+# T tokens of a micro-batch, N micro-batches of a step
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.attention import document_numbers
+from speedrun_mup.core.fp8 import E4M3
+from speedrun_mup.core.utils import Handle, World, join_world, leave_world
+from speedrun_mup.data import Batch
+from speedrun_mup.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops
+from speedrun_mup.schedules import window_blocks
+from speedrun_mup.training import Run
+
+PHASES = ("data", "forward", "backward", "optimizer", "communication", "other")
+# Dense bfloat16, from NVIDIA's data sheets; the first entry that is part of the device's name.
+DATASHEET_FLOPS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "RTX 4090": 165.2e12}
+GIB = 2**30
+
+
+class Stopwatch:
+    """Time by phase, one lap per outermost phase; an inner phase stops the clock of the one around it.
+
+    Marks are events in the device's stream on CUDA, so that measuring never makes host or device wait.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_cuda = device.type == "cuda"
+        self._laps: list[list[tuple[Any, str]]] = []
+        self._open: list[str] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what happens inside as `phase`."""
+        if not self._open:
+            self._laps.append([])
+        self._open.append(phase)
+        self._mark(phase)
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._mark(self._open[-1] if self._open else "")
+
+    def _mark(self, phase: str) -> None:
+        """From now on, time is that of `phase`."""
+        now: Any = time.perf_counter()
+        if self._on_cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._laps[-1].append((now, phase))
+
+    def laps(self) -> list[dict[str, float]]:
+        """Milliseconds by phase of every lap; waits for the device."""
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        found = []
+        for marks in self._laps:
+            times: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+            for (begin, phase), (end, _) in pairwise(marks):
+                times[phase] += begin.elapsed_time(end) if self._on_cuda else 1e3 * (end - begin)
+            found.append(times)
+        return found
+
+
+@dataclass(frozen=True)
+class TimedWorld(World):
+    """A World that counts waiting for others as communication: what is hidden behind work does not show."""
+
+    watch: Stopwatch | None = None
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Handle:
+        """As World's."""
+        return self._timed(super().all_reduce(tensor, op))
+
+    def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Handle]:
+        """As World's."""
+        part, handle = super().reduce_scatter(full)
+        return part, self._timed(handle)
+
+    def all_gather(self, part: Tensor) -> tuple[Tensor, Handle]:
+        """As World's."""
+        full, handle = super().all_gather(part)
+        return full, self._timed(handle)
+
+    def _timed(self, handle: Handle) -> Handle:
+        watch = self.watch
+        if watch is None or self.size == 1:
+            return handle
+
+        def wait() -> None:
+            with watch("communication"):
+                handle.wait()
+
+        return Handle(wait)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a benchmark found. FLOPs are per token, rates per second of one rank, mfu shares of the data sheet's peak.
+
+    flops: "6N" counts matrices alone; "masked" adds attention over the keys that window and documents allow, counted on
+    the batches; "window" adds attention over the window, as if documents had no end. data_sheet_flops: None if unknown.
+    measured: this device's own rate of a large matrix product and of a copy (bytes read and written).
+    """
+
+    device: str
+    torch: str
+    settings: dict[str, Any]
+    vocab: int
+    chosen: str
+    ranks: int
+    steps: int
+    step_ms: list[float]
+    phases_ms: dict[str, float]
+    tokens_per_s: float
+    flops: dict[str, float]
+    achieved_flops: dict[str, float]
+    data_sheet_flops: float | None
+    mfu: dict[str, float] | None
+    measured: dict[str, float]
+    peak_memory_gib: dict[str, float]
+    start_s: float
+    warmup_s: float
+    graphs_in_warmup: int
+    graphs_after: int
+    profile: list[dict[str, Any]]
+
+    def to_json(self) -> str:
+        """Strict JSON."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    def summary(self) -> str:
+        """For a terminal."""
+        total = sum(self.phases_ms.values())
+        shares = ", ".join(f"{name} {ms:.1f} ({ms / total:.0%})" for name, ms in self.phases_ms.items())
+        rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in self.achieved_flops.items())
+        ceilings = ", ".join(f"{name} {_readable(name, rate)}" for name, rate in self.measured.items())
+        memory = ", ".join(f"{name} {gib:.2f}" for name, gib in self.peak_memory_gib.items())
+        counted = ", ".join(f"{name} {flops / 1e6:,.1f}" for name, flops in self.flops.items())
+        lines = [
+            f"{self.device}, torch {self.torch}; {self.ranks} rank(s), vocabulary {self.vocab:,}",
+            self.chosen,
+            f"speed: {self.tokens_per_s:,.0f} tokens/s, {statistics.median(self.step_ms):.1f} ms a step (median of "
+            f"{self.steps} steps over the whole window schedule)",
+            f"step, ms: {shares}",
+            f"formula: 6 x matrix weights + 12 x width x keys x attention layers; MFLOP per token: {counted}",
+            f"TFLOP/s: {rates}; measured here: {ceilings}",
+            "MFU: " + self._mfu_line(),
+            f"peak memory, GiB: {memory}",
+            f"start: {self.start_s:.1f} s to the first step's end, {self.warmup_s:.1f} of them warming up; "
+            f"{self.graphs_in_warmup} graphs compiled then, {self.graphs_after} afterwards",
+        ]
+        for row in self.profile:
+            lines.append(f"  {row['ms']:9.2f} ms {row['share']:6.1%} {row['calls']:6.0f} x  {row['name'][:90]}")
+        return "\n".join(lines)
+
+    def _mfu_line(self) -> str:
+        if self.mfu is None:
+            share = self.achieved_flops["masked"] / self.measured["matmul"]
+            return f"no data sheet known for this device; {share:.1%} of the measured matrix product"
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in self.mfu.items())
+        return f"{shares} of {(self.data_sheet_flops or 0) / 1e12:.1f} TFLOP/s (data sheet)"
+
+
+def _readable(name: str, rate: float) -> str:
+    return f"{rate / 1e9:,.1f} GB/s" if name == "copy" else f"{rate / 1e12:.2f} TFLOP/s"
+
+
+def bench(cfg: TrainConfig, steps: int, began: float, profiled: bool = False) -> BenchResult:
+    """Train `steps` steps, over which the window grows as in a whole run, and say what they cost.
+
+    began: time.perf_counter() when this process started. profiled: profile one more step, in the middle of the schedule.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
+        quiet: dict[str, Any] = {"out": out, "resume": None, "save": False, "progress": False, "track": "none"}
+        cfg = replace(cfg, iterations=steps, kernel_warmup=max(cfg.kernel_warmup, 1), **quiet)
+        watch = Stopwatch(world.device)
+        try:
+            with closing(Run(cfg, TimedWorld(**vars(world), watch=watch))) as run:
+                return measure(run, watch, began, profiled)
+        finally:
+            leave_world()
+
+
+def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchResult:
+    """The benchmark itself, on a run that has not trained yet."""
+    cfg, world, device = run.cfg, run.world, run.world.device
+    steps, on_cuda = cfg.iterations, device.type == "cuda"
+    warming = time.perf_counter()
+    run.warm_up_kernels()
+    _wait_for(device)
+    memory = {"warmup and validation": _peak_memory(device)}
+    warmup_s, start_s, graphs = time.perf_counter() - warming, 0.0, graphs_compiled()
+    run.phase = watch
+    keys: list[tuple[float, float]] = []
+    with closing(run.batches.stream(0, world.rank, world.size)) as stream:
+        for step in range(steps):
+            with watch("other"):
+                with watch("data"):
+                    micro_batches = next(stream)
+                run.take_step(micro_batches, step)
+                run.act_on_votes(at_once=False)
+            if step == 0:
+                _wait_for(device)
+                start_s = time.perf_counter() - began
+            keys.append(_mean_keys(run, micro_batches, step))
+        run.act_on_votes()
+        laps = watch.laps()[-steps:]
+        memory["training"] = _peak_memory(device)
+        graphs_after = graphs_compiled() - graphs
+        rows = profile_step(run, next(stream), steps // 2) if profiled else []
+
+    step_ms = [sum(lap.values()) for lap in laps]
+    tokens_per_s = cfg.batch_tokens / world.size * steps / (sum(step_ms) / 1e3)
+    shape = model_shape(cfg, run.corpus.vocab_size)
+    long, short = (statistics.fmean(seen) for seen in zip(*keys, strict=True))
+    flops = {
+        "6N": weight_flops(shape),
+        "masked": weight_flops(shape) + attention_flops(shape, long, short),
+        "window": flops_per_token(cfg, run.corpus.vocab_size),
+    }
+    name = torch.cuda.get_device_name(device) if on_cuda else device.type
+    peak = next((peak for part, peak in DATASHEET_FLOPS.items() if part in name), None) if on_cuda else None
+    achieved = {formula: count * tokens_per_s for formula, count in flops.items()}
+    return BenchResult(
+        device=name,
+        torch=torch.__version__,
+        settings=asdict(cfg),
+        vocab=run.corpus.vocab_size,
+        chosen=run.choices,
+        ranks=world.size,
+        steps=steps,
+        step_ms=step_ms,
+        phases_ms={phase: statistics.fmean(lap[phase] for lap in laps) for phase in PHASES},
+        tokens_per_s=tokens_per_s,
+        flops=flops,
+        achieved_flops=achieved,
+        data_sheet_flops=peak,
+        mfu={formula: rate / peak for formula, rate in achieved.items()} if peak else None,
+        measured=ceilings(device, run.model.cfg.embed_dtype, run.model.cfg.fp8),
+        peak_memory_gib=memory,
+        start_s=start_s,
+        warmup_s=warmup_s,
+        graphs_in_warmup=graphs,
+        graphs_after=graphs_after,
+        profile=rows,
+    )
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
+        return 0
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def _mean_keys(run: Run, micro_batches: list[Batch], step: int) -> tuple[float, float]:
+    """Keys that a query sees in layers with the long and with the short window, on these batches."""
+    cfg = run.cfg
+    window = window_blocks(step / cfg.iterations, cfg.window_tokens, cfg.block_size)
+    docs = [document_numbers(inputs, run.corpus.bos_token) for inputs, _ in micro_batches]
+    long, short = (
+        statistics.fmean(keys_seen(doc, reach, cfg.block_size) for doc in docs) for reach in (window, window // 2)
+    )
+    return long, short
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took since the last call on CUDA; elsewhere the most that the process took so far."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / GIB
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20) -> list[dict[str, Any]]:
+    """The dearest operations (on CUDA: kernels) of one step: name, calls, ms, share of all."""
+    on_cuda = run.world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    _wait_for(run.world.device)
+    with profile(activities=activities) as profiler:
+        run.take_step(micro_batches, step)
+        _wait_for(run.world.device)
+    run.act_on_votes()
+
+    def took(entry: Any) -> float:
+        return entry.self_device_time_total if on_cuda else entry.self_cpu_time_total
+
+    entries = [
+        entry
+        for entry in profiler.key_averages()
+        if took(entry) > 0 and (not on_cuda or entry.device_type == torch.autograd.DeviceType.CUDA)
+    ]
+    total = sum(map(took, entries))
+    return [
+        {"name": entry.key, "calls": entry.count, "ms": took(entry) / 1e3, "share": took(entry) / total}
+        for entry in sorted(entries, key=took, reverse=True)[:most]
+    ]
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> dict[str, float]:
+    """What this device reaches: FLOP/s of a large square matrix product, bytes/s of a large copy, on random data."""
+    side, size = (8192, 2**29) if device.type == "cuda" else (1024, 2**25)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    found = {"matmul": 2 * side**3 / seconds(lambda: a @ b, device)}
+    if fp8 and device.type == "cuda":
+        a8, b8, one = a.to(E4M3), b.to(E4M3), torch.ones((), device=device)
+        found["fp8 matmul"] = (
+            2
+            * side**3
+            / seconds(
+                lambda: torch._scaled_mm(a8, b8.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True), device
+            )
+        )
+    source = torch.randn(size, device=device)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * 4 * size / seconds(lambda: target.copy_(source), device)
+    return found
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Median time of `work`, after three calls to warm up."""
+    watch = Stopwatch(device)
+    for _ in range(repeats + 3):
+        with watch("other"):
+            work()
+    return statistics.median(lap["other"] for lap in watch.laps()[3:]) / 1e3

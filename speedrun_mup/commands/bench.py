@@ -1,0 +1,37 @@
+"""`speedrun-mup bench`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+from speedrun_mup.commands.train import config_of
+from speedrun_mup.config import add_preset, add_settings, new_parser, parse
+
+LEFT_OUT = ("iterations", "out", "name", "resume", "save", "save_every", "keep_last", "track", "progress", "val_every")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure a training step: time by phase, tokens/s, MFU beside the device's own ceilings, peak memory."""
+    began = time.perf_counter()
+    parser = new_parser("speedrun-mup bench", run.__doc__ or "")
+    parser.add_argument("--steps", type=int, default=28, help="steps, over which the window grows fully; %(default)s")
+    parser.add_argument("--profile", action="store_true", help="also list the dearest operations of one step")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_preset(parser)
+    add_settings(parser, leave_out=LEFT_OUT)
+    flags = vars(parse(parser, argv))
+    steps, profiled, as_json = (flags.pop(name) for name in ("steps", "profile", "json"))
+    cfg = config_of(flags)
+
+    import contextlib
+    import sys
+
+    from speedrun_mup.bench import bench
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a run says of itself is not part of the JSON
+        result = bench(cfg, steps, began, profiled)
+    if os.environ.get("RANK", "0") == "0":
+        print(result.to_json() if as_json else result.summary())
+    return 0

@@ -1,0 +1,106 @@
+"""What this device can do, found out by trying, and what that means for a run. Every choice comes with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.fp8 import GRANULE, has_fp8
+
+TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
+
+
+def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of embeddings and activations: bfloat16 where the GPU computes in it, else float32 (CPUs emulate bfloat16)."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
+
+
+def pick_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and why: only on CUDA, and only where a compiled function runs."""
+    if cfg.compile is not None:
+        return cfg.compile, "asked for"
+    if device.type != "cuda":
+        return False, "pays on CUDA only"
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as fault:  # anything may be missing: Triton, a C compiler, support for this GPU
+        return False, f"torch.compile fails here: {type(fault).__name__}"
+    return True, "CUDA"
+
+
+def pick_fp8(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
+    """Whether the head trains with 8-bit products, and why. ConfigError if that is asked for and impossible."""
+    odd = [f"{name}={getattr(cfg, name)}" for name in ("width", "block_size") if getattr(cfg, name) % GRANULE]
+    if cfg.fp8:
+        if odd:
+            raise ConfigError(f"fp8 needs multiples of {GRANULE}, not {', '.join(odd)}; use --no-fp8")
+        return True, "asked for"
+    if cfg.fp8 is False:
+        return False, "asked for"
+    if odd:
+        return False, f"{', '.join(odd)} not a multiple of {GRANULE}"
+    if dtype is not torch.bfloat16:
+        return False, "activations are not bfloat16"
+    if not compiled:
+        return False, "8 bits pay only when compiled"
+    return (True, "the GPU multiplies 8-bit numbers") if has_fp8(device) else (False, "no 8-bit products here")
+
+
+def use_compile_cache(folder: Path) -> None:
+    """Keep compiled code in `folder`, so that the next start need not compile; unless the environment names another."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
+    """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --strict cannot be kept."""
+    share = max(cfg.micro_batches // world_size, 1)
+    if cfg.strict:
+        if world_size > 1 and share & (share - 1):
+            raise ConfigError(
+                f"{share} micro-batches per process are no branch of the tree that --strict sums in; start 1 process, or "
+                "so many that each has 1, 2, 4, 8, ... of them"
+            )
+        return 1
+    if cfg.pack:
+        return min(cfg.pack, share)
+    fits = TOKENS_AT_ONCE[device.type] // cfg.micro_batch_tokens
+    return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
+
+
+def is_out_of_memory(fault: RuntimeError | MemoryError) -> bool:
+    """Whether `fault` means that memory is full: CUDA has a class for it, MPS and CPUs a text."""
+    known = isinstance(fault, torch.OutOfMemoryError | MemoryError)
+    return known or "out of memory" in str(fault) or "can't allocate memory" in str(fault)
+
+
+def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
+    """`cfg` with as many tokens in one forward pass as `fits` says do fit, for the same tokens in a step.
+
+    At first fewer micro-batches go side by side, which changes nothing; then they get half as long and twice as many,
+    which puts other tokens into a step. ConfigError if not even one block fits.
+    """
+    cfg = replace(cfg, micro_batch="fixed", pack=pack)
+    while not fits(cfg):
+        half = cfg.micro_batch_tokens // 2
+        if cfg.pack > 1:
+            cfg = replace(cfg, pack=cfg.pack // 2)
+        elif half == 0 or half % cfg.block_size or cfg.micro_batch_tokens % 2:
+            raise ConfigError(
+                f"a micro-batch of {cfg.micro_batch_tokens} tokens does not fit into memory and cannot be halved: "
+                f"it must be a multiple of block_size={cfg.block_size}; use a smaller --width"
+            )
+        else:
+            cfg = replace(cfg, micro_batch_tokens=half, micro_batches=2 * cfg.micro_batches)
+    return cfg

@@ -1,0 +1,141 @@
+"""What is chosen for which device, with a device that is pretended where this machine has none."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from speedrun_mup import hardware
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.utils import World
+from speedrun_mup.hardware import (
+    fit_micro_batch,
+    is_out_of_memory,
+    pick_compile,
+    pick_dtype,
+    pick_fp8,
+    pick_pack,
+)
+from speedrun_mup.tracking import read_metrics
+from speedrun_mup.training import Run, train
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def test_types_are_float32_unless_a_gpu_computes_in_bfloat16(monkeypatch):
+    cfg = TrainConfig()
+    assert pick_dtype(cfg, CPU) is FP32 and pick_dtype(cfg, MPS) is FP32
+    for has, dtype in ((True, BF16), (False, FP32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert pick_dtype(cfg, CUDA) is dtype
+    assert pick_dtype(TrainConfig(dtype="bfloat16"), CPU) is BF16
+
+
+def test_compiling_is_for_cuda_where_it_works(monkeypatch):
+    assert pick_compile(TrainConfig(), CPU) == (False, "pays on CUDA only")
+    assert pick_compile(TrainConfig(compile=True), CPU) == (True, "asked for")
+    assert pick_compile(TrainConfig(compile=False), CUDA) == (False, "asked for")
+
+    def fails(function):
+        raise ImportError("no triton")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert pick_compile(TrainConfig(), CUDA) == (False, "torch.compile fails here: ImportError")
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    assert pick_compile(TrainConfig(), CUDA) == (True, "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "compiled", "expected"),
+    [
+        ({}, CUDA, BF16, True, (True, "the GPU multiplies 8-bit numbers")),
+        ({}, CUDA, FP32, True, (False, "activations are not bfloat16")),
+        ({}, CUDA, BF16, False, (False, "8 bits pay only when compiled")),
+        ({}, CPU, FP32, False, (False, "activations are not bfloat16")),
+        ({}, CPU, BF16, True, (False, "no 8-bit products here")),
+        ({"fp8": False}, CUDA, BF16, True, (False, "asked for")),
+        ({"fp8": True}, CPU, FP32, False, (True, "asked for")),
+        ({"head_dim": 4, "width": 20}, CUDA, BF16, True, (False, "width=20 not a multiple of 16")),
+    ],
+)
+def test_when_the_head_is_in_8_bits(monkeypatch, changes, device, dtype, compiled, expected):
+    monkeypatch.setattr(hardware, "has_fp8", lambda device: device.type == "cuda")
+    assert pick_fp8(TrainConfig(**changes), device, dtype, compiled) == expected
+
+
+def test_8_bits_that_do_not_fit_the_shape_are_an_error():
+    with pytest.raises(ConfigError, match="fp8 needs multiples of 16, not width=24, block_size=8; use --no-fp8"):
+        pick_fp8(
+            TrainConfig(fp8=True, width=24, head_dim=4, block_size=8, val_chunk_tokens=64), CUDA, BF16, compiled=True
+        )
+
+
+def test_a_pass_takes_as_many_micro_batches_as_the_device_likes():
+    small = TrainConfig(micro_batch_tokens=2048, micro_batches=8, val_chunk_tokens=2048)
+    assert [pick_pack(small, ranks, CPU) for ranks in (1, 2, 4, 8)] == [4, 4, 2, 1]
+    assert pick_pack(small, 1, CUDA) == 8 and pick_pack(TrainConfig(), 1, CUDA) == 1
+    assert pick_pack(dataclasses.replace(small, pack=3), 1, CPU) == 3
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(2048, (256, 8, 8)), (1024, (256, 8, 4)), (300, (256, 8, 1)), (128, (128, 16, 1))]
+)
+def test_memory_decides_first_on_the_pass_then_on_the_micro_batch(tiny, most, expected):
+    """The tokens of a step stay the same."""
+    cfg = tiny(micro_batch="auto", micro_batch_tokens=256, micro_batches=8)
+    found = fit_micro_batch(cfg, 8, lambda cfg: cfg.pack * cfg.micro_batch_tokens <= most)
+    assert (found.micro_batch_tokens, found.micro_batches, found.pack) == expected
+    assert found.micro_batch == "fixed" and found.batch_tokens == cfg.batch_tokens
+
+
+def test_a_micro_batch_of_one_block_that_does_not_fit_is_an_error(tiny):
+    with pytest.raises(ConfigError, match="a micro-batch of 32 tokens does not fit .* block_size=32; use a smaller"):
+        fit_micro_batch(tiny(micro_batch="auto"), 1, lambda cfg: False)
+
+
+def no_memory_above(most: int, monkeypatch):
+    """Let a backward pass over more than `most` tokens fail as it does on a full GPU."""
+    whole = Run.accumulate_gradients
+
+    def limited(run, micro_batches, step):
+        if run.pack * run.cfg.micro_batch_tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+        return whole(run, micro_batches, step)
+
+    monkeypatch.setattr(Run, "accumulate_gradients", limited)
+
+
+def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, monkeypatch):
+    given = train(tiny(name="given", micro_batch_tokens=64, micro_batches=8, pack=1))
+    no_memory_above(64, monkeypatch)
+    found = train(tiny(name="found", micro_batch="auto"))
+    losses = [
+        [record["loss"] for record in read_metrics(result.folder) if record["kind"] == "train"]
+        for result in (given, found)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert train(tiny(resume=str(found.folder), micro_batch_tokens=64, micro_batches=8)).finished
+
+
+def test_what_a_full_memory_looks_like():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: ...)"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ..."))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_run_says_in_one_line_what_was_chosen(tiny, capsys):
+    from contextlib import closing
+
+    with closing(Run(tiny(fp8=True), World())):
+        pass
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device:")]
+    assert line == (
+        "device: 1 x cpu, float32; not compiled (pays on CUDA only); attention blocked (cpu: FlexAttention needs CUDA "
+        "and torch.compile); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass"
+    )
