@@ -4,12 +4,14 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections import deque
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
+PATIENCE_S = 60
 
 
 def find_browser():
@@ -28,7 +30,7 @@ class Browser:
         self._process = subprocess.Popen(command, pass_fds=(theirs[0], here[1]), **quiet)
         os.close(theirs[0])
         os.close(here[1])
-        self._in, self._out = os.fdopen(here[0], "rb"), os.fdopen(theirs[1], "wb")
+        self._in, self._out, self._buffer = here[0], theirs[1], b""
         self._numbers = itertools.count(1)
         self._events = deque()
         self._session = None
@@ -44,8 +46,7 @@ class Browser:
         message = {"id": number, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
-        self._out.write(json.dumps(message).encode() + b"\0")
-        self._out.flush()
+        os.write(self._out, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != number:
             self._events.append(answer)
         if "error" in answer:
@@ -54,12 +55,14 @@ class Browser:
 
     def _read(self):
         """The next message; complaints and requests are noted."""
-        buffer = bytearray()
-        while (byte := self._in.read(1)) != b"\0":
-            if not byte:
-                raise RuntimeError("the browser ended")
-            buffer += byte
-        message = json.loads(buffer)
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], PATIENCE_S)
+            chunk = os.read(self._in, 1 << 16) if ready else b""
+            if not chunk:
+                raise RuntimeError("the browser ended" if ready else "the page hangs")
+            self._buffer += chunk
+        text, _, self._buffer = self._buffer.partition(b"\0")
+        message = json.loads(text)
         method, params = message.get("method"), message.get("params", {})
         if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
             self.complaints.append(str([entry.get("value") for entry in params["args"]]))
@@ -110,5 +113,5 @@ class Browser:
         """End the browser."""
         self._process.kill()
         self._process.wait()
-        self._in.close()
-        self._out.close()
+        os.close(self._in)
+        os.close(self._out)
