@@ -87,7 +87,9 @@ class TrainConfig:
     cooldown: float = setting("optimizer", "last fraction of training in which the learning rate falls", 0.45)
     lr_floor: float = setting("optimizer", "where it falls to, as a fraction", 0.10)
 
-    data: str = setting("data", "auto, embedded, synthetic, or a folder of shards", "auto")
+    data: str = setting(
+        "data", "auto, embedded, synthetic, a folder of shards, or several with weights: a:0.7,b:0.3", "auto"
+    )
     tokenizer: str = setting("data", "of the embedded corpus: byte, or bpe:N with N tokens", "byte")
     epochs: int | None = setting(
         "data", "stop with an error rather than see the data more often (default: repeat)", None

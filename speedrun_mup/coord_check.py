@@ -49,7 +49,7 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.mup import Parametrization, ParamSpec, Role, named_specs
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import TrainBatches
+from speedrun_mup.data import train_batches
 from speedrun_mup.training import build_optimizers, model_config
 
 Array = NDArray[np.float64]
@@ -698,7 +698,7 @@ def gpt_coord_check(
                 continue  # Muon's rules are not in use
             changes |= {"hidden_optimizer": hidden_optimizer, "matrix_lr": ADAM_MATRIX_LR}
         arms.append(Control(name, **recipe(replace(cfg, **changes)), role=role, slope=slope))
-    batches = TrainBatches(corpus, tokens, 1, cfg.seed)
+    batches = train_batches(corpus, tokens, 1, cfg.seed)
     return coord_check(
         widths=widths,
         data=map(batches.micro_batch, itertools.count()),

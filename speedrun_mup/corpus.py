@@ -23,7 +23,16 @@ import torch
 
 from speedrun_mup.core.utils import ConfigError, seed_for
 from speedrun_mup.documents import split_passages
-from speedrun_mup.shards import MANIFEST, Corpus, ShardError, measure_shard, open_corpus, write_manifest, write_shard
+from speedrun_mup.shards import (
+    MANIFEST,
+    Corpus,
+    ShardError,
+    measure_shard,
+    mix,
+    open_corpus,
+    write_manifest,
+    write_shard,
+)
 from speedrun_mup.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 
 FINEWEB_COMMAND = "python scripts/data/fineweb.py --tokens 900M"
@@ -209,7 +218,8 @@ def find_corpus(
 ) -> tuple[Corpus, str]:
     """The corpus that `data` names, and one line that says which it is.
 
-    data: "embedded", "synthetic", a folder of shards, or "auto": FineWeb if it is in `fineweb_dir`, else embedded.
+    data: "embedded", "synthetic", a folder of shards, several of these with weights ("a:0.7,b:0.3"), or "auto": FineWeb
+    if it is in `fineweb_dir`, else embedded.
     tokenizer: of the embedded corpus; shards on disk come with theirs. Raises ConfigError, ShardError.
     """
     hint = ""
@@ -224,6 +234,8 @@ def find_corpus(
         corpus = _cached(f"synthetic-{_RECIPE}", write_synthetic)
     elif os.path.isdir(data):
         corpus = open_corpus(Path(data))
+    elif "," in data:
+        corpus = mix(*zip(*(_weighted(part, tokenizer) for part in data.split(","))))
     else:
         raise ConfigError(f"data={data} is no folder; choose auto, embedded, synthetic or a folder of .bin shards")
     if tokenizer not in ("byte", corpus.tokenizer):
@@ -232,3 +244,14 @@ def find_corpus(
             "leave the tokenizer out, or choose data=embedded"
         )
     return corpus, f"data: {corpus.source}, {corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}{hint}"
+
+
+def _weighted(text: str, tokenizer: str) -> tuple[Corpus, float]:
+    """The corpus and the weight of "name:weight"."""
+    name, _, weight = text.rpartition(":")
+    try:
+        if name in ("", "auto") or not 0 < float(weight) < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"data=...{text}: give several corpora as FOLDER:WEIGHT,FOLDER:WEIGHT") from None
+    return find_corpus(name, tokenizer)[0], float(weight)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import bisect
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.core.utils import ConfigError, seed_for
-from speedrun_mup.shards import Corpus, Shard, ShardError
+from speedrun_mup.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError
 
 Batch = tuple[Tensor, Tensor]  # inputs (T,) int32 and targets (T,) int64: the same tokens, one place further
 
@@ -59,7 +60,56 @@ class Usage(NamedTuple):
     skipped: int
 
 
-class TrainBatches:
+class Batches(ABC):
+    """The micro-batches of a training run: T tokens each, N to a step, found by their index in the whole run."""
+
+    T: int
+    N: int
+
+    @abstractmethod
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
+
+    @abstractmethod
+    def epoch_of(self, step: int) -> int:
+        """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
+
+    @abstractmethod
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """What one epoch uses and skips. Indexes every shard."""
+
+    def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
+        """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
+
+        Reading happens in a thread that ends with the iterator; its errors surface at the step that they belong to.
+        Raises ConfigError if N is not a multiple of `size`.
+        """
+        if self.N % size:
+            fits = ", ".join(str(n) for n in range(1, self.N + 1) if self.N % n == 0)
+            raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
+        share = self.N // size
+        return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
+
+    def _load(self, step: int, share: range) -> list[Batch]:
+        return [self.micro_batch(step * self.N + i) for i in share]
+
+    def _prefetch(self, start_step: int, share: range, depth: int) -> Generator[list[Batch], None, None]:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        try:
+            ahead: deque[Future[list[Batch]]] = deque()
+            for step in count(start_step):
+                ahead.append(pool.submit(self._load, step, share))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class TrainBatches(Batches):
     """Document-aligned micro-batches of T tokens, N to a step, in an order that depends on nothing but the seed.
 
     Epoch 0 visits the steps in file order, as record 26 does; epoch e > 0 in an order drawn from (seed, e). `epochs`
@@ -105,36 +155,10 @@ class TrainBatches:
         number, start = self._place(index)
         return _to_batch(self._shards[number].take(start, start + self.T + 1))
 
-    def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
-        """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
-
-        Reading happens in a thread that ends with the iterator; its errors surface at the step that they belong to.
-        Raises ConfigError if N is not a multiple of `size`.
-        """
-        if self.N % size:
-            fits = ", ".join(str(n) for n in range(1, self.N + 1) if self.N % n == 0)
-            raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
-        share = self.N // size
-        return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
-
     def _place(self, index: int) -> tuple[int, int]:
         step, i = divmod(index, self.N)
         _, number, row = self._locate(step)
         return number, int(self._starts[number][row, i])
-
-    def _load(self, step: int, share: range) -> list[Batch]:
-        return [self.micro_batch(step * self.N + i) for i in share]
-
-    def _prefetch(self, start_step: int, share: range, depth: int) -> Generator[list[Batch], None, None]:
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        try:
-            ahead: deque[Future[list[Batch]]] = deque()
-            for step in count(start_step):
-                ahead.append(pool.submit(self._load, step, share))
-                if len(ahead) > depth:
-                    yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _locate(self, step: int) -> tuple[int, int, int]:
         """The epoch of `step`, the number of the shard that holds it, and the step's row in that shard's index."""
@@ -186,21 +210,93 @@ class TrainBatches:
         return self._order[1]
 
 
+class Turns:
+    """Whose turn it is in a mixture: after any number of turns, each part has had its share as nearly as can be."""
+
+    def __init__(self, shares: Sequence[int]):
+        taken = np.zeros((MIXTURE_PERIOD + 1, len(shares)), np.int64)
+        for turn in range(MIXTURE_PERIOD):
+            owed = (turn + 1) * np.array(shares) - taken[turn] * MIXTURE_PERIOD
+            taken[turn + 1] = taken[turn]
+            taken[turn + 1, np.argmax(owed)] += 1
+        self._taken = taken
+
+    def taken(self, turns: int) -> np.ndarray:
+        """How many of the first `turns` turns were each part's: (parts,) int64."""
+        periods, rest = divmod(turns, MIXTURE_PERIOD)
+        return periods * self._taken[-1] + self._taken[rest]
+
+    def part_of(self, turn: int) -> int:
+        """Whose turn `turn` is."""
+        return int(np.argmax(self.taken(turn + 1) - self.taken(turn)))
+
+
+class MixedBatches(Batches):
+    """Micro-batches of several corpora by turns, each corpus in its own order and, if it is used up, in epochs of its own.
+
+    Which one comes when depends only on the shares: nothing needs to be saved for resuming. Raises what TrainBatches raises.
+    """
+
+    def __init__(
+        self, mixture: Mixture, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+    ):
+        self.T, self.N = micro_batch_tokens, micro_batches
+        self.parts = [TrainBatches(part, micro_batch_tokens, 1, seed, epochs) for part in mixture.parts]
+        self._turns = Turns(mixture.shares)
+
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        part, own = self._turn(index)
+        return part.micro_batch(own)
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The folder's and shard's name and the first token in it of micro-batch `index` = step * N + i."""
+        part, own = self._turn(index)
+        name, start = part.place(own)
+        return f"{part.corpus.directory.name}/{name}", start
+
+    def _turn(self, index: int) -> tuple[TrainBatches, int]:
+        """Whose micro-batch `index` is, and its index among that part's."""
+        part = self._turns.part_of(index)
+        return self.parts[part], int(self._turns.taken(index)[part])
+
+    def epoch_of(self, step: int) -> int:
+        """The highest epoch that a part has come to by the end of `step`."""
+        taken = self._turns.taken((step + 1) * self.N)
+        return max(part.epoch_of(int(n) - 1) for part, n in zip(self.parts, taken) if n)
+
+    def usage(self) -> Usage:
+        """What the steps before any part repeats use and skip. Indexes every shard."""
+        usages = [part.usage() for part in self.parts]
+        longest = sum(usage.steps for usage in usages) * MIXTURE_PERIOD
+        turns = min(
+            bisect.bisect_right(range(longest), usage.steps, key=lambda n: self._turns.taken(n)[k]) - 1
+            for k, usage in enumerate(usages)
+        )
+        used = turns // self.N * self.N * self.T
+        return Usage(turns // self.N, used, sum(usage.used + usage.skipped for usage in usages) - used)
+
+
+def train_batches(
+    corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+) -> Batches:
+    """The micro-batches of a corpus or a mixture. Raises ShardError."""
+    if isinstance(corpus, Mixture):
+        return MixedBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs)
+    return TrainBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs)
+
+
 class ValBatches:
     """Validation in contiguous chunks of C tokens, not aligned to documents: chunk i of a shard starts at token i * C.
 
-    There are val_tokens // C chunks, fewer if the shards end before: `len()` tells. Split the indices over ranks as you
-    like: a chunk is the same on any number of them. Raises ShardError if the shards do not hold one chunk.
+    There are val_tokens // C chunks, fewer if the shards end before: `len()` tells. Parts of a mixture take turns. Split the
+    indices over ranks as you like: a chunk is the same on any number of them. Raises ShardError if the shards do not hold
+    one chunk.
     """
 
     def __init__(self, corpus: Corpus, val_tokens: int, chunk_tokens: int):
         self.chunk_tokens = chunk_tokens
-        self._chunks: list[tuple[Shard, int]] = []
-        for shard in map(Shard, corpus.val):
-            chunks = min((len(shard) - 1) // chunk_tokens, val_tokens // chunk_tokens - len(self._chunks))
-            if chunks > 0:
-                shard.find(corpus.bos_token, corpus.vocab_size, stop=chunks * chunk_tokens + 1)
-                self._chunks += [(shard, i * chunk_tokens) for i in range(chunks)]
+        self._chunks = _val_chunks(corpus, val_tokens // chunk_tokens, chunk_tokens)
         if not self._chunks:
             raise ShardError(
                 f"{corpus.directory}: no chunk of {chunk_tokens:,} + 1 tokens fits in val_tokens={val_tokens:,} and "
@@ -213,3 +309,20 @@ class ValBatches:
     def __getitem__(self, i: int) -> Batch:
         shard, start = self._chunks[i]
         return _to_batch(shard.take(start, start + self.chunk_tokens + 1))
+
+
+def _val_chunks(corpus: Corpus, count: int, chunk_tokens: int) -> list[tuple[Shard, int]]:
+    """Up to `count` chunks: their shard and their first token. A mixture's parts take turns until one has no more."""
+    chunks: list[tuple[Shard, int]] = []
+    if isinstance(corpus, Mixture):
+        turns = Turns(corpus.shares)
+        waiting = [iter(_val_chunks(part, count, chunk_tokens)) for part in corpus.parts]
+        while len(chunks) < count and (chunk := next(waiting[turns.part_of(len(chunks))], None)):
+            chunks.append(chunk)
+        return chunks
+    for shard in map(Shard, corpus.val):
+        fitting = min((len(shard) - 1) // chunk_tokens, count - len(chunks))
+        if fitting > 0:
+            shard.find(corpus.bos_token, corpus.vocab_size, stop=fitting * chunk_tokens + 1)
+            chunks += [(shard, i * chunk_tokens) for i in range(fitting)]
+    return chunks

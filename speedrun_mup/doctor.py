@@ -21,11 +21,11 @@ from speedrun_mup.core.attention import pick_backend
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import TrainBatches, ValBatches
+from speedrun_mup.data import ValBatches, train_batches
 from speedrun_mup.explain import explain
 from speedrun_mup.hardware import pick_dtype
 from speedrun_mup.inspect_corpus import inspect_corpus
-from speedrun_mup.shards import Corpus
+from speedrun_mup.shards import Corpus, Mixture
 from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
 from speedrun_mup.training import FolderLock
 
@@ -138,10 +138,11 @@ def _disk(cfg: TrainConfig, parameters: int, folder: Path | None) -> Iterator[Fi
 
 
 def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
-    for fault in inspect_corpus(corpus).faults:
-        yield Finding(Level.BAD, "data", fault, "delete the folder and prepare the corpus again")
+    for part in corpus.parts if isinstance(corpus, Mixture) else (corpus,):
+        for fault in inspect_corpus(part).faults:
+            yield Finding(Level.BAD, "data", fault, "delete the folder and prepare the corpus again")
     ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens)
-    usage = TrainBatches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed).usage()
+    usage = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed).usage()
     epochs = cfg.iterations / usage.steps
     text = f"{usage.steps:,} steps an epoch, {usage.skipped:,} tokens skipped; this run takes {epochs:.2f} epochs"
     too_long = cfg.epochs is not None and epochs > cfg.epochs

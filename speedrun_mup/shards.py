@@ -26,6 +26,7 @@ MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
 MAX_TOKENS = 2**31 - 1  # the count is an int32
 MANIFEST, MANIFEST_VERSION = "corpus.json", 2
+MIXTURE_PERIOD = 1000  # micro-batches, in which every part of a mixture has had its share exactly
 TOKENIZER_FILE = "tokenizer.json"  # beside the manifest, where ids are not bytes
 GPT2_VOCAB, GPT2_BOS = 50257, 50256  # of the FineWeb shards
 
@@ -235,6 +236,62 @@ class Corpus:
     tokenizer_sha256: str = ""
     recipe: str = ""
     facts: Mapping[str, ShardFacts] = field(default_factory=dict)
+
+    @property
+    def data(self) -> str:
+        """What --data takes to find this corpus from any folder."""
+        return str(self.directory.resolve())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Corpus):
+    """Several corpora of one vocabulary, to be trained on by turns. shares: of every MIXTURE_PERIOD micro-batches."""
+
+    parts: tuple[Corpus, ...]
+    shares: tuple[int, ...]
+
+    @property
+    def data(self) -> str:
+        """What --data takes to find this mixture from any folder."""
+        return ",".join(f"{part.data}:{share / MIXTURE_PERIOD}" for part, share in zip(self.parts, self.shares))
+
+
+def mix(parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
+    """A mixture of `parts` by `weights`, which need not sum to 1 and count in steps of a thousandth.
+
+    ShardError if the parts do not have the same tokens; ConfigError for a weight that is not worth a thousandth.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        same = (part.tokenizer, part.vocab_size, part.bos_token) == (first.tokenizer, first.vocab_size, first.bos_token)
+        hashes = {first.tokenizer_sha256, part.tokenizer_sha256} - {""}
+        if not same or len(hashes) > 1:
+            raise ShardError(
+                f"{first.directory} ({first.tokenizer}) and {part.directory} ({part.tokenizer}) do not have the same "
+                f"vocabulary and cannot be mixed; tokenize one with --tokenizer {first.directory}"
+            )
+    exact = [weight / sum(weights) * MIXTURE_PERIOD for weight in weights]
+    shares = [int(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda k: shares[k] - exact[k])
+    for k in by_rest[: MIXTURE_PERIOD - sum(shares)]:
+        shares[k] += 1
+    if min(shares) < 1:
+        raise ConfigError(
+            f"{parts[shares.index(min(shares))].directory}: less than a thousandth of the mixture; leave it out"
+        )
+    return Mixture(
+        directory=first.directory,
+        tokenizer=first.tokenizer,
+        vocab_size=first.vocab_size,
+        bos_token=first.bos_token,
+        fingerprint=_digest("mixture", [(part.fingerprint, share) for part, share in zip(parts, shares)]),
+        train=tuple(path for part in parts for path in part.train),
+        val=tuple(path for part in parts for path in part.val),
+        source=" + ".join(f"{share / MIXTURE_PERIOD:.1%} {part.source}" for part, share in zip(parts, shares)),
+        tokenizer_sha256=first.tokenizer_sha256,
+        parts=tuple(parts),
+        shares=tuple(shares),
+    )
 
 
 def _digest(*parts: object) -> str:

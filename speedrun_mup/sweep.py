@@ -166,7 +166,7 @@ class Sweep:
 
     def cell(self, arm: Arm, width: int, octaves: float, seed: int, corpus: Corpus) -> Cell:
         """One cell. The data are named so that a worker with another working directory finds them too."""
-        data = self.base.data if self.base.data in ("embedded", "synthetic") else str(corpus.directory.resolve())
+        data = self.base.data if self.base.data in ("embedded", "synthetic") else corpus.data
         settings: dict[str, Any] = {"data": data, "width": width, "seed": seed, **arm.settings}
         quiet: dict[str, Any] = {"save": False, "val_every": 0, "track": "none", "progress": False}
         cfg = replace(self.base, out="", name=None, resume=None, **quiet, **settings)

@@ -29,7 +29,7 @@ from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import TreeSum, World, deterministic, join_world, leave_world, stop_with_parent
 from speedrun_mup.corpus import cache_folder, find_corpus
-from speedrun_mup.data import Batch, TrainBatches, ValBatches
+from speedrun_mup.data import Batch, ValBatches, train_batches
 from speedrun_mup.hardware import (
     fit_micro_batch,
     is_out_of_memory,
@@ -135,7 +135,7 @@ class Run:
         self.cfg, self.world = cfg, world
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # a benchmark puts a stopwatch here
         self.corpus, source = prepare_corpus(cfg, world)
-        self.batches = TrainBatches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
         if cfg.epochs:
             self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
         self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
@@ -254,7 +254,7 @@ class Run:
     def use(self, cfg: TrainConfig) -> None:
         """Divide steps into micro-batches, and those into passes, as `cfg` says."""
         self.cfg, self.pack = cfg, cfg.pack
-        self.batches = TrainBatches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
 
     def fits(self, cfg: TrainConfig) -> bool:
         """Whether a forward and backward pass of `cfg` fits into every rank's memory beside the optimizers' state."""

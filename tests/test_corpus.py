@@ -18,7 +18,7 @@ from speedrun_mup.core.utils import ConfigError
 from speedrun_mup.corpus import FINEWEB_COMMAND, cache_folder, embedded_corpus, find_corpus, write_synthetic
 from speedrun_mup.data import TrainBatches, ValBatches
 from speedrun_mup.documents import split_passages
-from speedrun_mup.shards import GPT2_BOS, Corpus, ShardError, open_corpus, read_shard, write_shard
+from speedrun_mup.shards import GPT2_BOS, Corpus, Mixture, ShardError, open_corpus, read_shard, write_shard
 from speedrun_mup.tokenizers import BpeTokenizer, load_tokenizer
 
 TEXT = "def área(x):\n    return 'naïve 漢字 🎲', x\n\x00\r\n"
@@ -334,6 +334,18 @@ def test_tokenizer_that_the_shards_do_not_have(tmp_path: Path) -> None:
     for data in str(folder), "synthetic", "auto":
         with pytest.raises(ConfigError, match="bpe:1024, but"):
             find_corpus(data, tokenizer="bpe:1024", fineweb_dir=folder)
+
+
+def test_mixture(tmp_path: Path) -> None:
+    folders = [write_fineweb(tmp_path / name) for name in ("a", "b")]
+    corpus, line = find_corpus(f"{folders[0]}:0.7,{folders[1]}:0.3")
+    assert isinstance(corpus, Mixture) and corpus.shares == (700, 300) and corpus.vocab_size == 50257
+    assert "70.0% FineWeb" in line and find_corpus(corpus.data)[0] == corpus
+    for data in f"{folders[0]},{folders[1]}", f"{folders[0]}:1,{folders[1]}:0", f"{folders[0]}:1,", "auto:1,embedded:1":
+        with pytest.raises(ConfigError, match="FOLDER:WEIGHT,FOLDER:WEIGHT"):
+            find_corpus(data)
+    with pytest.raises(ShardError, match="do not have the same vocabulary"):
+        find_corpus(f"synthetic:1,{folders[0]}:1")
 
 
 @pytest.mark.parametrize("data", ["fineweb", "no/such/folder", "", "Embedded"])

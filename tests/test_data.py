@@ -1,7 +1,9 @@
 """Batches: record 26's, whatever the world size."""
 
+import dataclasses
 import gc
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -18,8 +20,8 @@ from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_lin
 
 from speedrun_mup import data
 from speedrun_mup.core.utils import ConfigError
-from speedrun_mup.data import TrainBatches, ValBatches, find_steps
-from speedrun_mup.shards import Corpus, Shard, ShardError, write_shard
+from speedrun_mup.data import MixedBatches, TrainBatches, Turns, ValBatches, find_steps, train_batches
+from speedrun_mup.shards import Corpus, Mixture, Shard, ShardError, mix, write_shard
 
 
 @pytest.fixture
@@ -326,3 +328,83 @@ def test_file_that_shrinks_is_an_error_not_a_signal(small: Corpus) -> None:
     os.truncate(small.val[0], 1100)
     with pytest.raises(ShardError):
         val[0]
+
+
+# --- Mixtures ---
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, small: Corpus) -> Mixture:
+    """Seven parts of `small` to three of another corpus."""
+    other = make_corpus(tmp_path / "other", [documents(3000, 30, 9)], val=[documents(500, 30, 8)])
+    return mix([small, other], [7, 3])
+
+
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=5))
+@settings(deadline=None, max_examples=25)
+def test_turns_keep_to_the_shares(weights: list[int]) -> None:
+    shares = [weight * 1000 // sum(weights) for weight in weights]
+    shares[0] += 1000 - sum(shares)
+    turns, taken = Turns(shares), np.zeros(len(shares), int)
+    for turn in range(2100):
+        assert turns.taken(turn).tolist() == taken.tolist()
+        assert np.abs(taken - turn * np.array(shares) / 1000).max() < len(shares)
+        taken[turns.part_of(turn)] += 1
+    assert turns.taken(2000).tolist() == [2 * share for share in shares]
+
+
+def test_mixture_is_its_parts_in_turn(mixture: Mixture) -> None:
+    """Against a walk that counts what each part has given."""
+    mixed = train_batches(mixture, 64, 4, seed=3)
+    assert isinstance(mixed, MixedBatches)
+    alone = [TrainBatches(part, 64, 1, seed=3) for part in mixture.parts]
+    given, turns = [0, 0], Turns(mixture.shares)
+    for index in range(400):
+        part = turns.part_of(index)
+        expected = alone[part].micro_batch(given[part])
+        given[part] += 1
+        assert all(torch.equal(a, b) for a, b in zip(mixed.micro_batch(index), expected))
+    assert given == [280, 120]
+    assert mixed.place(0) == ("small/train_000000.bin", 0) and mixed.place(1)[0] == "other/train_000000.bin"
+
+
+def test_mixture_resumes_and_is_shared(mixture: Mixture) -> None:
+    assert len({stream_digest(mixture, size, 40) for size in (1, 2, 8)}) == 1
+    whole = list(itertools.islice(train_batches(mixture, 64, 4, 0).stream(0, 0, 1), 60))
+    rest = list(itertools.islice(train_batches(mixture, 64, 4, 0).stream(37, 0, 1), 23))
+    assert [batch[0].tolist() for step in whole[37:] for batch in step] == [b[0].tolist() for s in rest for b in s]
+
+
+def test_epochs_of_a_mixture(mixture: Mixture) -> None:
+    sizes = [TrainBatches(part, 64, 1, 0).steps_per_epoch for part in mixture.parts]
+    mixed, turns = train_batches(mixture, 64, 4, seed=0), Turns(mixture.shares)
+    usage = mixed.usage()
+    repeats = next(step for step in range(10_000) if (turns.taken(4 * (step + 1)) > sizes).any())
+    assert usage.steps == repeats and usage.used == repeats * 4 * 64 and usage.used + usage.skipped == 14_500 + 3000
+    assert mixed.epoch_of(repeats - 1) == 0 and mixed.epoch_of(repeats) == 1
+    once = train_batches(mixture, 64, 4, seed=0, epochs=1)
+    assert len(list(itertools.islice(once.stream(0, 0, 1), repeats))) == repeats
+    with pytest.raises(ShardError, match="ends after 1 epoch"):
+        once.epoch_of(repeats)
+
+
+def test_validation_of_a_mixture(mixture: Mixture) -> None:
+    val, parts = ValBatches(mixture, 5 * 32, 32), [ValBatches(part, 5 * 32, 32) for part in mixture.parts]
+    order = [Turns(mixture.shares).part_of(i) for i in range(len(val))]
+    assert order.count(0) > order.count(1) > 0
+    for i, part in enumerate(order):
+        assert torch.equal(val[i][0], parts[part][order[:i].count(part)][0])
+
+
+def test_what_cannot_be_mixed(tmp_path: Path, small: Corpus, mixture: Mixture) -> None:
+    assert mixture.shares == (700, 300) and mixture.fingerprint != mix([*mixture.parts], [6, 4]).fingerprint
+    assert mix([small] * 3, [1, 1, 1]).shares == (334, 333, 333)
+    for change in {"tokenizer": "x"}, {"vocab_size": 99}, {"bos_token": 1}:
+        with pytest.raises(ShardError, match="do not have the same vocabulary"):
+            mix([small, dataclasses.replace(small, **change)], [1, 1])
+    one, other = (dataclasses.replace(small, tokenizer_sha256=sha) for sha in ("1", "2"))
+    assert mix([small, one], [1, 1]).vocab_size == VOCAB
+    with pytest.raises(ShardError, match="do not have the same vocabulary"):
+        mix([one, other], [1, 1])
+    with pytest.raises(ConfigError, match="less than a thousandth"):
+        mix([small, small], [1, 5000])

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.utils import World
+from speedrun_mup.corpus import write_synthetic
 from speedrun_mup.numerics import SpikeWatch
 from speedrun_mup.shards import read_shard
 from speedrun_mup.tracking import read_metrics
@@ -446,3 +448,14 @@ def test_strict_needs_branches_of_the_tree():
         pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), World(0, 2))
     for size in (1, 3, 6):
         assert pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), World(0, size)) == 1
+
+
+def test_a_mixture_trains_and_resumes(tiny, tmp_path):
+    folders = [write_synthetic(tmp_path / f"part{seed}", 20_000, 4000, seed).directory for seed in (1, 2)]
+    data = f"{folders[0]}:0.7,{folders[1]}:0.3"
+    whole = train(tiny(data=data, name="whole", save_every=3))
+    shutil.rmtree(whole.folder / "checkpoints" / "step-00000006")
+    resumed = train(tiny(data=data, resume=str(whole.folder), save_every=3))
+    assert resumed.finished and curve(resumed.folder) == curve(train(tiny(data=data, name="again")).folder)
+    other = curve(train(tiny(data=f"{folders[0]}:0.3,{folders[1]}:0.7", name="other")).folder)
+    assert other != curve(whole.folder)
