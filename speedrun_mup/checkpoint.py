@@ -279,7 +279,7 @@ class Loaded:
         self.path = path
         self._manifest = _Manifest.read(path)
         self.step = self._manifest.step
-        self.state: dict[str, Any] = json.loads(self._bytes(STATE))
+        self.state: dict[str, Any] = self._json(STATE)
         self.model: dict[str, Tensor] = self._tensors(MODEL)
         self.optim_sizes = {key: parts[-1][2] for key, parts in self._manifest.slices.items()}
         self._optim: dict[int, dict[str, Tensor]] = {}
@@ -308,6 +308,12 @@ class Loaded:
             data = path.read_bytes()
         self._manifest.check(path, len(data), hashlib.sha256(data).hexdigest())
         return data
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads(self._bytes(name))
+        except (ValueError, RecursionError) as fault:
+            raise DamagedCheckpoint(f"{self.path / name}: {_first_line(fault)}") from fault
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:

@@ -325,5 +325,5 @@ def from_json(text: str, source: Path) -> TrainConfig:
             if not fits:
                 raise TypeError(f"{name}={value!r} should be {kind.__name__}")
         return TrainConfig(**values)
-    except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as fault:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as fault:
         raise ConfigError(f"{source} is not a valid config ({fault}); restore it or start a new run") from None

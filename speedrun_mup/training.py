@@ -722,7 +722,7 @@ def saved_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run (no {CONFIG}); give --resume a run's folder")
-    return from_json(path.read_text(), path)
+    return from_json(path.read_text(errors="replace"), path)
 
 
 def is_finished(folder: Path) -> bool:

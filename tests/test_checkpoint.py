@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from faults.harness import count_calls, die_at, fail_at, fork, on_ranks, path_of, tapped, wait
+from faults.harness import count_calls, dice, die_at, fail_at, fork, on_ranks, path_of, repeats, tapped, wait
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,10 +45,10 @@ from speedrun_mup.checkpoint import (
 )
 from speedrun_mup.core.utils import ConfigError, World
 
-KILLS = 20  # lives ended at a random time; 200 for a release
-FLIPS = 60  # single bits; 1000 for a release
-CUTS = 20  # truncations; 200 for a release
-RANK_KILLS = 4  # two-process lives that lose a rank; 100 for a release
+KILLS = repeats(20)  # lives ended at a random time
+FLIPS = repeats(60)  # single bits
+CUTS = repeats(20)  # truncations
+RANK_KILLS = repeats(4)  # two-process lives that lose a rank
 
 OPTIM_SIZES = {"embed/exp_avg": 35, "embed/exp_avg_sq": 35, "head/momentum": 12, "gate/exp_avg": 2}
 
@@ -471,7 +470,7 @@ def test_every_crash_point(tmp_path, scenario):
 
 
 def test_random_kills(tmp_path):
-    rng = random.Random(0)
+    rng = dice(0)
     acknowledged = 0
 
     def life(reader: int, writer: int) -> None:
@@ -544,7 +543,7 @@ def two_steps(tmp_path) -> list[Path]:
 
 
 def test_flipped_bits_are_never_loaded(tmp_path, two_steps):
-    rng = random.Random(1)
+    rng = dice(1)
     for _ in range(FLIPS):
         file = rng.choice(two_steps)
         data = file.read_bytes()
@@ -558,7 +557,7 @@ def test_flipped_bits_are_never_loaded(tmp_path, two_steps):
 
 
 def test_truncated_longer_and_missing_files_are_never_loaded(tmp_path, two_steps):
-    rng = random.Random(2)
+    rng = dice(2)
     for trial in range(CUTS):
         file = two_steps[trial % len(two_steps)]
         data = file.read_bytes()
@@ -869,7 +868,7 @@ def test_background_saves_beside_training_collectives(tmp_path):
 @pytest.mark.dist
 @pytest.mark.parametrize("background", [False, True])
 def test_losing_a_rank_leaves_the_last_commit(tmp_path, background):
-    rng = random.Random(3)
+    rng = dice(3)
     for trial in range(RANK_KILLS):
         root = tmp_path / str(trial)
         on_ranks(2, lambda world, root=root: save(root, 1, world))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from dist import run_ranks
+from faults.harness import dice, repeats
 from safetensors.torch import load_file
 
 from speedrun_mup.checkpoint import CheckpointError
@@ -157,18 +158,21 @@ def fork_train(cfg, delay):
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_changes_nothing(tiny):
-    cfg = tiny(name="killed", iterations=30, save_every=1)
+    """Runs are killed and resumed until they finish, as many as it takes for `kills` to be dealt."""
+    settings = {"width": 32, "iterations": 30, "save_every": 1, "val_every": 10}
     begun = time.monotonic()
-    whole = train(tiny(name="whole", iterations=30, save_every=1))
-    duration, rng, kills = time.monotonic() - begun, random.Random(0), 0
-    for _ in range(60):
-        resume = str(Path(cfg.out) / "killed") if (Path(cfg.out) / "killed" / "config.json").exists() else None
-        patience = duration * (rng.uniform(0.05, 0.3) if kills < 8 else 20)
-        if fork_train(dataclasses.replace(cfg, resume=resume), patience):
-            break
-        kills += 1
-    assert kills >= 4
-    assert_same_training(whole, dataclasses.replace(whole, folder=Path(cfg.out) / "killed"))
+    whole = train(tiny(name="whole", **settings))
+    duration, rng, kills, runs = time.monotonic() - begun, dice(0), 0, 0
+    while kills < repeats(8):
+        cfg, runs = tiny(name=f"killed {runs}", **settings), runs + 1
+        folder = Path(cfg.out) / str(cfg.name)
+        while True:
+            resume = str(folder) if (folder / "config.json").exists() else None
+            patience = duration * rng.uniform(0.1, 0.8) if kills < repeats(8) else 600
+            if fork_train(dataclasses.replace(cfg, resume=resume), patience):
+                break
+            kills += 1
+        assert_same_training(whole, dataclasses.replace(whole, folder=folder))
 
 
 POISONED = "blocks.2.mlp.c_fc.weight"

@@ -7,6 +7,7 @@ tapped calls of fsync are seen but not carried out, and what survives a power cu
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import traceback
@@ -27,6 +28,16 @@ REAL = {name: getattr(os, name) for name in CALLS} | {"fsync": lambda descriptor
 
 T = TypeVar("T")
 Tap = Callable[[str, tuple[Any, ...]], None]  # (name, arguments) of a call of os that is about to happen
+
+
+def repeats(short: int) -> int:
+    """How often a test injects its fault: `short`, unless benchmarks/reliability.py asks for more."""
+    return int(os.environ.get("RELIABILITY_COUNT", short))
+
+
+def dice(seed: int) -> random.Random:
+    """What a test draws its faults from; benchmarks/reliability.py may ask for others."""
+    return random.Random(f"{seed} {os.environ.get('RELIABILITY_SEED', 0)}")
 
 
 @contextmanager

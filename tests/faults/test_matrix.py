@@ -30,7 +30,7 @@ from test_checkpoint import reseal
 from test_cli import as_flags
 from test_training import assert_same_training, curve, poison, state_of
 
-from faults.harness import fork, path_of, tapped, wait
+from faults.harness import dice, fork, path_of, repeats, tapped, wait
 from faults.matrix import MATRIX
 from faults.torchrun import ROOT, Torchrun, is_alive, until
 from speedrun_mup.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
@@ -45,8 +45,9 @@ from speedrun_mup.shards import ShardError, measure_shard, read_shard, write_man
 from speedrun_mup.tracking import read_metrics
 from speedrun_mup.training import FREE_TO_CHANGE, STATE_BEFORE, Run, check_resumable, train
 
-SIGNALS = 6  # signals at random times; 30 for a release
-CYCLES = 5  # preemptions; 20 for a release
+SIGNALS = repeats(6)  # at random times
+CYCLES = repeats(5)  # of a scheduler that preempts
+ATTEMPTS = pytest.mark.parametrize("attempt", range(repeats(1)))  # under torchrun
 
 STOPPED = 75
 
@@ -353,7 +354,7 @@ def test_row_38_a_loss_over_no_tokens():
 @pytest.mark.slow
 def test_row_41_signals_at_random_times(tiny):
     whole, cut, duration = whole_and_cut(tiny, iterations=40, save_every=7, val_every=5)
-    rng, stopped = random.Random(0), 0
+    rng, stopped = dice(0), 0
     for _ in range(SIGNALS):
         child = life_of(cut)
         until(lambda: (folder_of(cut) / "config.json").exists())
@@ -441,7 +442,8 @@ UNDER_TORCHRUN = TINY | {
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_row_45_torchrun_is_killed(tmp_path):
+@ATTEMPTS
+def test_row_45_torchrun_is_killed(tmp_path, attempt):
     flags = as_flags(UNDER_TORCHRUN | {"iterations": 5000, "save_every": 0})
     with Torchrun(2, tmp_path, ["--preset", "laptop", *flags], ["--standalone"]) as run:
         run.wait_for_step(3)
@@ -456,7 +458,8 @@ def test_row_45_torchrun_is_killed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_row_47_torchrun_restarts_after_a_death(tmp_path, tiny):
+@ATTEMPTS
+def test_row_47_torchrun_restarts_after_a_death(tmp_path, tiny, attempt):
     flags = as_flags({key: value for key, value in UNDER_TORCHRUN.items()})
     with Torchrun(2, tmp_path, ["--preset", "laptop", *flags], ["--standalone", "--max-restarts=2"]) as run:
         run.wait_for_step(7)
