@@ -84,8 +84,9 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, rank: int) -> list[Mark]
     seed, column = np.nonzero(np.isfinite(cells.losses))
     near = np.linspace(bowls.left[0], bowls.right[0], 61)
     bowl = bowls.a[0] + (near - bowls.center[0]) * (bowls.b[0] + (near - bowls.center[0]) * bowls.c[0])
-    error = "" if math.isnan(fit.optimum_se) else f", known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} octaves"
-    notes = [f"curvature {fit.curvature:.4f} nats per octave squared{error}", *fit.problems]
+    notes = [f"curvature {fit.curvature:.4f} nats per octave squared", *fit.problems]
+    if not math.isnan(fit.optimum_se):
+        notes.append(f"known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} octaves")
     note = "; ".join(notes)
     best: dict[str, Any] = {"symbol": "D", "size": 5.5, "hollow": bool(fit.problems), "notes": [note]}
     return [

@@ -108,7 +108,7 @@ class View {
       const svg = draw(box, "svg", { viewBox: `0 0 ${size.width} ${size.height}`, ...size, role: "img", "aria-label": label });
       const drawn = { panel, box, svg, size, targets: [] };
       svg.addEventListener("pointermove", (event) => this.point(drawn, event));
-      svg.addEventListener("pointerleave", () => this.leave(drawn));
+      svg.addEventListener("pointerleave", () => this.leave());
       return drawn;
     });
     const legend = add(frame, "div", { class: "legend" });
@@ -199,7 +199,7 @@ class View {
   }
 
   point(drawn, event) {
-    this.leave(drawn);
+    this.leave();
     const box = drawn.svg.getBoundingClientRect();
     const zoom = drawn.size.width / box.width;
     const [px, py] = [(event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom];
@@ -288,13 +288,12 @@ function drawPoint(layer, mark, px, py, radius, style) {
 function addKey(parent, key) {
   const entry = add(parent, "span");
   const svg = draw(entry, "svg", { width: 22, height: 12 });
-  const mark = { ...key, opacity: 1, size: 5, name: "", tags: {} };
   const style = { fill: "none", stroke: "currentColor", "stroke-width": 2 };
   if (key.dotted) style["stroke-dasharray"] = "2 4";
   if (key.kind === "line") draw(svg, "path", { ...style, d: "M0,6h22" }, key.color);
   else if (key.kind === "band") draw(svg, "rect", { width: 22, height: 12, fill: "currentColor" }, key.color);
   else if (key.kind === "cross") draw(svg, "path", { ...style, "stroke-width": 1.4, d: "M7.5,2.5l7,7m0,-7l-7,7" }, key.color);
-  else drawPoint(svg, mark, 11, 6, 3.5, {});
+  else drawPoint(svg, key, 11, 6, 3.5, {});
   entry.append(key.label);
 }
 
