@@ -30,7 +30,7 @@ def new_store() -> TCPStore:
 def run_ranks(
     size: int,
     work: Callable[[World], T],
-    timeout_s: float = 60.0,
+    timeout_s: float = 180.0,
     store: TCPStore | None = None,
     join_timeout_s: float | None = None,
     lost: Sequence[int] = (),

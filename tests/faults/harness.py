@@ -95,14 +95,14 @@ def fail_at(index: int, code: int) -> Tap:
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Start `work` in a child process that ends when it returns, or after a minute; its process id."""
+    """Start `work` in a child process that ends when it returns, or after five minutes; its process id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork beside threads
         pid = os.fork()
     if pid:
         return pid
     try:
-        signal.alarm(60)
+        signal.alarm(300)
         torch.set_num_threads(1)  # torch rebuilds its pool after a fork; two threads that come first race for it
         work()
         os._exit(0)
