@@ -23,6 +23,7 @@ bench: .venv/.ok
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/mup_overhead.py
 	$(BIN)/python benchmarks/sweep_throughput.py
+	$(BIN)/python benchmarks/data_speed.py
 	$(BIN)/python benchmarks/cpu_speed.py
 	$(BIN)/python benchmarks/time_to_loss.py
 
