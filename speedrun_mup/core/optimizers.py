@@ -9,6 +9,8 @@ Muon is by Keller Jordan et al. (kellerjordan.github.io/posts/muon); sharding it
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from speedrun_mup.core.utils import Handle, World
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: singular values end in about [0.7, 1.2]
 NEWTON_SCHULZ_STEPS = 5
+SMALLEST_SYMMETRIC = 512  # rows: from four tiles of 128 on, computing the lower half saves a third of the tiles or more
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
@@ -30,10 +33,28 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    pays = symmetric_products_pay(x)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if pays:
+            from speedrun_mup.core.triton_kernels import symmetric_product
+
+            gram = symmetric_product(x)
+            polynomial = symmetric_product(gram, gram, alpha=c, beta=b)
+        else:
+            gram = x @ x.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
+
+
+def symmetric_products_pay(x: Tensor) -> bool:
+    """Whether computing half of x x^T (N, m, n) and mirroring it is worth a kernel of our own, where there is Triton."""
+    return x.is_cuda and x.dtype is torch.bfloat16 and x.size(-2) >= SMALLEST_SYMMETRIC and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

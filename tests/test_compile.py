@@ -1,0 +1,82 @@
+"""Compiling: the same numbers, no second graph once training is warm, and nothing compiled twice on one machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+import torch
+
+from speedrun_mup.bench import graphs_compiled
+from speedrun_mup.core import model as model_module
+from speedrun_mup.core.utils import World
+from speedrun_mup.hardware import use_compile_cache
+from speedrun_mup.training import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler has some of its own
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Capture graphs and derive their backward as ever, but run them without generating code: that takes minutes here."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model_module._fused_loss_and_gradient.cache_clear()
+    torch._dynamo.reset()
+    yield
+    model_module._fused_loss_and_gradient.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, traced):
+    """Two graphs of the stream, with and without gradients, and two of the loss; the window is a tensor in them."""
+    settings = {"attention": "dense", "kernel_warmup": 1, "iterations": 8, "window_tokens": 128, "save": False}
+    losses = {}
+    for compiled in (False, True):
+        before = graphs_compiled()
+        with closing(Run(tiny(name=f"compiled-{compiled}", compile=compiled, **settings), World())) as run:
+            run.warm_up_kernels()
+            warm, windows = graphs_compiled(), {int(run.window(step)) for step in range(8)}
+            result = run.train([])
+            losses[compiled] = result.val_loss
+        assert windows == {1, 2, 3, 4}
+        assert warm - before == (4 if compiled else 0)
+        assert graphs_compiled() == warm
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+TWICE = """
+import sys, torch
+from pathlib import Path
+from torch._dynamo.utils import counters
+from speedrun_mup.hardware import use_compile_cache
+use_compile_cache(Path(sys.argv[1]))
+torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    hits = []
+    for _ in range(2):
+        command = [sys.executable, "-c", TWICE, str(tmp_path / "compiled")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0, done.stderr
+        hits.append(int(done.stdout))
+    assert hits[0] == 0 < hits[1]
+    assert any((tmp_path / "compiled").iterdir())
+
+
+def test_a_cache_that_the_environment_names_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    use_compile_cache(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    use_compile_cache(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
