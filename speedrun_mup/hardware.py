@@ -59,7 +59,11 @@ def pick_fp8(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compile
 
 
 def use_compile_cache(folder: Path) -> None:
-    """Keep compiled code in `folder`, so that the next start need not compile; unless the environment names another."""
+    """Keep compiled code in `folder`, so that the next start need not compile; unless the environment names another.
+
+    Comes before anything is compiled: torch then writes its own choice, a folder that may not outlive the machine's next
+    start, into the environment.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 

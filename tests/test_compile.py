@@ -52,9 +52,9 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
 TWICE = """
 import sys, torch
 from pathlib import Path
-from torch._dynamo.utils import counters
 from speedrun_mup.hardware import use_compile_cache
 use_compile_cache(Path(sys.argv[1]))
+from torch._dynamo.utils import counters
 torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
 print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 """
