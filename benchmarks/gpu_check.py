@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from speedrun_mup.shards import GPT2_BOS, GPT2_VOCAB, write_manifest, write_shard
+from speedrun_mup.shards import GPT2_BOS, GPT2_VOCAB, measure_shard, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.md"
@@ -47,12 +47,12 @@ TARGETS = (
 )
 
 
-def python_sources() -> str:
-    """The text of the installed Python files: the standard library, then packages, up to about 60 MB."""
+def python_sources(most: int) -> str:
+    """The text of the installed Python files: the standard library, then packages, up to about `most` characters."""
     text, size = [], 0
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in sorted(Path(root).rglob("*.py")):
-            if size < 60_000_000:
+            if size < most:
                 text.append(path.read_text(errors="replace"))
                 size += len(text[-1])
     return "\n".join(text)
@@ -60,7 +60,7 @@ def python_sources() -> str:
 
 def make_corpus(folder: Path, train_tokens: int, val_tokens: int) -> None:
     """Words of Python sources by frequency as token ids: GPT-2's number of tokens, FineWeb's lengths of documents."""
-    words = re.findall(r"\s*\w+|\s*[^\w\s]", python_sources())[: 2 * (train_tokens + val_tokens)]
+    words = re.findall(r"\s*\w+|\s*[^\w\s]", python_sources(8 * (train_tokens + val_tokens)))
     common = {word: id for id, (word, _) in enumerate(Counter(words).most_common(GPT2_BOS - 1))}
     ids = np.array([common.get(word, GPT2_BOS - 1) for word in words], np.uint16)
     ids = np.resize(ids, train_tokens + val_tokens)
@@ -70,11 +70,12 @@ def make_corpus(folder: Path, train_tokens: int, val_tokens: int) -> None:
     ids[opens[opens < len(ids)]] = GPT2_BOS
     ids[train_tokens] = GPT2_BOS
     folder.mkdir(parents=True)
-    write_shard(folder / "train.bin", ids[:train_tokens])
-    write_shard(folder / "val.bin", ids[train_tokens:])
-    names: dict[str, Any] = {"train": ["train.bin"], "val": ["val.bin"]}
+    parts: dict[str, Any] = {}
+    for part, tokens in ("train", ids[:train_tokens]), ("val", ids[train_tokens:]):
+        write_shard(folder / f"{part}.bin", tokens)
+        parts[part] = {f"{part}.bin": measure_shard(folder / f"{part}.bin", GPT2_VOCAB, GPT2_BOS)}
     about = f"{len(set(ids.tolist())):,} kinds of words in the installed Python sources"
-    write_manifest(folder, tokenizer="words", vocab_size=GPT2_VOCAB, bos_token=GPT2_BOS, source=about, **names)
+    write_manifest(folder, tokenizer="words", vocab_size=GPT2_VOCAB, bos_token=GPT2_BOS, source=about, **parts)
 
 
 @dataclass
