@@ -6,6 +6,7 @@ at `resolve`, redirected to another path as the real hub redirects to its CDN, w
 
 import hashlib
 import json
+import re
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,17 +108,18 @@ class LoopbackHub:
         fault = self.faults[name].pop(0) if request.command == "GET" and self.faults[name] else None
         if isinstance(fault, int):
             return self.send(request, fault, {"Retry-After": "0"} if fault == 429 else {})
-        start = int(span.removeprefix("bytes=").rstrip("-")) if span and fault != "no range" else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", span or "") if fault != "no range" else None
+        start, stop = (int(asked[1]), int(asked[2] or len(content)) + 1) if asked else (0, len(content))
         if start >= len(content):
             return self.send(request, 416, {"Content-Range": f"bytes */{len(content)}"})
-        part = content[start:]
+        part = content[start:stop]
         if fault == "flip":
             part = part[:-7] + bytes([part[-7] ^ 1]) + part[-6:]
         part = {"short": part[: len(part) // 2], "long": part + b"more"}.get(str(fault), part)
         headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.send(request, 206 if start else 200, headers, part, cut=fault == "cut")
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        self.send(request, 206 if asked else 200, headers, part, cut=fault == "cut")
 
     def send(
         self,

@@ -1,15 +1,20 @@
 """Documents from every kind of source, in order, from any position on; faults in one line."""
 
 import gzip
+import importlib.util
 import io
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from loopback_hub import LoopbackHub
 
+from speedrun_mup import documents
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.documents import (
     DocumentReader,
@@ -109,6 +114,28 @@ def test_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(UserError, match="expected hf://OWNER/NAME"):
         read("hf://mine")
+
+
+@pytest.mark.slow
+def test_dataset_streamed_from_a_hub(tmp_path: Path) -> None:
+    """In a process of its own, because the endpoint is read when huggingface_hub is imported."""
+    pytest.importorskip("huggingface_hub")
+    if importlib.util.find_spec("datasets") is None:
+        pytest.skip("needs datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    readme = b"---\nconfigs:\n- config_name: small\n  data_files: a.parquet\n---\n"
+    files = {"a.parquet": (tmp_path / "a.parquet").read_bytes(), "README.md": readme}
+    command = "import json; from speedrun_mup.documents import *; reader = DocumentReader(find_sources(['hf://me/mine/small']),"
+    command += " 'text', 0); print(json.dumps([text for _, text in reader]))"
+    with LoopbackHub("me/mine", files) as hub:
+        known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        root = Path(documents.__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, "-c", command], env=os.environ | known, cwd=root, capture_output=True, timeout=300
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == TEXTS
 
 
 def test_passages_join_to_the_text() -> None:
