@@ -155,7 +155,7 @@ def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--data", "synthetic", "--head-dim", "16", "--device", "cpu", "--no-progress"]
     shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
-    monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "128", "--seeds", "1"])
+    monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "--seeds", "1", "--tokens", "128"])
     monkeypatch.setattr(demo, "BUDGET", "120%")
     target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
     monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape])
