@@ -40,5 +40,5 @@ clean:
 	@touch $@
 
 .venv/.ok-dev: .venv/.ok
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[data,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[data,text,dev]'
 	@touch $@
