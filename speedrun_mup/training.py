@@ -477,9 +477,10 @@ class Run:
         return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
 
     def warm_up_kernels(self) -> None:
-        """Run a few steps to compile and warm every kernel, then put weights and optimizer states back. Not timed."""
+        """Run a few steps to compile and warm every kernel, then put weights and optimizer states back."""
         if not self.cfg.kernel_warmup:
             return
+        began = time.perf_counter()
         weights = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         kept = [(optimizer.steps_taken, _cloned(optimizer.slices())) for optimizer in self.optimizers]
         stream = self.batches.stream(0, self.world.rank, self.world.size)
@@ -496,6 +497,8 @@ class Run:
                 parameter.copy_(weights[name])
         for optimizer, (steps_taken, slices) in zip(self.optimizers, kept, strict=True):
             optimizer.load_slices(_own_slices(slices), steps_taken)
+        took = time.perf_counter() - began
+        self.log.say(f"kernel warmup: {self.cfg.kernel_warmup} steps in {took:.1f} s, not part of the train time")
 
     def save(self, step: int, last: bool) -> None:
         """Checkpoint after `step` steps. A failed save costs a warning; the last one, or SAVE_ATTEMPTS, cost the run."""
