@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import run_flops
 from speedrun_mup.shards import Corpus
 from speedrun_mup.sweep import (
-    ARMS,
+    Arm,
     Engine,
     Failure,
     Pace,
@@ -42,7 +42,6 @@ from speedrun_mup.training import saved_config
 from speedrun_mup.transfer import Thresholds, loss_forecast
 
 PLAN, VERSION = "plan.json", 1
-ARM = "mup"
 # Octaves to run, and half octaves that a refined sweep usually adds to them. The lean grid is for small budgets: cheap if
 # the optimum is less than an octave from what was tuned at base width, else extended like any other.
 FULL = ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5))
@@ -85,7 +84,7 @@ class Plan:
             Sweep(
                 base,
                 tuple(width for width, _ in pairs),
-                (ARMS[ARM],),
+                (_arm(self.target),),
                 self.octaves,
                 tuple(range(seeds)),
                 refine=self.refine,
@@ -112,6 +111,13 @@ class Plan:
 def _proxy_base(target: TrainConfig) -> TrainConfig:
     """The target's settings as the base of a sweep; without a base width, its rates are meant for its own width."""
     return replace(target, base_width=target.base_width or target.width)
+
+
+def _arm(target: TrainConfig) -> Arm:
+    """The target's own optimizer and rule table; at its base width all tables are one, and muP is what carries over."""
+    table = "mup" if target.base_width in (None, target.width) else target.parametrization
+    name = table if target.hidden_optimizer == "muon" else f"{target.hidden_optimizer}-{table}"
+    return Arm(name, {"parametrization": table, "hidden_optimizer": target.hidden_optimizer})
 
 
 def make_plan(
@@ -157,7 +163,9 @@ def make_plan(
         cost = f"{least.flops:.3g} FLOPs ({share:.1%} of the target run) and {least.sweep_s / 60:.1f} minutes"
         raise ConfigError(f"no plan fits the budget: the smallest takes {cost} here; allow that much")
     plan = min(fitting, key=lambda plan: (plan.lr_error, plan.flops))
-    content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "prediction": None}
+    budget = {"budget_minutes": budget_minutes, "budget_flops": budget_flops, "budget_share": budget_share}
+    asked = {name: value for name, value in budget.items() if value is not None}
+    content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "budget": asked, "prediction": None}
     write_whole(out / PLAN, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return plan
 
@@ -233,11 +241,12 @@ def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], octaves: Sequ
 def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpus) -> Pace:
     """Time a few steps and one validation per width, on all workers at once, as a sweep would run them."""
     pace = Pace()
-    base = replace(_proxy_base(target), iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1))
+    base, arm = _proxy_base(target), _arm(target)
+    base = replace(base, iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1))
     with tempfile.TemporaryDirectory() as scratch:
         for width in widths:
-            sweep = Sweep(base, (width,), (ARMS[ARM],))
-            cells = [sweep.cell(ARMS[ARM], width, 0.0, seed, corpus) for seed in range(engine.workers)]
+            sweep = Sweep(base, (width,), (arm,))
+            cells = [sweep.cell(arm, width, 0.0, seed, corpus) for seed in range(engine.workers)]
             if pace.seconds(width, cells[0].flops) > PROBE_S:
                 break
             for cell, outcome in engine.run(iter(cells), Path(scratch)):
@@ -247,16 +256,20 @@ def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpu
     return pace
 
 
-def planned(target: TrainConfig, out: Path) -> Plan | None:
-    """The plan in `out`, if one was made. Raises ConfigError if that is for another target."""
+def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
+    """The plan in `out`, if one was made. Raises ConfigError if that is for another target, other data or budget."""
     if not (out / PLAN).exists():
         return None
     content = _read_plan(out)
     found = _target(content, out)
     mine, theirs = computed_settings(target), computed_settings(found)
     differ = [f"{key} was {theirs[key]}, is {mine[key]}" for key in mine if mine[key] != theirs[key]]
+    if find_corpus(target.data, target.tokenizer)[0].fingerprint != content["corpus"]:
+        differ.append(f"data={target.data} is not the corpus that it was made on")
+    if budget and dict(budget) != content["budget"]:
+        differ.append("the budget was another")
     if differ:
-        raise ConfigError(f"{out} holds a plan for another target: {'; '.join(differ)}; choose another --out")
+        raise ConfigError(f"{out} holds another plan: {'; '.join(differ)}; choose another --out")
     values: dict[str, Any] = {entry.name: content[entry.name] for entry in fields(Plan)}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return Plan(**values | lists | {"target": found})
@@ -315,7 +328,8 @@ def predict(out: Path) -> Prediction:
     """
     content = _read_plan(out)
     target = _target(content, out)
-    arm = measure_sweep(out, [ARM]).arms[ARM]
+    name = _arm(target).name
+    arm = measure_sweep(out, [name]).arms[name]
     forecast = loss_forecast(arm, target.width)
     slow, fast = forecast.log2_lr.interval()
     if math.isnan(slow):
@@ -373,6 +387,10 @@ def compare(out: Path, run: Path) -> Comparison:
     """
     planned, prediction = _predicted(out)
     done = saved_config(run)
+    if find_corpus(done.data, done.tokenizer)[0].fingerprint != _read_plan(out)["corpus"]:
+        raise ConfigError(
+            f"{run} is not the planned run: it was trained on other data; compare the run that was planned"
+        )
     mine, theirs = computed_settings(planned), computed_settings(done)
     differ = [key for key in mine if mine[key] != theirs[key] and key not in ("lr_scale", "seed")]
     if differ:
@@ -394,9 +412,12 @@ def read_plan(out: Path) -> tuple[TrainConfig, Prediction | None]:
 def _read_plan(out: Path) -> dict[str, Any]:
     try:
         content = json.loads((out / PLAN).read_text())
-        if content["version"] != VERSION:
+        needed = {entry.name for entry in fields(Plan)} | {"corpus", "budget", "prediction"}
+        promised = {entry.name for entry in fields(Prediction)}
+        whole = needed <= content.keys() and (content["prediction"] or dict.fromkeys(promised)).keys() == promised
+        if content["version"] != VERSION or not whole:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{out / PLAN} is missing or damaged; make a plan first") from None
     return content
 

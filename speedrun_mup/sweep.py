@@ -55,7 +55,8 @@ KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr")
 ATTEMPTS = 3  # a cell that fails is tried again twice
 MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
 TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
-NOT_COMPUTED = FREE_TO_CHANGE | {"data", "tokenizer"}  # settings without a part in an id; the corpus has a fingerprint
+# Settings without a part in an id. The corpus has a fingerprint; what happens to a diverging run is part of the result.
+NOT_COMPUTED = FREE_TO_CHANGE - {"on_nonfinite"} | {"data", "tokenizer"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked for

@@ -118,12 +118,34 @@ def test_a_budget_may_be_a_share_of_the_target_run(wide, out):
 
 
 def test_a_plan_is_found_again_and_not_taken_for_another(target, out):
-    assert planned(target, out) is None
+    assert planned(target, out, {}) is None
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
-    assert planned(dataclasses.replace(target, out="elsewhere", progress=True), out).summary() == plan.summary()
-    assert planned(target, out).sweeps == plan.sweeps
-    with pytest.raises(ConfigError, match=r"plan for another target: iterations was 6, is 7"):
-        planned(dataclasses.replace(target, iterations=7), out)
+    assert planned(dataclasses.replace(target, out="elsewhere", progress=True), out, {}).summary() == plan.summary()
+    assert planned(target, out, {"budget_minutes": 20}).sweeps == plan.sweeps
+    with pytest.raises(ConfigError, match=r"another plan: iterations was 6, is 7"):
+        planned(dataclasses.replace(target, iterations=7), out, {})
+    with pytest.raises(ConfigError, match=r"another plan: the budget was another"):
+        planned(target, out, {"budget_minutes": 21})
+    with pytest.raises(ConfigError, match=r"another plan: data=embedded is not the corpus"):
+        planned(dataclasses.replace(target, data="embedded"), out, {})
+    content = json.loads((out / "plan.json").read_text())
+    del content["seeds"]
+    (out / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"plan.json is missing or damaged"):
+        planned(target, out, {})
+
+
+def test_proxies_are_scaled_and_optimized_like_the_target(target, out):
+    adam = dataclasses.replace(target, hidden_optimizer="adam", parametrization="sp", matrix_lr=0.004)
+    engine = FakeEngine()
+    plan = make_plan(adam, out, engine, budget_minutes=20)
+    run_plan(plan, out, engine, progress=False)
+    assert {(c.cfg.hidden_optimizer, c.cfg.parametrization, c.cfg.matrix_lr) for c in engine.ran} == {
+        ("adam", "sp", 0.004)
+    }
+    assert {result.arm for result in read_results(out)} == {"adam-sp"} and predict(out).lr_scale > 0
+    own = make_plan(dataclasses.replace(adam, base_width=None), out, engine, budget_minutes=20)
+    assert own.sweeps[0].arms[0].settings == {"parametrization": "mup", "hidden_optimizer": "adam"}
 
 
 def test_finished_cells_make_timing_unnecessary(target, out):
@@ -236,6 +258,9 @@ def test_only_the_planned_run_is_compared(swept, target, out):
     predict(out)
     with pytest.raises(ConfigError, match="iterations was planned as 6, is 2"):
         compare(out, result.folder)
+    other = train(dataclasses.replace(target, name="other", data="embedded", save=False))
+    with pytest.raises(ConfigError, match="trained on other data"):
+        compare(out, other.folder)
 
 
 @pytest.mark.slow

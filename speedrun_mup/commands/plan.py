@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
     group.add_argument("--out", metavar="DIR", help="the plan's folder (default: plans/width-WIDTH)")
     group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="the rest of the target's settings")
     add_engine(parser, "; 10%% of the target's FLOPs")
-    add_settings(parser, leave_out=("out", "name", "resume"))
+    add_settings(parser, leave_out=("micro_batch", "out", "name", "resume"))
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))
     engine = take(flags, "engine", "workers")
@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
 
     folder = Path(out or f"plans/width-{target.width}")
     with closing(open_engine(**engine, device=target.device)) as where:
-        plan = planned(target, folder) or make_plan(target, folder, where, **budget)
+        plan = planned(target, folder, budget) or make_plan(target, folder, where, **budget)
         print(plan.summary())
         print(f"plan  {folder / 'plan.json'}")
         if not carry_out:

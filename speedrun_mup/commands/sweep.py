@@ -12,7 +12,19 @@ from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
 from speedrun_mup.core.errors import ConfigError
 
-NOT_OF_A_SWEEP = ("width", "seed", "out", "name", "resume", "save", "save_every", "keep_last", "track", "val_every")
+NOT_OF_A_SWEEP = (
+    "micro_batch",
+    "width",
+    "seed",
+    "out",
+    "name",
+    "resume",
+    "save",
+    "save_every",
+    "keep_last",
+    "track",
+    "val_every",
+)
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
