@@ -108,3 +108,19 @@ def test_readme_commands_exist():
         assert re.search(rf"^{target}:", makefile, re.M), target
     for script in re.findall(r"python (\S+\.py)", readme):
         assert (ROOT / script).exists(), script
+
+
+def test_the_layout_names_every_module():
+    layout = (ROOT / "docs" / "architecture.md").read_text()
+    for path in [*PACKAGE.glob("*"), *(PACKAGE / "core").glob("*")]:
+        if not path.name.startswith("__") and path.stem != "core":
+            assert re.search(rf"\b{path.stem}(\.py|/)", layout), f"docs/architecture.md does not mention {path.name}"
+
+
+def test_the_readme_names_every_command_and_links_to_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    for path in (PACKAGE / "commands").glob("*.py"):
+        name = path.stem.replace("_", "-")
+        assert path.stem == "__init__" or re.search(rf"\b{name}\b", readme), f"README.md does not mention {name}"
+    for target in re.findall(r"\]\((?!http)([^)#]+)", readme):
+        assert (ROOT / target).exists(), target
