@@ -80,6 +80,8 @@ def download_fineweb(
     dataset: a key of REPOSITORIES. revision: branch, tag or commit. Raises ConfigError, FetchError, ShardError; what was
     fetched stays, and the next call goes on with it.
     """
+    if workers < 1:
+        raise ConfigError(f"workers={workers} must be at least 1")
     repository = REPOSITORIES[dataset]
     with _quiet_hub():
         print(f"asking {_hub('constants').ENDPOINT} for the shards of {repository}")

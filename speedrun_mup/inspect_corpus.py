@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speedrun_mup.core.errors import UserError
+from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.shards import (
     MAGIC,
     TOKENIZER_FILE,
@@ -57,7 +57,10 @@ class Inspection:
         return "\n".join(lines + [f"FAULT        {fault}" for fault in self.faults])
 
     def plot(self, out: Path) -> Path:
-        """Draw how long the train documents are, and which share of the tokens they hold, as a PNG. Returns `out`."""
+        """Draw how long the train documents are, and which share of the tokens they hold, as a PNG. Returns `out`.
+
+        Raises ConfigError if `out` cannot be written.
+        """
         import matplotlib
 
         matplotlib.use("Agg")
@@ -73,8 +76,12 @@ class Inspection:
         axes.set(xscale="log", xlabel="tokens of a document", ylabel="share in %", title=self.corpus.directory.name)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        figure.savefig(out)
-        plt.close(figure)
+        try:
+            figure.savefig(out, format="png")
+        except OSError as fault:
+            raise ConfigError(f"{out}: cannot write: {fault.strerror}; choose another place with --picture") from None
+        finally:
+            plt.close(figure)
         return out
 
 

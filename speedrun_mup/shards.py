@@ -63,17 +63,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def sole_writer(directory: Path) -> Iterator[None]:
     """Make `directory` and keep other writers out of it until done, or until this process ends, however it ends.
 
-    Clears away what a writer that was killed left of files that were not whole. ConfigError if another one is at work.
+    Clears away what a writer that was killed left of files that were not whole. ConfigError if another one is at work,
+    or for an OSError, here or in the work done meanwhile.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{directory}: another process is writing there; wait for it or stop it") from None
-        for leftover in directory.glob(".*.tmp"):
-            leftover.unlink()
-        yield
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{directory}: another process is writing there; wait for it or stop it") from None
+            for leftover in directory.glob(".*.tmp"):
+                leftover.unlink()
+            yield
+    except OSError as fault:
+        raise ConfigError(
+            f"{directory}: cannot write: {fault.strerror or fault}; free some space or choose another --out"
+        ) from None
 
 
 def shard_header(tokens: int) -> bytes:

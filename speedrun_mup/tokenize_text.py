@@ -94,10 +94,19 @@ def tokenize_text(
     """Write the documents of `paths` into `out` as a corpus. Goes on where a killed process stopped.
 
     paths: files, folders, "-" for standard input, hf://OWNER/NAME/CONFIG. workers: threads; None is one per core.
-    Returns at once if `out` already holds just this. Raises ConfigError, SourceError, ShardError; what is done is kept.
+    Returns at once if `out` already holds just this, which of standard input nobody can tell: it needs a new `out`.
+    Raises ConfigError, SourceError, ShardError; what is done is kept.
     """
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"workers={workers} must be at least 1")
     sources = find_sources(paths)
     recipe = _recipe(sources, settings)
+    unfinished = out.with_name(out.name + ".unfinished")
+    if _reads_stdin(sources):
+        for there in out / MANIFEST, unfinished:
+            if there.exists():
+                raise ConfigError(f"{there} exists, and standard input cannot be resumed; choose a new --out")
     if (out / MANIFEST).exists():
         corpus = open_corpus(out)
         if corpus.recipe == recipe:
@@ -105,25 +114,24 @@ def tokenize_text(
         raise _other(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty; choose another --out, or delete it")
-    unfinished = out.with_name(out.name + ".unfinished")
-    try:
-        with sole_writer(unfinished):
-            if not (unfinished / MANIFEST).exists():
-                _write_corpus(sources, unfinished, recipe, settings, workers or os.cpu_count() or 1, progress)
-            elif open_corpus(unfinished).recipe != recipe:
-                raise _other(unfinished)
-            (unfinished / PROGRESS).unlink(missing_ok=True)
-            unfinished.rename(out)
-    except OSError as fault:
-        raise ConfigError(
-            f"{unfinished}: cannot write: {fault.strerror}; free some space or choose another --out"
-        ) from None
+    tokenizer = _ready_tokenizer(sources, settings)
+    with sole_writer(unfinished):
+        if not (unfinished / MANIFEST).exists():
+            _write_corpus(sources, unfinished, recipe, settings, tokenizer, workers, progress)
+        elif open_corpus(unfinished).recipe != recipe:
+            raise _other(unfinished)
+        (unfinished / PROGRESS).unlink(missing_ok=True)
+        unfinished.rename(out)
     (out / ".lock").unlink(missing_ok=True)
     return open_corpus(out)
 
 
 def _other(directory: Path) -> ConfigError:
     return ConfigError(f"{directory} comes from other text or settings; choose another --out, or delete it")
+
+
+def _reads_stdin(sources: Sequence[Source]) -> bool:
+    return any(source.name == STDIN for source in sources)
 
 
 def _recipe(sources: Sequence[Source], settings: TextSettings) -> str:
@@ -136,11 +144,20 @@ def _recipe(sources: Sequence[Source], settings: TextSettings) -> str:
 
 
 def _write_corpus(
-    sources: Sequence[Source], directory: Path, recipe: str, settings: TextSettings, workers: int, progress: bool
+    sources: Sequence[Source],
+    directory: Path,
+    recipe: str,
+    settings: TextSettings,
+    tokenizer: Tokenizer | None,
+    workers: int,
+    progress: bool,
 ) -> None:
     start, parts = _restore(directory, recipe)
     _commit(directory, recipe, start, parts)
-    tokenizer = _prepare_tokenizer(sources, directory, settings)
+    if tokenizer:
+        tokenizer.save(directory)
+    else:
+        tokenizer = _trained_tokenizer(sources, directory, settings)
     writers = {part: PartWriter(directory, part, tokenizer, settings.shard_tokens, parts[part]) for part in parts}
     reader = DocumentReader(sources, settings.field, settings.passage, start)
     total = sum(source.size for source in sources)
@@ -181,19 +198,23 @@ def _describe(sources: Sequence[Source]) -> str:
     return f"{names}{more}, {sum(source.size for source in sources) / 1e6:,.1f} MB"
 
 
-def _prepare_tokenizer(sources: Sequence[Source], directory: Path, settings: TextSettings) -> Tokenizer:
-    """The tokenizer, found or trained, and saved in `directory`; a trained one is found there the next time."""
-    vocab_size = trained_vocab_size(settings.tokenizer)
-    if vocab_size is None:
-        tokenizer = find_tokenizer(settings.tokenizer, settings.bos)
-    elif (directory / TOKENIZER_FILE).exists():
+def _ready_tokenizer(sources: Sequence[Source], settings: TextSettings) -> Tokenizer | None:
+    """The tokenizer, or None if it is to be trained. What cannot be is told here, before anything is written."""
+    if trained_vocab_size(settings.tokenizer) is None:
+        return find_tokenizer(settings.tokenizer, settings.bos)
+    if settings.bos is not None:
+        raise ConfigError(f"tokenizer={settings.tokenizer} has a BOS token of its own; leave out --bos {settings.bos}")
+    if _reads_stdin(sources):
+        raise ConfigError(f"tokenizer={settings.tokenizer} reads the text twice; write standard input to a file first")
+    return None
+
+
+def _trained_tokenizer(sources: Sequence[Source], directory: Path, settings: TextSettings) -> Tokenizer:
+    """The tokenizer for train:N, trained and saved in `directory`, where it is found the next time."""
+    if (directory / TOKENIZER_FILE).exists():
         return read_tokenizer(directory / TOKENIZER_FILE)
-    else:
-        if any(source.name == STDIN for source in sources):
-            raise ConfigError(
-                f"tokenizer={settings.tokenizer} reads the text twice; write standard input to a file first"
-            )
-        tokenizer = BpeTokenizer.train(_training_text(sources, settings), vocab_size)
+    vocab_size = int(settings.tokenizer.removeprefix("train:"))
+    tokenizer = BpeTokenizer.train(_training_text(sources, settings), vocab_size)
     tokenizer.save(directory)
     return tokenizer
 

@@ -262,16 +262,24 @@ def _configured_bos(path: Path) -> str | None:
 
 
 def find_tokenizer(name: str, bos: str | None = None) -> Tokenizer:
-    """The tokenizer called byte or gpt2, or the one in a file or in a corpus's folder. ConfigError if there is none."""
+    """The tokenizer called byte or gpt2, or the one in a file or in a corpus's folder.
+
+    bos: of a file that holds a Hugging Face tokenizer. ConfigError if there is no tokenizer, or `bos` is not for it.
+    """
+    tokenizer: Tokenizer
     if name == "byte":
-        return ByteTokenizer()
-    if name == "gpt2":
-        return gpt2_tokenizer()
-    if os.path.isdir(name):
-        return load_tokenizer(open_corpus(Path(name)))
-    if os.path.isfile(name):
-        return read_tokenizer(Path(name), bos)
-    raise ConfigError(f"tokenizer={name}: choose gpt2, byte, train:N, a tokenizer.json or a folder of shards")
+        tokenizer = ByteTokenizer()
+    elif name == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    elif os.path.isdir(name):
+        tokenizer = load_tokenizer(open_corpus(Path(name)))
+    elif os.path.isfile(name):
+        tokenizer = read_tokenizer(Path(name), bos)
+    else:
+        raise ConfigError(f"tokenizer={name}: choose gpt2, byte, train:N, a tokenizer.json or a folder of shards")
+    if bos is not None and (os.path.isdir(name) or not isinstance(tokenizer, HfTokenizer)):
+        raise ConfigError(f"tokenizer={name} has a BOS token of its own; leave out --bos {bos}")
+    return tokenizer
 
 
 def trained_vocab_size(name: str) -> int | None:

@@ -80,6 +80,18 @@ def test_changed_and_missing_data(tiny, tmp_path):
     assert "epochs" in bad(examine(tiny(iterations=1000, epochs=2)))["data"]
 
 
+def test_mixture_that_repeats_within_the_first_step(tiny):
+    """The tiny part has fewer sequences than its 999 turns in a step."""
+    corpus, _ = find_corpus("synthetic", "byte")
+    data = f"{corpus.directory}:999,{corpus.directory}:1"
+    cfg = tiny(data=data, micro_batches=4000, val_every=0)
+    found = [finding for finding in examine(cfg) if finding.subject == "data" and finding.level is not Level.GOOD]
+    assert [(each.level, each.text) for each in found] == [
+        (Level.WARNING, "a part of the mixture repeats within the first step")
+    ]
+    assert "repeats within" in bad(examine(dataclasses.replace(cfg, epochs=1)))["data"]
+
+
 def test_what_is_too_little(tiny, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))

@@ -179,6 +179,20 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         download_fineweb(1, tmp_path)
 
 
+def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["data", "fineweb", "--tokens", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+    complained = capsys.readouterr().err
+    assert "file/out: cannot write: Not a directory" in complained and complained.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "-1"])
+def test_no_workers(tmp_path: Path, hub: LoopbackHub, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "fineweb", "--tokens", "1", "--out", str(tmp_path / "out"), "--workers", workers]) == 2
+    assert capsys.readouterr().err == f"error: workers={workers} must be at least 1\n"
+    assert not hub.requests and not (tmp_path / "out").exists()
+
+
 def run(folder: Path, endpoint: str, **environment: str) -> subprocess.Popen[str]:
     script = Path(module.__file__).parents[1] / "scripts" / "data" / "fineweb.py"
     known = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -228,6 +228,17 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
 
 
+def test_faults_of_the_disk_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match="file/out: cannot write: Not a directory"),
+        sole_writer(tmp_path / "file/out"),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="a: cannot write: No such file"), sole_writer(tmp_path / "a"):
+        (tmp_path / "a" / "missing").rename(tmp_path / "b")
+
+
 def test_measure_shard(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write_shard(path, [BOS, 1, 2, BOS, 3])

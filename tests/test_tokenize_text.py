@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import kill_tokenize
@@ -224,6 +226,101 @@ def test_text_script_reads_standard_input(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path / "out")
     read = flat(held(corpus, "train") + held(corpus, "val"))
     assert sorted(bytes(id for id in read if id < 256)) == sorted(prose.encode())
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets what standard input holds."""
+
+    def put(text: str) -> None:
+        stream = io.TextIOWrapper(io.BufferedReader(io.BytesIO(text.encode())))  # type: ignore[arg-type]
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    return put
+
+
+def records(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_standard_input_is_never_taken_for_done(
+    tmp_path: Path, pipe: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(records(TEXTS))
+    tokenize_text(["-"], tmp_path / "out", BYTES)
+    before = contents(tmp_path / "out")
+    for texts in TEXTS, TEXTS[:50]:
+        pipe(records(texts))
+        flags = ["--tokenizer", "byte", "--val-share", "0.1", "--shard-tokens", "20000"]
+        assert main(["data", "text", "-", "--out", str(tmp_path / "out"), *flags]) == 2
+        said = capsys.readouterr()
+        assert "standard input cannot be resumed; choose a new --out" in said.err and said.err.count("\n") == 1
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+def test_standard_input_is_never_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Callable[[str], None], drop_duplicates: bool
+) -> None:
+    """Broken off after a note of progress, it would lose documents or splice two texts."""
+    settings = dataclasses.replace(BYTES, drop_duplicates=drop_duplicates)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    real, left = module.PartWriter.add, 100
+
+    def add(self: module.PartWriter, ids: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        real(self, ids)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.PartWriter, "add", add)
+    pipe(records(TEXTS))
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_text(["-"], tmp_path / "out", settings)
+    before = contents(tmp_path / "out.unfinished")
+    pipe(records(TEXTS))
+    with pytest.raises(ConfigError, match=r"out\.unfinished exists, and standard input cannot be resumed"):
+        tokenize_text(["-"], tmp_path / "out", settings)
+    assert contents(tmp_path / "out.unfinished") == before and sys.stdin.read() == records(TEXTS)
+    pipe(records(TEXTS))
+    left = 0
+    corpus = tokenize_text(["-"], tmp_path / "new", settings)
+    assert flat(held(corpus, "train")) == flat(expected(TEXTS, val=False))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--workers", "0"], "workers=0 must be at least 1"),
+        (["--workers", "-1"], "workers=-1 must be at least 1"),
+        (["--bos", "NOPE"], "tokenizer=byte has a BOS token of its own; leave out --bos NOPE"),
+        (["--bos", "NOPE", "--tokenizer", "train:300"], "tokenizer=train:300 has a BOS token of its own"),
+        (["--tokenizer", "bite"], "tokenizer=bite: choose gpt2"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert main(["data", "text", str(text), "--out", str(tmp_path / "out"), "--tokenizer", "byte", *flags]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
+
+
+def test_picture_that_cannot_be_written(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a folder that is missing, and where a folder has the default name: root may write into read-only ones."""
+    tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert main(["data", "inspect", str(tmp_path / "out"), "--picture", str(tmp_path / "a.txt")]) == 0
+    assert (tmp_path / "a.txt").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out" / "document-lengths.png").mkdir()
+    capsys.readouterr()
+    for flags, why in (["--picture", str(tmp_path / "nope" / "x.png")], "No such file"), ([], "Is a directory"):
+        assert main(["data", "inspect", str(tmp_path / "out"), *flags]) == 2
+        said = capsys.readouterr()
+        assert f"cannot write: {why}" in said.err and "--picture" in said.err and said.err.count("\n") == 1
+        assert "all right" in said.out
 
 
 def test_inspect_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from speedrun_mup import tokenizers as module
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import write_synthetic
 from speedrun_mup.shards import ShardError
+from speedrun_mup.tokenize_text import TextSettings, tokenize_text
 from speedrun_mup.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
@@ -89,6 +90,23 @@ def test_bos_of_an_hf_tokenizer_is_never_guessed(hf_file: Path) -> None:
     for bos in "<pad>", {"content": "<pad>", "lstrip": False}:
         hf_file.with_name("tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
         assert find_tokenizer(str(hf_file)).bos_token == 1
+
+
+def test_bos_where_it_does_not_apply(hf_file: Path, tmp_path: Path) -> None:
+    """Bytes, a saved tokenizer of ours, and a corpus, which has its BOS already, even if a Hugging Face one."""
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    ours, corpus = tmp_path / "ours", tmp_path / "corpus"
+    ours.mkdir()
+    BpeTokenizer.train([TEXT * 50], 260).save(ours)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"spam and {i} eggs\n\n" for i in range(100)))
+    settings = TextSettings(tokenizer=str(hf_file), bos="<pad>", passage_chars=1, val_share=0.3)
+    tokenize_text([str(text)], corpus, settings)
+    for name in "byte", str(ours / "tokenizer.json"), str(corpus):
+        with pytest.raises(ConfigError, match="has a BOS token of its own; leave out --bos <pad>"):
+            find_tokenizer(name, "<pad>")
+        assert find_tokenizer(name)
 
 
 def test_vocabulary_that_16_bits_cannot_hold(hf_file: Path) -> None:
