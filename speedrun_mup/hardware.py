@@ -43,19 +43,22 @@ def pick_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
 def pick_fp8(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
     """Whether the head trains with 8-bit products, and why. ConfigError if that is asked for and impossible."""
     odd = [f"{name}={getattr(cfg, name)}" for name in ("width", "block_size") if getattr(cfg, name) % GRANULE]
-    if cfg.fp8:
-        if odd:
-            raise ConfigError(f"fp8 needs multiples of {GRANULE}, not {', '.join(odd)}; use --no-fp8")
-        return True, "asked for"
-    if cfg.fp8 is False:
-        return False, "asked for"
+    on_cuda, obstacle = device.type == "cuda", ""
     if odd:
-        return False, f"{', '.join(odd)} not a multiple of {GRANULE}"
-    if dtype is not torch.bfloat16:
-        return False, "activations are not bfloat16"
-    if not compiled:
-        return False, "8 bits pay only when compiled"
-    return (True, "the GPU multiplies 8-bit numbers") if has_fp8(device) else (False, "no 8-bit products here")
+        obstacle = f"{', '.join(odd)} not a multiple of {GRANULE}"
+    elif on_cuda and dtype is not torch.bfloat16:
+        obstacle = "activations are not bfloat16"
+    elif on_cuda and not compiled:
+        obstacle = "the model is not compiled"
+    elif not has_fp8(device):
+        obstacle = f"no 8-bit products on this {device.type}"
+    if cfg.fp8 and obstacle:
+        raise ConfigError(f"fp8 cannot be used: {obstacle}; use --no-fp8")
+    if cfg.fp8 is not None:
+        return cfg.fp8, "asked for"
+    if obstacle:
+        return False, obstacle
+    return (True, "the GPU multiplies 8-bit numbers") if on_cuda else (False, "pays on CUDA only")
 
 
 def use_compile_cache(folder: Path) -> None:

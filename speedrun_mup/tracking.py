@@ -31,7 +31,13 @@ METRICS, LOG, CONFIG, PROVENANCE = "metrics.jsonl", "log.txt", "config.json", "p
 STATUS = "status.json"
 
 
-def provenance(command: list[str]) -> dict[str, str]:
+def launch() -> str | None:
+    """What tells this torchrun, restarts included, from any other: its run id or, if it was given none, its process."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{platform.node()} {os.getppid()}" if run_id == "none" else run_id
+
+
+def provenance(command: list[str]) -> dict[str, str | None]:
     """The versions and the source revision behind a run: two runs are comparable only if these agree."""
     root = Path(speedrun_mup.__file__).parent
     sources = hashlib.sha256()
@@ -42,6 +48,7 @@ def provenance(command: list[str]) -> dict[str, str]:
     )
     return {
         "command": " ".join(command),
+        "launch": launch(),
         "speedrun_mup": speedrun_mup.__version__,
         "revision": git.stdout.strip() or "not a git checkout",
         "source_sha256": sources.hexdigest(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ from speedrun_mup.hardware import (
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
-from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, provenance, read_status, write_json
+from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, launch, provenance, read_status, write_json
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
 BAD_STEPS = 10  # skipped or rolled back before the run gives up
@@ -161,14 +162,12 @@ class Run:
         self.data_offset = 0  # steps of data that were skipped for good: step s trains on the batch s + data_offset
         self.train_loss: float | None = None
         self.val_loss: float | None = None
-        self.best_val_loss: float | None = None
         self.spikes = SpikeWatch()
         self.votes: deque[Vote] = deque()  # not acted on yet: so many wait for the device to get there
         self.vote_lag = 1 if world.device.type == "cuda" else 0
         self.stopping, self.failed_saves, self.bad_steps = False, 0, 0
         notes = self.resume() if cfg.resume else []
-        config = dataclasses.asdict(cfg)
-        self.log = RunLog(self.folder, cfg.iterations, self.start, world.is_main, cfg.progress, cfg.track, config)
+        self.log = open_log(cfg, world, self.folder, self.start)
 
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         scaling = f"{cfg.parametrization} from base width {cfg.base_width or cfg.width}"
@@ -446,8 +445,11 @@ class Run:
         """Evaluate the weights before `step`, and record what comes out."""
         self.act_on_votes()
         self.val_loss = self.evaluate(step)
-        self.best_val_loss = min(self.val_loss, self.best_val_loss or self.val_loss)
         self.log.val({"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s})
+        if not math.isfinite(self.val_loss):
+            raise NonFiniteError(
+                f"step {step}: the validation loss is {self.val_loss}; lower --lr-scale, or see the data"
+            )
 
     def tell_of_epoch(self, step: int) -> None:
         """Say so where the data repeats."""
@@ -508,7 +510,6 @@ class Run:
             "train_s": self.train_s,
             "data_offset": self.data_offset,
             "val_loss": self.val_loss,
-            "best_val_loss": self.best_val_loss,
             "losses": self.spikes.history,
             "optimizer_steps": {type(optimizer).__name__: optimizer.steps_taken for optimizer in self.optimizers},
             "corpus": self.corpus.fingerprint,
@@ -555,12 +556,12 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.load_slices(loaded.slice, state["optimizer_steps"][type(optimizer).__name__])
         self.start, self.train_s, self.data_offset = state["step"], state["train_s"], state["data_offset"]
-        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
+        self.val_loss = state["val_loss"]
         self.spikes = SpikeWatch(state["losses"])
 
 
 # What a checkpoint of version 0.1.0 does not tell.
-STATE_BEFORE: dict[str, Any] = {"data_offset": 0, "best_val_loss": None, "losses": []}
+STATE_BEFORE: dict[str, Any] = {"data_offset": 0, "losses": []}
 
 
 def _own_slices(slices: dict[str, Slice]) -> FetchSlice:
@@ -654,7 +655,7 @@ def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], pat
 
 
 def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None]:
-    """Make (or, to resume, reopen) the run's folder with its config and provenance. Rank 0 holds its lock."""
+    """Make (or, to resume, reopen) the run's folder, and add to its provenance. Rank 0 holds its lock."""
     lock: FolderLock | None = None
 
     def open_it() -> Path:
@@ -664,11 +665,8 @@ def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(folder)
-            if not cfg.resume:
-                if (folder / CONFIG).exists():
-                    raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
-                (folder / f".{CONFIG}.part").write_text(to_json(cfg) + "\n")
-                os.replace(folder / f".{CONFIG}.part", folder / CONFIG)
+            if not cfg.resume and (folder / CONFIG).exists():
+                raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
             with open(folder / PROVENANCE, "a") as file:
                 file.write(json.dumps(provenance(sys.argv)) + "\n")
         except OSError as fault:
@@ -679,6 +677,27 @@ def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None
     if isinstance(outcome, UserError):
         raise outcome
     return outcome, lock
+
+
+def open_log(cfg: TrainConfig, world: World, folder: Path, start: int) -> RunLog:
+    """The log of a run in `folder` from step `start`; then config.json, with which a run exists: nothing failed before."""
+
+    def open_it() -> RunLog:
+        config = dataclasses.asdict(cfg)
+        log = RunLog(folder, cfg.iterations, start, world.is_main, cfg.progress, cfg.track, config)
+        if world.is_main and not cfg.resume:
+            try:
+                (folder / f".{CONFIG}.part").write_text(to_json(cfg) + "\n")
+                os.replace(folder / f".{CONFIG}.part", folder / CONFIG)
+            except OSError as fault:
+                raise ConfigError(f"{folder} cannot be written ({fault.strerror}); choose another with --out") from None
+        return log
+
+    log = _attempt(open_it)
+    fault = world.from_main(log if isinstance(log, UserError) else None)
+    if fault:
+        raise fault
+    return log
 
 
 def _attempt(work: Callable[[], Any]) -> Any:
@@ -715,8 +734,24 @@ class FolderLock:
 
 
 def newest_unfinished(out: Path) -> Path | None:
-    """The run folder in `out` that was written to last and is not at its end; what `--resume auto` takes."""
-    candidates = [folder for folder in out.glob("*") if (folder / CONFIG).is_file() and not is_finished(folder)]
+    """The run folder in `out` that was started last and is not at its end; what `--resume auto` takes."""
+    return _newest(out, lambda folder: not is_finished(folder))
+
+
+def run_of_launch(out: Path) -> Path | None:
+    """The run folder in `out` that this torchrun was the last to work in; what its ranks resume after a restart."""
+
+    def is_ours(folder: Path) -> bool:
+        path = folder / PROVENANCE
+        lives = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        return bool(lives) and f'"launch": {json.dumps(launch())}' in lives[-1]
+
+    return _newest(out, is_ours)
+
+
+def _newest(out: Path, wanted: Callable[[Path], bool]) -> Path | None:
+    """The `wanted` run folder in `out` that was started last."""
+    candidates = [folder for folder in out.glob("*") if (folder / CONFIG).is_file() and wanted(folder)]
     return max(candidates, key=lambda folder: (folder / CONFIG).stat().st_mtime, default=None)
 
 

@@ -15,7 +15,8 @@ from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.commands.train import config_of
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.training import saved_config
+from speedrun_mup.core.utils import World
+from speedrun_mup.training import Run, saved_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,33 @@ def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
 def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
     fresh = config_of({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
     assert fresh.resume is None and "no unfinished run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("run_id", ["6f1c", "none"])  # torchrun's word for no id
+def test_a_restart_by_torchrun_resumes_the_run_that_this_torchrun_started(tiny, monkeypatch, run_id):
+    out, flags = Path(tiny().out), {"preset": "laptop", "out": tiny().out}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TORCHELASTIC_RUN_ID", "another")
+        Run(tiny(name="theirs before"), World()).close()
+    assert config_of(dict(flags)).resume is None
+    Run(tiny(name="ours"), World()).close()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TORCHELASTIC_RUN_ID", "another")
+        Run(tiny(name="theirs"), World()).close()
+    os.utime(out / "ours" / "config.json", (0, 0))
+    for extra in ({}, {"resume": "auto"}, {"name": "ours"}):
+        assert config_of(flags | extra).resume == str(out / "ours")
+    assert config_of(flags | {"resume": str(out / "theirs"), "preset": "auto"}).resume == str(out / "theirs")
+
+
+@pytest.mark.parametrize("words", [["--preset", "record26"], ["--name", "b"]])
+def test_resume_refuses_what_it_would_ignore(words, tiny, capsys):
+    Run(tiny(name="a"), World()).close()
+    assert main(["train", "--resume", f"{tiny().out}/a", *words]) == 2
+    told = capsys.readouterr().err
+    assert told.endswith(f"goes on with that run as it is; leave out {words[0]}\n") and told.count("\n") == 1
 
 
 def test_resume_of_nothing_is_one_line(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from speedrun_mup.core import fp8
 from speedrun_mup.core.fp8 import E4M3, E5M2, LARGEST, Scales, has_fp8, head_scales, mm, mm_backward, quantize
 from speedrun_mup.core.utils import generator
 
@@ -130,5 +131,11 @@ def test_scales_are_the_records_at_its_width():
     assert largest == LARGEST
 
 
-def test_a_cpu_has_no_fp8():
+@pytest.mark.parametrize("fault", [RuntimeError, TypeError])
+def test_a_device_has_fp8_if_it_multiplies_some(monkeypatch, fault):
+    def product(*args, **kwargs):
+        raise fault
+
+    assert has_fp8(torch.device("cpu"))  # as the tests above
+    monkeypatch.setattr(fp8, "_product", product)
     assert not has_fp8(torch.device("cpu"))

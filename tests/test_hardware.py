@@ -55,24 +55,36 @@ def test_compiling_is_for_cuda_where_it_works(monkeypatch):
     [
         ({}, CUDA, BF16, True, (True, "the GPU multiplies 8-bit numbers")),
         ({}, CUDA, FP32, True, (False, "activations are not bfloat16")),
-        ({}, CUDA, BF16, False, (False, "8 bits pay only when compiled")),
-        ({}, CPU, FP32, False, (False, "activations are not bfloat16")),
-        ({}, CPU, BF16, True, (False, "no 8-bit products here")),
+        ({}, CUDA, BF16, False, (False, "the model is not compiled")),
+        ({}, CPU, FP32, False, (False, "pays on CUDA only")),
+        ({}, MPS, BF16, True, (False, "no 8-bit products on this mps")),
         ({"fp8": False}, CUDA, BF16, True, (False, "asked for")),
         ({"fp8": True}, CPU, FP32, False, (True, "asked for")),
         ({"head_dim": 4, "width": 20}, CUDA, BF16, True, (False, "width=20 not a multiple of 16")),
     ],
 )
 def test_when_the_head_is_in_8_bits(monkeypatch, changes, device, dtype, compiled, expected):
-    monkeypatch.setattr(hardware, "has_fp8", lambda device: device.type == "cuda")
+    monkeypatch.setattr(hardware, "has_fp8", lambda device: device.type != "mps")
     assert pick_fp8(TrainConfig(**changes), device, dtype, compiled) == expected
 
 
-def test_8_bits_that_do_not_fit_the_shape_are_an_error():
-    with pytest.raises(ConfigError, match="fp8 needs multiples of 16, not width=24, block_size=8; use --no-fp8"):
-        pick_fp8(
-            TrainConfig(fp8=True, width=24, head_dim=4, block_size=8, val_chunk_tokens=64), CUDA, BF16, compiled=True
-        )
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "compiled", "fault"),
+    [
+        (
+            {"width": 24, "head_dim": 4, "block_size": 8, "val_chunk_tokens": 64},
+            *(CUDA, BF16, True),
+            "width=24, block_size=8 not a multiple of 16",
+        ),
+        ({}, CUDA, FP32, True, "activations are not bfloat16"),
+        ({}, CUDA, BF16, False, "the model is not compiled"),
+        ({}, MPS, BF16, True, "no 8-bit products on this mps"),
+    ],
+)
+def test_8_bits_that_cannot_work_are_an_error(monkeypatch, changes, device, dtype, compiled, fault):
+    monkeypatch.setattr(hardware, "has_fp8", lambda device: device.type != "mps")
+    with pytest.raises(ConfigError, match=f"fp8 cannot be used: {fault}; use --no-fp8"):
+        pick_fp8(TrainConfig(fp8=True, **changes), device, dtype, compiled)
 
 
 def test_a_pass_takes_as_many_micro_batches_as_the_device_likes():

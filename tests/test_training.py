@@ -22,6 +22,7 @@ from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import write_synthetic
 from speedrun_mup.numerics import SpikeWatch
+from speedrun_mup.report import plot_loss_curve
 from speedrun_mup.shards import read_shard
 from speedrun_mup.tracking import read_metrics
 from speedrun_mup.training import Run, newest_unfinished, pick_pack, stop_signals, train
@@ -338,7 +339,35 @@ def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
     run.close()
     again = opened(tiny(name="spike", iterations=40, on_nonfinite="skip", resume=str(run.folder)))
     assert again.spikes.history == [loss for _, loss in curve(run.folder)]
-    assert again.best_val_loss == min(loss for _, loss in curve(run.folder, "val"))
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(Run, "evaluate", lambda run, step: 3.0 if step == 0 else math.nan)
+    with pytest.raises(NonFiniteError, match="step 3: the validation loss is nan") as fault:
+        train(tiny(name="a", save_every=1))
+    folder = Path(tiny().out) / "a"
+    assert "\n" not in str(fault.value) and json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert curve(folder, "val") == [(0, 3.0), (3, None)]
+    assert plot_loss_curve([folder], tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_a_start_that_fails_leaves_its_name_free(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError, match="track=trackio needs a package"):
+        train(tiny(name="a", track="trackio"))
+    assert newest_unfinished(Path(tiny().out)) is None
+    assert train(tiny(name="a")).finished
+
+
+@pytest.mark.dist
+def test_all_ranks_hear_of_a_start_that_fails(tiny):
+    def work(world):
+        sys.modules["trackio"] = None
+        with pytest.raises(ConfigError, match="track=trackio needs a package"):
+            train(tiny(name="a", track="trackio"))
+        return True
+
+    assert run_ranks(2, work) == [True, True]
 
 
 def test_resuming_with_other_settings_names_them(tiny):

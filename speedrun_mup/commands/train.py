@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
+from speedrun_mup.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from speedrun_mup.training import TrainResult
@@ -31,13 +32,14 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
     """The settings that the flags ask for: those of the run to resume, or of the preset, with the given ones on top."""
     from speedrun_mup.core.utils import pick_device
     from speedrun_mup.tracking import CONFIG
-    from speedrun_mup.training import newest_unfinished, saved_config
+    from speedrun_mup.training import newest_unfinished, run_of_launch, saved_config
 
     preset = str(flags.pop("preset"))
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun lost a rank and started the command again
-        flags.setdefault("resume", "auto")
-    if flags.get("resume") == "auto":
-        out, name = Path(str(flags.get("out", TrainConfig.out))), flags.get("name")
+    out, name = Path(str(flags.get("out", TrainConfig.out))), flags.get("name")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun lost a rank, began anew
+    if restarted and flags.get("resume", "auto") == "auto" and (own := run_of_launch(out)):
+        flags["resume"] = str(own)
+    elif flags.get("resume") == "auto":
         found = out / str(name) if name else newest_unfinished(out)
         if found and (found / CONFIG).is_file():
             flags["resume"] = str(found)
@@ -45,6 +47,12 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
             del flags["resume"]
             if os.environ.get("RANK", "0") == "0":
                 print(f"--resume auto: no unfinished run {f'{name} ' if name else ''}in {out}; starting a new one")
+    elif "resume" in flags:
+        other = ["--name"] * ("name" in flags) + ["--preset"] * (preset != "auto")
+        if other:
+            raise ConfigError(
+                f"--resume {flags['resume']} goes on with that run as it is; leave out {', '.join(other)}"
+            )
     if "resume" in flags:
         saved = saved_config(Path(str(flags["resume"])))
         return TrainConfig(**(vars(saved) | flags))

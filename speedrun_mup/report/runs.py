@@ -17,7 +17,7 @@ def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
     for number, folder in enumerate(folders):
-        records = read_metrics(folder)
+        records = [r for r in read_metrics(folder) if r["loss"] is not None]  # null: was not finite
         train = [r for r in records if r["kind"] == "train"]
         tokens_at = {0: 0} | {r["step"] + 1: r["tokens"] for r in train}
         val = [r for r in records if r["kind"] == "val" and r["step"] in tokens_at]
