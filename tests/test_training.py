@@ -478,9 +478,9 @@ def test_without_strict_the_bits_depend_on_the_number_of_ranks_but_little_else_d
 
 def test_strict_needs_branches_of_the_tree():
     with pytest.raises(ConfigError, match="3 micro-batches per process are no branch"):
-        pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), World(0, 2))
+        pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), 2, torch.device("cpu"))
     for size in (1, 3, 6):
-        assert pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), World(0, size)) == 1
+        assert pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), size, torch.device("cpu")) == 1
 
 
 def test_a_mixture_trains_and_resumes(tiny, tmp_path):

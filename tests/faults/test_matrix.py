@@ -491,11 +491,11 @@ def test_row_51_out_of_memory(tiny, tmp_path):
 
     def starve(step, model, batches):
         if step == 2:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not do
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 22), -1))
 
     def work(cfg: TrainConfig):
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back, and must not do
         try:
             return train(cfg, starve)
         except UserError as fault:
