@@ -113,7 +113,7 @@ class TimedWorld(World):
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a benchmark found. FLOPs are per token, rates per second of one rank, mfu shares of the data sheet's peak.
+    """What a benchmark found. FLOPs are per token, FLOP/s of one rank, tokens/s of all, mfu shares of the data sheet's peak.
 
     flops: "6N" counts matrices alone; "masked" adds attention over the keys that window and documents allow, counted on
     the batches; "window" adds attention over the window, as if documents had no end. data_sheet_flops: None if unknown.
@@ -161,7 +161,7 @@ class BenchResult:
             f"{self.steps} steps over the whole window schedule)",
             f"step, ms: {shares}",
             f"formula: 6 x matrix weights + 12 x width x keys x attention layers; MFLOP per token: {counted}",
-            f"TFLOP/s: {rates}; measured here: {ceilings}",
+            f"TFLOP/s of a rank: {rates}; measured here: {ceilings}",
             "MFU: " + self._mfu_line(),
             f"peak memory, GiB: {memory}",
             f"start: {self.start_s:.1f} s to the first step's end, {self.warmup_s:.1f} of them warming up; "
@@ -188,8 +188,9 @@ def bench(cfg: TrainConfig, steps: int, began: float, profiled: bool = False) ->
 
     began: time.perf_counter() when this process started. profiled: profile one more step, in the middle of the schedule.
     """
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as mine:
         world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
+        out = world.from_main(mine)
         quiet: dict[str, Any] = {"out": out, "resume": None, "save": False, "progress": False, "track": "none"}
         cfg = replace(cfg, iterations=steps, kernel_warmup=max(cfg.kernel_warmup, 1), **quiet)
         watch = Stopwatch(world.device)
@@ -229,7 +230,7 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
         rows = profile_step(run, next(stream), steps // 2) if profiled else []
 
     step_ms = [sum(lap.values()) for lap in laps]
-    tokens_per_s = cfg.batch_tokens / world.size * steps / (sum(step_ms) / 1e3)
+    tokens_per_s = cfg.batch_tokens * steps / (sum(step_ms) / 1e3)
     shape = model_shape(cfg, run.corpus.vocab_size)
     long, short = (statistics.fmean(seen) for seen in zip(*keys, strict=True))
     flops = {
@@ -239,7 +240,7 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
     }
     name = torch.cuda.get_device_name(device) if on_cuda else device.type
     peak = next((peak for part, peak in DATASHEET_FLOPS.items() if part in name), None) if on_cuda else None
-    achieved = {formula: count * tokens_per_s for formula, count in flops.items()}
+    achieved = {formula: count * tokens_per_s / world.size for formula, count in flops.items()}
     return BenchResult(
         device=name,
         torch=torch.__version__,

@@ -246,12 +246,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()) -> None:
-    """Give `parser` one flag per setting, grouped. A flag that is not given leaves no trace in the parsed namespace."""
+    """Give `parser` one flag per setting, grouped. A flag that is not given leaves no trace in the parsed namespace.
+
+    leave_out: settings, or "all run" for the whole group "run".
+    """
     hints = typing.get_type_hints(TrainConfig)
     groups: dict[str, Any] = {}
     for setting_field in dataclasses.fields(TrainConfig):
         name, meta = setting_field.name, setting_field.metadata
-        if name in leave_out:
+        if name in leave_out or f"all {meta['group']}" in leave_out:
             continue
         group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group

@@ -182,15 +182,11 @@ def _run_folder(folder: Path, corpus: Corpus | None) -> Iterator[Finding]:
 
 
 def _state_of_run(folder: Path) -> Iterator[Finding]:
-    try:
-        FolderLock(folder).close()
-        free = True
-    except UserError:
-        free = False
+    holder = FolderLock.holder(folder)
     told = read_status(folder)
     status, why = told["status"], told["why"]
-    if not free:
-        yield Finding(Level.GOOD, "run", f"{folder} is in use by process {(folder / '.lock').read_text()}")
+    if holder:
+        yield Finding(Level.GOOD, "run", f"{folder} is in use by process {holder}")
     elif status == "running":
         yield Finding(Level.WARNING, "run", f"{folder}: died without a word", f"go on with --resume {folder}")
     elif status == "failed":

@@ -72,7 +72,10 @@ def read_status(folder: Path) -> dict[str, Any]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl, in order. A torn last line, left by a kill, is dropped."""
     records = []
-    lines = (folder / METRICS).read_text().splitlines()
+    try:
+        lines = (folder / METRICS).read_text().splitlines()
+    except OSError as fault:
+        raise ConfigError(f"{folder / METRICS} cannot be read ({fault.strerror}); give the folder of a run") from None
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))

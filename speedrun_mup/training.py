@@ -724,6 +724,21 @@ class FolderLock:
         os.ftruncate(self._file, 0)
         os.write(self._file, str(os.getpid()).encode())
 
+    @staticmethod
+    def holder(folder: Path) -> str | None:
+        """The process that holds `folder`, or None; nothing is written."""
+        try:
+            file = os.open(folder / ".lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            return os.read(file, 32).decode(errors="replace")
+        finally:
+            os.close(file)
+
     def close(self) -> None:
         """Let others in."""
         if self._file >= 0:

@@ -131,6 +131,13 @@ def test_flops_are_those_of_the_model_and_of_the_batches(tiny, no_ceilings):
     assert bench(cfg, steps=2, began=0.0).flops == result.flops
 
 
+@pytest.mark.dist
+def test_tokens_a_second_are_those_of_all_ranks_and_flops_those_of_one(tiny):
+    for result in run_ranks(2, lambda world: vars(bench(tiny(), steps=2, began=0.0))):
+        assert result["tokens_per_s"] == pytest.approx(512 * 2 / (sum(result["step_ms"]) / 1e3))
+        assert result["achieved_flops"]["6N"] == result["flops"]["6N"] * result["tokens_per_s"] / 2
+
+
 def test_the_share_of_a_known_devices_peak(tiny, no_ceilings):
     result = bench(tiny(), steps=1, began=0.0)
     known = bench_module.replace(
@@ -145,3 +152,6 @@ def test_on_the_command_line(capsys, no_ceilings):
     out = json.loads(capsys.readouterr().out)
     assert out["steps"] == 2 and out["settings"]["width"] == 64
     assert main(["bench", "--steps", "x"]) == 2
+    capsys.readouterr()
+    assert main(["bench", "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "error: --steps 0 must be at least 1\n"

@@ -38,6 +38,14 @@ def test_every_command_is_listed_and_helps(capsys):
         assert leaving.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+def test_a_reader_that_goes_away_is_no_error():
+    words = [sys.executable, "-m", "speedrun_mup", "explain", "--json"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 128 + signal.SIGPIPE
+
+
 def test_train_tells_where_everything_is(tmp_path, capsys):
     assert main(["train", *as_flags(TINY), "--out", str(tmp_path), "--name", "a"]) == 0
     told = capsys.readouterr().out
@@ -181,13 +189,24 @@ def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys):
 @pytest.mark.dist
 def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--data", "synthetic", "--head-dim", "16", "--device", "cpu", "--no-progress"]
+    small = ["--data", "synthetic", "--head-dim", "16", "--no-progress"]
     shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
     monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "--seeds", "1", "--tokens", "128"])
     monkeypatch.setattr(demo, "BUDGET", "120%")
     target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
-    monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape])
+    monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape, "--device", "cpu"])
     assert main(["demo"]) == 0
     told = capsys.readouterr().out
     assert "PASS" in told and "use --lr-scale" in told and "validation loss" in told
     assert "predicted" in (tmp_path / "runs" / "demo" / "plan" / "report" / "report.md").read_text()
+
+
+def test_a_coordinate_check_fails_before_the_work(capsys):
+    for words, fault in (
+        (["--out", "/dev/null/x"], "/dev/null/x/coord-check cannot be made (Not a directory)"),
+        (["--track", "wandb"], "unknown argument --track"),
+        (["--save-every", "3"], "unknown argument --save-every"),
+    ):
+        assert main(["coord-check", "--widths", "1", *words]) == 2
+        told = capsys.readouterr().err
+        assert fault in told and told.count("\n") == 1

@@ -34,7 +34,7 @@ def run(tiny):
 
 
 def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["doctor", "--resume", str(run)]) == 0
     told = capsys.readouterr().out
     for text in (
@@ -48,7 +48,9 @@ def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
         f"{run}: finished",
     ):
         assert text in told
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (run / ".lock").unlink()
+    assert main(["doctor", "--resume", str(run)]) == 0 and not (run / ".lock").exists()
     assert main(["doctor", *as_flags(TINY), "--preset", "laptop", "--out", str(tmp_path / "new")]) == 0
     assert not (tmp_path / "new").exists()
 

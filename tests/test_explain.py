@@ -77,5 +77,12 @@ def test_the_command(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert rows[0].keys() == {field.name for field in dataclasses.fields(explain(make_config("record26", {}))[0])}
     assert next(row for row in rows if row["name"] == "lm_head.weight")["here"]["forward"] == 0.375
-    assert main(["explain", "--width", "100"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for words, fault in (
+        (["--width", "100"], "width=100"),
+        (["--vocab", "-1"], "--vocab -1 must be at least 1"),
+        (["--track", "wandb"], "unknown argument --track"),
+        (["--iterations", "3"], "unknown argument --iterations"),
+    ):
+        assert main(["explain", *words]) == 2
+        told = capsys.readouterr().err
+        assert fault in told and told.count("\n") == 1

@@ -67,6 +67,11 @@ def test_numbers_that_are_not_finite_stay_strict_json(log, tmp_path):
     assert json.loads(line, parse_constant=refuse)["loss"] is None
 
 
+def test_metrics_that_are_not_there_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read \(No such file or directory\); give"):
+        read_metrics(tmp_path)
+
+
 def test_a_resumed_log_drops_what_the_dead_life_wrote_later(log, tmp_path):
     first = log()
     for step in range(4):

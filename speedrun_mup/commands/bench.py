@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from speedrun_mup.commands.train import config_of
 from speedrun_mup.config import add_preset, add_settings, new_parser, parse
+from speedrun_mup.core.errors import ConfigError
 
 LEFT_OUT = ("iterations", "out", "name", "resume", "save", "save_every", "keep_last", "track", "progress", "val_every")
 
@@ -23,6 +24,8 @@ def run(argv: Sequence[str]) -> int:
     add_settings(parser, leave_out=LEFT_OUT)
     flags = vars(parse(parser, argv))
     steps, profiled, as_json = (flags.pop(name) for name in ("steps", "profile", "json"))
+    if steps < 1:
+        raise ConfigError(f"--steps {steps} must be at least 1")
     cfg = config_of(flags)
 
     import contextlib

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.core.errors import ConfigError
+
+LEFT_OUT = (  # a check has its own widths and steps, a constant learning rate, and runs on the CPU in float32
+    *("width", "iterations", "micro_batch_tokens", "micro_batches", "pack", "micro_batch", "strict", "on_nonfinite"),
+    *("momentum_start", "momentum_warmup", "cooldown", "lr_floor", "epochs", "val_tokens", "val_chunk_tokens"),
+    *("val_every", "resume", "save", "save_every", "keep_last", "keep_every", "track", "all device"),
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -21,16 +28,20 @@ def run(argv: Sequence[str]) -> int:
         "--tokens", type=int, default=512, help="of a step, at least the widest width; %(default)s"
     )
     check_group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="the rest of the settings")
-    add_settings(parser, leave_out=("width", "iterations", "micro_batch_tokens", "micro_batches", "resume"))
+    add_settings(parser, LEFT_OUT)
     flags = vars(parse(parser, argv))
     check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}
     cfg = make_config(flags.pop("preset"), flags)
 
+    folder = Path(cfg.out) / (cfg.name or "coord-check")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise ConfigError(f"{folder} cannot be made ({fault.strerror}); choose another with --out") from None
+
     from speedrun_mup.coord_check import Verdict, gpt_coord_check
 
     result = gpt_coord_check(cfg, **check, progress=cfg.progress)
-    folder = Path(cfg.out) / (cfg.name or "coord-check")
-    folder.mkdir(parents=True, exist_ok=True)
     result.plot(folder / "coord-check.png")
     (folder / "coord-check.json").write_text(result.to_json() + "\n")
     print(result.summary())

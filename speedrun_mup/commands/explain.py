@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.core.errors import ConfigError
+
+LEFT_OUT = (  # has no part in a rule
+    *("all training", "all data", "all run", "all device", "block_size", "window_tokens", "adam_beta1", "adam_beta2"),
+    *("momentum", "momentum_start", "momentum_warmup", "cooldown", "lr_floor"),
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -15,11 +21,13 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_settings(parser)
+    add_settings(parser, LEFT_OUT)
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
     if flags.get("base_width"):
         flags.setdefault("parametrization", "mup")
+    if vocab < 1:
+        raise ConfigError(f"--vocab {vocab} must be at least 1")
     cfg = make_config(flags.pop("preset"), flags)
 
     from speedrun_mup.explain import explain, table, to_json

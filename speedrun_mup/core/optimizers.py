@@ -135,7 +135,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, good: Tensor | None = None) -> None:  # type: ignore[override]
         """One update; gradients are summed over ranks here.
 
-        good: a boolean scalar on the device. If False, neither parameters nor state change, and no host had to wait.
+        good: a boolean scalar on the device. If False, neither parameters nor state change, and no host had to wait;
+            but the step counts in `steps_taken`, by which Adam corrects the bias of its moments.
         """
         raise NotImplementedError
 

@@ -222,7 +222,7 @@ def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = Fa
     """Join the process group that torchrun's environment describes, or be a world of one without it.
 
     Uses NCCL on CUDA and gloo elsewhere. Every restart of torchrun gets a fresh key space, because the shared store still
-    holds the addresses of the dead (pytorch issue 135712). Raises ConfigError for a broken environment.
+    holds the addresses of the dead. Raises ConfigError for a broken environment.
     """
     rank, size, local_rank = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1), _env_int("LOCAL_RANK", 0)
     if not 0 <= rank < size:
