@@ -184,8 +184,8 @@ def _lose_rank_1(how: str, world: World) -> str:
 def test_the_others_name_a_rank_that_is_lost(how, monkeypatch):
     monkeypatch.setattr("speedrun_mup.core.utils.ROLL_CALL_S", 1.0)
     begun = time.monotonic()
-    told = run_ranks(3, partial(_lose_rank_1, how), join_timeout_s=3, lost=[1])
-    assert time.monotonic() - begun < 12
+    told = run_ranks(3, partial(_lose_rank_1, how), join_timeout_s=8, lost=[1])
+    assert time.monotonic() - begun < 30
     for rank in (0, 2):
         assert told[rank].startswith("no sign of life from rank 1 (") and "\n" not in told[rank]
         assert told[rank].endswith("; start all ranks again with --resume")
