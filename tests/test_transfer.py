@@ -632,6 +632,17 @@ def test_forecast_follows_a_drift():
     assert "nan" not in str(bare)
 
 
+def test_forecast_does_not_follow_noise():
+    arm = measure_arm(sweep(-0.15, sigma=0.06, seeds=range(2), widths=(64, 128, 256)))
+    low, high = arm.drift.interval()
+    assert arm.verdict is not Verdict.PASS and low < 0 < high and abs(arm.drift.value) > 0.03
+    forecast = loss_forecast(arm, 2048)
+    optima = [fit.optimum for fit in arm.usable]
+    assert min(optima) <= forecast.log2_lr.value <= max(optima) and "neither shown nor ruled out" in forecast.method
+    slow, fast = forecast.log2_lr.interval()
+    assert fast - slow > 2 * (high - low)  # far beyond the sweep, the drift that may be there widens the interval
+
+
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 

@@ -43,8 +43,9 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     the parameter count (Kaplan et al., arXiv 2001.08361) to the 1/w of a model near its infinite-width limit (Vyas et
     al., arXiv 2305.18411). The interval therefore grows with ignorance of the law.
 
-    The learning rate is the mean of the optima if the arm passed, else the drift is followed out to `width`.
-    Raises TransferError with fewer than two usable widths.
+    The learning rate is the mean of the optima, unless their drift is shown to be there (its 90 % interval leaves out
+    zero, and the arm did not pass): then that is followed out to `width`. Unless the arm passed, the interval of the
+    rate holds what the drift may be. Raises TransferError with fewer than two usable widths.
     """
     fits = arm.usable
     if len(fits) < 2 or arm.drift is None:
@@ -69,8 +70,13 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     rate, advice = weights @ optima / weights.sum(), "mean of the optima, since they do not drift"
     if arm.verdict is not Verdict.PASS:
         middle = float(np.average(np.log2([fit.width for fit in fits]), weights=weights))
-        rate = rate + arm.drift.draws * (math.log2(width) - middle)
-        advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling, since transfer is not shown"
+        low, high = arm.drift.interval()
+        away = arm.drift.draws * (math.log2(width) - middle)
+        if low < 0 < high:
+            away[0], advice = 0.0, "mean of the optima; a drift is neither shown nor ruled out"
+        else:
+            advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling, since transfer is not shown"
+        rate = rate + away
     return Forecast(width, Estimate(loss), Estimate(rate), Estimate(exponent), f"loss from {law}; rate: {advice}")
 
 

@@ -102,7 +102,7 @@ def life_of(cfg: TrainConfig, work: Callable[[TrainConfig], object] = train) -> 
 
 
 def steps_done(cfg: TrainConfig) -> int:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(ConfigError):
         return sum(record["kind"] == "train" for record in read_metrics(folder_of(cfg)))
     return 0
 
