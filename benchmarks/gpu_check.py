@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py            # the record26 preset, then widths 256, 1024 and 2048
     python benchmarks/gpu_check.py --quick    # a smoke run of this script on a CPU; nothing written
+    python benchmarks/gpu_check.py --commit HASH    # where the code is a copy without its repository
 
 Needs no network and nothing but what the package needs, and pytest: the corpus is made from the Python sources that are
 installed. Every part runs in a process of its own, so that one that fails or takes too long costs only itself, and the
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import circumstances
 from speedrun_mup.shards import GPT2_BOS, GPT2_VOCAB, measure_shard, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,15 +163,12 @@ def describe(found: dict[str, Any]) -> str:
     return text
 
 
-def verdicts(first: dict[str, Any] | None, second: dict[str, Any] | None) -> str:
+def verdicts(found: dict[str, Any] | None) -> str:
     """Each target with what was measured; a target that was not measured has failed."""
     measured: list[float | None] = [None] * len(TARGETS)
-    if first:
-        mfu = (first["mfu"] or {}).get("masked")
-        measured[:3] = [first["tokens_per_s"], mfu, max(first["peak_memory_gib"].values())]
-        measured[4] = first["graphs_after"]
-    if second:
-        measured[3] = second["start_s"]
+    if found:
+        mfu, memory = (found["mfu"] or {}).get("masked"), max(found["peak_memory_gib"].values())
+        measured = [found["tokens_per_s"], mfu, memory, found["start_s"], found["graphs_after"]]
     rows = []
     for (what, sign, target), value in zip(TARGETS, measured, strict=True):
         good = value is not None and (value >= target if sign == ">=" else value <= target)
@@ -177,15 +177,26 @@ def verdicts(first: dict[str, Any] | None, second: dict[str, Any] | None) -> str
     return "| width 768 | target | measured | |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
 
 
+def gpu_and_driver() -> str:
+    """What nvidia-smi says, or that it is not there."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().replace("\n", "; ")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.5, help="time budget; %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny models on a CPU, no result file")
+    parser.add_argument("--commit", help="of the code, if git does not know it here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         deadline = time.monotonic() + 60 * arguments.minutes
         check = Check(None if arguments.quick else RESULT, deadline, folder)
+        check.add("Where", f"{circumstances(arguments.commit)}\n- GPU: {gpu_and_driver()}")
         corpus = folder / "words"
         shrink, steps, widths = [], 28, WIDTHS
         if arguments.quick:
@@ -194,23 +205,29 @@ def main() -> int:
                 "--device cpu --n-layer 6 --head-dim 16 --block-size 32 --window-tokens 96 --micro-batch-tokens 128"
             )
             shrink = f"{shrink} --micro-batches 2 --val-chunk-tokens 128 --val-tokens 128 --kernel-warmup 1".split()
-            steps, widths = 2, (32,)
+            steps, widths = 4, (32,)
         else:
             make_corpus(corpus, TRAIN_TOKENS, VAL_TOKENS)
         plain = ["--preset", "record26", "--data", str(corpus), *shrink]
         small = ["--width", "16"] if arguments.quick else []
-        first = check.bench("Width 768, first start", [*plain, *small, "--steps", str(steps)])
-        second = check.bench("Width 768, second start, and a profile", [*plain, *small, "--steps", "2", "--profile"])
-        check.add("Targets", verdicts(first, second))
-        tests = ["-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
-        if (out := check.run("Tests against the references", tests, most_s=150)) is not None:
-            last = out.strip().splitlines()[-1]
-            check.add("Tests against the references", last if "passed" in last else f"FAIL: none ran: {last}")
+        short = ["--steps", str(steps // 4), "--kernel-warmup", "1"]
+        with ThreadPoolExecutor() as beside:  # both compile for most of their time, which is not judged
+            tests = ["-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
+            tested = beside.submit(check.run, "Tests against the references", tests, 150)
+            check.bench("Width 768, first start, beside the tests", [*plain, *small, *short])
+            if (out := tested.result()) is not None:
+                last = out.strip().splitlines()[-1]
+                check.add("Tests against the references", last if "passed" in last else f"FAIL: none ran: {last}")
+        second = check.bench("Width 768, second start", [*plain, *small, "--steps", str(steps), "--profile"])
+        check.add("Targets", verdicts(second))
+        if not arguments.quick:
+            out = check.run("Fast forms beside plain ones", ["benchmarks/gpu_kernels.py"], most_s=90)
+            if out is not None:
+                check.add("Fast forms beside plain ones", out.strip())
         for width in widths:
             scaled = ["--mup", "--base-width", "16" if arguments.quick else "768", "--width", str(width)]
-            check.bench(f"Width {width}, muP", [*plain, *scaled, "--steps", str(steps // 2), "--kernel-warmup", "3"])
-        base = [*plain, *small, "--steps", str(steps // 2), "--kernel-warmup", "3"]
-        check.bench("Width 768 without the 8-bit head", [*base, "--no-fp8"])
+            check.bench(f"Width {width}, muP", [*plain, *scaled, *short])
+        check.bench("Width 768 without the 8-bit head", [*plain, *small, *short, "--no-fp8"])
         failed = any(word in section for section in check.sections for word in ("FAIL", "NOT RUN", "NOT FINISHED"))
     return int(failed)
 

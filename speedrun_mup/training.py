@@ -146,9 +146,10 @@ class Run:
         dtype = pick_dtype(cfg, world.device)
         fp8, why_head = pick_fp8(cfg, world.device, dtype, self.compiled)
         self.model = GPT(model_config(cfg, self.corpus, attention, dtype, fp8), cfg.seed).to(world.device)
-        if self.compiled:
-            self.model.compile_parts()
         self.optimizers = build_optimizers(self.model, cfg, world)
+        if self.compiled:
+            for part in (self.model, *self.optimizers):
+                part.compile_parts()
         check_agreement(cfg, self.corpus, world)
         self.pack = pick_pack(cfg, world.size, world.device)
         if cfg.micro_batch == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 
 import pytest
 import torch
@@ -134,6 +135,34 @@ def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, mo
     assert train(tiny(resume=str(found.folder), micro_batch_tokens=64, micro_batches=8)).finished
 
 
+@pytest.mark.gpu
+def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
+    """Half of what a pass takes is all that there is; the run finds out and trains."""
+    sizes = {
+        "width": 128,
+        "micro_batch_tokens": 4096,
+        "micro_batches": 2,
+        "pack": 1,
+        "device": "cuda",
+        "compile": False,
+    }
+    world, capacity = World(device=torch.device("cuda")), torch.cuda.get_device_properties(0).total_memory
+    with closing(Run(tiny(name="whole", **sizes), world)) as run:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        assert run.fits(run.cfg)
+        peak = torch.cuda.max_memory_allocated()
+    del run
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.5 * peak / capacity)
+    try:
+        with closing(Run(tiny(name="found", micro_batch="auto", **sizes), world)) as run:
+            assert run.cfg.micro_batch_tokens < 4096 and run.cfg.batch_tokens == 8192
+            assert run.train([]).finished
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_what_a_full_memory_looks_like():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: ...)"))
@@ -142,8 +171,6 @@ def test_what_a_full_memory_looks_like():
 
 
 def test_a_run_says_in_one_line_what_was_chosen(tiny, capsys):
-    from contextlib import closing
-
     with closing(Run(tiny(fp8=True), World())):
         pass
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device:")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,6 +23,8 @@ from speedrun_mup.core.optimizers import (
     ShardedOptimizer,
     Slice,
     Tuned,
+    adam_formula,
+    fused_adam_update,
     newton_schulz,
     orthogonalize,
     param_groups,
@@ -234,6 +237,27 @@ def test_adam_in_bfloat16_computes_in_float32_and_rounds_once():
             assert got.dtype == torch.bfloat16
             torch.testing.assert_close(got.float(), exact.bfloat16().float(), rtol=2**-7, atol=1e-8)  # one unit at most
             m, v = found["p0/exp_avg"].tensor.float(), found["p0/exp_avg_sq"].tensor.float()
+
+
+@pytest.mark.parametrize("good", [None, True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula_for_a_compiler_is_adam(dtype, good):
+    """In bfloat16 too both round once, so that an entry is one unit off at most, where the last bits of float32 differ."""
+    shapes = [(16, 8), (5,)]
+    runs = [parameters(shapes, dtype) for _ in range(2)]
+    optimizers = [DistAdam(groups_of(params, eps=1e-3), lr=0.05, weight_decay=0.1) for params in runs]
+    optimizers[1].update = functools.partial(fused_adam_update, adam_formula)
+    for step in range(4):
+        for params, optimizer in zip(runs, optimizers, strict=True):
+            for i, p in enumerate(params):
+                p.grad = gradient(tuple(p.shape), step, i).to(dtype)
+            optimizer.step(good if good is None else torch.tensor(good or step == 0))
+    rtol = 1e-5 if dtype is torch.float32 else 2**-7
+    for plain, fused in zip(*runs, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=rtol, atol=1e-6)
+        for key in ("exp_avg", "exp_avg_sq"):
+            states = [optimizer.state[p][key] for optimizer, p in zip(optimizers, (plain, fused), strict=True)]
+            torch.testing.assert_close(states[1], states[0], rtol=rtol, atol=1e-6)
 
 
 def test_adam_does_nothing_for_a_zero_gradient_but_decay():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from speedrun_mup.core import optimizers
+from speedrun_mup.core.fp8 import transposed
 from speedrun_mup.core.optimizers import newton_schulz, orthogonalize
 from speedrun_mup.core.utils import generator
 
@@ -18,8 +19,11 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 INTERPRETED = """
 import torch
-from speedrun_mup.core.triton_kernels import symmetric_product
+from speedrun_mup.core.triton_kernels import symmetric_product, transpose_bytes
 torch.manual_seed(0)
+for shape in ((128, 256), (1, 300), (130, 77)):
+    a = torch.randint(0, 256, shape, dtype=torch.uint8)
+    assert torch.equal(transpose_bytes(a), a.T), shape
 for n, m, k in ((2, 128, 64), (1, 130, 70), (2, 257, 33)):  # whole tiles, and tiles that stick out
     a = torch.randn(n, m, k)
     add = torch.randn(n, m, m)
@@ -41,6 +45,13 @@ def test_the_interpreted_kernel_is_the_plain_product():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16, 384), (8192, 50_304), (130, 77)])
+def test_turned_bytes_are_torchs(shape):
+    a = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    assert torch.equal(transposed(a), a.T)
 
 
 @pytest.mark.gpu

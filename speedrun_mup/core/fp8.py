@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from speedrun_mup.core.utils import has_triton
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = 448.0  # of e4m3; of e5m2 it is 128 times that
 LARGEST_WEIGHT = 24.0  # that record 26 allows for
@@ -59,15 +61,24 @@ def _mm(x: Tensor, w: Tensor, x_s: float, w_s: float) -> tuple[Tensor, Tensor, T
 
 def _mm_backward(grad: Tensor, x8: Tensor, w8: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor]:
     x8, w8 = x8.view(E4M3), w8.view(E4M3)
-    g8 = grad if grad.dtype == E5M2 else quantize(grad, grad_s, E5M2)
-    grad_x = _product(g8, w8.T.contiguous().T, grad_s, w_s, torch.bfloat16, fast=False)
-    grad_w = _product(g8.T.contiguous(), x8.T.contiguous().T, grad_s, x_s, torch.float32, fast=False)
+    g8 = grad.contiguous() if grad.dtype == E5M2 else quantize(grad, grad_s, E5M2)
+    grad_x = _product(g8, transposed(w8).T, grad_s, w_s, torch.bfloat16, fast=False)
+    grad_w = _product(transposed(g8), transposed(x8).T, grad_s, x_s, torch.float32, fast=False)
     return grad_x, grad_w
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous (m, n) of 8-bit numbers -> the contiguous (n, m): the products want both factors along the sum."""
+    if x.is_cuda and has_triton():
+        from speedrun_mup.core.triton_kernels import transpose_bytes
+
+        return transpose_bytes(x)
+    return x.T.contiguous()
 
 
 @functools.cache
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled: on a GPU the conversions and transpositions have to be single passes to be worth it."""
+    """`function`, compiled: on a GPU the conversions have to be single passes to be worth it."""
     return torch.compile(function, dynamic=False)
 
 
@@ -92,7 +103,7 @@ def mm_backward(grad: Tensor, x8: Tensor, w8: Tensor, x_s: float, w_s: float, gr
 
     A gradient that comes as e5m2 is taken to be divided by grad_s already.
     """
-    return (_fused(_mm_backward) if grad.is_cuda else _mm_backward)(grad, x8, w8, x_s, w_s, grad_s)
+    return _mm_backward(grad, x8, w8, x_s, w_s, grad_s)
 
 
 @mm_backward.register_fake

@@ -29,7 +29,9 @@ RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too 
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits = 30 * sigmoid(z / (7.5 * sqrt(width)))
 LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in float32
-FUSED_LOGIT_BUDGET = 2**29  # where they are never written in float32: 1 GiB in bfloat16, 8192 rows of the record's head
+FUSED_LOGIT_BUDGET = (
+    2**30
+)  # where they are never written in float32: 2 GiB in bfloat16, 16,384 rows of the record's head
 VOCAB_MULTIPLE = 128
 
 
@@ -146,15 +148,19 @@ class ReluSquared(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """A matrix (d_out, d_in) without bias, cast to the activation's type at use."""
+    """A matrix (d_out, d_in) without bias, cast to the activation's type at use.
+
+    The batch of one keeps torch's compiler from folding a sum that follows into the product: that costs a copy of the
+    summand, where the norm that comes next can add it on its way.
+    """
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
-        return F.linear(x, self.weight.type_as(x))
+        """(T, d_in) -> (T, d_out)."""
+        return F.linear(x[None], self.weight.type_as(x))[0]
 
 
 class Embedding(nn.Module):
@@ -169,6 +175,7 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+@functools.lru_cache(maxsize=4)  # a run has one length in training and one in validation
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and signed sin, (T, 1, C) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
     rotating = head_dim // 4
@@ -180,7 +187,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of (T, H, C) in float32; pairs are (i, i + C / 2)."""
+    """Rotary embedding of (T, H, C) in float32; pairs are (i, i + C / 2). As a compiler likes it: one pass, no halves."""
     cos, sin = table
     x32 = x.float()
     return torch.addcmul(x32 * cos, x32.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
@@ -207,7 +214,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv_w.flatten(end_dim=1).type_as(x)).view(T, -1, self.head_dim)  # (T, 3H, C)
         H = qkv.size(1) // 3
         qk, v = qkv.split([2 * H, H], dim=1)
-        q, k = rotate(rms_norm(qk), table).chunk(2, dim=1)
+        q, k = rms_norm(rotate(qk, table)).chunk(2, dim=1)  # turning keeps the norm, so this is the record's order too
         v = lambdas[0] * v
         if value_embed is not None:
             v = v + lambdas[1] * value_embed.view_as(v)
@@ -308,6 +315,10 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, window: Window) -> Tensor:
         """(T,) ids and the long window in blocks -> (T, D), the normed stream that the head reads."""
+        return self.stream(tokens, window, rotary_table(len(tokens), self.cfg.head_dim, tokens.device))
+
+    def stream(self, tokens: Tensor, window: Window, table: tuple[Tensor, Tensor]) -> Tensor:
+        """`hidden` for a given rotary table: this is what gets compiled, and the table need not be made again each time."""
         cfg, L = self.cfg, self.cfg.n_layer
         skips = self.scalars[: L // 2]
         mixes = self.scalars[L : 3 * L].view(L, 2)
@@ -318,7 +329,6 @@ class GPT(nn.Module):
         masks = {
             long: backend.build_mask(doc, window if long else window // 2, cfg.block_size) for long in (True, False)
         }
-        table = rotary_table(len(tokens), cfg.head_dim, tokens.device)
 
         x = x0 = rms_norm(self.embed(tokens))
         value_embeds = [embed(tokens) for embed in self.value_embeds]
@@ -356,7 +366,7 @@ class GPT(nn.Module):
 
         A window given as a tensor never makes it compile again.
         """
-        self.hidden = torch.compile(self.hidden, dynamic=False)  # type: ignore[method-assign]
+        self.stream = torch.compile(self.stream, dynamic=False)  # type: ignore[method-assign]
         self.fused = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -387,17 +397,22 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (R,) of a head's raw output z (R, V) and, if wanted, their gradient: z's type, or e5m2 divided by grad_s.
 
-    The obvious way, for a compiler to fuse into two passes. Capped logits are below 30, so no maximum is subtracted.
+    As few operations for each of the T x V entries as there can be, for a compiler to fuse into two passes: on a GPU they,
+    and not memory, are what the time goes into. Capped logits are below 30, so no maximum is subtracted; gradients are
+    below a quarter of the cap's slope, so `quantize` would find nothing to clamp.
     """
     gate = torch.sigmoid(z.float() * scale)
-    likely = (SOFTCAP * gate).exp()
-    total = likely.sum(dim=-1, keepdim=True)
-    hit = (torch.arange(z.size(1), device=z.device) == targets[:, None]).float()
-    losses = total[:, 0].log() - SOFTCAP * (gate * hit).sum(dim=-1)
+    likely = torch.exp2(gate * (SOFTCAP * math.log2(math.e)))
+    total = likely.sum(dim=-1)
+    target_gate = torch.sigmoid(z.gather(1, targets[:, None])[:, 0].float() * scale)
+    losses = total.log() - SOFTCAP * target_gate
     if not wanted:
         return losses, None
-    grad = (likely / total - hit) * gate * (1 - gate) * (SOFTCAP * scale)
-    return losses, grad.type_as(z) if grad_s is None else quantize(grad, grad_s, E5M2)
+    slope = SOFTCAP * scale if grad_s is None else SOFTCAP * scale / grad_s
+    hit = torch.arange(z.size(1), device=z.device) == targets[:, None]
+    share = likely * total.reciprocal()[:, None]
+    grad = torch.where(hit, share - 1, share) * (gate - gate * gate) * slope
+    return losses, grad.to(z.dtype if grad_s is None else E5M2)
 
 
 def loss_and_gradient_in_place(
@@ -446,7 +461,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs_x else None
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_w else None
+        grad_w: Tensor | None = None
         both = _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
         for begin in range(0, len(x), rows):
             chunk = slice(begin, begin + rows)
@@ -457,8 +472,10 @@ class SoftcapCrossEntropy(torch.autograd.Function):
             by_x, by_w = mm_backward(grad, *stored, *fp8) if fp8 else (grad @ w, grad.T @ x[chunk])
             if grad_x is not None:
                 grad_x[chunk] = by_x
-            if grad_w is not None:
-                grad_w += by_w
+            if needs_w:
+                grad_w = by_w.float() if grad_w is None else grad_w.add_(by_w)
+        if needs_w and grad_w is None:  # no rows
+            grad_w = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return losses.sum()

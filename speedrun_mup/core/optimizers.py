@@ -10,7 +10,6 @@ Muon is by Keller Jordan et al. (kellerjordan.github.io/posts/muon); sharding it
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from speedrun_mup.core import mup
-from speedrun_mup.core.utils import Handle, World
+from speedrun_mup.core.utils import Handle, World, has_triton
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: singular values end in about [0.7, 1.2]
 NEWTON_SCHULZ_STEPS = 5
@@ -49,12 +48,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 def symmetric_products_pay(x: Tensor) -> bool:
     """Whether computing half of x x^T (N, m, n) and mirroring it is worth a kernel of our own, where there is Triton."""
-    return x.is_cuda and x.dtype is torch.bfloat16 and x.size(-2) >= SMALLEST_SYMMETRIC and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.dtype is torch.bfloat16 and x.size(-2) >= SMALLEST_SYMMETRIC and has_triton()
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -140,6 +134,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def compile_parts(self) -> None:
+        """Compile what gains by it; nothing here unless a subclass says so."""
+
     def slices(self) -> dict[str, Slice]:
         """This rank's state, keyed "param/state". Empty before the first step."""
         raise NotImplementedError
@@ -170,6 +167,11 @@ class DistAdam(ShardedOptimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(groups, world or World(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.update: AdamUpdate = adam_update
+
+    def compile_parts(self) -> None:
+        """Compile the update of each type and shape into one pass over memory. Changing learning rates compile nothing."""
+        self.update = functools.partial(fused_adam_update, torch.compile(adam_formula, dynamic=False))
 
     def _range(self, parameter: Tensor) -> tuple[int, int, int]:
         """This rank's [begin, end) of the flat parameter, and the length of a share with padding."""
@@ -200,7 +202,7 @@ class DistAdam(ShardedOptimizer):
             begin, end, share = self._range(parameter)
             reduction.wait()
             mine = parameter.data.view(-1)[begin:end]
-            adam_update(mine, gradient[: end - begin], *self._moments(parameter), self.steps_taken, group, good)
+            self.update(mine, gradient[: end - begin], *self._moments(parameter), self.steps_taken, group, good)
             gathers.append(self.world.all_gather(_padded(mine, share)))
         for (parameter, _), (full, gather) in zip(active, gathers, strict=True):
             gather.wait()
@@ -253,6 +255,53 @@ def adam_update(
     w.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
     for stored, new in ((exp_avg, m), (exp_avg_sq, v), (p, w)):
         stored.copy_(_where(good, new, stored))
+
+
+AdamUpdate = Callable[..., None]  # with the arguments of adam_update
+
+
+def adam_formula(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    kept: Tensor,
+    step_size: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    good: Tensor,
+) -> None:
+    """`adam_update` as a formula for a compiler. What changes from step to step comes as float32 scalars: the share of p
+    that weight decay leaves, and the step size."""
+    g = g.float()
+    m = exp_avg.float().lerp(g, 1 - betas[0])
+    v = exp_avg_sq.float() * betas[1] + g * g * (1 - betas[1])
+    w = p.float() * kept - step_size * m / (v.sqrt() + eps)
+    for stored, new in ((exp_avg, m), (exp_avg_sq, v), (p, w)):
+        stored.copy_(torch.where(good, new, stored))
+
+
+def fused_adam_update(
+    formula: Callable[..., None],
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    group: Mapping[str, Any],
+    good: Tensor | None = None,
+) -> None:
+    """`adam_update` by a compiled `adam_formula`."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+
+    def scalar(value: float) -> Tensor:
+        return torch.full((), value, dtype=torch.float32, device=p.device)  # unlike torch.tensor, waits for nobody
+
+    step_size = scalar(lr * math.sqrt(1 - beta2**step) / (1 - beta1**step))
+    good = torch.ones((), dtype=torch.bool, device=p.device) if good is None else good
+    formula(
+        p, g, exp_avg, exp_avg_sq, scalar(1 - lr * group["weight_decay"]), step_size, group["betas"], group["eps"], good
+    )
 
 
 def _where(good: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

@@ -69,3 +69,21 @@ def symmetric_product(a: Tensor, add: Tensor | None = None, alpha: float = 1.0, 
         num_stages=4,
     )
     return out
+
+
+@triton.jit
+def _transpose_kernel(a, out, M, K, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    tile = tl.load(a + rows[:, None] * K + columns[None, :], mask=inside, other=0)
+    inside = (columns[:, None] < K) & (rows[None, :] < M)
+    tl.store(out + columns[:, None] * M + rows[None, :], tl.trans(tile), mask=inside)
+
+
+def transpose_bytes(a: Tensor) -> Tensor:
+    """A contiguous (M, K) of a one-byte type -> the contiguous (K, M). Both sides move whole lines of 128 bytes."""
+    (m, k), tiles = a.shape, (triton.cdiv(a.size(0), TILE), triton.cdiv(a.size(1), TILE))
+    out = a.new_empty(k, m)
+    _transpose_kernel[tiles](a.view(torch.uint8), out.view(torch.uint8), m, k, TILE=TILE, num_warps=8)
+    return out

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import datetime
+import functools
 import hashlib
+import importlib.util
 import os
 import signal
 import sys
@@ -206,6 +208,12 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device={name} is not usable here ({str(fault).splitlines()[0]}); try --device cpu"
         ) from None
     return torch.device(name)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether `core.triton_kernels` can be imported; its kernels also need tensors on CUDA."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _env_int(name: str, default: int) -> int:
