@@ -212,7 +212,11 @@ MATRIX = _rows(
     (
         "a shard cut or deleted, or the whole folder, during a run",
         "an error, no SIGBUS; the last checkpoint loads",
-        [f"{HERE}::test_row_32_shards_that_vanish", f"{DATA}::test_file_that_shrinks_is_an_error_not_a_signal"],
+        [
+            f"{HERE}::test_row_32_shards_that_vanish",
+            f"{DATA}::test_file_that_shrinks_is_an_error_not_a_signal",
+            f"{DATA}::test_file_cut_while_it_is_read_is_an_error_not_a_signal",
+        ],
     ),
     (
         "token order on another number of ranks",
