@@ -593,6 +593,7 @@ def fork_sweep(sweep, out, patience):
     return False
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_sweep_killed_at_random_moments_completes_with_every_cell_once(small, corpus, tmp_path):
     out, sweep = tmp_path / "s", small(octaves=(0, 1), adaptive=False)
     began = time.monotonic()

@@ -158,9 +158,10 @@ def fork_train(cfg, delay):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_sigkill_at_random_moments_changes_nothing(tiny):
     """Runs are killed and resumed until they finish, as many as it takes for `kills` to be dealt."""
-    settings = {"width": 32, "iterations": 30, "save_every": 1, "val_every": 10}
+    settings = {"width": 32, "iterations": 16, "save_every": 1, "val_every": 5}
     begun = time.monotonic()
     whole = train(tiny(name="whole", **settings))
     duration, rng, kills, runs = time.monotonic() - begun, dice(0), 0, 0
