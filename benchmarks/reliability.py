@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common import circumstances, publish, quantile, table  # noqa: E402
+from common import circumstances, commit, publish, quantile, table  # noqa: E402
 from faults.matrix import CHECKPOINT, CONFIG, DATA, HERE, MATRIX, SHARDS, TRAINING, UTILS  # noqa: E402
 
 GOALS_FILE = "tests/faults/test_goals.py"
@@ -228,6 +228,7 @@ def main() -> int:
         chosen = list(GOALS) if flags.what == "all" else [flags.what]
         outcomes = run_goals(chosen, flags.count, flags.seed)
     code = 1
+    commit()  # is asked once: what is tested is this, whatever is committed meanwhile
     for text, good in outcomes:  # each has all that was found so far: an interruption loses nothing
         if flags.publish:
             publish(name, [title, text, circumstances()])

@@ -372,15 +372,15 @@ def test_row_41_signals_at_random_times(tiny):
 
 @pytest.mark.parametrize("signals", [2, 3])
 def test_row_42_second_and_third_signal(tiny, tmp_path, signals):
-    cfg, saving = tiny(name="a", iterations=2000, val_every=0), tmp_path / "saving"
+    cfg, saving, go_on = tiny(name="a", iterations=2000, val_every=0), tmp_path / "saving", tmp_path / "go on"
 
-    def slow_save(name: str, args: tuple) -> None:
+    def held_save(name: str, args: tuple) -> None:
         if name == "write" and path_of(name, args).endswith("model.safetensors") and not saving.exists():
             saving.touch()
-            time.sleep(1.5)
+            until(go_on.exists)
 
     def work(cfg: TrainConfig):
-        with tapped(slow_save):
+        with tapped(held_save):
             return train(cfg)
 
     child = life_of(cfg, work)
@@ -390,6 +390,7 @@ def test_row_42_second_and_third_signal(tiny, tmp_path, signals):
     for _ in range(signals - 1):
         os.kill(child, signal.SIGTERM)
         time.sleep(0.2)
+    go_on.touch()
     assert wait(child) == (STOPPED if signals == 2 else 128 + signal.SIGTERM)
     newest = Checkpoints(folder_of(cfg) / "checkpoints", World()).newest(print)
     assert (newest is None) == (signals == 3)
