@@ -291,7 +291,10 @@ MATRIX = _rows(
     (
         "torchrun is killed",
         "its ranks save and end; none is orphaned",
-        [f"{HERE}::test_row_45_torchrun_is_killed"],
+        [
+            f"{HERE}::test_row_45_torchrun_is_killed",
+            f"{TRAINING}::test_the_end_of_a_parent_with_many_threads_is_heard_of_once",
+        ],
     ),
     (
         "a rank dies",
