@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -42,24 +44,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def circumstances() -> str:
     """Command, commit, hardware, versions and load, as a Markdown list."""
-    root = Path(__file__).parent.parent
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    dirty = any(line[3:].startswith("speedrun_mup/") for line in changed.splitlines())
-    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]])
+    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if "transformers" in sys.modules:
         versions += f", transformers {version('transformers')}"
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     facts = [
         f"command: `{command}`",
-        f"commit: {commit}" + (" with uncommitted changes to the package" if dirty else ""),
+        f"commit: {commit()}",
         f"hardware: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"software: {versions}",
         f"load average at the end: {load} (of 1, 5 and 15 minutes; this benchmark alone makes about one per thread)",
     ]
     return "\n".join(f"- {fact}" for fact in facts)
+
+
+@cache
+def commit() -> str:
+    """The commit, as it was when first asked for, and whether the package differed from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
+    dirty = any(line[3:].startswith("speedrun_mup/") for line in git("status", "--porcelain").splitlines())
+    return git("rev-parse", "HEAD").strip() + (" with uncommitted changes to the package" if dirty else "")
 
 
 def cpu_name() -> str:

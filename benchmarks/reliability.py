@@ -4,6 +4,7 @@ python benchmarks/reliability.py list                        what there is
 python benchmarks/reliability.py G1 --count 200 --seed 1     200 SIGKILLs, at other moments than --seed 0
 python benchmarks/reliability.py all --publish               every goal with its own count -> results/reliability.md
 python benchmarks/reliability.py matrix --publish            all 55 rows of the fault matrix -> results/fault_matrix.md
+python benchmarks/reliability.py matrix --count 50           50 times in a row, each with its own seed: nothing may flake
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common import circumstances, publish, table  # noqa: E402
+from common import circumstances, commit, publish, quantile, table  # noqa: E402
 from faults.matrix import CHECKPOINT, CONFIG, DATA, HERE, MATRIX, SHARDS, TRAINING, UTILS  # noqa: E402
 
 GOALS_FILE = "tests/faults/test_goals.py"
@@ -129,13 +130,14 @@ GOALS = {
 }
 
 
-def run_tests(tests: Iterable[str], count: int, seed: int) -> tuple[dict[str, list[str]], float]:
+def run_tests(tests: Iterable[str], count: int, seed: int, workers: int = 1) -> tuple[dict[str, list[str]], float]:
     """{test without parameters: outcome of each of its cases} and the seconds it all took."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RELIABILITY_SEED": str(seed)}
     environment |= {"RELIABILITY_COUNT": str(count)} if count else {}
     with TemporaryDirectory() as folder:
         report, began = Path(folder, "report.xml"), time.perf_counter()
         arguments = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *dict.fromkeys(tests)]
+        arguments += ["-n", str(workers), "--dist=worksteal"] if workers > 1 else []
         subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment)
         took = time.perf_counter() - began
         outcomes: dict[str, list[str]] = {}
@@ -155,8 +157,8 @@ def verdict(outcomes: dict[str, list[str]], tests: Sequence[str]) -> str:
     return f"passed ({len(cases)})" if not odd else ", ".join(f"{n} of {len(cases)} {kind}" for kind, n in odd.items())
 
 
-def run_goals(names: Sequence[str], count: int | None, seed: int) -> tuple[str, bool]:
-    """A table of goals with their outcome, and whether all held."""
+def run_goals(names: Sequence[str], count: int | None, seed: int) -> Iterator[tuple[str, bool]]:
+    """A table of goals with their outcome, and whether all held; again after each goal."""
     rows, good = [], True
     for name in names:
         goal = GOALS[name]
@@ -165,49 +167,75 @@ def run_goals(names: Sequence[str], count: int | None, seed: int) -> tuple[str, 
         told = verdict(outcomes, goal.tests)
         good &= told.startswith("passed")
         rows.append((name, goal.promise, times or "all", told, f"{took:,.0f} s"))
-    return table(("goal", "promise", "faults", "outcome (test cases)", "took"), rows), good
+        text = table(("goal", "promise", "faults", "outcome (test cases)", "took"), rows)
+        yield f"{text}\n\n{len(rows)} of {len(names)} goals were run, with seed {seed}.", good
 
 
-def run_matrix(seed: int) -> tuple[str, bool]:
-    """A table of the 55 rows with their outcome, and whether all held."""
-    outcomes, took = run_tests((test for row in MATRIX for test in row.tests), 0, seed)
-    rows = [
-        (
-            row.number,
-            row.fault,
-            row.expected,
-            "<br>".join(test.rpartition("::")[2] for test in row.tests),
-            told,
-            row.needs,
+def run_matrix(count: int, seed: int, workers: int) -> Iterator[tuple[str, bool]]:
+    """A table of the 55 rows with their outcome over `count` runs, and whether all held; again after each run."""
+    tests = list(dict.fromkeys(test for row in MATRIX for test in row.tests))
+    cases, times, bad = dict[str, list[str]](), list[float](), dict[str, list[int]]()
+    for run in range(count):
+        outcomes, took = run_tests(tests, 0, seed + run, workers)
+        times.append(took)
+        for test in tests:
+            found = outcomes.get(test, ["not run"])
+            cases.setdefault(test, []).extend(found)
+            if set(found) != {"passed"}:
+                bad.setdefault(test, []).append(seed + run)
+        rows = [
+            (
+                row.number,
+                row.fault,
+                row.expected,
+                "<br>".join(test.rpartition("::")[2] for test in row.tests),
+                verdict(cases, row.tests),
+                row.needs,
+            )
+            for row in MATRIX
+        ]
+        text = table(("row", "fault", "what must happen", "tests", "outcome (cases)", "needs"), rows)
+        runs = f"{len(times)} of {count} runs in a row, seeds {seed} to {seed + run}, {workers} tests at a time"
+        spread = f"{quantile(times, 0.5):,.0f} s (median; {min(times):,.0f} to {max(times):,.0f})"
+        text += f"\n\n{runs}: {len(tests)} tests took {spread} a run.\n\n"
+        text += "".join(
+            f"- {test.rpartition('::')[2]} did not pass in {len(seeds)} of {len(times)} runs (seeds {seeds})\n"
+            for test, seeds in bad.items()
         )
-        for row in MATRIX
-        for told in [verdict(outcomes, row.tests)]
-    ]
-    good = all(row[4].startswith("passed") for row in rows)
-    text = table(("row", "fault", "what must happen", "tests", "outcome (cases)", "needs"), rows)
-    return f"{text}\n\nAll of it took {took:,.0f} s.", good
+        yield text + ("" if bad else "Every test passed in every run."), not bad
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["list", "all", "matrix", *GOALS])
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places; %(default)s")
-    parser.add_argument("--count", type=int, help="faults to inject (default: each goal's own)")
+    parser.add_argument(
+        "--count", type=int, help="faults to inject (default: each goal's own), or runs of the matrix (1)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=3, help="tests of the matrix at a time; %(default)s, many only wait"
+    )
     parser.add_argument("--publish", action="store_true", help="write results/")
     flags = parser.parse_args()
     if flags.what == "list":
         print(table(("goal", "promise", "faults"), [(name, g.promise, g.count or "all") for name, g in GOALS.items()]))
         return 0
     if flags.what == "matrix":
-        name, title, (text, good) = "fault_matrix", "# The fault matrix", run_matrix(flags.seed)
+        name, title = "fault_matrix", "# The fault matrix"
+        outcomes = run_matrix(flags.count or 1, flags.seed, flags.workers)
     else:
+        name, title = "reliability", "# Promises under faults"
         chosen = list(GOALS) if flags.what == "all" else [flags.what]
-        name, title, (text, good) = "reliability", "# Promises under faults", run_goals(chosen, flags.count, flags.seed)
-    if flags.publish:
-        publish(name, [title, text, circumstances()])
-    else:
-        print(text)
-    return not good
+        outcomes = run_goals(chosen, flags.count, flags.seed)
+    code = 1
+    commit()  # is asked once: what is tested is this, whatever is committed meanwhile
+    for text, good in outcomes:  # each has all that was found so far: an interruption loses nothing
+        if flags.publish:
+            publish(name, [title, text, circumstances()])
+        else:
+            print(text)
+        code = int(not good)
+    return code
 
 
 if __name__ == "__main__":

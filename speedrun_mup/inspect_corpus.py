@@ -126,9 +126,9 @@ def _manifest_faults(corpus: Corpus) -> list[str]:
 
 def first_documents(corpus: Corpus, count: int) -> list[str]:
     """The beginning of each of the first `count` train documents as text; ids where there is no tokenizer for them."""
-    tokens = Shard(corpus.train[0]).tokens
-    starts = np.flatnonzero(tokens[: 2**24] == corpus.bos_token)[: count + 1].tolist()
-    ends = [*starts[1:], len(tokens)] if len(starts) <= count else starts[1:]
+    shard = Shard(corpus.train[0])
+    starts = np.flatnonzero(shard.take(0, min(2**24, len(shard))) == corpus.bos_token)[: count + 1].tolist()
+    ends = [*starts[1:], len(shard)] if len(starts) <= count else starts[1:]
     try:
         decode = load_tokenizer(corpus).decode
     except UserError as fault:
@@ -137,6 +137,6 @@ def first_documents(corpus: Corpus, count: int) -> list[str]:
     shown = []
     for start, end in zip(starts, ends):
         cut = min(end, start + 1 + _SHOWN_TOKENS)
-        text = decode(tokens[start + 1 : cut].tolist())
+        text = decode(shard.take(start + 1, cut).tolist())
         shown.append(f"[{end - start - 1:,} tokens] {text}{' ...' if cut < end else ''}")
     return shown

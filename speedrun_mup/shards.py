@@ -9,10 +9,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import secrets
 import stat
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,41 +148,40 @@ def _check_header(path: Path, head: bytes, size: int) -> None:
 
 
 class Shard:
-    """One shard file, checked and mapped read-only. `tokens` (n,) uint16 is the file itself, not a copy.
+    """One shard file of uint16 tokens, checked and held open.
 
-    A mapped file that shrinks kills the process that touches it (SIGBUS), so read through `take`, which looks first.
-    Raises ShardError naming the file, what was found, what was expected and the likely cause.
+    It is read, not mapped: a mapped file that is cut kills the process that touches it (SIGBUS), however short a time ago
+    its size was right. Raises ShardError naming the file, what was found, what was expected and the likely cause.
     """
 
     def __init__(self, path: Path):
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
                 raise ShardError(f"{path}: not a file, expected a token shard")
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                _check_header(path, file.read(HEADER_BYTES), size)
-                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self._size = os.fstat(self._file).st_size
+            _check_header(path, os.pread(self._file, HEADER_BYTES, 0), self._size)
         except OSError as fault:
             raise ShardError(f"{path}: cannot read: {fault.strerror}; check the path and its permissions") from None
-        except ValueError:  # the file shrank between the check and the mapping
-            raise ShardError(f"{path}: its size changes while it is read; wait for the download to end") from None
+        except ValueError as fault:
+            raise ShardError(f"{path}: cannot read: {fault}; check the path") from None
         self.path = path
-        self.tokens = np.frombuffer(self._map, "<u2", offset=HEADER_BYTES)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return (self._size - HEADER_BYTES) // 2
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """tokens[start:stop] as a view, after checking that the file still has its size."""
-        if (size := self._map.size()) != len(self._map):
-            raise ShardError(
-                f"{self.path}: was {len(self._map):,} bytes, is now {size:,}; do not change it during a run"
-            )
-        return self.tokens[start:stop]
+        """A copy of tokens start to stop. ShardError if the file has another size than it had when it was opened."""
+        data = os.pread(self._file, 2 * (stop - start), HEADER_BYTES + 2 * start)
+        size = os.fstat(self._file).st_size
+        if size != self._size or len(data) != 2 * (stop - start):
+            raise ShardError(f"{self.path}: was {self._size:,} bytes, is now {size:,}; do not change it during a run")
+        return np.frombuffer(data, "<u2")
 
     def find(self, token: int, vocab_size: int, stop: int | None = None) -> np.ndarray:
         """Where `token` occurs in tokens[:stop]: ascending int64. ShardError at the first id that is >= vocab_size."""
-        stop = len(self) if stop is None else stop
+        stop = len(self) if stop is None else min(stop, len(self))
         found = []
         for start in range(0, stop, _SCAN_TOKENS):
             block = self.take(start, min(start + _SCAN_TOKENS, stop))
@@ -197,8 +196,8 @@ class Shard:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens of one shard: (n,) uint16, n < 2**31. Mapped, not copied. Raises ShardError (file, fault, cause)."""
-    return Shard(path).tokens
+    """Tokens of one shard, to look at: (n,) uint16, n < 2**31. Mapped, not copied. Raises ShardError as `Shard` does."""
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, len(Shard(path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

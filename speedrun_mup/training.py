@@ -28,7 +28,15 @@ from speedrun_mup.core.attention import Window, pick_backend
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
-from speedrun_mup.core.utils import TreeSum, World, deterministic, join_world, leave_world, stop_with_parent
+from speedrun_mup.core.utils import (
+    PARENT_DIED,
+    TreeSum,
+    World,
+    deterministic,
+    join_world,
+    leave_world,
+    stop_with_parent,
+)
 from speedrun_mup.corpus import cache_folder, find_corpus
 from speedrun_mup.data import Batch, ValBatches, train_batches
 from speedrun_mup.hardware import (
@@ -98,11 +106,15 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
 def stop_signals() -> Iterator[list[str]]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them; the third ends the process at once.
 
+    The end of torchrun is in the list too, unless something else came before; it counts once, however often it is told.
     Outside the main thread Python allows no handlers: the list stays empty.
     """
     received: list[str] = []
 
     def on_signal(number: int, frame: Any) -> None:
+        if number == PARENT_DIED:
+            received[:] = received or ["the end of torchrun"]
+            return
         received.append(signal.Signals(number).name)
         if len(received) == 2:
             print(f"{received[-1]} again: still saving; once more quits without", file=sys.stderr)
@@ -111,7 +123,7 @@ def stop_signals() -> Iterator[list[str]]:
 
     previous = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, PARENT_DIED):
             previous[number] = signal.signal(number, on_signal)
     except ValueError:
         pass

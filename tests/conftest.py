@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from speedrun_mup.config import TrainConfig, make_config
+from speedrun_mup.training import train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +45,12 @@ TINY = {
     "progress": False,
     "device": "cpu",
 }
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """What a first run has to import and prepare is done, so that lives are as long as the test expects."""
+    train(make_config("laptop", TINY | {"iterations": 1, "out": str(tmp_path_factory.mktemp("warm"))}))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from faults.harness import fork
+from faults.harness import fork_together
 from torch.distributed import TCPStore
 
 from speedrun_mup.core.utils import World, join_world, leave_world
@@ -62,7 +62,8 @@ def run_ranks(
             answers[rank].write_bytes(pickle.dumps(answer))
             os._exit(not answer[0])
 
-        ranks = {fork(partial(live, rank)): rank for rank in range(size)}
+        pids = fork_together([partial(live, rank) for rank in range(size)])
+        ranks = {pid: rank for rank, pid in enumerate(pids)}
         awaited = {pid: rank for pid, rank in ranks.items() if rank not in lost}
         given_up = [pid for pid in ranks if pid not in awaited]
         try:

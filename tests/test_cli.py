@@ -1,13 +1,15 @@
 import dataclasses
 import os
+import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from faults.harness import fork, wait
+from faults.torchrun import until
 
 from speedrun_mup.cli import COMMANDS, main, usage
 from speedrun_mup.commands import demo, train
@@ -110,17 +112,21 @@ def test_resume_of_nothing_is_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_to_be_started_again(number, tmp_path):
-    flags = as_flags(TINY | {"iterations": 3000, "progress": True})
-    run = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags, "--name", "a"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(run.pid, number)
-    told = run.communicate(timeout=120)[0]
-    assert run.returncode == 75
+    flags, said = as_flags(TINY | {"iterations": 3000, "progress": True}), tmp_path / "said"
+
+    def life() -> None:
+        os.chdir(tmp_path)
+        sys.argv, sys.stdout = ["train.py", *flags, "--name", "a"], said.open("w", buffering=1)
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            os._exit(end.code)
+
+    child, metrics = fork(life), tmp_path / "runs" / "a" / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.stat().st_size)
+    os.kill(child, number)
+    assert wait(child) == 75
+    told = said.read_text()
     assert f"by {number.name}, saved; go on with --resume runs/a" in told
     assert len(list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))) == 1
 

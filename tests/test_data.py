@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults.harness import fork, wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
@@ -328,6 +329,33 @@ def test_file_that_shrinks_is_an_error_not_a_signal(small: Corpus) -> None:
     os.truncate(small.val[0], 1100)
     with pytest.raises(ShardError):
         val[0]
+
+
+def test_file_cut_while_it_is_read_is_an_error_not_a_signal(small: Corpus) -> None:
+    """A thread cuts the shard and mends it, again and again; the reader finds it whole and finds it cut."""
+    path = small.train[0]
+    size = path.stat().st_size
+
+    def life() -> None:
+        shard, over, found = Shard(path), threading.Event(), []
+
+        def wound() -> None:
+            while not over.is_set():
+                os.truncate(path, 1024)
+                os.truncate(path, size)
+
+        thread = threading.Thread(target=wound)
+        thread.start()
+        while len(found) < 2000 or len(set(found)) < 2:
+            try:
+                found.append(len(shard.take(0, len(shard)).copy()))
+            except ShardError:
+                found.append(0)
+        over.set()
+        thread.join()
+        assert set(found) == {0, len(shard)}
+
+    assert wait(fork(life)) == 0
 
 
 # --- Mixtures ---

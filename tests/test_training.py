@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from dist import run_ranks
-from faults.harness import dice, repeats
+from faults.harness import dice, fork, repeats, wait
+from faults.torchrun import until
 from safetensors.torch import load_file
 
 from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, NonFiniteError
-from speedrun_mup.core.utils import World
+from speedrun_mup.core.utils import World, stop_with_parent
 from speedrun_mup.corpus import write_synthetic
 from speedrun_mup.numerics import SpikeWatch
 from speedrun_mup.report import plot_loss_curve
@@ -158,9 +160,10 @@ def fork_train(cfg, delay):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_sigkill_at_random_moments_changes_nothing(tiny):
     """Runs are killed and resumed until they finish, as many as it takes for `kills` to be dealt."""
-    settings = {"width": 32, "iterations": 30, "save_every": 1, "val_every": 10}
+    settings = {"width": 32, "iterations": 16, "save_every": 1, "val_every": 5}
     begun = time.monotonic()
     whole = train(tiny(name="whole", **settings))
     duration, rng, kills, runs = time.monotonic() - begun, dice(0), 0, 0
@@ -449,6 +452,34 @@ def test_signals_are_restored_afterwards():
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_end_of_a_parent_with_many_threads_is_heard_of_once(tmp_path):
+    """The kernel tells of it up to once for each of its threads; three signals would end the process without a save."""
+    for trial in range(5):
+        ready, told = tmp_path / f"ready {trial}", tmp_path / f"told {trial}"
+
+        def rank(ready=ready, told=told) -> None:
+            stop_with_parent()
+            with stop_signals() as received:
+                ready.touch()
+                until(lambda: received)
+                time.sleep(0.2)
+                (tmp_path / "part").write_text(repr(received))
+                (tmp_path / "part").rename(told)
+
+        def torchrun(rank=rank) -> None:
+            for _ in range(8):
+                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            fork(rank)
+            time.sleep(60)
+
+        parent = fork(torchrun)
+        until(ready.exists)
+        os.kill(parent, signal.SIGKILL)
+        wait(parent)
+        until(told.exists, 20)
+        assert told.read_text() == "['the end of torchrun']"
 
 
 STRICT = {"strict": True, "micro_batches": 8, "iterations": 5, "val_every": 2}

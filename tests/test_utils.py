@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from dist import new_store, run_ranks
-from faults.harness import fork
+from faults.harness import fork_together
 
 from speedrun_mup.core.utils import (
     CollectiveError,
@@ -279,7 +279,7 @@ def test_a_restarted_group_meets_in_a_fresh_key_space(monkeypatch):
 @pytest.mark.dist
 def test_the_helper_reports_a_rank_that_fails_and_ends_one_that_hangs(monkeypatch):
     pids: list[int] = []
-    monkeypatch.setattr("dist.fork", lambda work: pids.append(fork(work)) or pids[-1])
+    monkeypatch.setattr("dist.fork_together", lambda works: pids.extend(started := fork_together(works)) or started)
 
     def fail(world: World) -> None:
         if world.rank == 1:

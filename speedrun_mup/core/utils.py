@@ -28,6 +28,7 @@ from speedrun_mup.core.errors import ConfigError as ConfigError
 from speedrun_mup.core.errors import NonFiniteError as NonFiniteError
 from speedrun_mup.core.errors import UserError as UserError
 
+PARENT_DIED = signal.SIGUSR2  # a signal of its own, because nobody means it twice
 ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
 
 
@@ -269,9 +270,12 @@ def leave_world() -> None:
 
 
 def stop_with_parent() -> None:
-    """On Linux, have the kernel send SIGTERM to this process when its parent dies: torchrun's ranks become no orphans."""
+    """On Linux, have the kernel send PARENT_DIED to this process when its parent dies: torchrun's ranks become no orphans.
+
+    It comes once for every thread of the parent that another one outlives, so how often says nothing.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, PARENT_DIED)  # 1 is PR_SET_PDEATHSIG
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -110,6 +111,26 @@ def fork(work: Callable[[], object]) -> int:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def fork_together(works: Sequence[Callable[[], object]]) -> list[int]:
+    """Start each of `works` in a child process, none before all are there; their process ids.
+
+    The thread that answers the first rank at a store takes a lock of the C library to look up its address. A rank that was
+    forked meanwhile would find that lock taken for ever.
+    """
+    gate, opening = os.pipe()
+
+    def live(work: Callable[[], object]) -> None:
+        os.close(opening)
+        os.read(gate, 1)  # returns when nobody holds the other end any more
+        os.close(gate)
+        work()
+
+    pids = [fork(partial(live, work)) for work in works]
+    os.close(gate)
+    os.close(opening)
+    return pids
 
 
 def wait(pid: int) -> int:

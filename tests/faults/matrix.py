@@ -212,7 +212,11 @@ MATRIX = _rows(
     (
         "a shard cut or deleted, or the whole folder, during a run",
         "an error, no SIGBUS; the last checkpoint loads",
-        [f"{HERE}::test_row_32_shards_that_vanish", f"{DATA}::test_file_that_shrinks_is_an_error_not_a_signal"],
+        [
+            f"{HERE}::test_row_32_shards_that_vanish",
+            f"{DATA}::test_file_that_shrinks_is_an_error_not_a_signal",
+            f"{DATA}::test_file_cut_while_it_is_read_is_an_error_not_a_signal",
+        ],
     ),
     (
         "token order on another number of ranks",
@@ -287,7 +291,10 @@ MATRIX = _rows(
     (
         "torchrun is killed",
         "its ranks save and end; none is orphaned",
-        [f"{HERE}::test_row_45_torchrun_is_killed"],
+        [
+            f"{HERE}::test_row_45_torchrun_is_killed",
+            f"{TRAINING}::test_the_end_of_a_parent_with_many_threads_is_heard_of_once",
+        ],
     ),
     (
         "a rank dies",

@@ -19,7 +19,7 @@ from dist import new_store, run_ranks
 from test_checkpoint import assert_is_step, on_ranks, reseal, save
 from test_training import assert_same_state, assert_same_training, curve, state_of
 
-from faults.harness import dice, fork, repeats, wait
+from faults.harness import dice, fork_together, repeats, wait
 from faults.torchrun import is_alive
 from speedrun_mup import checkpoint
 from speedrun_mup.checkpoint import MANIFEST, CheckpointError, DamagedCheckpoint, Loaded
@@ -44,6 +44,7 @@ def rank_life(cfg: TrainConfig, rank: int, size: int, port: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.usefixtures("warm")
 def test_killed_lives_over_world_sizes(tiny, monkeypatch):
     """One random rank or all are killed at a random time, and 1, 2 or 4 ranks go on: bitwise the run of one process."""
     monkeypatch.setattr("speedrun_mup.core.utils.ROLL_CALL_S", 0.2)
@@ -56,7 +57,7 @@ def test_killed_lives_over_world_sizes(tiny, monkeypatch):
         while not finished:
             size, store = rng.choice((1, 2, 4)), new_store()
             resumed = dataclasses.replace(cfg, resume=str(folder) if (folder / "config.json").exists() else None)
-            ranks = [fork(partial(rank_life, resumed, rank, size, store.port)) for rank in range(size)]
+            ranks = fork_together([partial(rank_life, resumed, rank, size, store.port) for rank in range(size)])
             victims = rng.choice((ranks, [rng.choice(ranks)])) if killed < repeats(4) else []
             deadline = time.monotonic() + duration * rng.uniform(0.1, 1.0) * size
             while victims and time.monotonic() < deadline and all(map(is_alive, ranks)):
