@@ -32,6 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import circumstances
+
 from speedrun_mup.shards import GPT2_BOS, GPT2_VOCAB, measure_shard, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent

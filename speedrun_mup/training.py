@@ -160,8 +160,9 @@ class Run:
         self.model = GPT(model_config(cfg, self.corpus, attention, dtype, fp8), cfg.seed).to(world.device)
         self.optimizers = build_optimizers(self.model, cfg, world)
         if self.compiled:
-            for part in (self.model, *self.optimizers):
-                part.compile_parts()
+            self.model.compile_parts()
+            for optimizer in self.optimizers:
+                optimizer.compile_parts()
         check_agreement(cfg, self.corpus, world)
         self.pack = pick_pack(cfg, world.size, world.device)
         if cfg.micro_batch == "auto":
