@@ -270,14 +270,15 @@ class Run:
         self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
 
     def fits(self, cfg: TrainConfig) -> bool:
-        """Whether a forward and backward pass of `cfg` fits into every rank's memory beside the optimizers' state."""
+        """Whether two passes in a row of `cfg`, the second beside the gradients of the first, fit into every rank's memory
+        beside the optimizers' state."""
         self.use(cfg)
         fits = True
         try:
             state = sum(2 * p.numel() * p.element_size() for p in self.model.parameters()) // self.world.size
             reserved = torch.empty(state, dtype=torch.uint8, device=self.world.device)
             with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
-                self.accumulate_gradients(next(stream)[: self.pack], step=0)
+                self.accumulate_gradients(next(stream)[: 2 * self.pack], step=0)
             del reserved
         except (RuntimeError, MemoryError) as fault:
             if not is_out_of_memory(fault):

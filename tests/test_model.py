@@ -751,7 +751,7 @@ def test_the_scale_of_8_bit_gradients_follows_the_parametrization(width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 3])
 def test_all_that_is_fast_on_a_gpu_at_once_is_the_dense_model_in_float32(window):
-    """FlexAttention, bfloat16, 8-bit head, compiler: the loss within 1 %, gradients within 10 % of their length (scalars 30 %)."""
+    """FlexAttention, bfloat16, 8-bit head, compiler: the loss within 1 %, gradients within 10 % of their length, scalars 30."""
     cfg = tiny(width=256, base_width=256, head_dim=64, block_size=128, attention="dense")
     tokens, targets = (x.cuda() for x in batch(1024))
     exact = fill(GPT(cfg)).cuda()
