@@ -612,6 +612,15 @@ def test_evaluation_does_not_compute_the_heads_gradients():
     assert counts == [counts[0], counts[0] - 2, counts[0] - 2]
 
 
+def test_a_model_that_predicts_first_trains_all_the_same():
+    """What is made in inference mode and kept must not be of that mode."""
+    model = fill(GPT(tiny()))
+    rotary_table.cache_clear()
+    with torch.inference_mode():
+        model(*batch(), 3)
+    model(*batch(), 3).backward()
+
+
 def test_the_models_loss_is_that_of_its_logits_for_any_budget(monkeypatch):
     model = fill(GPT(tiny()))
     tokens, targets = batch()

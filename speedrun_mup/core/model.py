@@ -176,6 +176,7 @@ class Embedding(nn.Module):
 
 
 @functools.lru_cache(maxsize=4)  # a run has one length in training and one in validation
+@torch.inference_mode(False)  # else one that validation made first could not be used in training
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and signed sin, (T, 1, C) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
     rotating = head_dim // 4
