@@ -9,7 +9,6 @@ Muon is by Keller Jordan et al. (kellerjordan.github.io/posts/muon); sharding it
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -167,11 +166,11 @@ class DistAdam(ShardedOptimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(groups, world or World(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.update: AdamUpdate = adam_update
+        self.formula: Callable[..., None] | None = None
 
     def compile_parts(self) -> None:
         """Compile the update of each type and shape into one pass over memory. Changing learning rates compile nothing."""
-        self.update = functools.partial(fused_adam_update, torch.compile(adam_formula, dynamic=False))
+        self.formula = torch.compile(adam_formula, dynamic=False)
 
     def _range(self, parameter: Tensor) -> tuple[int, int, int]:
         """This rank's [begin, end) of the flat parameter, and the length of a share with padding."""
@@ -202,12 +201,23 @@ class DistAdam(ShardedOptimizer):
             begin, end, share = self._range(parameter)
             reduction.wait()
             mine = parameter.data.view(-1)[begin:end]
-            self.update(mine, gradient[: end - begin], *self._moments(parameter), self.steps_taken, group, good)
+            self._update(mine, gradient[: end - begin], *self._moments(parameter), group, good)
             gathers.append(self.world.all_gather(_padded(mine, share)))
         for (parameter, _), (full, gather) in zip(active, gathers, strict=True):
             gather.wait()
             if self.world.size > 1:
                 parameter.data.view(-1).copy_(full[: parameter.numel()])
+
+    def _update(
+        self, p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any], good: Tensor | None
+    ) -> None:
+        (beta1, beta2), lr, step = group["betas"], group["lr"], self.steps_taken
+        kept, step_size = 1 - lr * group["weight_decay"], lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        if self.formula is None:
+            return adam_update(p, g, exp_avg, exp_avg_sq, kept, step_size, group["betas"], group["eps"], good)
+        good = torch.ones((), dtype=torch.bool, device=p.device) if good is None else good
+        kept, step_size = (torch.full_like(good, value, dtype=torch.float32) for value in (kept, step_size))
+        self.formula(p, g, exp_avg, exp_avg_sq, kept, step_size, group["betas"], group["eps"], good)
 
     def slices(self) -> dict[str, Slice]:
         """This rank's moments, keyed "param/exp_avg" and "param/exp_avg_sq"."""
@@ -239,25 +249,25 @@ def adam_update(
     g: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
-    group: Mapping[str, Any],
+    kept: float,
+    step_size: float,
+    betas: tuple[float, float],
+    eps: float,
     good: Tensor | None = None,
 ) -> None:
-    """One Adam step on flat tensors, in place, where `good`. `step` counts from 1. float32 inside, rounded once each."""
-    (beta1, beta2), lr = group["betas"], group["lr"]
+    """One Adam step on flat tensors, in place, where `good`. float32 inside, rounded once each.
+
+    kept: what weight decay leaves of p. step_size: the learning rate with the bias corrections of both moments.
+    """
     m, v, w = (stored.to(torch.float32, copy=good is not None) for stored in (exp_avg, exp_avg_sq, p))
     g = g.float()
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    if group["weight_decay"]:
-        w.mul_(1 - lr * group["weight_decay"])
-    step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    w.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    if kept != 1:
+        w.mul_(kept)
+    w.addcdiv_(m, v.sqrt().add_(eps), value=-step_size)
     for stored, new in ((exp_avg, m), (exp_avg_sq, v), (p, w)):
         stored.copy_(_where(good, new, stored))
-
-
-AdamUpdate = Callable[..., None]  # with the arguments of adam_update
 
 
 def adam_formula(
@@ -271,37 +281,13 @@ def adam_formula(
     eps: float,
     good: Tensor,
 ) -> None:
-    """`adam_update` as a formula for a compiler. What changes from step to step comes as float32 scalars: the share of p
-    that weight decay leaves, and the step size."""
+    """`adam_update` for a compiler. What changes from step to step is a tensor, so that it compiles once."""
     g = g.float()
     m = exp_avg.float().lerp(g, 1 - betas[0])
     v = exp_avg_sq.float() * betas[1] + g * g * (1 - betas[1])
     w = p.float() * kept - step_size * m / (v.sqrt() + eps)
     for stored, new in ((exp_avg, m), (exp_avg_sq, v), (p, w)):
         stored.copy_(torch.where(good, new, stored))
-
-
-def fused_adam_update(
-    formula: Callable[..., None],
-    p: Tensor,
-    g: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    group: Mapping[str, Any],
-    good: Tensor | None = None,
-) -> None:
-    """`adam_update` by a compiled `adam_formula`."""
-    (beta1, beta2), lr = group["betas"], group["lr"]
-
-    def scalar(value: float) -> Tensor:
-        return torch.full((), value, dtype=torch.float32, device=p.device)  # unlike torch.tensor, waits for nobody
-
-    step_size = scalar(lr * math.sqrt(1 - beta2**step) / (1 - beta1**step))
-    good = torch.ones((), dtype=torch.bool, device=p.device) if good is None else good
-    formula(
-        p, g, exp_avg, exp_avg_sq, scalar(1 - lr * group["weight_decay"]), step_size, group["betas"], group["eps"], good
-    )
 
 
 def _where(good: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
