@@ -66,6 +66,8 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
 
+    if not (ROOT / ".git").exists():
+        return "not known, this is a copy without its repository"
     dirty = any(line[3:].startswith("speedrun_mup/") for line in git("status", "--porcelain").splitlines())
     return git("rev-parse", "HEAD").strip() + (" with uncommitted changes to the package" if dirty else "")
 

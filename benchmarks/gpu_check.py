@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -90,14 +91,16 @@ class Check:
     deadline: float
     folder: Path
     sections: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, title: str, text: str) -> None:
         """Show a section and write the file."""
-        self.sections.append(f"## {title}\n\n{text}")
-        print(f"\n{self.sections[-1]}", flush=True)
-        if self.path:
-            self.path.parent.mkdir(exist_ok=True)
-            self.path.write_text("# The GPU path, checked and timed\n\n" + "\n\n".join(self.sections) + "\n")
+        with self.lock:
+            self.sections.append(f"## {title}\n\n{text}")
+            print(f"\n{self.sections[-1]}", flush=True)
+            if self.path:
+                self.path.parent.mkdir(exist_ok=True)
+                self.path.write_text("# The GPU path, checked and timed\n\n" + "\n\n".join(self.sections) + "\n")
 
     def run(self, title: str, arguments: Sequence[str], most_s: float = 600) -> str | None:
         """What `python arguments` prints; None, and a section that says why, if there is no time or it fails."""

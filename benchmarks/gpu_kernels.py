@@ -26,7 +26,7 @@ from speedrun_mup.core.attention import BACKENDS, document_numbers  # noqa: E402
 from speedrun_mup.core.fp8 import E5M2, head_scales, quantize, transposed  # noqa: E402
 from speedrun_mup.core.model import (  # noqa: E402
     ATTENTION_SCALE,
-    FUSED_LOGIT_BUDGET,
+    FUSED_LOGIT_BYTES,
     LOGIT_BUDGET,
     SOFTCAP_SLOPE,
     SoftcapCrossEntropy,
@@ -77,13 +77,13 @@ def head_pairs() -> Iterator[Pair]:
 
     yield (
         "head and loss, 8 bits, fused",
-        lambda: head(FUSED_LOGIT_BUDGET, True, True),
+        lambda: head(FUSED_LOGIT_BYTES // 2, True, True),
         "bfloat16, fused",
-        lambda: head(FUSED_LOGIT_BUDGET, False, True),
+        lambda: head(FUSED_LOGIT_BYTES // 2, False, True),
     )
     yield (
         "head and loss, bfloat16, fused",
-        lambda: head(FUSED_LOGIT_BUDGET, False, True),
+        lambda: head(FUSED_LOGIT_BYTES // 2, False, True),
         "bfloat16, chunks of 64 MiB, eager",
         lambda: head(LOGIT_BUDGET, False, False),
     )

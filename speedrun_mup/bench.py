@@ -318,7 +318,9 @@ def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20
     entries = [
         entry
         for entry in profiler.key_averages()
-        if took(entry) > 0 and (not on_cuda or entry.device_type == torch.autograd.DeviceType.CUDA)
+        if took(entry) > 0
+        and (not on_cuda or entry.device_type == torch.autograd.DeviceType.CUDA)
+        and not entry.key.startswith("Optimizer.step#")  # a range around kernels that are there themselves
     ]
     total = sum(map(took, entries))
     return [

@@ -270,15 +270,17 @@ class Run:
         self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
 
     def fits(self, cfg: TrainConfig) -> bool:
-        """Whether two passes in a row of `cfg`, the second beside the gradients of the first, fit into every rank's memory
-        beside the optimizers' state."""
+        """Whether a step's passes of `cfg`, beside the optimizers' state, fit into every rank's memory.
+
+        Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them.
+        """
         self.use(cfg)
         fits = True
         try:
             state = sum(2 * p.numel() * p.element_size() for p in self.model.parameters()) // self.world.size
             reserved = torch.empty(state, dtype=torch.uint8, device=self.world.device)
             with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
-                self.accumulate_gradients(next(stream)[: 2 * self.pack], step=0)
+                self.accumulate_gradients(next(stream)[: None if cfg.strict else 2 * self.pack], step=0)
             del reserved
         except (RuntimeError, MemoryError) as fault:
             if not is_out_of_memory(fault):
@@ -494,11 +496,11 @@ class Run:
         return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
 
     def warm_up_kernels(self) -> None:
-        """Run a few steps to compile and warm every kernel, then put weights and optimizer states back."""
+        """Run a few steps to compile and warm every kernel, then put weights and optimizer states back, from host memory."""
         if not self.cfg.kernel_warmup:
             return
         began = time.perf_counter()
-        weights = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
         kept = [(optimizer.steps_taken, _cloned(optimizer.slices())) for optimizer in self.optimizers]
         stream = self.batches.stream(0, self.world.rank, self.world.size)
         for _ in range(self.cfg.kernel_warmup):
@@ -585,7 +587,7 @@ def _own_slices(slices: dict[str, Slice]) -> FetchSlice:
 
 
 def _cloned(slices: dict[str, Slice]) -> dict[str, Slice]:
-    return {key: dataclasses.replace(part, tensor=part.tensor.clone()) for key, part in slices.items()}
+    return {key: dataclasses.replace(part, tensor=part.tensor.to("cpu", copy=True)) for key, part in slices.items()}
 
 
 def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:

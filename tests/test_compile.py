@@ -49,6 +49,28 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_residual_is_not_folded_into_the_product_before_it():
+    """Folding would make the library copy the residual first. Plain F.linear is folded, so the test can see it."""
+    from torch._inductor.utils import run_and_get_code
+
+    linear = model_module.Linear(64, 64)
+    torch.nn.init.normal_(linear.weight)
+    torch._dynamo.reset()
+
+    def folds(product) -> bool:
+        def block(x):
+            y = x + product(x)
+            return y * y.square().mean(-1, keepdim=True)
+
+        with torch.no_grad():
+            _, code = run_and_get_code(torch.compile(block, dynamic=False), torch.randn(128, 64))
+        return "addmm" in "".join(code)
+
+    assert folds(lambda x: torch.nn.functional.linear(x, linear.weight))
+    assert not folds(linear)
+
+
 TWICE = """
 import sys, torch
 from pathlib import Path

@@ -139,8 +139,8 @@ def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, mo
 def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
     """Half of what a pass takes is all that there is; the run finds out and trains."""
     sizes = {
-        "width": 128,
-        "micro_batch_tokens": 4096,
+        "width": 256,
+        "micro_batch_tokens": 16_384,
         "micro_batches": 2,
         "pack": 1,
         "device": "cuda",
@@ -157,7 +157,8 @@ def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
     torch.cuda.set_per_process_memory_fraction(0.5 * peak / capacity)
     try:
         with closing(Run(tiny(name="found", micro_batch="auto", **sizes), world)) as run:
-            assert run.cfg.micro_batch_tokens < 16_384 and run.cfg.batch_tokens == 32_768
+            assert run.cfg.micro_batch_tokens < sizes["micro_batch_tokens"]
+            assert run.cfg.batch_tokens == sizes["micro_batch_tokens"] * sizes["micro_batches"]
             assert run.train([]).finished
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -258,6 +258,35 @@ def test_the_formula_for_a_compiler_is_adam(dtype, good):
             torch.testing.assert_close(states[1], states[0], rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3])
+def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
+    """Every rank's share of 1,000,003 entries and of two, also after a checkpoint, and where a step is withheld."""
+    for rank in range(size):
+        world = World(rank, size, torch.device("cuda"))
+        results = []
+        for compiled in (False, True):
+            params = [nn.Parameter(p.detach().cuda()) for p in parameters([(1_000_003,), (2,)], dtype)]
+            optimizer = DistAdam(groups_of(params, eps=1e-3), world, lr=0.05, weight_decay=0.1)
+            if compiled:
+                optimizer.compile_parts()
+            for step in range(4):
+                optimizer.steps_taken += 1
+                for i, (_, p, group) in enumerate(optimizer.named_groups()):
+                    begin, end, _ = optimizer._range(p)
+                    g = randn(*p.shape, seed=("g", step, i)).to(dtype).cuda()[begin:end]
+                    good = None if step == 0 else torch.tensor(step != 2, device="cuda")
+                    optimizer._update(p.data[begin:end], g, *optimizer._moments(p), group, good)
+                if step == 1:
+                    kept = {key: part.tensor.clone() for key, part in optimizer.slices().items()}
+                    optimizer.load_slices(lambda key, begin, end, kept=kept: kept[key], optimizer.steps_taken)
+            results.append([*(p.detach() for p in params), *(part.tensor for part in optimizer.slices().values())])
+        rtol = 1e-5 if dtype is torch.float32 else 2**-7
+        for plain, fused in zip(*results, strict=True):
+            torch.testing.assert_close(fused, plain, rtol=rtol, atol=1e-6)
+
+
 def test_adam_does_nothing_for_a_zero_gradient_but_decay():
     """With the default eps 0 / (0 + eps) is 0: rows of an embedding that were never seen stay where they are."""
     params = parameters([(6, 2)])

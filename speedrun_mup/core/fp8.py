@@ -59,27 +59,19 @@ def _mm(x: Tensor, w: Tensor, x_s: float, w_s: float) -> tuple[Tensor, Tensor, T
     return out, x8.view(torch.uint8), w8.view(torch.uint8)
 
 
-def _mm_backward(grad: Tensor, x8: Tensor, w8: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Tensor, Tensor]:
-    x8, w8 = x8.view(E4M3), w8.view(E4M3)
-    g8 = grad.contiguous() if grad.dtype == E5M2 else quantize(grad, grad_s, E5M2)
-    grad_x = _product(g8, transposed(w8).T, grad_s, w_s, torch.bfloat16, fast=False)
-    grad_w = _product(transposed(g8), transposed(x8).T, grad_s, x_s, torch.float32, fast=False)
-    return grad_x, grad_w
+@functools.cache
+def _fused_mm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_mm`, compiled: on a GPU the conversions have to be single passes to be worth it."""
+    return torch.compile(_mm, dynamic=False)
 
 
 def transposed(x: Tensor) -> Tensor:
-    """A contiguous (m, n) of 8-bit numbers -> the contiguous (n, m): the products want both factors along the sum."""
+    """(m, n) of 8-bit numbers -> the contiguous (n, m): the products want both factors along the sum."""
     if x.is_cuda and has_triton():
         from speedrun_mup.core.triton_kernels import transpose_bytes
 
         return transpose_bytes(x)
     return x.T.contiguous()
-
-
-@functools.cache
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled: on a GPU the conversions have to be single passes to be worth it."""
-    return torch.compile(function, dynamic=False)
 
 
 @torch.library.custom_op("nanogpt::mm", mutates_args=())
@@ -88,7 +80,7 @@ def mm(x: Tensor, w: Tensor, x_s: float, w_s: float, grad_s: float) -> tuple[Ten
 
     Bytes, because torch cannot so much as add up e4m3, which its own checks of an operator want to do.
     """
-    return (_fused(_mm) if x.is_cuda else _mm)(x, w, x_s, w_s)
+    return (_fused_mm() if x.is_cuda else _mm)(x, w, x_s, w_s)
 
 
 @mm.register_fake
@@ -103,7 +95,11 @@ def mm_backward(grad: Tensor, x8: Tensor, w8: Tensor, x_s: float, w_s: float, gr
 
     A gradient that comes as e5m2 is taken to be divided by grad_s already.
     """
-    return _mm_backward(grad, x8, w8, x_s, w_s, grad_s)
+    x8, w8 = x8.view(E4M3), w8.view(E4M3)
+    g8 = (grad if grad.dtype == E5M2 else quantize(grad, grad_s, E5M2)).contiguous()
+    grad_x = _product(g8, transposed(w8).T, grad_s, w_s, torch.bfloat16, fast=False)
+    grad_w = _product(transposed(g8), transposed(x8).T, grad_s, x_s, torch.float32, fast=False)
+    return grad_x, grad_w
 
 
 @mm_backward.register_fake

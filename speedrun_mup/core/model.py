@@ -29,9 +29,9 @@ RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too 
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits = 30 * sigmoid(z / (7.5 * sqrt(width)))
 LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in float32
-FUSED_LOGIT_BUDGET = (
-    2**30
-)  # where they are never written in float32: 2 GiB in bfloat16, 16,384 rows of the record's head
+FUSED_LOGIT_BYTES = (
+    2**31
+)  # of logits where they are never written in float32; in bfloat16 16,384 rows of the record's head
 VOCAB_MULTIPLE = 128
 
 
@@ -175,7 +175,7 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-@functools.lru_cache(maxsize=4)  # a run has one length in training and one in validation
+@functools.lru_cache(maxsize=2)  # of a run's training and of its validation
 @torch.inference_mode(False)  # else one that validation made first could not be used in training
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and signed sin, (T, 1, C) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
@@ -188,7 +188,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tens
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of (T, H, C) in float32; pairs are (i, i + C / 2). As a compiler likes it: one pass, no halves."""
+    """Rotary embedding of (T, H, C) in float32; pairs are (i, i + C / 2)."""
     cos, sin = table
     x32 = x.float()
     return torch.addcmul(x32 * cos, x32.roll(x.size(-1) // 2, dims=-1), sin).type_as(x)
@@ -357,7 +357,7 @@ class GPT(nn.Module):
             weight if training else weight.detach(),
             targets,
             self.logit_scale,
-            FUSED_LOGIT_BUDGET if self.fused else LOGIT_BUDGET,
+            FUSED_LOGIT_BYTES // self.cfg.embed_dtype.itemsize if self.fused else LOGIT_BUDGET,
             self.scales if training else None,
             self.fused,
         )
@@ -399,8 +399,8 @@ def loss_and_gradient(
     """Losses (R,) of a head's raw output z (R, V) and, if wanted, their gradient: z's type, or e5m2 divided by grad_s.
 
     As few operations for each of the T x V entries as there can be, for a compiler to fuse into two passes: on a GPU they,
-    and not memory, are what the time goes into. Capped logits are below 30, so no maximum is subtracted; gradients are
-    below a quarter of the cap's slope, so `quantize` would find nothing to clamp.
+    and not memory, are what the time goes into. Capped logits are below 30, so no maximum is subtracted; a gradient is
+    below a quarter of the cap's slope, at most 448 in units of `head_scales`, so `quantize` would find nothing to clamp.
     """
     gate = torch.sigmoid(z.float() * scale)
     likely = torch.exp2(gate * (SOFTCAP * math.log2(math.e)))

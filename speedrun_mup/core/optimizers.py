@@ -211,13 +211,14 @@ class DistAdam(ShardedOptimizer):
     def _update(
         self, p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any], good: Tensor | None
     ) -> None:
-        (beta1, beta2), lr, step = group["betas"], group["lr"], self.steps_taken
-        kept, step_size = 1 - lr * group["weight_decay"], lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        betas, eps, lr, step = group["betas"], group["eps"], group["lr"], self.steps_taken
+        kept, step_size = 1 - lr * group["weight_decay"], lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
         if self.formula is None:
-            return adam_update(p, g, exp_avg, exp_avg_sq, kept, step_size, group["betas"], group["eps"], good)
-        good = torch.ones((), dtype=torch.bool, device=p.device) if good is None else good
-        kept, step_size = (torch.full_like(good, value, dtype=torch.float32) for value in (kept, step_size))
-        self.formula(p, g, exp_avg, exp_avg_sq, kept, step_size, group["betas"], group["eps"], good)
+            adam_update(p, g, exp_avg, exp_avg_sq, kept, step_size, betas, eps, good)
+        else:
+            good = torch.ones((), dtype=torch.bool, device=p.device) if good is None else good
+            scalars = [torch.full_like(good, value, dtype=torch.float32) for value in (kept, step_size)]
+            self.formula(p, g, exp_avg, exp_avg_sq, *scalars, betas, eps, good)
 
     def slices(self) -> dict[str, Slice]:
         """This rank's moments, keyed "param/exp_avg" and "param/exp_avg_sq"."""

@@ -82,8 +82,8 @@ def _transpose_kernel(a, out, M, K, TILE: tl.constexpr):
 
 
 def transpose_bytes(a: Tensor) -> Tensor:
-    """A contiguous (M, K) of a one-byte type -> the contiguous (K, M). Both sides move whole lines of 128 bytes."""
+    """(M, K) of a one-byte type -> the contiguous (K, M). Both sides move whole lines of 128 bytes."""
     (m, k), tiles = a.shape, (triton.cdiv(a.size(0), TILE), triton.cdiv(a.size(1), TILE))
     out = a.new_empty(k, m)
-    _transpose_kernel[tiles](a.view(torch.uint8), out.view(torch.uint8), m, k, TILE=TILE, num_warps=8)
+    _transpose_kernel[tiles](a.contiguous().view(torch.uint8), out.view(torch.uint8), m, k, TILE=TILE, num_warps=8)
     return out
