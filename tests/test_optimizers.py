@@ -262,7 +262,7 @@ def test_the_formula_for_a_compiler_is_adam(dtype, good):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
 def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
-    """Every rank's share of 1,000,003 entries and of two, also after a checkpoint, and where a step is withheld."""
+    """Every rank's share of 1,000,003 entries and of two, also after a checkpoint, and where a step is withheld; two units apart at most."""
     for rank in range(size):
         world = World(rank, size, torch.device("cuda"))
         results = []
@@ -282,7 +282,7 @@ def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
                     kept = {key: part.tensor.clone() for key, part in optimizer.slices().items()}
                     optimizer.load_slices(lambda key, begin, end, kept=kept: kept[key], optimizer.steps_taken)
             results.append([*(p.detach() for p in params), *(part.tensor for part in optimizer.slices().values())])
-        rtol = 1e-5 if dtype is torch.float32 else 2**-7
+        rtol = 1e-5 if dtype is torch.float32 else 2**-6
         for plain, fused in zip(*results, strict=True):
             torch.testing.assert_close(fused, plain, rtol=rtol, atol=1e-6)
 
