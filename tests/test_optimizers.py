@@ -262,7 +262,7 @@ def test_the_formula_for_a_compiler_is_adam(dtype, good):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
 def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
-    """Every rank's share of 1,000,003 entries and of two, also after a checkpoint, and where a step is withheld; two units apart at most."""
+    """Shares of 1,000,003 entries and of two, after a checkpoint too, and a step that is withheld; two units apart at most."""
     for rank in range(size):
         world = World(rank, size, torch.device("cuda"))
         results = []
