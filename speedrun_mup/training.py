@@ -113,7 +113,7 @@ def stop_signals() -> Iterator[list[str]]:
 
     def on_signal(number: int, frame: Any) -> None:
         if number == PARENT_DIED:
-            received[:] = received or ["the end of torchrun"]
+            received[:] = received or ["the end of torchrun or SIGUSR2"]
             return
         received.append(signal.Signals(number).name)
         if len(received) == 2:
