@@ -135,6 +135,17 @@ def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, mo
     assert train(tiny(resume=str(found.folder), micro_batch_tokens=64, micro_batches=8)).finished
 
 
+@pytest.mark.parametrize(("strict", "expected"), [(False, 2), (True, 8)])
+def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, strict, expected):
+    """A second pass finds the gradients of the first; a strict sum keeps those of many."""
+    tried, whole = [], Run.accumulate_gradients
+    monkeypatch.setattr(
+        Run, "accumulate_gradients", lambda run, batches, step: tried.append(len(batches)) or whole(run, batches, step)
+    )
+    with closing(Run(tiny(micro_batch="auto", micro_batches=8, pack=1, strict=strict), World())):
+        assert tried == [expected]
+
+
 @pytest.mark.gpu
 def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
     """Half of what a pass takes is all that there is; the run finds out and trains."""
