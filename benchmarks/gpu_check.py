@@ -32,12 +32,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import circumstances
+from common import RESULTS, ROOT, circumstances
 
 from speedrun_mup.shards import GPT2_BOS, GPT2_VOCAB, measure_shard, write_manifest, write_shard
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "gpu_check.md"
+RESULT = RESULTS / "gpu_check.md"
 WIDTHS = (256, 1024, 2048)
 SHORTEST_S = 45  # a part that has less time left is not begun
 MEDIAN_TOKENS, MEAN_TOKENS = 403, 690  # of FineWeb's documents

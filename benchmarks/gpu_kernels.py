@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import table  # noqa: E402
+from common import table
 
-from speedrun_mup.bench import Stopwatch  # noqa: E402
-from speedrun_mup.core import optimizers  # noqa: E402
-from speedrun_mup.core.attention import BACKENDS, document_numbers  # noqa: E402
-from speedrun_mup.core.fp8 import E5M2, head_scales, quantize, transposed  # noqa: E402
-from speedrun_mup.core.model import (  # noqa: E402
+from speedrun_mup.bench import Stopwatch
+from speedrun_mup.core import optimizers
+from speedrun_mup.core.attention import BACKENDS, document_numbers
+from speedrun_mup.core.fp8 import E5M2, head_scales, quantize, transposed
+from speedrun_mup.core.model import (
     ATTENTION_SCALE,
     FUSED_LOGIT_BYTES,
     LOGIT_BUDGET,

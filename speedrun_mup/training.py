@@ -501,7 +501,7 @@ class Run:
             return
         began = time.perf_counter()
         weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
-        kept = [(optimizer.steps_taken, _cloned(optimizer.slices())) for optimizer in self.optimizers]
+        kept = [(optimizer.steps_taken, _on_host(optimizer.slices())) for optimizer in self.optimizers]
         stream = self.batches.stream(0, self.world.rank, self.world.size)
         for _ in range(self.cfg.kernel_warmup):
             with self.telling_of_memory(self.start):
@@ -586,7 +586,7 @@ def _own_slices(slices: dict[str, Slice]) -> FetchSlice:
     return lambda key, begin, end: slices[key].tensor
 
 
-def _cloned(slices: dict[str, Slice]) -> dict[str, Slice]:
+def _on_host(slices: dict[str, Slice]) -> dict[str, Slice]:
     return {key: dataclasses.replace(part, tensor=part.tensor.to("cpu", copy=True)) for key, part in slices.items()}
 
 

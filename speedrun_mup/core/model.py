@@ -29,9 +29,7 @@ RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too 
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits = 30 * sigmoid(z / (7.5 * sqrt(width)))
 LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in float32
-FUSED_LOGIT_BYTES = (
-    2**31
-)  # of logits where they are never written in float32; in bfloat16 16,384 rows of the record's head
+FUSED_LOGIT_BYTES = 2**31  # of them where none is written in float32: 16,384 rows of the record's head in bfloat16
 VOCAB_MULTIPLE = 128
 
 
