@@ -42,8 +42,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def circumstances(copy_of: str | None = None) -> str:
-    """Command, commit, hardware, versions and load, as a Markdown list. copy_of: the commit, where git does not know it."""
+def circumstances(copy_of: str | None = None, when: str = "at the end") -> str:
+    """Command, commit, hardware, versions and the load now, as a Markdown list.
+
+    copy_of: the commit, where git does not know it. when: what "now" is in the benchmark.
+    """
     command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if "transformers" in sys.modules:
@@ -54,7 +57,7 @@ def circumstances(copy_of: str | None = None) -> str:
         f"commit: {copy_of or commit()}",
         f"hardware: {cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"software: {versions}",
-        f"load average at the end: {load} (of 1, 5 and 15 minutes; this benchmark alone makes about one per thread)",
+        f"load average {when}: {load} (of 1, 5 and 15 minutes; this benchmark alone makes about one per thread)",
     ]
     return "\n".join(f"- {fact}" for fact in facts)
 

@@ -199,7 +199,7 @@ def main() -> int:
         folder = Path(temporary)
         deadline = time.monotonic() + 60 * arguments.minutes
         check = Check(None if arguments.quick else RESULT, deadline, folder)
-        check.add("Where", f"{circumstances(arguments.commit)}\n- GPU: {gpu_and_driver()}")
+        check.add("Where", f"{circumstances(arguments.commit, 'at the start')}\n- GPU: {gpu_and_driver()}")
         corpus = folder / "words"
         shrink, steps, widths = [], 28, WIDTHS
         if arguments.quick:

@@ -262,7 +262,13 @@ def test_the_formula_for_a_compiler_is_adam(dtype, good):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 3])
 def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
-    """Shares of 1,000,003 entries and of two, after a checkpoint too, and a step that is withheld; two units apart at most."""
+    """Shares of 1,000,003 entries and of two, after a checkpoint too, and a step that is withheld.
+
+    In bfloat16 a last bit of float32 can round an entry the other way, a unit of what it was then, not of what is left
+    of it after later steps: entries may differ by two units of a step's 0.05 to 0.1, and 99 of 100 not at all.
+    """
+    torch.compiler.reset()  # eight variants of a function are all that a process compiles
+    rtol, atol, equal = (1e-5, 1e-6, 0.0) if dtype is torch.float32 else (2**-6, 2**-7 * 0.1, 0.99)
     for rank in range(size):
         world = World(rank, size, torch.device("cuda"))
         results = []
@@ -282,9 +288,9 @@ def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
                     kept = {key: part.tensor.clone() for key, part in optimizer.slices().items()}
                     optimizer.load_slices(lambda key, begin, end, kept=kept: kept[key], optimizer.steps_taken)
             results.append([*(p.detach() for p in params), *(part.tensor for part in optimizer.slices().values())])
-        rtol = 1e-5 if dtype is torch.float32 else 2**-6
         for plain, fused in zip(*results, strict=True):
-            torch.testing.assert_close(fused, plain, rtol=rtol, atol=1e-6)
+            torch.testing.assert_close(fused, plain, rtol=rtol, atol=atol)
+            assert (fused != plain).sum() <= (1 - equal) * len(plain)
 
 
 def test_adam_does_nothing_for_a_zero_gradient_but_decay():
