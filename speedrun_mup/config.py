@@ -51,7 +51,8 @@ class TrainConfig:
     pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
     micro_batch: str = setting(
         "training",
-        "auto: halve --micro-batch-tokens and double --micro-batches until a pass fits the device's memory",
+        "auto: halve --micro-batch-tokens and double --micro-batches until a pass fits the device's memory, then halve "
+        "--val-chunk-tokens",
         "fixed",
         ("fixed", "auto"),
     )

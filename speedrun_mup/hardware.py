@@ -100,14 +100,29 @@ def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], b
     """
     cfg = replace(cfg, micro_batch="fixed", pack=pack)
     while not fits(cfg):
-        half = cfg.micro_batch_tokens // 2
         if cfg.pack > 1:
             cfg = replace(cfg, pack=cfg.pack // 2)
-        elif half == 0 or half % cfg.block_size or cfg.micro_batch_tokens % 2:
-            raise ConfigError(
-                f"a micro-batch of {cfg.micro_batch_tokens} tokens does not fit into memory and cannot be halved: "
-                f"it must be a multiple of block_size={cfg.block_size}; use a smaller --width"
-            )
         else:
+            half = _half(cfg.micro_batch_tokens, "a micro-batch", cfg.block_size)
             cfg = replace(cfg, micro_batch_tokens=half, micro_batches=2 * cfg.micro_batches)
     return cfg
+
+
+def fit_val_chunk(cfg: TrainConfig, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
+    """`cfg` with as many tokens in a validation chunk as `fits` says do fit. ConfigError if not even one block fits.
+
+    The tokens of a validation stay, but a document that begins in the chunk before is seen without its beginning.
+    """
+    while not fits(cfg):
+        cfg = replace(cfg, val_chunk_tokens=_half(cfg.val_chunk_tokens, "a validation chunk", cfg.block_size))
+    return cfg
+
+
+def _half(tokens: int, what: str, block_size: int) -> int:
+    """Half of `tokens`, or ConfigError where that is no number of whole blocks."""
+    if tokens % (2 * block_size):
+        raise ConfigError(
+            f"{what} of {tokens} tokens does not fit into memory and cannot be halved: "
+            f"it must be a multiple of block_size={block_size}; use a smaller --width"
+        )
+    return tokens // 2

@@ -41,6 +41,7 @@ from speedrun_mup.corpus import cache_folder, find_corpus
 from speedrun_mup.data import Batch, ValBatches, train_batches
 from speedrun_mup.hardware import (
     fit_micro_batch,
+    fit_val_chunk,
     is_out_of_memory,
     pick_compile,
     pick_dtype,
@@ -148,10 +149,7 @@ class Run:
         self.cfg, self.world = cfg, world
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # a benchmark puts a stopwatch here
         self.corpus, source = prepare_corpus(cfg, world)
-        self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
-        if cfg.epochs:
-            self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
-        self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
+        self.use(cfg)
         use_compile_cache(cache_folder() / "compiled")
         self.compiled, why_compiled = pick_compile(cfg, world.device)
         attention, why_attention = pick_backend(cfg.attention, world.device, self.compiled)
@@ -166,7 +164,7 @@ class Run:
         check_agreement(cfg, self.corpus, world)
         self.pack = pick_pack(cfg, world.size, world.device)
         if cfg.micro_batch == "auto":
-            cfg = fit_micro_batch(cfg, self.pack, self.fits)
+            cfg = fit_val_chunk(fit_micro_batch(cfg, self.pack, self.fits), self.val_fits)
             self.use(cfg)
 
         self.folder, self.lock = open_folder(cfg, world)
@@ -189,7 +187,8 @@ class Run:
         self.choices = (
             f"device: {world.size} x {world.device.type}, {precision}; {'' if self.compiled else 'not '}compiled "
             f"({why_compiled}); attention {attention} ({why_attention}); head in {'fp8' if fp8 else precision} "
-            f"({why_head}); {self.pack} of {cfg.micro_batches} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass"
+            f"({why_head}); {self.pack} of {cfg.micro_batches} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
+            f"{cfg.val_chunk_tokens:,} in validation"
         )
         notes = [
             source,
@@ -265,9 +264,12 @@ class Run:
             self.model.zero_grad(set_to_none=True)
 
     def use(self, cfg: TrainConfig) -> None:
-        """Divide steps into micro-batches, and those into passes, as `cfg` says."""
+        """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
         self.cfg, self.pack = cfg, cfg.pack
         self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        if cfg.epochs:
+            self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
+        self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
 
     def fits(self, cfg: TrainConfig) -> bool:
         """Whether a step's passes of `cfg`, beside the optimizers' state, fit into every rank's memory.
@@ -275,12 +277,22 @@ class Run:
         Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them.
         """
         self.use(cfg)
+        with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
+            micro_batches = next(stream)[: None if cfg.strict else 2 * self.pack]
+            return self.has_memory_for(lambda: self.accumulate_gradients(micro_batches, step=0))
+
+    def val_fits(self, cfg: TrainConfig) -> bool:
+        """Whether a validation chunk of `cfg`, beside the optimizers' state, fits into every rank's memory."""
+        self.use(cfg)
+        return self.has_memory_for(lambda: self.chunk_loss(0, step=0))
+
+    def has_memory_for(self, work: Callable[[], object]) -> bool:
+        """Whether every rank can do `work`, beside the optimizers' state."""
         fits = True
         try:
             state = sum(2 * p.numel() * p.element_size() for p in self.model.parameters()) // self.world.size
             reserved = torch.empty(state, dtype=torch.uint8, device=self.world.device)
-            with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
-                self.accumulate_gradients(next(stream)[: None if cfg.strict else 2 * self.pack], step=0)
+            work()
             del reserved
         except (RuntimeError, MemoryError) as fault:
             if not is_out_of_memory(fault):
@@ -337,7 +349,7 @@ class Run:
         return total
 
     @contextmanager
-    def telling_of_memory(self, step: int) -> Iterator[None]:
+    def telling_of_memory(self, step: int, validation: bool = False) -> Iterator[None]:
         """Turn running out of memory into an OutOfMemory that says how much a pass takes, and what would take less."""
         try:
             yield
@@ -346,12 +358,15 @@ class Run:
                 raise
             text = (str(fault).splitlines() or ["MemoryError"])[0]
             cfg, said = self.cfg, text.partition(". GPU ")[0].rpartition("] ")[2]
-            smaller = max(cfg.micro_batch_tokens // 2 // cfg.block_size, 1) * cfg.block_size
-            fewer = f"--pack {self.pack // 2}, or " if self.pack > 1 else ""
-            raise OutOfMemory(
-                f"step {step}: no memory for {self.pack} x {cfg.micro_batch_tokens:,} tokens at once ({said}); try {fewer}"
-                f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
-            ) from None
+            size = cfg.val_chunk_tokens if validation else cfg.micro_batch_tokens
+            smaller = max(size // 2 // cfg.block_size, 1) * cfg.block_size
+            if validation:
+                needed, advice = f"validation on {size:,}", f"--val-chunk-tokens {smaller}"
+            else:
+                needed = f"{self.pack} x {size:,}"
+                advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
+                advice = f"--pack {self.pack // 2}, or {advice}" if self.pack > 1 else advice
+            raise OutOfMemory(f"step {step}: no memory for {needed} tokens at once ({said}); try {advice}") from None
 
     def accumulate_gradients_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
         """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
@@ -487,11 +502,17 @@ class Run:
                     group["momentum"] = momentum
 
     @torch.no_grad()
+    def chunk_loss(self, chunk: int, step: int) -> Tensor:
+        """Summed loss of a chunk of the validation tokens, a scalar on the device."""
+        loss: Tensor = self.model(*self.to_device(self.val_batches[chunk]), self.window(step))
+        return loss
+
     def evaluate(self, step: int) -> float:
         """Mean validation loss with the window of `step`. Ranks share the chunks, which are summed in a fixed order."""
         losses = torch.zeros(len(self.val_batches), device=self.world.device)
-        for chunk in range(self.world.rank, len(losses), self.world.size):
-            losses[chunk] = self.model(*self.to_device(self.val_batches[chunk]), self.window(step))
+        with self.telling_of_memory(step, validation=True):
+            for chunk in range(self.world.rank, len(losses), self.world.size):
+                losses[chunk] = self.chunk_loss(chunk, step)
         self.world.all_reduce(losses).wait()
         return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
 
@@ -510,8 +531,9 @@ class Run:
                 optimizer.step()
             self.model.zero_grad(set_to_none=True)
         stream.close()
+        with self.telling_of_memory(self.start, validation=True):
+            self.chunk_loss(0, step=0)
         with torch.no_grad():
-            self.model(*self.to_device(self.val_batches[0]), self.window(0))
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
         for optimizer, (steps_taken, slices) in zip(self.optimizers, kept, strict=True):

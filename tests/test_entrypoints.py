@@ -60,7 +60,7 @@ def test_the_module_and_the_command_list(tmp_path):
 @pytest.mark.dist
 def test_torchrun_trains_the_curve_of_one_process(tmp_path):
     words = ["--mup", "--width", "64", "--base-width", "32", "--iterations", "8", "--val-every", "4"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--log-dir={tmp_path / 'torchrun'}"]
     run(sys.executable, ROOT / "train.py", *words, *TINY, "--name", "one", cwd=tmp_path)
     run(*torchrun, "--nproc_per_node=2", ROOT / "train.py", *words, *TINY, "--name", "two", cwd=tmp_path)
     assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(tmp_path / "runs" / "one"), rel=1e-4)

@@ -10,10 +10,11 @@ import torch
 
 from speedrun_mup import hardware
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, OutOfMemory
 from speedrun_mup.core.utils import World
 from speedrun_mup.hardware import (
     fit_micro_batch,
+    fit_val_chunk,
     is_out_of_memory,
     pick_compile,
     pick_dtype,
@@ -111,28 +112,57 @@ def test_a_micro_batch_of_one_block_that_does_not_fit_is_an_error(tiny):
         fit_micro_batch(tiny(micro_batch="auto"), 1, lambda cfg: False)
 
 
+@pytest.mark.parametrize(("most", "expected"), [(256, 256), (255, 128), (32, 32)])
+def test_memory_decides_on_the_validation_chunk(tiny, most, expected):
+    found = fit_val_chunk(tiny(), lambda cfg: cfg.val_chunk_tokens <= most)
+    assert found == dataclasses.replace(tiny(), val_chunk_tokens=expected)
+    with pytest.raises(
+        ConfigError, match="a validation chunk of 32 tokens does not fit .* block_size=32; use a smaller"
+    ):
+        fit_val_chunk(tiny(), lambda cfg: False)
+
+
 def no_memory_above(most: int, monkeypatch):
-    """Let a backward pass over more than `most` tokens fail as it does on a full GPU."""
-    whole = Run.accumulate_gradients
+    """Let a pass over more than `most` tokens fail as it does on a full GPU."""
+    passes, chunk = Run.accumulate_gradients, Run.chunk_loss
+
+    def fill(tokens: int) -> None:
+        if tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
 
     def limited(run, micro_batches, step):
-        if run.pack * run.cfg.micro_batch_tokens > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
-        return whole(run, micro_batches, step)
+        fill(run.pack * run.cfg.micro_batch_tokens)
+        return passes(run, micro_batches, step)
+
+    def limited_chunk(run, number, step):
+        fill(run.cfg.val_chunk_tokens)
+        return chunk(run, number, step)
 
     monkeypatch.setattr(Run, "accumulate_gradients", limited)
+    monkeypatch.setattr(Run, "chunk_loss", limited_chunk)
 
 
 def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, monkeypatch):
-    given = train(tiny(name="given", micro_batch_tokens=64, micro_batches=8, pack=1))
+    given = train(tiny(name="given", micro_batch_tokens=64, micro_batches=8, pack=1, val_chunk_tokens=64))
     no_memory_above(64, monkeypatch)
     found = train(tiny(name="found", micro_batch="auto"))
     losses = [
         [record["loss"] for record in read_metrics(result.folder) if record["kind"] == "train"]
         for result in (given, found)
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
-    assert train(tiny(resume=str(found.folder), micro_batch_tokens=64, micro_batches=8)).finished
+    assert losses[0] == losses[1] and len(losses[0]) == 6 and found.val_loss == given.val_loss
+    assert train(tiny(resume=str(found.folder), micro_batch_tokens=64, micro_batches=8, val_chunk_tokens=64)).finished
+
+
+@pytest.mark.parametrize("kernel_warmup", [0, 1])
+def test_validation_without_memory_is_one_line(tiny, monkeypatch, kernel_warmup):
+    no_memory_above(200, monkeypatch)
+    with pytest.raises(OutOfMemory) as fault:
+        train(tiny(micro_batch_tokens=64, micro_batches=8, pack=1, kernel_warmup=kernel_warmup))
+    line = (
+        "step 0: no memory for validation on 256 tokens at once (Tried to allocate 9 GiB); try --val-chunk-tokens 128"
+    )
+    assert str(fault.value).replace("CUDA out of memory. ", "") == line
 
 
 @pytest.mark.parametrize(("strict", "expected"), [(False, 2), (True, 8)])
@@ -188,5 +218,5 @@ def test_a_run_says_in_one_line_what_was_chosen(tiny, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device:")]
     assert line == (
         "device: 1 x cpu, float32; not compiled (pays on CUDA only); attention blocked (cpu: FlexAttention needs CUDA "
-        "and torch.compile); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass"
+        "and torch.compile); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass, 256 in validation"
     )
