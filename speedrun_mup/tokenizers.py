@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -85,12 +86,20 @@ class BpeTokenizer(Tokenizer):
         self.pattern, self.tokens = pattern, tokens
         self.vocab_size, self.bos_token = len(tokens) + 1, len(tokens)
         self.name = name or f"bpe:{self.vocab_size}"
-        self._encoding = _import_extra("tiktoken").Encoding(
-            self.name,
-            pat_str=pattern,
-            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens={"<|bos|>": self.bos_token},
-        )
+        self._of_thread = threading.local()
+        _ = self._encoding  # raises now
+
+    @property
+    def _encoding(self) -> Any:
+        """tiktoken's object, for each thread its own: in a shared one threads contend for its regular expression."""
+        if not hasattr(self._of_thread, "encoding"):
+            self._of_thread.encoding = _import_extra("tiktoken").Encoding(
+                self.name,
+                pat_str=self.pattern,
+                mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)},
+                special_tokens={"<|bos|>": self.bos_token},
+            )
+        return self._of_thread.encoding
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> BpeTokenizer:

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -68,6 +70,16 @@ def hf_file(tmp_path: Path) -> Path:
     inner.enable_padding(length=16)
     inner.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
+
+
+def test_threads_share_no_tiktoken_object() -> None:
+    """They would contend for its regular expression; what they encode is the same."""
+    tokenizer = BpeTokenizer.train([TEXT] * 9, 280)
+    with ThreadPoolExecutor(2) as pool:
+        meet = Barrier(2)
+        found = list(pool.map(lambda _: (meet.wait(), tokenizer._encoding, tokenizer.encode(TEXT))[1:], range(2)))
+    assert len({id(encoding) for encoding, _ in found} | {id(tokenizer._encoding)}) == 3
+    assert all(ids == tokenizer.encode(TEXT) for _, ids in found)
 
 
 def test_hf_tokenizer(hf_file: Path, tmp_path: Path) -> None:
