@@ -441,6 +441,7 @@ SLOW = pytest.mark.slow
 SCENARIOS = [one_rank, two_ranks, pytest.param(over_damaged, marks=SLOW), pytest.param(after_clean, marks=SLOW)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_crash_point(tmp_path, scenario):
     prepare(tmp_path / "model", scenario)
@@ -469,6 +470,7 @@ def test_every_crash_point(tmp_path, scenario):
         shutil.rmtree(root)
 
 
+@pytest.mark.slow
 def test_random_kills(tmp_path):
     rng = dice(0)
     acknowledged = 0

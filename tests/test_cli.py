@@ -40,6 +40,7 @@ def test_every_command_is_listed_and_helps(capsys):
         assert leaving.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error():
     words = [sys.executable, "-m", "speedrun_mup", "explain", "--json"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
@@ -131,6 +132,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(number, tmp_path):
     assert len(list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.slow
 def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
     settings = {key: TINY[key] for key in TINY if key not in ("width", "parametrization", "iterations", "val_every")}
     grid = ["--widths", "32", "64", "--octaves", "-1", "0", "--seeds", "1", "--no-adaptive", "--workers", "1"]

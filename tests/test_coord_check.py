@@ -200,6 +200,7 @@ def test_a_mup_cnn_passes():
     assert {row.kind for row in result.arm.rows if row.role is Role.HIDDEN} == {"3.weight", "3", "7.weight", "7"}
 
 
+@pytest.mark.slow
 def test_the_same_cnn_fails_with_an_optimizer_that_knows_no_mup():
     result = check_cnn(lambda model: torch.optim.Adam(model.parameters(), lr=0.001))
     assert result.verdict is Verdict.FAIL
@@ -223,6 +224,7 @@ def gpt_result():
     return check_gpt()
 
 
+@pytest.mark.slow
 def test_the_gpt_passes_and_every_control_fails_as_predicted(gpt_result):
     assert gpt_result.verdict is Verdict.PASS, gpt_result.summary()
     seen = {control.arm.name: control for control in gpt_result.controls}
@@ -232,12 +234,14 @@ def test_the_gpt_passes_and_every_control_fails_as_predicted(gpt_result):
         assert control.slope == pytest.approx(control.predicted, abs=0.2), control.arm.name
 
 
+@pytest.mark.slow
 def test_all_named_activations_are_there(gpt_result):
     names = {series.name for series in gpt_result.arm.series if series.quantity == "activation"}
     attention = {f"blocks.0.attn.qkv_w[{i}]" for i in range(3)} | {"blocks.0.attn.scores", "blocks.0.attn", "blocks.0"}
     assert attention | {"embed", "value_embeds.1", "blocks.5.mlp.c_fc", "blocks.5.mlp", "lm_head"} <= names
 
 
+@pytest.mark.slow
 def test_every_parameter_of_the_gpt_has_an_effect_and_a_gradient(gpt_result):
     names = {name for name, _ in cc.GPT(cc.model_config(*small_shape())).named_parameters()}
     for quantity in ("effect", "gradient"):
@@ -539,6 +543,7 @@ def test_impossible_wishes_are_refused_at_once_in_one_line(call, error, text):
 # What it tells
 
 
+@pytest.mark.slow
 def test_summary_json_and_picture(gpt_result, tmp_path):
     text = gpt_result.summary()
     assert text.endswith("verdict: PASS")

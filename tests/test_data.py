@@ -271,6 +271,7 @@ def test_error_in_the_thread_reaches_the_consumer(small: Corpus) -> None:
     assert not prefetching()
 
 
+@pytest.mark.slow
 def test_interpreter_exits_with_a_stream_open(small: Corpus) -> None:
     code = f"""
 import sys

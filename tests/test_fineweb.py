@@ -207,6 +207,7 @@ def run(folder: Path, endpoint: str, **environment: str) -> subprocess.Popen[str
     )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path: Path, hub: LoopbackHub) -> None:
     """SIGKILL while bytes arrive; the endpoint comes from the environment."""
     hub.files = {name: FILES[name] for name in FILES}

@@ -69,6 +69,7 @@ def test_products_are_the_float64_ones_within_rounding(rows, width, vocab, devic
     within(grad_w, g.T, x, mixed, tiny.grad, tiny.x)
 
 
+@pytest.mark.slow
 def test_errors_average_out_over_long_sums():
     """What training feels is the error relative to the result as a whole."""
     x, w, g = inputs(256, 512, 256)

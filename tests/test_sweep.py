@@ -593,6 +593,7 @@ def fork_sweep(sweep, out, patience):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_a_sweep_killed_at_random_moments_completes_with_every_cell_once(small, corpus, tmp_path):
     sweep, rng, kills, sweeps = small(octaves=(0, 1), adaptive=False), random.Random(0), 0, 0

@@ -114,6 +114,7 @@ def test_broken_off_anywhere(
     assert starts > 5 and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path: Path) -> None:
     assert kill_tokenize.compare(tmp_path, kills=2, seed=0, documents=3000) == 2
 

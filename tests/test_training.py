@@ -329,6 +329,7 @@ def test_a_spike_is_told_and_a_resumed_run_tells_it_too():
     assert SpikeWatch([3.0] * 31).see(9.0) is None  # too few to say
 
 
+@pytest.mark.slow
 def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
     run = opened(tiny(name="spike", iterations=40, on_nonfinite="skip"))
 

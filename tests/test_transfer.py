@@ -90,6 +90,7 @@ def test_interval_covers_the_truth_with_few_seeds(grid, seeds):
     assert 0.78 <= hits / 60 <= 0.99
 
 
+@pytest.mark.slow
 def test_ninety_percent_interval_covers_between_80_and_97_percent():
     """200 sweeps with 3 seeds and noise that differs between widths."""
     hits = 0

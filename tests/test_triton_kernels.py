@@ -39,6 +39,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreted_kernel_is_the_plain_product():
     """In a process of its own: Triton asks for its interpreter when a kernel is defined."""

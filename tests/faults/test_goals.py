@@ -197,6 +197,7 @@ def test_fuzzed_configs(tmp_path):
     assert refused > repeats(150) * 0.5
 
 
+@pytest.mark.slow
 def test_a_corrupt_config_does_not_end_the_search_for_a_run(tiny, tmp_path):
     """--resume auto meets a folder whose config cannot be read: the fault names it."""
     from speedrun_mup.training import newest_unfinished, saved_config

@@ -489,6 +489,7 @@ def test_row_49_ranks_that_disagree(tiny):
 # --- resources, settings, security
 
 
+@pytest.mark.slow
 def test_row_51_out_of_memory(tiny, tmp_path):
     cfg, told = tiny(name="a", micro_batch_tokens=2048, save_every=1, val_every=0), tmp_path / "told"
 
