@@ -121,12 +121,13 @@ class Check:
             return None
         return done.stdout
 
-    def start(self, arguments: Sequence[str], most_s: float) -> subprocess.CompletedProcess[str]:
-        """`python arguments` with this check's own caches. Raises TimeoutExpired."""
+    def start(self, arguments: Sequence[str], most_s: float, **variables: str) -> subprocess.CompletedProcess[str]:
+        """`python arguments` with this check's own caches and these variables. Raises TimeoutExpired."""
         environment = os.environ | {
             "SPEEDRUN_MUP_CACHE": str(self.folder),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"),
             "TRITON_CACHE_DIR": str(self.folder / "triton"),
+            **variables,
         }
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=most_s)
@@ -231,7 +232,8 @@ def main() -> int:
             for width, gib in widths.items():
                 if gib <= room:  # fills the cache of compiled code; what fails here fails again in its own part
                     room -= gib
-                    beside.submit(check.start, [*BENCH, *scaled[width]], 150)
+                    once = [*BENCH, *scaled[width], "--steps", "1"]
+                    beside.submit(check.start, once, 150, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
             tests = ["-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
             tested = beside.submit(check.run, "Tests against the references", tests, 200)
             check.bench("Width 768, first start, beside the tests", [*plain, *small, *short])
