@@ -274,17 +274,18 @@ class Run:
     def fits(self, cfg: TrainConfig) -> bool:
         """Whether a step's passes of `cfg`, beside the optimizers' state, fit into every rank's memory.
 
-        Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them.
+        Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them. The
+        window is that of the last step, the widest.
         """
         self.use(cfg)
         with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
             micro_batches = next(stream)[: None if cfg.strict else 2 * self.pack]
-            return self.has_memory_for(lambda: self.accumulate_gradients(micro_batches, step=0))
+            return self.has_memory_for(lambda: self.accumulate_gradients(micro_batches, cfg.iterations - 1))
 
     def val_fits(self, cfg: TrainConfig) -> bool:
         """Whether a validation chunk of `cfg`, beside the optimizers' state, fits into every rank's memory."""
         self.use(cfg)
-        return self.has_memory_for(lambda: self.chunk_loss(0, step=0))
+        return self.has_memory_for(lambda: self.chunk_loss(0, cfg.iterations))
 
     def has_memory_for(self, work: Callable[[], object]) -> bool:
         """Whether every rank can do `work`, beside the optimizers' state."""

@@ -268,7 +268,7 @@ def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
     of it after later steps: entries may differ by two units of a step's 0.05 to 0.1, and 99 of 100 not at all.
     """
     torch.compiler.reset()  # eight variants of a function are all that a process compiles
-    rtol, atol, equal = (1e-5, 1e-6, 0.0) if dtype is torch.float32 else (2**-6, 2**-7 * 0.1, 0.99)
+    rtol, atol = (1e-5, 1e-6) if dtype is torch.float32 else (2**-6, 2**-7 * 0.1)
     for rank in range(size):
         world = World(rank, size, torch.device("cuda"))
         results = []
@@ -290,7 +290,7 @@ def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
             results.append([*(p.detach() for p in params), *(part.tensor for part in optimizer.slices().values())])
         for plain, fused in zip(*results, strict=True):
             torch.testing.assert_close(fused, plain, rtol=rtol, atol=atol)
-            assert (fused != plain).sum() <= (1 - equal) * len(plain)
+            assert dtype is torch.float32 or (fused != plain).sum() <= 0.01 * len(plain)
 
 
 def test_adam_does_nothing_for_a_zero_gradient_but_decay():

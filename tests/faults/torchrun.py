@@ -39,7 +39,7 @@ class Torchrun:
 
     def __init__(self, ranks: int, out: Path, flags: Sequence[str], launcher_flags: Sequence[str] = ()):
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *launcher_flags]
-        launcher.append(f"--log-dir={out / 'torchrun'}")  # else it leaves a folder in /tmp
+        launcher.append(f"--log-dir={out / 'torchrun'}")  # else it leaves one in the system's temporary folder
         self.folder, self._seen = out / "run", set[int]()
         self.process = subprocess.Popen(
             [*launcher, str(ROOT / "train.py"), *flags, "--out", str(out), "--name", "run"],
