@@ -174,8 +174,10 @@ def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, 
         "accumulate_gradients",
         lambda run, batches, step: tried.append((len(batches), step)) or whole(run, batches, step),
     )
+    validated, chunk = [], Run.chunk_loss
+    monkeypatch.setattr(Run, "chunk_loss", lambda run, number, step: validated.append(step) or chunk(run, number, step))
     with closing(Run(tiny(micro_batch="auto", micro_batches=8, pack=1, strict=strict), World())):
-        assert tried == [(expected, 5)]  # with the window of the last step
+        assert tried == [(expected, 5)] and validated == [6]  # with the widest window
 
 
 @pytest.mark.gpu
