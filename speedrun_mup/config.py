@@ -51,8 +51,8 @@ class TrainConfig:
     pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
     micro_batch: str = setting(
         "training",
-        "auto: halve --micro-batch-tokens and double --micro-batches until a pass fits the device's memory, then halve "
-        "--val-chunk-tokens",
+        "auto: until a step fits the device's memory, halve --pack, then --micro-batch-tokens (with twice the "
+        "--micro-batches); until a validation pass fits, halve --val-chunk-tokens",
         "fixed",
         ("fixed", "auto"),
     )

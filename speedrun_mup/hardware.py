@@ -95,15 +95,17 @@ def is_out_of_memory(fault: RuntimeError | MemoryError) -> bool:
 def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
     """`cfg` with as many tokens in one forward pass as `fits` says do fit, for the same tokens in a step.
 
-    At first fewer micro-batches go side by side, which changes nothing; then they get half as long and twice as many,
-    which puts other tokens into a step. ConfigError if not even one block fits.
+    At first fewer micro-batches go side by side, which changes nothing but rounding; then they get half as long and twice
+    as many, which puts other tokens into a step. ConfigError if not even one block fits.
     """
     cfg = replace(cfg, micro_batch="fixed", pack=pack)
     while not fits(cfg):
         if cfg.pack > 1:
             cfg = replace(cfg, pack=cfg.pack // 2)
         else:
-            half = _half(cfg.micro_batch_tokens, "a micro-batch", cfg.block_size)
+            half = half_in_blocks(cfg.micro_batch_tokens, cfg.block_size)
+            if 2 * half != cfg.micro_batch_tokens:
+                raise _too_large("a micro-batch", cfg.micro_batch_tokens, cfg.block_size)
             cfg = replace(cfg, micro_batch_tokens=half, micro_batches=2 * cfg.micro_batches)
     return cfg
 
@@ -111,18 +113,23 @@ def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], b
 def fit_val_chunk(cfg: TrainConfig, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
     """`cfg` with as many tokens in a validation chunk as `fits` says do fit. ConfigError if not even one block fits.
 
-    The tokens of a validation stay, but a document that begins in the chunk before is seen without its beginning.
+    A document that begins in the chunk before is seen without its beginning, which more documents then are.
     """
     while not fits(cfg):
-        cfg = replace(cfg, val_chunk_tokens=_half(cfg.val_chunk_tokens, "a validation chunk", cfg.block_size))
+        half = half_in_blocks(cfg.val_chunk_tokens, cfg.block_size)
+        if not half:
+            raise _too_large("a validation chunk", cfg.val_chunk_tokens, cfg.block_size)
+        cfg = replace(cfg, val_chunk_tokens=half)
     return cfg
 
 
-def _half(tokens: int, what: str, block_size: int) -> int:
-    """Half of `tokens`, or ConfigError where that is no number of whole blocks."""
-    if tokens % (2 * block_size):
-        raise ConfigError(
-            f"{what} of {tokens} tokens does not fit into memory and cannot be halved: "
-            f"it must be a multiple of block_size={block_size}; use a smaller --width"
-        )
-    return tokens // 2
+def half_in_blocks(tokens: int, block_size: int) -> int:
+    """Half of `tokens`, rounded down to whole blocks."""
+    return tokens // (2 * block_size) * block_size
+
+
+def _too_large(what: str, tokens: int, block_size: int) -> ConfigError:
+    return ConfigError(
+        f"{what} of {tokens} tokens does not fit into memory and cannot be halved: "
+        f"it must be a multiple of block_size={block_size}; use a smaller --width"
+    )

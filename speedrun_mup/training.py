@@ -42,6 +42,7 @@ from speedrun_mup.data import Batch, ValBatches, train_batches
 from speedrun_mup.hardware import (
     fit_micro_batch,
     fit_val_chunk,
+    half_in_blocks,
     is_out_of_memory,
     pick_compile,
     pick_dtype,
@@ -299,6 +300,7 @@ class Run:
             if not is_out_of_memory(fault):
                 raise
             fits = False
+            torch.compiler.reset()  # a function keeps the code of 8 sizes; the next ones would run uncompiled
         self.model.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -360,13 +362,16 @@ class Run:
             text = (str(fault).splitlines() or ["MemoryError"])[0]
             cfg, said = self.cfg, text.partition(". GPU ")[0].rpartition("] ")[2]
             size = cfg.val_chunk_tokens if validation else cfg.micro_batch_tokens
-            smaller = max(size // 2 // cfg.block_size, 1) * cfg.block_size
-            if validation:
-                needed, advice = f"validation on {size:,}", f"--val-chunk-tokens {smaller}"
+            smaller = half_in_blocks(size, cfg.block_size)
+            if not smaller:
+                advice = "a smaller --width"
+            elif validation:
+                advice = f"--val-chunk-tokens {smaller}"
             else:
-                needed = f"{self.pack} x {size:,}"
                 advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
-                advice = f"--pack {self.pack // 2}, or {advice}" if self.pack > 1 else advice
+            if not validation and self.pack > 1:
+                advice = f"--pack {self.pack // 2}, or {advice}"
+            needed = f"validation on {size:,}" if validation else f"{self.pack} x {size:,}"
             raise OutOfMemory(f"step {step}: no memory for {needed} tokens at once ({said}); try {advice}") from None
 
     def accumulate_gradients_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:

@@ -50,6 +50,24 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
 
 
 @pytest.mark.slow
+def test_sizes_that_do_not_fit_leave_no_compiled_code_behind(tiny, traced, monkeypatch):
+    """Torch keeps the code of a few sizes of a function and runs the others uncompiled, here with an error."""
+    passes = Run.accumulate_gradients
+
+    def limited(run, micro_batches, step):
+        loss = passes(run, micro_batches, step)
+        if run.cfg.micro_batch_tokens > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(Run, "accumulate_gradients", limited)
+    settings = {"attention": "dense", "compile": True, "micro_batch": "auto", "micro_batch_tokens": 256, "pack": 1}
+    limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+    with limit, closing(Run(tiny(**settings, val_chunk_tokens=32), World())) as run:
+        assert run.cfg.micro_batch_tokens == 32 and run.train([]).finished
+
+
+@pytest.mark.slow
 def test_a_residual_is_not_folded_into_the_product_before_it():
     """Folding would make the library copy the residual first. Plain F.linear is folded, so the test can see it."""
     from torch._inductor.utils import run_and_get_code

@@ -112,10 +112,13 @@ def test_a_micro_batch_of_one_block_that_does_not_fit_is_an_error(tiny):
         fit_micro_batch(tiny(micro_batch="auto"), 1, lambda cfg: False)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(256, 256), (255, 128), (32, 32)])
-def test_memory_decides_on_the_validation_chunk(tiny, most, expected):
-    found = fit_val_chunk(tiny(), lambda cfg: cfg.val_chunk_tokens <= most)
-    assert found == dataclasses.replace(tiny(), val_chunk_tokens=expected)
+@pytest.mark.parametrize(
+    ("whole", "most", "expected"), [(256, 256, 256), (256, 255, 128), (256, 32, 32), (224, 96, 96)]
+)
+def test_memory_decides_on_the_validation_chunk(tiny, whole, most, expected):
+    """An odd number of blocks (of 32) loses one."""
+    found = fit_val_chunk(tiny(val_chunk_tokens=whole), lambda cfg: cfg.val_chunk_tokens <= most)
+    assert found == tiny(val_chunk_tokens=expected)
     with pytest.raises(
         ConfigError, match="a validation chunk of 32 tokens does not fit .* block_size=32; use a smaller"
     ):
@@ -163,6 +166,20 @@ def test_validation_without_memory_is_one_line(tiny, monkeypatch, kernel_warmup)
         "step 0: no memory for validation on 256 tokens at once (Tried to allocate 9 GiB); try --val-chunk-tokens 128"
     )
     assert str(fault.value).replace("CUDA out of memory. ", "") == line
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ({"micro_batch_tokens": 224, "micro_batches": 4}, "--micro-batch-tokens 96 --micro-batches 9"),
+        ({"micro_batch_tokens": 224, "pack": 4}, "--pack 2, or --micro-batch-tokens 96 --micro-batches 9"),
+        ({"micro_batch_tokens": 32, "micro_batches": 4}, "a smaller --width"),
+    ],
+)
+def test_training_without_memory_says_what_takes_less(tiny, monkeypatch, sizes, advice):
+    no_memory_above(0, monkeypatch)
+    with pytest.raises(OutOfMemory, match=f"; try {advice}$"):
+        train(tiny(**{"pack": 1, "micro_batches": 4, "val_every": 0, **sizes}))
 
 
 @pytest.mark.parametrize(("strict", "expected"), [(False, 2), (True, 8)])
