@@ -47,10 +47,10 @@ def library_texts(chars: int) -> list[str]:
     return ["".join(passages[i : i + 4]) for i in range(0, len(passages), 4)]
 
 
-def encode_alone(tokenizer: Tokenizer, texts: list[str], shared: bool = False) -> int:
-    """Tokens of `texts`, by nothing but the library's call in THREADS threads; they are counted and dropped.
+def encode_alone(tokenizer: Tokenizer, texts: list[str], pool: ThreadPoolExecutor, shared: bool = False) -> int:
+    """Tokens of `texts`, by nothing but the library's call in the threads of `pool`; they are counted and dropped.
 
-    shared: by one object for all threads instead of one for each.
+    shared: by one object for all threads instead of one for each, which a thread keeps for the next call.
     """
     blocks = [texts[i : i + BLOCK] for i in range(0, len(texts), BLOCK)]
     of_all = tokenizer._encoding if isinstance(tokenizer, BpeTokenizer) else None
@@ -61,22 +61,21 @@ def encode_alone(tokenizer: Tokenizer, texts: list[str], shared: bool = False) -
         encoding = of_all if shared else tokenizer._encoding
         return sum(len(encoding.encode_to_numpy(text, disallowed_special=())) for text in block)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(count, blocks))
+    return sum(pool.map(count, blocks))
 
 
 def race(name: str, tokenizer: str, texts: list[str], rounds: int) -> list[str]:
     """Tokenizer, million tokens, the three speeds, ours over both others in pairs, rounds."""
     encoder, ours_s, alone_s, shared_s = find_tokenizer(tokenizer), [], [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as pool:
         source = Path(folder, "text.jsonl")
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        tokens = encode_alone(encoder, texts)
+        tokens = encode_alone(encoder, texts, pool)
         for turn in range(rounds):
             out, settings = Path(folder, f"out{turn}"), TextSettings(tokenizer=tokenizer)
             ours_s.append(seconds(lambda: tokenize_text([str(source)], out, settings, THREADS)))  # noqa: B023
-            alone_s.append(seconds(lambda: encode_alone(encoder, texts)))
-            shared_s.append(seconds(lambda: encode_alone(encoder, texts, shared=True)))
+            alone_s.append(seconds(lambda: encode_alone(encoder, texts, pool)))
+            shared_s.append(seconds(lambda: encode_alone(encoder, texts, pool, shared=True)))
     rates = [f"{tokens / quantile(times, 0.5) / 1e6:.2f}" for times in (ours_s, alone_s, shared_s)]
     ratios = [with_spread([other / ours for ours, other in zip(ours_s, others)]) for others in (alone_s, shared_s)]
     return [name, f"{tokens / 1e6:.1f}", *rates, *ratios, str(rounds)]
