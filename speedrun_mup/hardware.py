@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
@@ -65,9 +66,11 @@ def use_compile_cache(folder: Path) -> None:
     """Keep compiled code in `folder`, so that the next start need not compile; unless the environment names another.
 
     Comes before anything is compiled: torch then writes its own choice, a folder that may not outlive the machine's next
-    start, into the environment.
+    start, into the environment. Torch also keeps derived gradients, but unless told to not those of a graph with an
+    autograd.Function in it; its forward and backward are part of the graph, so that a changed one is not taken for the old.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:

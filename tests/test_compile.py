@@ -89,27 +89,30 @@ def test_a_residual_is_not_folded_into_the_product_before_it():
     assert not folds(linear)
 
 
-TWICE = """
+COMPILE = """
 import sys, torch
 from pathlib import Path
+from speedrun_mup.core import model
 from speedrun_mup.hardware import use_compile_cache
 use_compile_cache(Path(sys.argv[1]))
 from torch._dynamo.utils import counters
-torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+model.ReluSquared.backward = staticmethod(lambda ctx, grad: grad * ctx.saved_tensors[0] * float(sys.argv[2]))
+x = torch.full((8,), 3.0, requires_grad=True)
+torch.compile(model.ReluSquared.apply, dynamic=False)(x).sum().backward()
+print(counters["aot_autograd"]["autograd_cache_hit"], x.grad[0].item())
 """
 
 
 @pytest.mark.slow
-def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+def test_a_second_process_finds_what_the_first_compiled_unless_a_gradient_changed(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    hits = []
-    for _ in range(2):
-        command = [sys.executable, "-c", TWICE, str(tmp_path / "compiled")]
+    found = []
+    for factor in (2, 2, 5):
+        command = [sys.executable, "-c", COMPILE, str(tmp_path / "compiled"), str(factor)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
         assert done.returncode == 0, done.stderr
-        hits.append(int(done.stdout))
-    assert hits[0] == 0 < hits[1]
+        found.append(done.stdout.split())
+    assert found == [["0", "6.0"], ["1", "6.0"], ["0", "15.0"]]
     assert any((tmp_path / "compiled").iterdir())
 
 
