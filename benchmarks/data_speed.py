@@ -159,9 +159,10 @@ def main() -> None:
         "# Speed of the data path on a CPU",
         circumstances(),
         "## Text to shards",
-        f"{len(texts):,} documents of Python source, {COPIES} times, {THREADS} threads. Ours: a .jsonl file read, parsed, hashed, encoded, "
-        "written, read back and hashed again. Alone: the tokenizer library's own call on strings in memory, tokens dropped, "
-        "with one of its objects for each thread; shared: with one for all. Bytes have no library: alone is text.encode(). "
+        f"{len(texts):,} documents of Python source, {COPIES} times, {THREADS} threads. Ours: a .jsonl file read, parsed, "
+        "hashed, encoded, written, read back and hashed again. Alone: the tokenizer library's own call on strings in memory, "
+        "tokens dropped, with one of its objects for each thread; shared: with one for all. Bytes have no library: alone is "
+        "text.encode(). "
         "Ratios of speeds (1: ours costs nothing): median and middle 80 % of paired rounds.",
         table(
             [
