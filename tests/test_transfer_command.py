@@ -22,6 +22,15 @@ def test_json_is_all_that_is_printed(capsys):
     assert json.loads(capsys.readouterr().out)["arms"]["adam-const"]["predicted_drift"] == -1
 
 
+def test_the_base_width_is_the_narrowest_or_the_one_that_is_named(capsys):
+    regrets = {}
+    for named in ([], ["--base-width", "256"], ["--base-width", "512"]):
+        main(["transfer", TABLE, "--controls", "adam-const=-1", "--json", *named])
+        arm = json.loads(capsys.readouterr().out)["arms"]["adam-const"]
+        regrets[arm["base_width"]] = arm["regret"]["value"]
+    assert list(regrets) == [128, 256, 512] and regrets[128] > regrets[256] > regrets[512] == 0
+
+
 def test_sigma_replaces_a_second_seed(tmp_path, capsys):
     lone = tmp_path / "lone.csv"
     rows = Path(TABLE).read_text().splitlines()
@@ -39,6 +48,7 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([".", "--controls", "a=-1"], "a sweep, which knows its controls; leave it out"),
         ([TABLE, "--controls", "adam-const"], "give ARM=DRIFT,..., for instance sp=-1"),
         ([TABLE, "--controls", "sp=-1"], "control 'sp' is not among the arms"),
+        ([TABLE, "--base-width", "100"], "base_width=100 was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.config import new_parser, parse
 from speedrun_mup.core.errors import ConfigError
@@ -40,6 +40,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--tested", nargs="+", metavar="ARM", help="arms that the verdict is about (default: all but the controls)"
     )
     parser.add_argument(
+        "--base-width",
+        type=int,
+        metavar="W",
+        help="where the learning rate is tuned, for the regret (default: the sweep's; the narrowest of a table)",
+    )
+    parser.add_argument(
         "--sigma",
         type=float,
         metavar="NATS",
@@ -52,7 +58,10 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
     from speedrun_mup.sweep import measure_sweep
     from speedrun_mup.transfer import measure_transfer, read_runs
 
-    source, options = arguments.source, {"sigma": arguments.sigma, "tested": arguments.tested}
+    source = arguments.source
+    options: dict[str, Any] = {"sigma": arguments.sigma, "tested": arguments.tested}
+    if arguments.base_width is not None:
+        options["base_width"] = arguments.base_width
     controls = _controls(arguments.controls)
     if not source.is_dir():
         return measure_transfer(read_runs(source), controls=controls, **options)
