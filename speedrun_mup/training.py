@@ -300,11 +300,13 @@ class Run:
             if not is_out_of_memory(fault):
                 raise
             fits = False
-            torch.compiler.reset()  # a function keeps the code of 8 sizes; the next ones would run uncompiled
         self.model.zero_grad(set_to_none=True)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        return all(self.world.gather_objects(fits))
+        if not all(self.world.gather_objects(fits)):
+            torch.compiler.reset()  # a function keeps the code of 8 sizes; the next ones would run uncompiled
+            return False
+        return True
 
     def close(self) -> None:
         """Finish a checkpoint under way, close files and let others into the folder."""
