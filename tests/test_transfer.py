@@ -59,7 +59,7 @@ def sweep(
 
 
 def measure_arm(runs, **options):
-    return measure_transfer(runs, **options).arms["mup"]
+    return next(iter(measure_transfer(runs, **options).arms.values()))
 
 
 # ---- the drift and its verdict --------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def test_a_sweep_from_a_file_end_to_end():
         ("width,lr,seed,loss\n64,inf,0,3\n", "row 2, column lr: 'inf'"),
         ("width,lr,seed,loss\n64,1,a,3\n", "row 2, column seed: 'a' should be a whole number"),
         ("width,lr,seed,loss\n64,1,0\n", "row 2, column loss: '' should be a number \\(write nan or diverged"),
-        ("width,lr,seed,loss\n64,1,0,3\n64,1.0,0,4\n", "row 3: arm mup, width 64, lr 1, seed 0 is there twice"),
+        ("width,lr,seed,loss\n64,1,0,3\n64,1.0,0,4\n", "row 3: arm sweep, width 64, lr 1, seed 0 is there twice"),
     ],
 )
 def test_a_bad_table_names_row_and_column(tmp_path, text, message):
@@ -539,7 +539,7 @@ def test_a_table_may_be_loose_in_form(tmp_path):
         b"\xef\xbb\xbf Loss ,WIDTH,note,Seed,lr\r\n3.5,64,x,0,1e-3\r\n\r\nDiverged,64.0,,1,0.001\r\ninf,64,,2,1e-3\r\n"
     )
     first, *rest = read_runs(path)
-    assert first == Run(64, 1e-3, 0, 3.5, "mup")
+    assert first == Run(64, 1e-3, 0, 3.5, "sweep")
     assert not any(math.isfinite(run.loss) for run in rest) and len(rest) == 2
     with pytest.raises(TransferError, match="cannot be read"):
         read_runs(tmp_path / "missing.csv")

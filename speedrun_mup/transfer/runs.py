@@ -26,7 +26,7 @@ class Run:
     lr: float
     seed: int
     loss: float
-    arm: str = "mup"
+    arm: str = "runs"
 
     @property
     def log2_lr(self) -> float:
@@ -35,9 +35,10 @@ class Run:
 
 
 def read_runs(path: str | Path) -> list[Run]:
-    """Runs from a CSV with columns width, lr, seed, loss and, if you like, arm; case and other columns do not matter.
+    """Runs from a CSV with columns width, lr, seed, loss and, if you like, arm (else the name of the file).
 
-    A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming row (1 is the header) and column.
+    Case and other columns do not matter. A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming
+    row (1 is the header) and column.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -57,7 +58,7 @@ def read_runs(path: str | Path) -> list[Run]:
         lr = _number(row, "lr", where, positive=True)
         seed = _number(row, "seed", where, whole=True)
         loss = math.nan if row["loss"].strip().lower() == "diverged" else _number(row, "loss", where, finite=False)
-        run = Run(int(width), lr, int(seed), loss, row.get("arm", "").strip() or "mup")
+        run = Run(int(width), lr, int(seed), loss, row.get("arm", "").strip() or Path(path).stem)
         key = (run.arm, run.width, run.log2_lr, run.seed)
         if key in runs:
             same = f"arm {run.arm}, width {run.width}, lr {lr:g}, seed {run.seed}"
