@@ -40,7 +40,7 @@ class Vote:
         vote = torch.stack([loss_sum.nan_to_num(0, 0, 0), bad.float(), torch.full_like(loss_sum, float(stop))])
         world.all_reduce(vote).wait()
         self.good = vote[1] == 0
-        self._told = vote.to("cpu", non_blocking=True)
+        self._told = vote.to("cpu", non_blocking=vote.is_cuda)  # elsewhere nothing tells when it has arrived
         self._arrived = torch.cuda.Event() if vote.is_cuda else None
         if self._arrived:
             self._arrived.record()

@@ -43,14 +43,16 @@ def provenance(command: list[str]) -> dict[str, str | None]:
     sources = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         sources.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    git = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-    )
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        revision = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        revision = ""
     return {
         "command": " ".join(command),
         "launch": launch(),
         "speedrun_mup": speedrun_mup.__version__,
-        "revision": git.stdout.strip() or "not a git checkout",
+        "revision": revision or "not known: no git, or not a git checkout",
         "source_sha256": sources.hexdigest(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

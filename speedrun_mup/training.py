@@ -322,17 +322,17 @@ class Run:
         blocks = window_blocks(step / self.cfg.iterations, self.cfg.window_tokens, self.cfg.block_size)
         if not self.compiled:
             return blocks
-        return torch.full(
-            (), blocks, dtype=torch.int32, device=self.world.device
-        )  # unlike torch.tensor, waits for nobody
+        # unlike torch.tensor, waits for nobody
+        return torch.full((), blocks, dtype=torch.int32, device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
         """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle."""
         if self.world.device.type == "cuda":
             inputs, targets = (tokens.pin_memory() for tokens in batch)
-        else:
-            inputs, targets = batch
-        return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
+            return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
+        return batch[0].to(self.world.device), batch[1].to(
+            self.world.device
+        )  # MPS may read what is gone if it does not wait
 
     def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> Tensor:
         """Backward through this rank's micro-batches; returns their summed loss, a scalar on the device.
@@ -410,7 +410,9 @@ class Run:
         lag = 0 if at_once else self.vote_lag
         while len(self.votes) > lag:
             vote = self.votes.popleft()
+            began = time.perf_counter()
             verdict = vote.read()
+            self.train_s += time.perf_counter() - began  # a GPU still works on that step
             if verdict.stop:
                 self.stopping = True
                 lag = 0

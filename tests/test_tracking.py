@@ -147,6 +147,11 @@ def test_provenance_names_versions_and_sources():
     assert made["command"] == "train.py --width 64" and len(made["source_sha256"]) == 64 and made["revision"]
 
 
+def test_provenance_needs_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance([])["revision"] == "not known: no git, or not a git checkout"
+
+
 def test_the_loss_curve_is_a_picture(log, tmp_path):
     run = log()
     for step in range(5):

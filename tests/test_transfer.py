@@ -664,3 +664,11 @@ def test_summary_fits_a_terminal_and_json_is_strict():
     assert widths[0]["diverged_log2_lr"] == [3.0, 4.0] and widths[0]["largest_stable_log2_lr"] == 2.0
     unknown = json.loads(measure_transfer(sweep(seeds=(0,))).to_json(), parse_constant=refuse)
     assert unknown["arms"]["mup"]["drift"]["interval_90"] == [None, None]
+
+
+def test_a_forecast_does_not_follow_a_drift_whose_interval_is_unknown():
+    """One seed: nobody can tell that drift from noise."""
+    arm = measure_arm(sweep(-0.3, seeds=(0,)))
+    assert arm.drift.value < -0.2 and math.isnan(arm.drift.interval()[0])
+    forecast = loss_forecast(arm, 2048)
+    assert "neither shown nor ruled out" in forecast.method

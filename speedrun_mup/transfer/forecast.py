@@ -72,7 +72,7 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
         middle = float(np.average(np.log2([fit.width for fit in fits]), weights=weights))
         low, high = arm.drift.interval()
         away = arm.drift.draws * (math.log2(width) - middle)
-        if low < 0 < high:
+        if not (low > 0 or high < 0):  # an unknown interval shows nothing
             away[0], advice = 0.0, "mean of the optima; a drift is neither shown nor ruled out"
         else:
             advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling, since transfer is not shown"
