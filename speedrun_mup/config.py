@@ -159,9 +159,10 @@ _RANGES = (
     ),
     (
         "at least 0",
-        lambda value: 0 <= value < float("inf"),
-        "pack seed momentum_warmup val_every save_every keep_every kernel_warmup weight_decay",
+        lambda value: value >= 0,
+        "pack seed momentum_warmup val_every save_every keep_every kernel_warmup",
     ),
+    ("finite and at least 0", lambda value: 0 <= value < float("inf"), "weight_decay"),
     ("at least 2", lambda value: value >= 2, "keep_last"),
     (
         "positive and finite",
