@@ -326,13 +326,13 @@ class Run:
         return torch.full((), blocks, dtype=torch.int32, device=self.world.device)
 
     def to_device(self, batch: Batch) -> Batch:
-        """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle."""
-        if self.world.device.type == "cuda":
-            inputs, targets = (tokens.pin_memory() for tokens in batch)
-            return inputs.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
-        return batch[0].to(self.world.device), batch[1].to(
-            self.world.device
-        )  # MPS may read what is gone if it does not wait
+        """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle.
+
+        Only CUDA does not wait for the copy: MPS may read what is gone by then.
+        """
+        device, on_cuda = self.world.device, self.world.device.type == "cuda"
+        inputs, targets = (tokens.pin_memory() if on_cuda else tokens for tokens in batch)
+        return inputs.to(device, non_blocking=on_cuda), targets.to(device, non_blocking=on_cuda)
 
     def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> Tensor:
         """Backward through this rank's micro-batches; returns their summed loss, a scalar on the device.

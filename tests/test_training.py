@@ -23,7 +23,7 @@ from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.utils import World, stop_with_parent
 from speedrun_mup.corpus import write_synthetic
-from speedrun_mup.numerics import SpikeWatch
+from speedrun_mup.numerics import SpikeWatch, Vote
 from speedrun_mup.report import plot_loss_curve
 from speedrun_mup.shards import read_shard
 from speedrun_mup.tracking import read_metrics
@@ -524,3 +524,13 @@ def test_a_mixture_trains_and_resumes(tiny, tmp_path):
     assert resumed.finished and curve(resumed.folder) == curve(train(tiny(data=data, name="again")).folder)
     other = curve(train(tiny(data=f"{folders[0]}:0.3,{folders[1]}:0.7", name="other")).folder)
     assert other != curve(whole.folder)
+
+
+def test_training_time_counts_the_wait_for_a_step_that_the_device_still_works_on(tiny, monkeypatch):
+    """As on a GPU, whose verdict on a step is read during the next one."""
+    read = Vote.read
+    monkeypatch.setattr(Vote, "read", lambda vote: time.sleep(0.1) or read(vote))
+    with closing(Run(tiny(), World())) as run:
+        run.vote_lag = 1
+        run.train([])
+    assert run.train_s > 0.1 * run.cfg.iterations
