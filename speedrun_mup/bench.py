@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.attention import document_numbers
 from speedrun_mup.core.fp8 import E4M3
-from speedrun_mup.core.utils import Handle, World, join_world, leave_world
+from speedrun_mup.core.utils import Handle, World, deterministic, join_world, leave_world
 from speedrun_mup.data import Batch
 from speedrun_mup.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops
 from speedrun_mup.schedules import window_blocks
@@ -37,11 +37,11 @@ GIB = 2**30
 class Stopwatch:
     """Time by phase, one lap per outermost phase; an inner phase stops the clock of the one around it.
 
-    Marks are events in the device's stream on CUDA, so that measuring never makes host or device wait.
+    Marks are events in the device's stream on CUDA, so that measuring never makes host or device wait; MPS has to wait.
     """
 
     def __init__(self, device: torch.device):
-        self._on_cuda = device.type == "cuda"
+        self._device, self._on_cuda = device, device.type == "cuda"
         self._laps: list[list[tuple[Any, str]]] = []
         self._open: list[str] = []
 
@@ -60,16 +60,17 @@ class Stopwatch:
 
     def _mark(self, phase: str) -> None:
         """From now on, time is that of `phase`."""
-        now: Any = time.perf_counter()
         if self._on_cuda:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
+        else:
+            _wait_for(self._device)
+            now = time.perf_counter()
         self._laps[-1].append((now, phase))
 
     def laps(self) -> list[dict[str, float]]:
         """Milliseconds by phase of every lap; waits for the device."""
-        if self._on_cuda:
-            torch.cuda.synchronize()
+        _wait_for(self._device)
         found = []
         for marks in self._laps:
             times: dict[str, float] = dict.fromkeys(PHASES, 0.0)
@@ -195,7 +196,8 @@ def bench(cfg: TrainConfig, steps: int, began: float, profiled: bool = False) ->
         cfg = replace(cfg, iterations=steps, kernel_warmup=max(cfg.kernel_warmup, 1), **quiet)
         watch = Stopwatch(world.device)
         try:
-            with closing(Run(cfg, TimedWorld(**vars(world), watch=watch))) as run:
+            timed = TimedWorld(**vars(world), watch=watch)
+            with deterministic(cfg.strict), closing(Run(cfg, timed)) as run:
                 return measure(run, watch, began, profiled)
         finally:
             leave_world()
@@ -289,6 +291,8 @@ def _mean_keys(run: Run, micro_batches: list[Batch], step: int) -> tuple[float, 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -109,7 +109,9 @@ class TrainConfig:
     track: str = setting("run", "mirror metrics to a tracker", "none", ("none", "tensorboard", "wandb", "trackio"))
     progress: bool = setting("run", "show progress", True)
 
-    device: str = setting("device", "auto, cpu, cuda or mps", "auto")
+    device: str = setting(
+        "device", "CUDA_VISIBLE_DEVICES chooses among several GPUs", "auto", ("auto", "cpu", "cuda", "mps")
+    )
     dtype: str = setting(
         "device", "of activations and embeddings: auto is bfloat16 on CUDA", "auto", ("auto", "float32", "bfloat16")
     )

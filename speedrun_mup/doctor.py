@@ -17,13 +17,12 @@ import torch
 
 from speedrun_mup.checkpoint import inspect
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.attention import pick_backend
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import ValBatches, train_batches
 from speedrun_mup.explain import explain
-from speedrun_mup.hardware import pick_dtype
+from speedrun_mup.hardware import pick_attention, pick_compile, pick_dtype
 from speedrun_mup.inspect_corpus import inspect_corpus
 from speedrun_mup.shards import Corpus, Mixture
 from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
@@ -90,15 +89,15 @@ def _versions() -> Iterator[Finding]:
 
 
 def _device(cfg: TrainConfig, device: torch.device) -> Iterator[Finding]:
-    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     why = "asked for" if cfg.device != "auto" else "the first of CUDA, MPS and CPU that is there"
     yield Finding(Level.GOOD, "device", f"{device.type} ({why}): {name}, {torch.get_num_threads()} CPU threads")
-    dtype = str(pick_dtype(cfg, device)).removeprefix("torch.")
+    dtype, (compiled, why_compiled) = pick_dtype(cfg, device), pick_compile(cfg, device)
     why = "asked for" if cfg.dtype != "auto" else "bfloat16 where a GPU computes in it, else float32"
-    yield Finding(Level.GOOD, "dtype", f"{dtype} ({why})")
+    yield Finding(Level.GOOD, "dtype", f"{str(dtype).removeprefix('torch.')} ({why})")
+    yield Finding(Level.GOOD, "compile", f"{'yes' if compiled else 'no'} ({why_compiled})")
     findings: list[Finding] = []
-    picked = _guarded("attention", lambda: pick_backend(cfg.attention, device, compiled), findings)
+    picked = _guarded("attention", lambda: pick_attention(cfg, device, dtype, compiled), findings)
     if picked:
         findings.append(Finding(Level.GOOD, "attention", f"{picked[0]} ({picked[1]})"))
     yield from findings

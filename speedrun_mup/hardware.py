@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
+from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.attention import Flex
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.fp8 import GRANULE, has_fp8
 
@@ -39,6 +42,44 @@ def pick_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
     except Exception as fault:  # anything may be missing: Triton, a C compiler, support for this GPU
         return False, f"torch.compile fails here: {type(fault).__name__}"
     return True, "CUDA"
+
+
+def pick_attention(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[str, str]:
+    """The attention backend, and why: FlexAttention where it works. ConfigError if it is asked for and does not.
+
+    It has no backward on a CPU, and builds all T x T scores where it is not compiled. Its kernels come in tiles that not
+    every GPU has room for, nor every block is a multiple of.
+    """
+    if cfg.attention not in ("auto", "flex"):
+        return cfg.attention, "asked for"
+    if device.type != "cuda":
+        obstacle = f"FlexAttention has no backward on {device.type}"
+    elif not compiled:
+        obstacle = "FlexAttention would have to be compiled"
+    else:
+        obstacle = _try_flex(cfg.head_dim, cfg.block_size, device, dtype)
+    if cfg.attention == "flex" and obstacle:
+        raise ConfigError(f"attention=flex cannot be used: {obstacle}; use --attention blocked")
+    return ("blocked", obstacle) if obstacle else ("flex", "CUDA, compiled")
+
+
+@functools.cache
+def _try_flex(head_dim: int, block_size: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What goes wrong in a forward and a backward pass over a few blocks, or nothing."""
+    tokens = block_size * max(2, -(-256 // block_size))
+    flex, documents = Flex(), torch.zeros(tokens, dtype=torch.int32, device=device)
+    window = torch.ones((), dtype=torch.int32, device=device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex.attend(q, k, v, flex.build_mask(documents, window, block_size), 1.0)
+
+    q, k, v = (torch.zeros(tokens, 2, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    try:
+        torch.compile(attend, dynamic=False)(q, k, v).sum().backward()
+        torch.cuda.synchronize(device)
+    except Exception as fault:  # the compiler's own, whatever it is
+        return f"FlexAttention fails here with head_dim={head_dim}, block_size={block_size}: {type(fault).__name__}"
+    return ""
 
 
 def pick_fp8(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
@@ -91,8 +132,8 @@ def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
 
 def is_out_of_memory(fault: RuntimeError | MemoryError) -> bool:
     """Whether `fault` means that memory is full: CUDA has a class for it, MPS and CPUs a text."""
-    known = isinstance(fault, torch.OutOfMemoryError | MemoryError)
-    return known or "out of memory" in str(fault) or "can't allocate memory" in str(fault)
+    texts = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")  # the last is cuBLAS's and cuDNN's
+    return isinstance(fault, torch.OutOfMemoryError | MemoryError) or any(text in str(fault) for text in texts)
 
 
 def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -328,6 +329,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
     if corpus.fingerprint != cell.corpus:
         raise ConfigError(f"data={cell.cfg.data}: not the corpus that the sweep began with; bring back the same files")
     torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
+    gc.collect()  # a compiled model is in a cycle, and would keep its memory on the GPU
     folder = scratch / f"{cell.id}-{os.getpid()}"
     loss, reason = math.nan, ""
     try:
@@ -420,7 +422,7 @@ def _threads(workers: int) -> dict[str, str]:
 
 
 class LocalEngine:
-    """Worker processes on this machine, by default one per GPU or, without GPUs, one per core.
+    """Worker processes on this machine, by default one per GPU (a Mac has one) or, without GPUs, one per core.
 
     GPUs are dealt out in turn. A worker that dies costs the cell it was at, which becomes a Failure; another takes its
     place. Workers outlive neither the engine nor the process that made it.
@@ -428,7 +430,7 @@ class LocalEngine:
 
     def __init__(self, workers: int | None = None, device: str = "auto"):
         gpus = visible_gpus(device)
-        self.workers = workers or len(gpus) or cores()
+        self.workers = workers or len(gpus) or (1 if pick_device(device).type == "mps" else cores())
         self._pool = [
             _Worker(_threads(self.workers) | ({"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}))
             for rank in range(self.workers)

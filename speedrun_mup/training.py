@@ -24,7 +24,7 @@ from torch import Tensor
 
 from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
 from speedrun_mup.config import TrainConfig, from_json, to_json
-from speedrun_mup.core.attention import Window, pick_backend
+from speedrun_mup.core.attention import Window
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
@@ -44,6 +44,7 @@ from speedrun_mup.hardware import (
     fit_val_chunk,
     half_in_blocks,
     is_out_of_memory,
+    pick_attention,
     pick_compile,
     pick_dtype,
     pick_fp8,
@@ -153,10 +154,11 @@ class Run:
         self.use(cfg)
         use_compile_cache(cache_folder() / "compiled")
         self.compiled, why_compiled = pick_compile(cfg, world.device)
-        attention, why_attention = pick_backend(cfg.attention, world.device, self.compiled)
         dtype = pick_dtype(cfg, world.device)
+        attention, why_attention = pick_attention(cfg, world.device, dtype, self.compiled)
         fp8, why_head = pick_fp8(cfg, world.device, dtype, self.compiled)
-        self.model = GPT(model_config(cfg, self.corpus, attention, dtype, fp8), cfg.seed).to(world.device)
+        with self.telling_of_memory(0, "model"):
+            self.model = GPT(model_config(cfg, self.corpus, attention, dtype, fp8), cfg.seed).to(world.device)
         self.optimizers = build_optimizers(self.model, cfg, world)
         if self.compiled:
             self.model.compile_parts()
@@ -259,7 +261,7 @@ class Run:
             loss_sum = self.accumulate_gradients(micro_batches, step)
         vote = self.vote(step, loss_sum, stop)
         self.set_schedule(step)
-        with self.phase("optimizer"):
+        with self.phase("optimizer"), self.telling_of_memory(step, "update"):
             for optimizer in self.optimizers:
                 optimizer.step(vote.good)  # sums gradients over ranks itself; there is no DDP wrapper
             self.model.zero_grad(set_to_none=True)
@@ -354,27 +356,40 @@ class Run:
         return total
 
     @contextmanager
-    def telling_of_memory(self, step: int, validation: bool = False) -> Iterator[None]:
-        """Turn running out of memory into an OutOfMemory that says how much a pass takes, and what would take less."""
+    def telling_of_memory(self, step: int, work: str = "passes") -> Iterator[None]:
+        """Turn running out of memory into an OutOfMemory that says what took how much, and what would take less.
+
+        work: model, passes, update or validation.
+        """
         try:
             yield
         except (RuntimeError, MemoryError) as fault:
             if not is_out_of_memory(fault):
                 raise
             text = (str(fault).splitlines() or ["MemoryError"])[0]
-            cfg, said = self.cfg, text.partition(". GPU ")[0].rpartition("] ")[2]
-            size = cfg.val_chunk_tokens if validation else cfg.micro_batch_tokens
-            smaller = half_in_blocks(size, cfg.block_size)
-            if not smaller:
-                advice = "a smaller --width"
-            elif validation:
-                advice = f"--val-chunk-tokens {smaller}"
-            else:
-                advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
-            if not validation and self.pack > 1:
-                advice = f"--pack {self.pack // 2}, or {advice}"
-            needed = f"validation on {size:,}" if validation else f"{self.pack} x {size:,}"
-            raise OutOfMemory(f"step {step}: no memory for {needed} tokens at once ({said}); try {advice}") from None
+            said = text.partition(". GPU ")[0].rpartition("] ")[2]
+            needed, advice = self.memory_advice(work)
+            raise OutOfMemory(f"step {step}: no memory for {needed} ({said}); try {advice}") from None
+
+    def memory_advice(self, work: str) -> tuple[str, str]:
+        """What `work` takes at once, and settings that let it take less."""
+        cfg = self.cfg
+        if work == "model":
+            return "the weights", "a smaller --width"
+        if work == "update":
+            return "the optimizers' step", "a smaller --width, or more GPUs, which share the optimizers' state"
+        validation = work == "validation"
+        size = cfg.val_chunk_tokens if validation else cfg.micro_batch_tokens
+        smaller = half_in_blocks(size, cfg.block_size)
+        if not smaller:
+            advice = "a smaller --width"
+        elif validation:
+            advice = f"--val-chunk-tokens {smaller}"
+        else:
+            advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
+        if not validation and self.pack > 1:
+            advice = f"--pack {self.pack // 2}, or {advice}"
+        return f"{f'validation on {size:,}' if validation else f'{self.pack} x {size:,}'} tokens at once", advice
 
     def accumulate_gradients_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
         """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
@@ -520,7 +535,7 @@ class Run:
     def evaluate(self, step: int) -> float:
         """Mean validation loss with the window of `step`. Ranks share the chunks, which are summed in a fixed order."""
         losses = torch.zeros(len(self.val_batches), device=self.world.device)
-        with self.telling_of_memory(step, validation=True):
+        with self.telling_of_memory(step, "validation"):
             for chunk in range(self.world.rank, len(losses), self.world.size):
                 losses[chunk] = self.chunk_loss(chunk, step)
         self.world.all_reduce(losses).wait()
@@ -537,11 +552,12 @@ class Run:
         for _ in range(self.cfg.kernel_warmup):
             with self.telling_of_memory(self.start):
                 self.accumulate_gradients(next(stream), step=0)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            with self.telling_of_memory(self.start, "update"):
+                for optimizer in self.optimizers:
+                    optimizer.step()
             self.model.zero_grad(set_to_none=True)
         stream.close()
-        with self.telling_of_memory(self.start, validation=True):
+        with self.telling_of_memory(self.start, "validation"):
             self.chunk_loss(0, step=0)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -590,6 +606,8 @@ class Run:
         notes: list[str] = []
         path = self.checkpoints.newest(notes.append)
         if path is None:
+            before = {"config": dataclasses.asdict(saved_config(self.folder)), "corpus": self.corpus.fingerprint}
+            check_resumable(self.cfg, self.corpus, before, self.folder)
             return [*notes, f"{self.folder} has no checkpoint yet; starting at step 0"]
         self.load(path)
         done = "; already complete" if self.start == self.cfg.iterations else ""
@@ -646,6 +664,7 @@ def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.
         embed_dtype=dtype,
         attention=attention,
         fp8=fp8,
+        widest_window=window_blocks(1.0, cfg.window_tokens, cfg.block_size),
     )
 
 

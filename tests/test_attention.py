@@ -20,9 +20,7 @@ from speedrun_mup.core.attention import (
     block_lists,
     document_numbers,
     may_attend,
-    pick_backend,
 )
-from speedrun_mup.core.utils import ConfigError
 
 BOS = 3
 SCALE = 0.12
@@ -102,10 +100,7 @@ def test_the_window_counts_blocks_and_below_1_means_1(window):
 @settings(deadline=None, max_examples=30)
 def test_a_window_in_a_tensor_is_the_same_window(case):
     tensor = torch.tensor(case.window, dtype=torch.int32)
-    for name, backend in BACKENDS.items():
-        if name != "flex":
-            masks = [backend().build_mask(case.doc, window, case.block_size) for window in (case.window, tensor)]
-            assert torch.equal(*masks)
+    assert torch.equal(Dense().build_mask(case.doc, tensor, case.block_size), dense_mask(case))
     for a, b in zip(*(block_lists(case.doc, window, case.block_size) for window in (case.window, tensor)), strict=True):
         assert torch.equal(a, b)
     t = torch.arange(len(case.opens))
@@ -136,13 +131,26 @@ def test_dense_is_softmax_over_the_allowed_keys_one_query_at_a_time():
 def test_blocked_is_dense_forward_and_backward(case, count, head_dim):
     *inputs, grad = heads(len(case.opens), count, head_dim)
     results = []
-    for backend in (Dense(), Blocked()):
+    blocked, tensor = Blocked(), torch.tensor(case.window, dtype=torch.int32)
+    for backend, mask in (
+        (Dense(), dense_mask(case)),
+        (blocked, blocked.build_mask(case.doc, case.window, case.block_size)),
+        (blocked, blocked.build_mask(case.doc, tensor, case.block_size)),
+        (blocked, blocked.build_mask(case.doc, tensor, case.block_size, widest=case.window + 1)),
+    ):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        mask = backend.build_mask(case.doc, case.window, case.block_size)
         out = backend.attend(*leaves, mask, SCALE)
         results.append([out, *torch.autograd.grad(out, leaves, grad)])
-    for dense, blocked in zip(*results, strict=True):
-        torch.testing.assert_close(blocked, dense, rtol=1e-4, atol=1e-5)
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocked_masks_reach_no_further_than_the_widest_window():
+    doc = document_numbers(torch.ones(64, dtype=torch.int32), 0)
+    tensor = torch.ones((), dtype=torch.int32)
+    shapes = [tuple(Blocked().build_mask(doc, tensor, 8, widest).shape) for widest in (0, 3, 99, None)]
+    assert shapes == [(8, 1, 8, 8), (8, 1, 8, 24), (8, 1, 8, 64), (8, 1, 8, 64)]
 
 
 def test_blocked_is_dense_in_bfloat16():
@@ -267,19 +275,3 @@ def test_compiled_flex_is_dense_on_a_gpu(window):
     grads = [torch.autograd.grad(out, own, grad) for out, own in zip(outs, leaves, strict=True)]
     for dense, flex in zip(*grads, strict=True):
         torch.testing.assert_close(flex, dense, rtol=2e-2, atol=2e-2)
-
-
-# The choice
-
-
-def test_pick_backend():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert pick_backend("auto", cuda, compiled=True)[0] == "flex"
-    assert pick_backend("auto", cuda, compiled=False)[0] == "blocked"
-    assert pick_backend("auto", cpu, compiled=True)[0] == "blocked"
-    for name in BACKENDS:
-        assert pick_backend(name, cuda, compiled=False) == (name, "asked for")
-    with pytest.raises(ConfigError, match="attention='sparse' is unknown; choose auto, dense, blocked, flex"):
-        pick_backend("sparse", cpu, compiled=False)
-    with pytest.raises(ConfigError, match=r"attention=flex cannot train on cpu .*; use --attention blocked"):
-        pick_backend("flex", cpu, compiled=True)

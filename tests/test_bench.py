@@ -16,6 +16,7 @@ from speedrun_mup.cli import main
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.utils import World
 from speedrun_mup.flops import attention_flops, model_shape, weight_flops
+from speedrun_mup.training import Run
 
 CPU = torch.device("cpu")
 
@@ -116,6 +117,18 @@ def test_a_benchmark_adds_up(tiny):
     assert any(row["name"] == "aten::mm" for row in result.profile)
     assert json.loads(result.to_json())["settings"]["width"] == 64
     assert "tokens/s" in result.summary() and "no data sheet known" in result.summary()
+
+
+def test_a_strict_benchmark_is_deterministic_as_strict_training_is(tiny, no_ceilings, monkeypatch):
+    found, whole = [], Run.take_step
+    monkeypatch.setattr(
+        Run,
+        "take_step",
+        lambda run, *args: found.append(torch.are_deterministic_algorithms_enabled()) or whole(run, *args),
+    )
+    for strict in (True, False):
+        bench(tiny(strict=strict), steps=1, began=0.0)
+    assert found == [True, False]
 
 
 def test_flops_are_those_of_the_model_and_of_the_batches(tiny, no_ceilings):

@@ -73,6 +73,21 @@ def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
     assert "width was 64, is 96" in capsys.readouterr().err
 
 
+def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny, capsys):
+    """The batch was 4 x 128 tokens; taking one of two sizes from the flags again would make it 8 x 128."""
+    Run(tiny(name="a", micro_batch_tokens=64, micro_batches=8, pack=1, val_chunk_tokens=64), World()).close()
+    flags = {"preset": "laptop", "out": tiny().out, "resume": "auto", "micro_batch": "auto", "micro_batch_tokens": 128}
+    capsys.readouterr()
+    cfg = config_of(dict(flags))
+    assert (cfg.pack, cfg.micro_batch_tokens, cfg.micro_batches, cfg.val_chunk_tokens) == (1, 64, 8, 64)
+    assert train.train_and_tell(cfg).finished
+    told = capsys.readouterr().out
+    assert "keeps what it found at its start: pack=1, micro_batch_tokens=64, micro_batches=8, val_chunk_" in told
+    Run(tiny(name="b", micro_batch_tokens=64, micro_batches=8), World()).close()
+    capsys.readouterr()
+    assert config_of(flags | {"micro_batch_tokens": 64}).micro_batches == 8 and not capsys.readouterr().out
+
+
 def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
     fresh = config_of({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
     assert fresh.resume is None and "no unfinished run" in capsys.readouterr().out

@@ -32,9 +32,10 @@ def traced(monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, traced):
+@pytest.mark.parametrize("attention", ["dense", "blocked"])
+def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, traced, attention):
     """Stream and loss with gradients and without, and Adam for tables and for scalars; window and learning rates are tensors."""
-    settings = {"attention": "dense", "kernel_warmup": 1, "iterations": 8, "window_tokens": 128, "save": False}
+    settings = {"attention": attention, "kernel_warmup": 1, "iterations": 8, "window_tokens": 128, "save": False}
     losses = {}
     for compiled in (False, True):
         before = graphs_compiled()

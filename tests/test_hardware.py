@@ -11,11 +11,13 @@ import torch
 from speedrun_mup import hardware
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError, OutOfMemory
+from speedrun_mup.core.optimizers import Muon
 from speedrun_mup.core.utils import World
 from speedrun_mup.hardware import (
     fit_micro_batch,
     fit_val_chunk,
     is_out_of_memory,
+    pick_attention,
     pick_compile,
     pick_dtype,
     pick_fp8,
@@ -50,6 +52,42 @@ def test_compiling_is_for_cuda_where_it_works(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     assert pick_compile(TrainConfig(), CUDA) == (True, "CUDA")
+
+
+def test_flex_attention_is_for_where_its_kernels_work(monkeypatch):
+    auto, flex = TrainConfig(), TrainConfig(attention="flex")
+    reasons = {
+        (CUDA, True): "its kernels have no tiles",
+        (CUDA, False): "FlexAttention would have to be compiled",
+        (CPU, True): "FlexAttention has no backward on cpu",
+    }
+    monkeypatch.setattr(hardware, "_try_flex", lambda *shape: "its kernels have no tiles")
+    for (device, compiled), why in reasons.items():
+        assert pick_attention(auto, device, BF16, compiled) == ("blocked", why)
+        with pytest.raises(ConfigError, match=f"attention=flex cannot be used: {why}; use --attention blocked"):
+            pick_attention(flex, device, BF16, compiled)
+        for name in ("blocked", "dense"):
+            assert pick_attention(TrainConfig(attention=name), device, BF16, compiled) == (name, "asked for")
+    monkeypatch.setattr(hardware, "_try_flex", lambda *shape: "")
+    for cfg in (auto, flex):
+        assert pick_attention(cfg, CUDA, BF16, True) == ("flex", "CUDA, compiled")
+
+
+def test_flex_attention_is_tried_with_the_head_and_block_of_the_run():
+    """Here it always fails, for want of a backward pass; the point is that this comes back as a reason."""
+    hardware._try_flex.cache_clear()
+    why = hardware._try_flex(16, 32, CPU, FP32)
+    assert why.startswith("FlexAttention fails here with head_dim=16, block_size=32: ") and why[-1] != " "
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 48, 64, 128])
+def test_a_gpu_trains_with_any_block_size(tiny, block_size):
+    """Compiled, with flex attention or, where its kernels have no tiles for such blocks, blocked."""
+    sizes = {"block_size": block_size, "micro_batch_tokens": 4 * block_size, "val_chunk_tokens": 4 * block_size}
+    assert train(
+        tiny(device="cuda", head_dim=32, width=64, iterations=2, window_tokens=2 * block_size, **sizes)
+    ).finished
 
 
 @pytest.mark.parametrize(
@@ -182,6 +220,25 @@ def test_training_without_memory_says_what_takes_less(tiny, monkeypatch, sizes, 
         train(tiny(**{"pack": 1, "micro_batches": 4, "val_every": 0, **sizes}))
 
 
+@pytest.mark.parametrize("kernel_warmup", [0, 1])
+def test_an_update_without_memory_is_one_line(tiny, monkeypatch, kernel_warmup):
+    def step(optimizer, good=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Muon, "step", step)
+    with pytest.raises(OutOfMemory, match=r"^step 0: no memory for the optimizers' step .*; try a smaller --width, or"):
+        train(tiny(kernel_warmup=kernel_warmup, val_every=0))
+
+
+def test_a_model_without_memory_is_one_line(tiny, monkeypatch):
+    def to(model, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(OutOfMemory, match=r"^step 0: no memory for the weights \(.*\); try a smaller --width$"):
+        train(tiny())
+
+
 @pytest.mark.parametrize(("strict", "expected"), [(False, 2), (True, 8)])
 def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, strict, expected):
     """A second pass finds the gradients of the first; a strict sum keeps those of many."""
@@ -230,6 +287,7 @@ def test_what_a_full_memory_looks_like():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: ...)"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ..."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
@@ -238,6 +296,6 @@ def test_a_run_says_in_one_line_what_was_chosen(tiny, capsys):
         pass
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device:")]
     assert line == (
-        "device: 1 x cpu, float32; not compiled (pays on CUDA only); attention blocked (cpu: FlexAttention needs CUDA "
-        "and torch.compile); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass, 256 in validation"
+        "device: 1 x cpu, float32; not compiled (pays on CUDA only); attention blocked (FlexAttention has no "
+        "backward on cpu); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass, 256 in validation"
     )

@@ -342,8 +342,8 @@ def test_the_forward_pass_is_the_records(attention, window):
     expected = reference_hidden(model, tokens, max(window, 1)).float()
     with torch.no_grad():
         torch.testing.assert_close(model.hidden(tokens, window), expected, rtol=1e-4, atol=1e-5)
-        by_tensor = model.hidden(tokens, torch.tensor(window, dtype=torch.int32))
-        assert torch.equal(by_tensor, model.hidden(tokens, window))
+        by_tensor = model.hidden(tokens, torch.tensor(window, dtype=torch.int32))  # as a compiled model is called
+        torch.testing.assert_close(by_tensor, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_future_and_other_documents_do_not_matter():

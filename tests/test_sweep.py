@@ -675,6 +675,9 @@ def test_gpus_are_counted_from_what_is_visible(monkeypatch):
     engine = LocalEngine(4)
     assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in engine._pool] == ["3", "GPU-7", "3", "GPU-7"]
     assert LocalEngine().workers == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("speedrun_mup.sweep.pick_device", lambda device: torch.device("mps"))
+    assert LocalEngine().workers == 1  # a Mac has one GPU
 
 
 COMMAND = """

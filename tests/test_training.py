@@ -134,6 +134,8 @@ def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_life(tiny):
 def test_resume_survives_a_folder_without_any_checkpoint(tiny):
     run = tiny(name="x")
     Run(run, World()).close()  # opened, never trained
+    with pytest.raises(CheckpointError, match=r"runs/x belongs to another run: matrix_lr was 0.05, is 0.1; resume"):
+        train(dataclasses.replace(run, resume=str(Path(run.out) / "x"), matrix_lr=0.1))
     assert train(dataclasses.replace(run, resume=str(Path(run.out) / "x"))).finished
 
 

@@ -105,6 +105,20 @@ def test_pick_device():
         assert "\n" not in str(caught.value)
 
 
+def test_a_rank_touches_no_gpu_but_its_own(monkeypatch, environment):
+    """A process that touches a GPU takes a few hundred MB there: eight of them on the first one are gigabytes."""
+    touched = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: touched.append(device))
+    environment(LOCAL_RANK="2")
+    assert pick_device() == pick_device("cuda") == torch.device("cuda", 2)
+    assert touched == [torch.device("cuda", 2)] * 2
+    environment(LOCAL_RANK="4")
+    with pytest.raises(ConfigError, match="LOCAL_RANK=4 but this machine has 4 GPUs; use --nproc_per_node=4"):
+        pick_device()
+
+
 def test_every_user_error_has_its_own_exit_code():
     codes = [error.exit_code for error in (UserError, ConfigError, NonFiniteError, CollectiveError)]
     assert codes == [1, 2, 5, 6]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
 
 
+SIZES = ("pack", "micro_batch_tokens", "micro_batches", "val_chunk_tokens")  # what --micro-batch auto decides on
+
 ABOUT = "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP."
 
 
@@ -54,8 +56,12 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
                 f"--resume {flags['resume']} goes on with that run as it is; leave out {', '.join(other)}"
             )
     if "resume" in flags:
-        saved = saved_config(Path(str(flags["resume"])))
-        return TrainConfig(**(vars(saved) | flags))
+        saved = vars(saved_config(Path(str(flags["resume"]))))
+        kept = {name: saved[name] for name in SIZES if flags.get("micro_batch") == "auto"}
+        if any(flags.get(name, size) != size for name, size in kept.items()) and os.environ.get("RANK", "0") == "0":
+            told = ", ".join(f"{name}={size}" for name, size in kept.items())
+            print(f"--micro-batch auto: the run keeps what it found at its start: {told}")
+        return TrainConfig(**(saved | flags | kept))
     if preset == "auto":
         device = pick_device(str(flags.get("device", "auto")))
         preset = "record26" if device.type == "cuda" else "laptop"

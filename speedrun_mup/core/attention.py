@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speedrun_mup.core.utils import ConfigError
-
 Window = int | Tensor  # in blocks; a 0-d int32 tensor where a compiled graph must not depend on its value
 
 
@@ -40,8 +38,8 @@ def document_numbers(tokens: Tensor, bos_token: int) -> Tensor:
 class Backend(Protocol):
     """How to attend. `mask` is whatever this backend's `build_mask` made, once per window and forward pass."""
 
-    def build_mask(self, doc: Tensor, window: Window, block_size: int) -> Any:
-        """(T,) document numbers -> this backend's own form of the mask."""
+    def build_mask(self, doc: Tensor, window: Window, block_size: int, widest: int | None = None) -> Any:
+        """(T,) document numbers -> this backend's own form of the mask. widest: what a window that is a tensor may come to."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
         """q, k, v (T, H, C) -> (T, H, C)."""
@@ -50,7 +48,7 @@ class Backend(Protocol):
 class Dense:
     """The reference: softmax over the full (T, T) matrix of scores, in the obvious way."""
 
-    def build_mask(self, doc: Tensor, window: Window, block_size: int) -> Tensor:
+    def build_mask(self, doc: Tensor, window: Window, block_size: int, widest: int | None = None) -> Tensor:
         """(T,) -> (T, T) bool."""
         t = torch.arange(len(doc), device=doc.device)
         return may_attend(t[:, None], t[None, :], doc[:, None], doc[None, :], window, block_size)
@@ -65,13 +63,20 @@ class Dense:
 class Blocked:
     """Each block of queries against the W blocks of keys that end with its own, through scaled_dot_product_attention."""
 
-    def build_mask(self, doc: Tensor, window: Window, block_size: int) -> Tensor:
-        """(T,) -> (N, 1, B, W * B) float: 0 where attention is allowed, -inf elsewhere. W is at most N."""
+    def build_mask(self, doc: Tensor, window: Window, block_size: int, widest: int | None = None) -> Tensor:
+        """(T,) -> (N, 1, B, W * B) float: 0 where attention is allowed, -inf elsewhere. W is at most N.
+
+        For a tensor W is `widest`, or N: shapes may not depend on what it holds.
+        """
         n = len(doc) // block_size
-        w = min(max(int(window), 1), n)
+        if isinstance(window, Tensor):
+            w = n if widest is None else widest
+        else:
+            w = window
+        w = min(max(w, 1), n)
         q = torch.arange(len(doc), device=doc.device).view(n, block_size, 1)
         k = q[:, :1] + torch.arange((1 - w) * block_size, block_size, device=doc.device)
-        allowed = (k >= 0) & may_attend(q, k, doc[q], doc[k.clamp(min=0)], w, block_size)
+        allowed = (k >= 0) & may_attend(q, k, doc[q], doc[k.clamp(min=0)], window, block_size)
         zero = torch.zeros((), device=doc.device)
         return torch.where(allowed, zero, float("-inf"))[:, None]
 
@@ -116,7 +121,7 @@ def block_lists(doc: Tensor, window: Window, block_size: int) -> tuple[Tensor, T
 class Flex:
     """FlexAttention. Its mask function holds the whole rule, window included, so evaluating it densely is also right."""
 
-    def build_mask(self, doc: Tensor, window: Window, block_size: int) -> Any:
+    def build_mask(self, doc: Tensor, window: Window, block_size: int, widest: int | None = None) -> Any:
         """(T,) -> BlockMask."""
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -137,19 +142,3 @@ class Flex:
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"dense": Dense, "blocked": Blocked, "flex": Flex}
-
-
-def pick_backend(name: str, device: torch.device, compiled: bool) -> tuple[str, str]:
-    """The backend to use on `device` and the reason, in a few words. `name` "auto" chooses.
-
-    FlexAttention needs CUDA (it has no CPU backward) and a compiled model (run eagerly it builds all T x T scores).
-    """
-    if name == "auto":
-        if device.type == "cuda" and compiled:
-            return "flex", "CUDA, compiled"
-        return "blocked", f"{device.type}: FlexAttention needs CUDA and torch.compile"
-    if name not in BACKENDS:
-        raise ConfigError(f"attention={name!r} is unknown; choose auto, {', '.join(BACKENDS)}")
-    if name == "flex" and device.type != "cuda":
-        raise ConfigError(f"attention=flex cannot train on {device.type} (no backward there); use --attention blocked")
-    return name, "asked for"

@@ -67,7 +67,7 @@ def _fused_mm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 def transposed(x: Tensor) -> Tensor:
     """(m, n) of 8-bit numbers -> the contiguous (n, m): the products want both factors along the sum."""
-    if x.is_cuda and has_triton():
+    if has_triton(x.device):
         from speedrun_mup.core.triton_kernels import transpose_bytes
 
         return transpose_bytes(x)

@@ -39,7 +39,8 @@ class GPTConfig:
 
     vocab_size: of the tokenizer; padded up to a multiple of 128 inside. base_width: the width that the learning rates
     were tuned at. bos_token: opens a document. parametrization: a name in mup.PARAMETRIZATIONS or a table of your own.
-    fp8: train the head with 8-bit products; it predicts and validates without them, as in the record.
+    fp8: train the head with 8-bit products; it predicts and validates without them, as in the record. widest_window: in
+    blocks, what a window that is given as a tensor may come to (None: the whole sequence).
     Raises ConfigError for an impossible shape.
     """
 
@@ -54,6 +55,7 @@ class GPTConfig:
     embed_dtype: torch.dtype = torch.float32
     attention: str = "blocked"
     fp8: bool = False
+    widest_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.head_dim % 4:
@@ -325,8 +327,10 @@ class GPT(nn.Module):
 
         doc = document_numbers(tokens, cfg.bos_token)
         backend = BACKENDS[cfg.attention]()
+        widest = cfg.widest_window
         masks = {
-            long: backend.build_mask(doc, window if long else window // 2, cfg.block_size) for long in (True, False)
+            True: backend.build_mask(doc, window, cfg.block_size, widest),
+            False: backend.build_mask(doc, window // 2, cfg.block_size, widest and widest // 2),
         }
 
         x = x0 = rms_norm(self.embed(tokens))

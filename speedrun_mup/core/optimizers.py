@@ -47,7 +47,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 def symmetric_products_pay(x: Tensor) -> bool:
     """Whether computing half of x x^T (N, m, n) and mirroring it is worth a kernel of our own, where there is Triton."""
-    return x.is_cuda and x.dtype is torch.bfloat16 and x.size(-2) >= SMALLEST_SYMMETRIC and has_triton()
+    return x.dtype is torch.bfloat16 and x.size(-2) >= SMALLEST_SYMMETRIC and has_triton(x.device)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

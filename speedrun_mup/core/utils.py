@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.util
 import os
 import signal
 import sys
@@ -199,22 +198,40 @@ class World:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" takes CUDA, else MPS, else CPU. ConfigError if it is not on this machine."""
+    """The torch device called `name`, of GPUs that with LOCAL_RANK's number; "auto" takes CUDA, else MPS, else CPU.
+
+    ConfigError if it is not on this machine. Other GPUs are left alone: each process that touches one takes memory there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    number, have = _env_int("LOCAL_RANK", 0), torch.cuda.device_count()
+    if name == "cuda" and 0 < have <= number:
+        raise ConfigError(f"LOCAL_RANK={number} but this machine has {have} GPUs; use --nproc_per_node={have}")
     try:
-        torch.empty(1, device=name)
+        device = torch.device("cuda", number) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as fault:
         raise ConfigError(
             f"device={name} is not usable here ({str(fault).splitlines()[0]}); try --device cpu"
         ) from None
-    return torch.device(name)
+    return device
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether `core.triton_kernels` can be imported; its kernels also need tensors on CUDA."""
-    return importlib.util.find_spec("triton") is not None
+def has_triton(device: torch.device) -> bool:
+    """Whether our kernels in Triton run on `device`: it may be missing, or the C compiler, or room for their tiles."""
+    if device.type != "cuda":
+        return False
+    try:
+        from speedrun_mup.core.triton_kernels import symmetric_product, transpose_bytes
+
+        x = torch.zeros(1, 128, 128, dtype=torch.bfloat16, device=device)
+        symmetric_product(x, symmetric_product(x))
+        transpose_bytes(x[0].view(torch.uint8))
+        torch.cuda.synchronize(device)
+    except Exception:  # Triton's own, whatever it is
+        return False
+    return True
 
 
 def _env_int(name: str, default: int) -> int:
@@ -233,15 +250,11 @@ def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = Fa
     Uses NCCL on CUDA and gloo elsewhere. Every restart of torchrun gets a fresh key space, because the shared store still
     holds the addresses of the dead. Raises ConfigError for a broken environment.
     """
-    rank, size, local_rank = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1), _env_int("LOCAL_RANK", 0)
+    rank, size = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1)
     if not 0 <= rank < size:
         raise ConfigError(f"environment has RANK={rank} but WORLD_SIZE={size}; RANK must be from 0 to {size - 1}")
     chosen = pick_device(device)
     if chosen.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            have = torch.cuda.device_count()
-            raise ConfigError(f"LOCAL_RANK={local_rank} but this machine has {have} GPUs; use --nproc_per_node={have}")
-        chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
