@@ -259,6 +259,11 @@ def test_one_seed_everywhere_needs_sigma():
     assert abs(arm.drift.value) < 0.05 and math.isnan(arm.drift.interval()[0])
     told = measure_arm(runs, sigma=0.005)
     assert told.verdict is Verdict.PASS
+    for sigma in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(TransferError, match="sigma=.* must be positive and finite"):
+            measure_arm(runs, sigma=sigma)
+    with pytest.raises(TransferError, match="sigma=0.1: runs with several seeds tell the noise already; leave it out"):
+        measure_arm(sweep(), sigma=0.1)  # a large one would hide a drift, a small one invent certainty
     # SE(D) = sigma / (sqrt(40) c h) / sqrt(sum (j - mean j)^2), mup notes 4.4; equal weights here.
     assert told.drift.se == pytest.approx(0.005 / (math.sqrt(40) * 0.025) / math.sqrt(5), rel=0.3)
 
@@ -305,7 +310,7 @@ def test_filled_gaps_give_the_means_of_the_additive_fit():
     """Yates' filling against the regression on seed and learning-rate dummies that it stands for."""
     rng = np.random.default_rng(7)
     runs = [run for run in sweep(widths=(64,), sigma=0.01) if rng.random() > 0.25]
-    cells = measure_arm(runs, sigma=0.01).fits[0].cells
+    cells = measure_arm(runs).fits[0].cells
     row, column = np.nonzero(np.isfinite(cells.losses))
     design = np.concatenate([np.eye(3)[row][:, 1:], np.eye(7)[column]], axis=1)  # seed 0 is the reference
     effects = np.linalg.lstsq(design, cells.losses[row, column], rcond=None)[0]
@@ -513,15 +518,23 @@ def test_a_sweep_from_a_file_end_to_end():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no column 'width' in the header"),
-        ("width,lr,seed\n64,1,0\n", "no column 'loss' in the header \\(width,lr,seed\\)"),
+        ("", "no column width, lr, seed, loss in the header"),
+        ("width,lr,seed\n64,1,0\n", "no column loss in the header \\(width,lr,seed\\); name each once"),
+        ("width;lr;seed;loss\n64;1;0;3\n", "no column width, lr, seed, loss .*; separate columns with commas"),
+        ("arm,arm,width,lr,seed,loss\n", "more than one column 'arm'"),
+        ("width,lr,seed,loss\n64,0,5,1,3\n", "row 2: 5 cells below a header of 4; quote a cell with a comma"),
+        ("width,lr,seed,loss,arm\n64,1,0,3\n", "row 2: 4 cells below a header of 5"),
+        ('width,lr,seed,loss,arm\n64,1,0,3,"a\n64,2,0,3,b\n64,4,0,3,c\n', "row 4: .*; look for a quote that is not cl"),
+        ("width,lr,seed,loss,note\n64,1,0,3," + 200_000 * "x", "row 2: field larger than field limit"),
+        ("\n\nwidth,lr,seed,loss\n\n64,1,0,x\n", "row 5, column loss"),
         ("width,lr,seed,loss,LR\n", "more than one column 'lr'"),
         ("width,lr,seed,loss\n", "a header but no rows"),
         ("width,lr,seed,loss\n64,1,0,3\n64.5,1,0,3\n", "row 3, column width: '64.5' should be a positive whole number"),
         ("width,lr,seed,loss\n64,-1,0,3\n", "row 2, column lr: '-1' should be a positive number"),
         ("width,lr,seed,loss\n64,inf,0,3\n", "row 2, column lr: 'inf'"),
         ("width,lr,seed,loss\n64,1,a,3\n", "row 2, column seed: 'a' should be a whole number"),
-        ("width,lr,seed,loss\n64,1,0\n", "row 2, column loss: '' should be a number \\(write nan or diverged"),
+        ("width,lr,seed,loss\n64,1,0\n", "row 2: 3 cells below a header of 4"),
+        ("width,lr,seed,loss\n64,1,0,\n", "row 2, column loss: '' should be a number \\(write nan or diverged"),
         ("width,lr,seed,loss\n64,1,0,3\n64,1.0,0,4\n", "row 3: arm sweep, width 64, lr 1, seed 0 is there twice"),
     ],
 )
@@ -536,7 +549,8 @@ def test_a_bad_table_names_row_and_column(tmp_path, text, message):
 def test_a_table_may_be_loose_in_form(tmp_path):
     path = tmp_path / "sweep.csv"
     path.write_bytes(
-        b"\xef\xbb\xbf Loss ,WIDTH,note,Seed,lr\r\n3.5,64,x,0,1e-3\r\n\r\nDiverged,64.0,,1,0.001\r\ninf,64,,2,1e-3\r\n"
+        b"\xef\xbb\xbf Loss ,WIDTH,note,Seed,lr\r\n3.5,64,a\xe2\x80\xa8b,0,1e-3,\r\n\r\n,,\r\n"
+        b'Diverged,64.0,"x,y",1,0.001\r\ninf,64,,2,1e-3\r\n'
     )
     first, *rest = read_runs(path)
     assert first == Run(64, 1e-3, 0, 3.5, "sweep")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,9 @@ def _controls(text: str) -> dict[str, float]:
     """arm -> predicted drift, from ARM=DRIFT,ARM=DRIFT."""
     try:
         pairs = [part.rsplit("=", 1) for part in text.split(",") if part]
-        return {name.strip(): float(drift) for name, drift in pairs}
+        drifts = {name.strip(): float(drift) for name, drift in pairs}
     except ValueError:
         raise ConfigError(f"--controls {text}: give ARM=DRIFT,..., for instance sp=-1") from None
+    if len(drifts) < len(pairs) or not all(map(math.isfinite, drifts.values())):
+        raise ConfigError(f"--controls {text}: give every arm once, with a finite drift")
+    return drifts

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from speedrun_mup.transfer.runs import Run, lr_text
+from speedrun_mup.transfer.runs import Run, TransferError, lr_text
 from speedrun_mup.transfer.thresholds import Thresholds
 
 Array = NDArray[np.float64]
@@ -196,7 +196,12 @@ class Noise:
 
     @staticmethod
     def of(arm: Sequence[Cells], everywhere: Sequence[Cells], given: float | None, thresholds: Thresholds) -> Noise:
-        """Pooled over the widths of the arm; over all arms if this one has no replicates."""
+        """Pooled over the widths of the arm; over all arms if this one has no replicates; `given` if none has.
+
+        Raises TransferError for a `given` that would overrule replicates, or is no standard deviation.
+        """
+        if given is not None and not 0 < given < math.inf:
+            raise TransferError(f"sigma={given:g} must be positive and finite: a standard deviation in nats")
 
         def residuals(some: Sequence[Cells]) -> Array:
             rows = [cells.noise(thresholds.window, thresholds.window_excess) for cells in some]
@@ -208,9 +213,9 @@ class Noise:
         if freedom[0] == 0:
             return Noise(given, given or 0.0, math.inf, own)
         pooled, total = (float(value) for value in np.sqrt(squares / freedom))
-        if given is None:
-            return Noise(pooled, max(total, pooled), float(freedom[0]), own)
-        return Noise(given, max(total, given), math.inf, own)
+        if given is not None:
+            raise TransferError(f"sigma={given:g}: runs with several seeds tell the noise already; leave it out")
+        return Noise(pooled, max(total, pooled), float(freedom[0]), own)
 
     def at(self, width: int) -> float | None:
         """Sigma at one width: its own residuals, steadied by the pooled sigma as if that were 4 more."""

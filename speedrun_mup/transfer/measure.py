@@ -33,7 +33,7 @@ def measure_transfer(
     controls: arm -> predicted drift in octaves per doubling, for arms built to fail; if one does not, nothing passes.
     tested: arms that the verdict is about, by default all but the controls; any others are measured for comparison.
     base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
-    between runs that differ only in chance; needed only if no point was run with two seeds, used wherever there is one.
+    between runs that differ only in chance; for where no point was run with two seeds, refused where one was.
     initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
     training loss, for "wider is better". The same arguments give the same numbers. Raises TransferError.
     """

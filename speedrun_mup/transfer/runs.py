@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,31 +36,22 @@ class Run:
         return round(math.log2(self.lr), 6)
 
 
+COLUMNS = ("width", "lr", "seed", "loss")
+
+
 def read_runs(path: str | Path) -> list[Run]:
     """Runs from a CSV with columns width, lr, seed, loss and, if you like, arm (else the name of the file).
 
-    Case and other columns do not matter. A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming
-    row (1 is the header) and column.
+    Case, empty lines and other columns do not matter. A loss of nan, inf or "diverged" marks a diverged run. Raises
+    TransferError naming row (1 is the file's first line) and column.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise TransferError(f"{path}: cannot be read ({fault}); give a CSV file in UTF-8") from None
-    reader = csv.DictReader(text.splitlines(), restval="")
-    names = [name.strip().lower() for name in reader.fieldnames or []]
-    reader.fieldnames = names
-    for column in ("width", "lr", "seed", "loss"):
-        if names.count(column) != 1:
-            found = "no column" if column not in names else "more than one column"
-            raise TransferError(f"{path}: {found} {column!r} in the header ({','.join(names)}); name it once")
     runs: dict[tuple[str, int, float, int], Run] = {}
-    for row in reader:
-        where = f"{path} row {reader.line_num}"
+    for where, row in _rows(Path(path)):
         width = _number(row, "width", where, whole=True, positive=True)
         lr = _number(row, "lr", where, positive=True)
         seed = _number(row, "seed", where, whole=True)
-        loss = math.nan if row["loss"].strip().lower() == "diverged" else _number(row, "loss", where, finite=False)
-        run = Run(int(width), lr, int(seed), loss, row.get("arm", "").strip() or Path(path).stem)
+        loss = math.nan if row["loss"].lower() == "diverged" else _number(row, "loss", where, finite=False)
+        run = Run(int(width), lr, int(seed), loss, row.get("arm") or Path(path).stem)
         key = (run.arm, run.width, run.log2_lr, run.seed)
         if key in runs:
             same = f"arm {run.arm}, width {run.width}, lr {lr:g}, seed {run.seed}"
@@ -67,6 +60,33 @@ def read_runs(path: str | Path) -> list[Run]:
     if not runs:
         raise TransferError(f"{path}: a header but no rows; give one row per finished run")
     return list(runs.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where it stands and {column: cell} of every row below the header. What is ambiguous is an error: a cell too many,
+    as an unquoted decimal comma makes it, moves all that follow, and a quote that is not closed swallows rows."""
+    try:
+        lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
+        filled = [(lines.line_num, cells) for cells in lines if any(cell.strip() for cell in cells)]
+    except (OSError, UnicodeDecodeError) as fault:
+        raise TransferError(f"{path}: cannot be read ({fault}); give a CSV file in UTF-8") from None
+    except csv.Error as fault:
+        raise TransferError(f"{path} row {lines.line_num}: {fault}; look for a quote that is not closed") from None
+    names = [name.strip().lower() for name in filled[0][1]] if filled else []
+    missing = [column for column in COLUMNS if column not in names]
+    if missing:
+        separated = "separate columns with commas" if len(names) == 1 else "name each once"
+        raise TransferError(f"{path}: no column {', '.join(missing)} in the header ({','.join(names)}); {separated}")
+    for column in (*COLUMNS, "arm"):
+        if names.count(column) > 1:
+            raise TransferError(f"{path}: more than one column {column!r} in the header ({','.join(names)}); drop one")
+    for number, cells in filled[1:]:
+        where = f"{path} row {number}"
+        if len(cells) < len(names) or any(cell.strip() for cell in cells[len(names) :]):
+            raise TransferError(
+                f"{where}: {len(cells)} cells below a header of {len(names)}; quote a cell with a comma"
+            )
+        yield where, {name: cell.strip() for name, cell in zip(names, cells)}
 
 
 def _number(
