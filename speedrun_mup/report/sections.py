@@ -83,7 +83,7 @@ def _arms(result: TransferResult) -> Table:
     rows = []
     for name, arm in result.arms.items():
         verdict = arm.verdict if arm.predicted is None else f"control, {signed(arm.predicted)} predicted: {arm.verdict}"
-        sigma = "unknown" if arm.sigma is None else f"{arm.sigma:.4f}"
+        sigma = "unknown" if arm.noise.sigma is None else f"{arm.noise.sigma:.4f}"
         wider = f"{arm.wider.verdict}, {arm.wider.share:.1%} of steps violate it" if arm.wider else "not known"
         rows.append([name, verdict, interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma, wider])
     return Table(header, rows)

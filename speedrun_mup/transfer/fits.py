@@ -186,12 +186,14 @@ def table_of(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | st
 class Noise:
     """The noise of one arm's runs. sigma: of one run, seed offset removed, or None if unknown; total: with the offset.
 
-    freedom: degrees of freedom behind sigma. own: width -> (sum of squares, degrees of freedom).
+    freedom: degrees of freedom behind sigma; total_freedom: behind total, one for each seed of a width beyond its first.
+    own: width -> (sum of squares, degrees of freedom).
     """
 
     sigma: float | None
     total: float
     freedom: float
+    total_freedom: float
     own: dict[int, tuple[float, float]]
 
     @staticmethod
@@ -209,13 +211,15 @@ class Noise:
 
         mine = residuals(arm)
         own = {cells.width: (float(row[0, 0]), float(row[1, 0])) for cells, row in zip(arm, mine)}
-        squares, freedom = (mine if mine[:, 1, 0].any() else residuals(everywhere)).sum(axis=0)
+        source = arm if mine[:, 1, 0].any() else everywhere
+        squares, freedom = residuals(source).sum(axis=0)
         if freedom[0] == 0:
-            return Noise(given, given or 0.0, math.inf, own)
+            return Noise(given, given or 0.0, math.inf, math.inf, own)
         pooled, total = (float(value) for value in np.sqrt(squares / freedom))
         if given is not None:
             raise TransferError(f"sigma={given:g}: runs with several seeds tell the noise already; leave it out")
-        return Noise(pooled, max(total, pooled), float(freedom[0]), own)
+        seeds = sum(len(cells.filled) - 1 for cells in source)
+        return Noise(pooled, max(total, pooled), float(freedom[0]), float(seeds), own)
 
     def at(self, width: int) -> float | None:
         """Sigma at one width: its own residuals, steadied by the pooled sigma as if that were 4 more."""
@@ -278,6 +282,44 @@ class WidthFit:
         lines = (1 - t) * self.means[row, right - 1] + t * self.means[row, right]
         loss = np.where((x >= self.bowls.left) & (x <= self.bowls.right), self.bowls.at(x), lines)
         return np.where(x >= min(self.cells.diverged, default=math.inf), np.inf, loss)
+
+
+def student_t(draws: Array, freedom: float, rng: np.random.Generator) -> Array:
+    """Resamples (R,) spread about row 0, so that what was normal becomes Student's t.
+
+    A variance that comes from 2 or 3 seeds per width is itself uncertain, and a normal interval would cover too little.
+    """
+    if not math.isfinite(freedom):
+        return draws
+    spread = np.sqrt(freedom / rng.chisquare(freedom, len(draws) - 1))
+    return np.concatenate([draws[:1], draws[0] + (draws[1:] - draws[0]) * spread])
+
+
+def variances(line: Array, values: Array, fits: Sequence[WidthFit], lone_freedom: float) -> tuple[float, float]:
+    """Of the sum of line (W,) times `values` (W, R): its variance, and Satterthwaite's term, variance**2 / freedom.
+
+    Degrees of freedom: S - 1 for each width with seeds; widths with a lone seed share those of the pooled noise.
+    """
+    parts = line**2 * values[:, 1:].var(axis=1) if values.shape[1] > 1 else np.zeros(len(line))
+    seeds = np.array([len(fit.cells.filled) for fit in fits])
+    lone = seeds == 1
+    term = (parts[~lone] ** 2 / (seeds[~lone] - 1)).sum() + parts[lone].sum() ** 2 / lone_freedom
+    return float(parts.sum()), float(term)
+
+
+def drift_line(fits: Sequence[WidthFit]) -> Array:
+    """Coefficients (W,) that turn optima into their weighted least-squares slope on log2 width."""
+    doublings = np.log2([fit.width for fit in fits])
+    weights = np.array([fit.weight for fit in fits])
+    centred = doublings - np.average(doublings, weights=weights)
+    return weights * centred / (weights * centred**2).sum()
+
+
+def optima_on(line: Array, fits: Sequence[WidthFit], noise: Noise, rng: np.random.Generator) -> Array:
+    """The sum of line (W,) times the optima, (R,) with resamples spread out to Student's t."""
+    optima = np.array([fit.bowls.vertex for fit in fits])
+    variance, term = variances(line, optima, fits, noise.freedom)
+    return student_t(line @ optima, variance**2 / term if term else math.inf, rng)
 
 
 def fit_width(arm: str, cells: Cells, noise: Noise, thresholds: Thresholds, resamples: int, seed: int) -> WidthFit:

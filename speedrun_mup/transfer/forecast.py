@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speedrun_mup.transfer.fits import Array, Estimate
+from speedrun_mup.transfer.fits import Array, Estimate, drift_line, optima_on, student_t, variances
 from speedrun_mup.transfer.results import ArmResult
 from speedrun_mup.transfer.runs import TransferError
 from speedrun_mup.transfer.thresholds import Verdict
@@ -45,14 +45,15 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
 
     The learning rate is the mean of the optima, unless their drift is shown to be there (its 90 % interval leaves out
     zero, and the arm did not pass): then that is followed out to `width`. Unless the arm passed, the interval of the
-    rate holds what the drift may be. Raises TransferError with fewer than two usable widths.
+    rate holds what the drift may be. All intervals are as wide as so few seeds demand (`student_t`). Raises TransferError
+    with fewer than two usable widths.
     """
     fits = arm.usable
     if len(fits) < 2 or arm.drift is None:
         raise TransferError(f"arm {arm.arm}: a forecast needs two widths with an optimum, it has {len(fits)}")
     rng = np.random.default_rng([seed, width, *arm.arm.encode()])
     losses = np.array([fit.best_losses for fit in fits]).T  # (R, W)
-    doublings = np.log2([fit.width / fits[-1].width for fit in fits])
+    doublings, at = np.log2([fit.width / fits[-1].width for fit in fits]), math.log2(width / fits[-1].width)
     rows = len(losses)
     if len(fits) >= 4:
         trials = [_power_law(doublings, losses, np.full(rows, p), 0.0) for p in np.linspace(0, 1.5, 61)]
@@ -62,22 +63,41 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     else:
         exponent = np.concatenate([[0.5], rng.uniform(0, 1, rows - 1)])
         law = f"a + b w^-p through {len(fits)} widths, p between 0 and 1 unknown"
-    loss, _ = _power_law(doublings, losses, exponent, math.log2(width / fits[-1].width))
-    loss[1:] += arm.seed_sd * rng.standard_normal(rows - 1)
+    by_law, _ = _power_law(doublings, np.tile(losses[0], (rows, 1)), exponent, at)
+    loss, _ = _power_law(doublings, losses, exponent, at)
+    by_seed = loss - by_law
+    by_seed[1:] += arm.noise.total * rng.standard_normal(rows - 1)
+    loss = by_law + student_t(by_seed, _freedom(arm, doublings, losses, exponent[:1], at), rng)
 
-    optima = np.array([fit.bowls.vertex for fit in fits])  # (W, R)
     weights = np.array([fit.weight for fit in fits])
-    rate, advice = weights @ optima / weights.sum(), "mean of the optima, since they do not drift"
-    if arm.verdict is not Verdict.PASS:
-        middle = float(np.average(np.log2([fit.width for fit in fits]), weights=weights))
+    shares, advice = weights / weights.sum(), "mean of the optima, since they do not drift"
+    if arm.verdict is Verdict.PASS:
+        rate = optima_on(shares, fits, arm.noise, rng)
+    else:
+        away = math.log2(width) - float(shares @ np.log2([fit.width for fit in fits]))
+        rate = optima_on(shares + away * drift_line(fits), fits, arm.noise, rng)
         low, high = arm.drift.interval()
-        away = arm.drift.draws * (math.log2(width) - middle)
-        if not (low > 0 or high < 0):  # an unknown interval shows nothing
-            away[0], advice = 0.0, "mean of the optima; a drift is neither shown nor ruled out"
-        else:
+        if low > 0 or high < 0:
             advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling, since transfer is not shown"
-        rate = rate + away
+        else:  # an unknown interval shows nothing
+            rate[0] -= away * arm.drift.value
+            advice = "mean of the optima; a drift is neither shown nor ruled out"
     return Forecast(width, Estimate(loss), Estimate(rate), Estimate(exponent), f"loss from {law}; rate: {advice}")
+
+
+def _freedom(arm: ArmResult, doublings: Array, losses: Array, exponent: Array, at: float) -> float:
+    """Degrees of freedom behind the scatter of the forecast loss: that of the fitted law, and that of the run itself.
+
+    Both come from the same seeds. Satterthwaite's rule would take them for independent, and find up to twice as many; so
+    their uncertainties are added as they are, which is exact where all widths have the same seeds and noise.
+    """
+    weigh = np.eye(len(doublings))
+    line, _ = _power_law(doublings, weigh, np.repeat(exponent, len(weigh)), at)
+    freedom = arm.noise.total_freedom
+    fitted, term = variances(line, losses.T, arm.usable, freedom)
+    own = arm.noise.total**2
+    uncertainty = (math.sqrt(term) + own / math.sqrt(freedom)) ** 2
+    return (fitted + own) ** 2 / uncertainty if uncertainty else math.inf
 
 
 def _power_law(doublings: Array, losses: Array, exponent: Array, at: float) -> tuple[Array, Array]:

@@ -8,7 +8,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from speedrun_mup.transfer.fits import Array, Cells, Estimate, Noise, WidthFit, fit_width, table_of
+from speedrun_mup.transfer.fits import (
+    Array,
+    Cells,
+    Estimate,
+    Noise,
+    WidthFit,
+    drift_line,
+    fit_width,
+    optima_on,
+    table_of,
+)
 from speedrun_mup.transfer.results import ArmResult, TransferResult
 from speedrun_mup.transfer.runs import CurveKey, Run, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
@@ -87,8 +97,8 @@ def _measure_arm(
     trouble = [*problems, *(text for fit in fits for text in fit.problems)]
     drift = shift = regret = wider = None
     if len(usable) > 1:
-        line = _line(usable)
-        drift = Estimate(_drift_draws(line, usable, noise, rng))
+        line = drift_line(usable)
+        drift = Estimate(optima_on(line, usable, noise, rng))
         shift = Estimate(line @ np.array([fit.narrow.vertex - fit.bowls.vertex for fit in usable]))
         trouble += _scatter(usable, drift.value, thresholds)
     if base:
@@ -97,37 +107,7 @@ def _measure_arm(
     if base and mine:
         wider = wider_is_better(mine, base.optimum, thresholds)
     verdict, reasons = _judge(fits, usable, drift, shift, regret, trouble, thresholds)
-    return ArmResult(
-        arm, base_width, fits, drift, shift, regret, noise.sigma, noise.total, predicted, wider, verdict, tuple(reasons)
-    )
-
-
-def _line(usable: Sequence[WidthFit]) -> Array:
-    """Coefficients (W,) that turn optima into their weighted least-squares slope on log2 width."""
-    doublings = np.log2([fit.width for fit in usable])
-    weights = np.array([fit.weight for fit in usable])
-    centred = doublings - np.average(doublings, weights=weights)
-    return weights * centred / (weights * centred**2).sum()
-
-
-def _drift_draws(line: Array, usable: Sequence[WidthFit], noise: Noise, rng: np.random.Generator) -> Array:
-    """Slopes (R,), resamples spread out to Student's t.
-
-    A variance that comes from 2 or 3 seeds per width is itself uncertain, and a normal interval would cover too little.
-    Degrees of freedom after Satterthwaite: S - 1 for each width with seeds; widths with a lone seed share sigma's.
-    """
-    optima = np.array([fit.bowls.vertex for fit in usable])
-    draws = line @ optima
-    parts = line**2 * optima[:, 1:].var(axis=1) if len(draws) > 1 else np.zeros(len(line))
-    if not parts.sum():
-        return draws
-    seeds = np.array([len(fit.cells.filled) for fit in usable])
-    lone = seeds == 1
-    uncertainty = (parts[~lone] ** 2 / (seeds[~lone] - 1)).sum() + parts[lone].sum() ** 2 / noise.freedom
-    if uncertainty:
-        freedom = parts.sum() ** 2 / uncertainty
-        draws[1:] = draws[0] + (draws[1:] - draws[0]) * np.sqrt(freedom / rng.chisquare(freedom, len(draws) - 1))
-    return draws
+    return ArmResult(arm, base_width, fits, drift, shift, regret, noise, predicted, wider, verdict, tuple(reasons))
 
 
 def _scatter(usable: Sequence[WidthFit], drift: float, thresholds: Thresholds) -> tuple[str, ...]:

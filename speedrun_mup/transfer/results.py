@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from speedrun_mup.transfer.fits import Estimate, WidthFit
+from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit
 from speedrun_mup.transfer.runs import lr_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter
@@ -20,8 +20,7 @@ class ArmResult:
 
     drift: octaves per doubling; None without two usable widths. window_shift: how much it changes when the parabolas
     see the narrow window only. regret: nats lost at the widest usable width by using the base width's optimum there;
-    None if that has none. sigma: of one run, pooled over widths, seed offset removed; seed_sd: with the offset.
-    predicted: the drift that a control is built to have; None for an arm under test.
+    None if that has none. predicted: the drift that a control is built to have; None for an arm under test.
     """
 
     arm: str
@@ -30,8 +29,7 @@ class ArmResult:
     drift: Estimate | None
     window_shift: Estimate | None
     regret: Estimate | None
-    sigma: float | None
-    seed_sd: float
+    noise: Noise
     predicted: float | None
     wider: WiderIsBetter | None
     verdict: Verdict
@@ -101,8 +99,8 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
                 "drift": _numbers(arm.drift),
                 "window_shift": _numbers(arm.window_shift),
                 "regret": _numbers(arm.regret),
-                "sigma": arm.sigma,
-                "seed_sd": arm.seed_sd,
+                "sigma": arm.noise.sigma,
+                "seed_sd": arm.noise.total,
                 "wider_is_better": arm.wider and asdict(arm.wider),
                 "widths": [
                     {
