@@ -88,11 +88,15 @@ class Batches(ABC):
         Reading happens in a thread that ends with the iterator; its errors surface at the step that they belong to.
         Raises ConfigError if N is not a multiple of `size`.
         """
+        share = self.share(size)
+        return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
+
+    def share(self, size: int) -> int:
+        """Micro-batches of a step for each of `size` ranks. ConfigError if N is not a multiple of it."""
         if self.N % size:
             fits = ", ".join(str(n) for n in range(1, self.N + 1) if self.N % n == 0)
             raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
-        share = self.N // size
-        return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
+        return self.N // size
 
     def _load(self, step: int, share: range) -> list[Batch]:
         return [self.micro_batch(step * self.N + i) for i in share]

@@ -257,7 +257,7 @@ def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpu
 
 
 def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
-    """The plan in `out`, if one was made. Raises ConfigError if that is for another target, other data or budget."""
+    """The plan in `out`, if one was made for this budget, or none is given. ConfigError for another target or other data."""
     if not (out / PLAN).exists():
         return None
     content = _read_plan(out)
@@ -266,19 +266,24 @@ def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan
     differ = [f"{key} was {theirs[key]}, is {mine[key]}" for key in mine if mine[key] != theirs[key]]
     if find_corpus(target.data, target.tokenizer)[0].fingerprint != content["corpus"]:
         differ.append(f"data={target.data} is not the corpus that it was made on")
-    if budget and dict(budget) != content["budget"]:
-        differ.append("the budget was another")
     if differ:
         raise ConfigError(f"{out} holds another plan: {'; '.join(differ)}; choose another --out")
+    if budget and dict(budget) != content["budget"]:
+        return None
     values: dict[str, Any] = {entry.name: content[entry.name] for entry in fields(Plan)}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return Plan(**values | lists | {"target": found})
 
 
 def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResult:
-    """Run the sweeps of a plan one after another, widest last, until one is not complete. options: of `run_sweep`."""
+    """Run the sweeps of a plan one after another, widest last, until one is not complete. options: of `run_sweep`.
+
+    A budget of FLOPs is kept: where a grid would have to be extended beyond it, the sweep stays incomplete.
+    """
+    budget = _read_plan(out)["budget"]
+    most = min(budget.get("budget_flops", math.inf), budget.get("budget_share", math.inf) * plan.target_flops)
     for sweep in plan.sweeps:
-        result = run_sweep(sweep, out, engine, **options)
+        result = run_sweep(sweep, out, engine, budget_flops=most, **options)
         if not result.complete:
             break
     return result

@@ -54,6 +54,7 @@ SCHEMA = 1  # of result.json; part of every id
 SWEEP, CELLS, RESULT, SCRATCH = "sweep.json", "cells", "result.json", "running"
 KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr")
 ATTEMPTS = 3  # a cell that fails is tried again twice
+MOST_OCTAVES = 32.0  # either way that a grid may go
 MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
 TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
 # Settings without a part in an id. The corpus has a fingerprint; what happens to a diverging run is part of the result.
@@ -163,6 +164,8 @@ class Sweep:
                 raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
         if self.knob not in KNOBS:
             raise ConfigError(f"knob={self.knob!r} is not a learning rate; choose {', '.join(KNOBS)}")
+        if far := [at for at in self.octaves if not abs(at) <= MOST_OCTAVES]:
+            raise ConfigError(f"octaves={far[0]:g} must be from -{MOST_OCTAVES:g} to {MOST_OCTAVES:g}: a power of two")
         if self.base.base_width is None:
             raise ConfigError("a sweep needs the width that its settings were tuned at; give --base-width")
 
@@ -346,10 +349,13 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         made_with = json.loads((folder / PROVENANCE).read_text().splitlines()[-1])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    curve = [round(_or_nan(record["loss"]), 6) for record in records]
-    if not reason and not loss < curve[0]:
-        reason = f"ended at a loss of {loss:.4f}, began at {curve[0]:.4f}"
-    tail = curve[-max(1, round(TAIL * cell.cfg.iterations)) :]
+    curve = [math.nan] * (records[-1]["step"] + 1 if records else 0)  # nan stays where a bad step was skipped
+    for record in records:
+        curve[record["step"]] = round(_or_nan(record["loss"]), 6)
+    first = next((value for value in curve if math.isfinite(value)), math.nan)
+    if not reason and not loss < first:
+        reason = f"ended at a loss of {loss:.4f}, began at {first:.4f}"
+    tail = [value for value in curve[-max(1, round(TAIL * cell.cfg.iterations)) :] if math.isfinite(value)]
     return CellResult(
         id=cell.id,
         arm=cell.arm,
@@ -357,7 +363,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         octaves=cell.octaves,
         seed=cell.seed,
         loss=loss,
-        train_loss=math.nan if len(curve) < cell.cfg.iterations else float(np.mean(tail)),
+        train_loss=float(np.mean(tail)) if tail and len(curve) == cell.cfg.iterations else math.nan,
         diverged=bool(reason),
         reason=reason,
         curve=curve,
@@ -628,7 +634,8 @@ class SweepResult:
     """What a call of `run_sweep` leaves.
 
     results: every finished cell of the folder, also of earlier calls. ran: cells finished by this call. failed: cell ->
-    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal.
+    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal. used_up: the
+    budget of FLOPs has no room for one of those left.
     """
 
     out: Path
@@ -638,6 +645,7 @@ class SweepResult:
     left: int
     stopped: bool
     seconds: float
+    used_up: bool = False
 
     @property
     def complete(self) -> bool:
@@ -667,7 +675,9 @@ class SweepResult:
             kinds = len({result.made_with[name] for result in self.results})
             if kinds > 1:
                 lines.append(f"warning: {kinds} different {name} made these cells; compare them with care")
-        if self.left:
+        if self.used_up:
+            lines.append("the budget of FLOPs has no room for what is left; a larger one goes on")
+        elif self.left:
             lines.append("run the same command again to go on")
         return "\n".join([*lines, *_tables(self.results)])
 
@@ -731,11 +741,15 @@ def run_sweep(
         except KeyboardInterrupt as stop:
             stopped = True
             shown.say(f"stopped by {stop}; {len(rounds.done)} cells are finished, run the same command again to go on")
-        left = sum(
-            cell.id not in rounds.done and str(cell) not in rounds.failed for cell in sweep.cells(points, corpus)
-        )
+        left = [
+            cell
+            for cell in sweep.cells(points, corpus)
+            if cell.id not in rounds.done and str(cell) not in rounds.failed
+        ]
         results = tuple(sorted(rounds.done.values(), key=_place))
-        return SweepResult(out, results, rounds.ran, rounds.failed, left, stopped, time.monotonic() - began)
+        used_up = bool(left) and not stopped and not any(map(rounds.pays_for, left))
+        took = time.monotonic() - began
+        return SweepResult(out, results, rounds.ran, rounds.failed, len(left), stopped, took, used_up)
 
 
 def _place(result: CellResult) -> tuple[str, int, float, int]:
@@ -788,12 +802,16 @@ class _Rounds:
             yield cell
 
     def _fits(self, cell: Cell) -> bool:
-        ends = time.monotonic() + self.pace.seconds(cell.width, cell.flops)
-        return ends <= self.deadline and self.spent + cell.flops <= self.budget_flops
+        return time.monotonic() + self.pace.seconds(cell.width, cell.flops) <= self.deadline and self.pays_for(cell)
+
+    def pays_for(self, cell: Cell) -> bool:
+        """Whether the budget of FLOPs has room for `cell`."""
+        return self.spent + cell.flops <= self.budget_flops
 
     def _note(self, cell: Cell, outcome: CellResult | Failure) -> None:
         """Keep a result; say a failure once."""
         name = str(cell)
+        self.spent += (0.0 if isinstance(outcome, Failure) else outcome.flops) - cell.flops
         if isinstance(outcome, Failure):
             what = "failed"
             if name not in self.failed:

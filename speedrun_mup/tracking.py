@@ -169,8 +169,8 @@ class RunLog:
         self._bar = tqdm(total=steps, unit="step", disable=not self._live, dynamic_ncols=True)
         self.rewind(start_step)
 
-    def rewind(self, step: int) -> None:
-        """Drop the records of `step` and later: they will come again."""
+    def rewind(self, step: int, train_s: float | None = None) -> None:
+        """Drop the records of `step` and later: they will come again, from `train_s` on (default: that of what is kept)."""
         if not self._main:
             return
         kept = [record for record in read_metrics(self._metrics_path.parent) if record["step"] < step]
@@ -182,7 +182,8 @@ class RunLog:
             self._metrics = open(self._metrics_path, "a")
         except OSError as fault:
             self._warn_once(METRICS, fault)
-        self._steps_seen, self._resumed_train_s = 0, max((record["train_s"] for record in kept), default=0.0)
+        last = max((record["train_s"] for record in kept), default=0.0)
+        self._steps_seen, self._resumed_train_s = 0, last if train_s is None else train_s
         self._bar.n = step
         self._bar.refresh()
 

@@ -270,6 +270,7 @@ class Run:
         """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
         self.cfg, self.pack = cfg, cfg.pack
         self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        self.batches.share(self.world.size)  # raises now, before there is a folder
         if cfg.epochs:
             self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
         self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
@@ -495,7 +496,7 @@ class Run:
             raise NonFiniteError(f"step {bad_step}: no checkpoint to roll back to; set --save-every, or skip the step")
         self.load(found)
         self.data_offset, self.train_s = used - self.start, train_s
-        self.log.rewind(self.start)
+        self.log.rewind(self.start, train_s)
         self.log.say(f"rolled back to {found}; its data and that up to step {bad_step}'s are left out")
 
     def validate(self, step: int) -> None:

@@ -31,10 +31,10 @@ OVERHEAD_S = 2.0
 OPTIMUM = 0.3
 
 
-def loss_at(cell):
+def loss_at(cell, optimum=OPTIMUM):
     """A bowl around OPTIMUM; loss falls as 1 / sqrt(width)."""
     luck = random.Random(cell.id).gauss(0, 0.002) + 0.01 * cell.seed
-    return 2.5 + 4 * cell.width**-0.5 + 0.03 * (cell.octaves - OPTIMUM) ** 2 + luck
+    return 2.5 + 4 * cell.width**-0.5 + 0.03 * (cell.octaves - optimum) ** 2 + luck
 
 
 class FakeEngine:
@@ -42,13 +42,13 @@ class FakeEngine:
 
     workers = 2
 
-    def __init__(self):
-        self.ran = []
+    def __init__(self, optimum=OPTIMUM):
+        self.ran, self.optimum = [], optimum
 
     def run(self, cells, scratch):
         for cell in cells:
             self.ran.append(cell)
-            loss, train_s = loss_at(cell), cell.flops / SPEED
+            loss, train_s = loss_at(cell, self.optimum), cell.flops / SPEED
             curve = [round(4.85 - (4.85 - loss) * step / cell.cfg.iterations, 6) for step in range(cell.cfg.iterations)]
             place = (cell.id, cell.arm, cell.width, cell.octaves, cell.seed)
             yield (
@@ -124,8 +124,7 @@ def test_a_plan_is_found_again_and_not_taken_for_another(target, out):
     assert planned(target, out, {"budget_minutes": 20}).sweeps == plan.sweeps
     with pytest.raises(ConfigError, match=r"another plan: iterations was 6, is 7"):
         planned(dataclasses.replace(target, iterations=7), out, {})
-    with pytest.raises(ConfigError, match=r"another plan: the budget was another"):
-        planned(target, out, {"budget_minutes": 21})
+    assert planned(target, out, {"budget_minutes": 21}) is None  # it is made anew, and finished cells count
     with pytest.raises(ConfigError, match=r"another plan: data=embedded is not the corpus"):
         planned(dataclasses.replace(target, data="embedded"), out, {})
     content = json.loads((out / "plan.json").read_text())
@@ -217,6 +216,17 @@ def test_the_prediction_holds_the_planted_truth(swept, target, out):
     assert prediction.verdict == "PASS" and "--lr-scale 1.2" in prediction.summary()
     assert json.loads((out / "plan.json").read_text())["prediction"]["lr_scale"] == prediction.lr_scale
     assert advised(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)
+
+
+def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_with_a_larger_one(target, out):
+    share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
+    plan, far = make_plan(target, out, FakeEngine(), budget_share=share), FakeEngine(optimum=-3.0)  # outside the grid
+    result = run_plan(plan, out, far, progress=False)
+    assert not result.complete and result.left and result.flops <= share * run_flops(target, 65)
+    assert "the budget of FLOPs has no room for what is left; a larger one goes on" in result.summary()
+    assert planned(target, out, {"budget_share": 50.0}) is None
+    larger = make_plan(target, out, far, budget_share=50.0)
+    assert run_plan(larger, out, far, progress=False).complete
 
 
 def test_rates_are_relative_to_the_targets(target, out):

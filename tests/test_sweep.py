@@ -428,8 +428,27 @@ def test_a_budget_of_flops_is_kept_over_all_calls(small, tmp_path):
     for share in (0.3, 0.6):
         result = quietly(sweep, tmp_path / "s", FakeEngine(bowl()), budget_flops=share * whole)
         assert result.left > 0 and not result.complete
-        assert 0.9 * share * whole < result.flops <= share * whole
+        assert 0.9 * share * whole < result.flops <= share * whole and result.used_up
+        assert "has no room" in result.summary() and "same command again" not in result.summary()
     assert quietly(sweep, tmp_path / "s", FakeEngine(bowl())).complete
+
+
+def test_only_what_was_computed_counts_against_a_budget_of_flops(small, tmp_path, corpus):
+    """A cell that fails is charged nothing, one that diverges for the steps that it took."""
+    sweep, tried = small(octaves=(0.0, 1.0), adaptive=False, widths=(32,), seeds=(0,)), Counter()
+    each = cell_of(sweep, corpus, width=32).flops
+
+    class Engine(FakeEngine):
+        def run(self, cells, scratch):
+            for cell in cells:
+                tried[cell.octaves] += 1
+                if tried[cell.octaves] == 1:
+                    yield cell, Failure("no luck")
+                else:
+                    yield cell, dataclasses.replace(result_of(cell, math.nan), flops=0.25 * cell.flops)
+
+    result = quietly(sweep, tmp_path / "s", Engine(None), budget_flops=1.3 * each)
+    assert result.complete and result.flops == pytest.approx(0.5 * each) and not result.used_up
 
 
 def test_a_budget_of_minutes_is_kept_by_what_is_known_of_the_pace(small, tmp_path, monkeypatch):
@@ -540,6 +559,20 @@ def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
     assert CellResult.from_json(result.to_json(), tmp_path).loss == result.loss
 
 
+def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpus, tmp_path, monkeypatch):
+    from speedrun_mup.tracking import read_metrics
+
+    cell = cell_of(small(), corpus, width=32)
+    whole = run_cell(cell, tmp_path)
+    for skipped in (0, 2):
+        kept = lambda folder, skipped=skipped: [row for row in read_metrics(folder) if row["step"] != skipped]  # noqa: E731
+        monkeypatch.setattr("speedrun_mup.sweep.read_metrics", kept)
+        result = run_cell(cell, tmp_path)
+        assert math.isnan(result.curve[skipped]) and not result.diverged
+        assert [loss for loss in result.curve if loss == loss] == whole.curve[:skipped] + whole.curve[skipped + 1 :]
+        assert (result.train_loss, result.flops) == (whole.train_loss, whole.flops)
+
+
 def test_divergence_is_a_result(small, tmp_path):
     result = quietly(small(widths=(32,), octaves=(0, 20), adaptive=False), tmp_path / "s", InlineEngine())
     assert result.complete
@@ -553,6 +586,12 @@ def test_ending_above_the_initial_loss_is_divergence(small, corpus, tmp_path, mo
     monkeypatch.setattr("speedrun_mup.sweep.train", lambda cfg: dataclasses.replace(train(cfg), val_loss=end))
     result = run_cell(cell_of(small(), corpus, width=32), tmp_path)
     assert result.diverged and result.reason == f"ended at a loss of {end:.4f}, began at 4.8520"
+
+
+@pytest.mark.parametrize("octaves", [2000.0, -33.0, math.nan, math.inf])
+def test_a_grid_stays_within_numbers(small, octaves):
+    with pytest.raises(ConfigError, match="octaves=.* must be from -32 to 32"):
+        small(octaves=(0.0, octaves))
 
 
 def test_a_cell_refuses_other_data(small, corpus, tmp_path):

@@ -57,6 +57,17 @@ def test_pace_leaves_out_the_first_step(log, tmp_path):
     assert [round(r["tokens_per_s"]) for r in read_metrics(tmp_path)] == [200, 1000, 1000]
 
 
+def test_after_a_rollback_no_step_is_charged_with_what_was_dropped(log, tmp_path, capsys):
+    run = log(steps=1000)
+    for step in range(100):
+        run.train(record(step, train_s=float(step + 1)))
+    run.rewind(2, train_s=100.0)
+    for step in (2, 3):
+        run.train(record(step, train_s=99.0 + step))
+    assert [round(row["tokens_per_s"]) for row in read_metrics(tmp_path)] == [1000] * 4
+    assert "will take" not in capsys.readouterr().out
+
+
 def test_numbers_that_are_not_finite_stay_strict_json(log, tmp_path):
     log().train(record(0, 1.0, loss=float("nan")))
 

@@ -366,6 +366,16 @@ def test_a_start_that_fails_leaves_its_name_free(tiny, monkeypatch):
 
 
 @pytest.mark.dist
+def test_ranks_that_cannot_share_the_micro_batches_leave_no_folder(tiny):
+    def work(world):
+        with pytest.raises(ConfigError, match="4 micro-batches cannot be shared by 3 processes; start one of 1, 2, 4"):
+            Run(tiny(name="a", micro_batches=4), world)
+        return Path(tiny().out, "a").exists()
+
+    assert run_ranks(3, work) == [False] * 3
+
+
+@pytest.mark.dist
 def test_all_ranks_hear_of_a_start_that_fails(tiny):
     def work(world):
         sys.modules["trackio"] = None

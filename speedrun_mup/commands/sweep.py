@@ -48,7 +48,7 @@ def budget_of(text: str | None) -> dict[str, float]:
         amount = float(text[: -1 if text[-1:] in units else None]) * factor
     except ValueError:
         amount = 0.0
-    if not 0 < amount < float("inf"):
+    if not (1e6 if name == "budget_flops" else 0) < amount < float("inf"):  # 30 FLOPs are 30 minutes without the m
         raise ConfigError(f"--budget {text}: give a time such as 30m or 2h, FLOPs such as 1e18, or for a plan 10%")
     return {name: amount}
 
