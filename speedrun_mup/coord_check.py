@@ -94,13 +94,15 @@ class Thresholds:
         return Verdict.PASS if size <= self.warn else Verdict.WARN if size <= self.fail else Verdict.FAIL
 
 
-# The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small. Scalars have no rule that
-# could be wrong, and few entries, which make their slopes noisy: they are shown, and have to move, but are not judged.
+# The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small; but one that is the embedding
+# too, TIED, already knows the token just read: its start has no slope of its own, it only must not grow. Scalars have no
+# rule that could be wrong, and few entries, which make their slopes noisy: they are shown, and have to move, but are not judged.
 PREDICTED: dict[str, dict[Role, float]] = {
     "update": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: 0.0},
     "init": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: -0.5},
     "gradient": {Role.INPUT: -1.0, Role.HIDDEN: -1.0, Role.OUTPUT: -1.0},
 }
+TIED = " (readout)"  # follows the name of an embedding where that is the readout too
 NORMS = ("norm", "update norm", "flatness")  # of HIDDEN matrices after the last update, not judged: see _norms
 
 
@@ -428,7 +430,7 @@ class _Observer:
         if is_lookup:
             self._looked_up.add(name)
         elif name in self._looked_up:  # the embedding is the readout too
-            name, role = f"{name} (readout)", Role.OUTPUT
+            name, role = name + TIED, Role.OUTPUT
         leading = itertools.takewhile(lambda dim: dim[0] not in ("in", "out"), zip(spec.layout, spec.shape))
         stack = math.prod(size for _, size in leading)
         parts = stack if output.size(-1) == stack * spec.fan_out else 1
@@ -577,9 +579,10 @@ def _judge(series: Iterable[Series], widths: Sequence[int], thresholds: Threshol
             if not slopes:
                 continue
             slope, predicted, verdict = sum(slopes) / len(slopes), None, None
-            if role and (predicted := PREDICTED.get(row, {}).get(role)) is not None:
+            starts_tied = row == "init" and kind.endswith(TIED)
+            if role and not starts_tied and (predicted := PREDICTED.get(row, {}).get(role)) is not None:
                 verdict = thresholds.judge(slope - predicted)
-            elif row == "activation":
+            elif row == "activation" or starts_tied:
                 verdict = thresholds.judge(max(slope, 0.0))
             yield Row(row, kind, role, len(slopes), slope, predicted, verdict)
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,47 @@ class Zoo(nn.Module):
 
 def rms(x):
     return x.float().square().mean().sqrt().item()
+
+
+class Tied(nn.Module):
+    """An embedding that is the readout too, with one residual layer between."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(16, width), nn.Linear(width, width)
+        self.readout = mup.MuSharedReadout(self.embed.weight)
+
+    def forward(self, tokens):
+        """(B,) -> (B, 16)."""
+        x = self.embed(tokens)
+        return self.readout(x + self.layer(x).relu())
+
+
+@pytest.mark.slow
+def test_a_readout_that_is_the_embedding_knows_the_token_it_read():
+    """Its start is larger than that of a random one and falls by less than 1 / sqrt(width); it must only not grow."""
+
+    def build(width, wrong=False):
+        model = mup.set_base_shapes(Tied(width), Tied(64), delta=Tied(128))
+        with torch.no_grad():
+            model.embed.weight.mul_((width / 64) ** 0.5 if wrong else 1.0)
+        return model
+
+    rows = {}
+    for wrong in (False, True):
+        result = cc.coord_check(
+            partial(build, wrong=wrong),
+            [64, 128, 256, 512],
+            [torch.randint(0, 16, (64,), generator=torch.Generator().manual_seed(t)) for t in range(7)],
+            lambda model, tokens: F.cross_entropy(model(tokens), (3 * tokens) % 16),
+            lambda model: mup.MuAdam(model, lr=0.01),
+            seeds=2,
+            progress=False,
+        )
+        (rows[wrong],) = (row for row in result.arm.rows if row.quantity == "init" and row.kind.endswith("(readout)"))
+        assert wrong or result.verdict is Verdict.PASS, result.summary()
+    assert -0.4 < rows[False].slope < 0 and rows[False].verdict is Verdict.PASS and rows[False].predicted is None
+    assert rows[True].verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
