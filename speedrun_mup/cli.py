@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from speedrun_mup import __version__
 from speedrun_mup.core.errors import ConfigError, UserError
 
 COMMANDS = {  # the command's module in `commands` has the same name, and a function run(argv) -> exit code
@@ -27,7 +28,7 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
 
 def usage() -> str:
     """The list of commands."""
-    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup COMMAND --help tells more", ""]
+    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup COMMAND --help tells more; speedrun-mup --version", ""]
     return "\n".join([*lines, *(f"  {name:<12} {about}" for name, about in COMMANDS.items())])
 
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"speedrun-mup {__version__}")
         return 0
     name, *rest = arguments
     try:

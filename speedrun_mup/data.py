@@ -304,7 +304,7 @@ class ValBatches:
         if not self._chunks:
             raise ShardError(
                 f"{corpus.directory}: no chunk of {chunk_tokens:,} + 1 tokens fits in val_tokens={val_tokens:,} and "
-                "the val shards; lower the chunk's size or use more validation data"
+                "the val shards; lower --val-chunk-tokens or use more validation data"
             )
 
     def __len__(self) -> int:

@@ -276,17 +276,30 @@ def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan
 
 
 def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResult:
-    """Run the sweeps of a plan one after another, widest last, until one is not complete. options: of `run_sweep`.
+    """Run the sweeps of a plan one after another, widest last, until one stops or fails. options: of `run_sweep`.
 
-    A budget of FLOPs is kept: where a grid would have to be extended beyond it, the sweep stays incomplete.
+    A budget of FLOPs is kept: a grid is extended only with what the planned cells leave of it; where that is too little, the
+    result is `used_up`.
     """
     budget = _read_plan(out)["budget"]
     most = min(budget.get("budget_flops", math.inf), budget.get("budget_share", math.inf) * plan.target_flops)
-    for sweep in plan.sweeps:
-        result = run_sweep(sweep, out, engine, budget_flops=most, **options)
-        if not result.complete:
+    left, sweeps = 0, plan.sweeps
+    for number, sweep in enumerate(sweeps, 1):
+        reserved = sum(_still_planned(plan, later, out) for later in sweeps[number:])
+        result = run_sweep(sweep, out, engine, budget_flops=most - reserved, **options)
+        left += result.left
+        if not result.complete and not result.used_up:
             break
-    return result
+    return replace(result, left=left, used_up=result.used_up or left > result.left)
+
+
+def _still_planned(plan: Plan, sweep: Sweep, out: Path) -> float:
+    """FLOPs of the planned cells of `sweep` that are not done."""
+    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
+    points = plan.runs // sum(plan.seeds)
+    each = sum(run_flops(replace(plan.target, width=width), corpus.vocab_size) for width in sweep.widths)
+    done = sum(cell.flops for cell in read_results(out) if cell.width in sweep.widths)
+    return max(len(sweep.seeds) * points * each - done, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -676,7 +676,7 @@ class SweepResult:
             if kinds > 1:
                 lines.append(f"warning: {kinds} different {name} made these cells; compare them with care")
         if self.used_up:
-            lines.append("the budget of FLOPs has no room for what is left; a larger one goes on")
+            lines.append(f"the budget of FLOPs has no room for the {self.left} runs left; a larger one goes on")
         elif self.left:
             lines.append("run the same command again to go on")
         return "\n".join([*lines, *_tables(self.results)])

@@ -11,6 +11,7 @@ from conftest import TINY
 from faults.harness import fork, wait
 from faults.torchrun import until
 
+from speedrun_mup import __version__
 from speedrun_mup.cli import COMMANDS, main, usage
 from speedrun_mup.commands import demo, train
 from speedrun_mup.commands.sweep import budget_of
@@ -21,6 +22,7 @@ from speedrun_mup.core.utils import World
 from speedrun_mup.training import Run, saved_config
 
 ROOT = Path(__file__).parent.parent
+LEAN = ((-2.0, -1.0, 0.0, 1.0), ())  # wide enough for models so small that it need not be extended
 
 
 def as_flags(settings):
@@ -33,6 +35,7 @@ def as_flags(settings):
 
 def test_every_command_is_listed_and_helps(capsys):
     assert main([]) == 0 and all(name in usage() for name in COMMANDS)
+    assert main(["--version"]) == 0 and capsys.readouterr().out.endswith(f"speedrun-mup {__version__}\n")
     for name in COMMANDS:
         capsys.readouterr()
         with pytest.raises(SystemExit) as leaving:
@@ -194,7 +197,8 @@ def test_budgets_are_read_with_their_units(text, budget):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys):
+def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("speedrun_mup.plan.LEAN", LEAN)
     words = [
         "plan",
         *as_flags(TINY | {"width": 128, "iterations": 24, "base_width": 32, "lr_scale": 2.5}),
@@ -202,7 +206,7 @@ def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys):
         str(tmp_path / "p"),
     ]
     assert main([*words, "--budget", "0.1%"]) == 2 and "of the target run" in capsys.readouterr().err
-    assert main([*words, "--budget", "120%", "--run"]) == 0
+    assert main([*words, "--budget", "160%", "--run"]) == 0
     told = capsys.readouterr().out
     assert "target: width 128" in told and "use --lr-scale" in told and "--target runs/NAME" in told
     assert main(words) == 0 and "proxies: " in capsys.readouterr().out  # found again, without a budget
@@ -215,7 +219,8 @@ def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     small = ["--data", "synthetic", "--head-dim", "16", "--no-progress"]
     shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
     monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "--seeds", "1", "--tokens", "128"])
-    monkeypatch.setattr(demo, "BUDGET", "120%")
+    monkeypatch.setattr(demo, "BUDGET", "160%")
+    monkeypatch.setattr("speedrun_mup.plan.LEAN", LEAN)
     target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
     monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape, "--device", "cpu"])
     assert main(["demo"]) == 0

@@ -52,7 +52,7 @@ def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
         assert text in told
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     (run / ".lock").unlink()
-    assert main(["doctor", "--resume", str(run)]) == 0 and not (run / ".lock").exists()
+    assert main(["doctor", str(run)]) == 0 and not (run / ".lock").exists()
     assert main(["doctor", *as_flags(TINY), "--preset", "laptop", "--out", str(tmp_path / "new")]) == 0
     assert not (tmp_path / "new").exists()
 

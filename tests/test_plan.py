@@ -223,7 +223,10 @@ def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_wit
     plan, far = make_plan(target, out, FakeEngine(), budget_share=share), FakeEngine(optimum=-3.0)  # outside the grid
     result = run_plan(plan, out, far, progress=False)
     assert not result.complete and result.left and result.flops <= share * run_flops(target, 65)
-    assert "the budget of FLOPs has no room for what is left; a larger one goes on" in result.summary()
+    assert f"the budget of FLOPs has no room for the {result.left} runs left; a larger one goes on" in result.summary()
+    planned_cells = {(cell.width, cell.octaves, cell.seed) for cell in read_results(out)}
+    for width, seeds in zip(plan.widths, plan.seeds, strict=True):  # what an extension takes, no wider model lacks
+        assert {(width, at, seed) for at in plan.octaves for seed in range(seeds)} <= planned_cells
     assert planned(target, out, {"budget_share": 50.0}) is None
     larger = make_plan(target, out, far, budget_share=50.0)
     assert run_plan(larger, out, far, progress=False).complete

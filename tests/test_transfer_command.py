@@ -60,3 +60,10 @@ def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkey
     assert main(["transfer", *arguments]) > 1
     told = capsys.readouterr().err
     assert fault in told and told.count("\n") == 1 and told.startswith("error: ")
+
+
+def test_two_tables_in_one_folder_have_a_report_each(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text(Path(TABLE).read_text())
+        assert main(["report", str(tmp_path / f"{name}.csv"), "--controls", "adam-const=-1"]) == 0
+    assert {path.parent.name for path in tmp_path.rglob("report.md")} == {"a-report", "b-report"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from speedrun_mup.config import parse
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check what a run with these flags would find here, or a run's folder (--resume), and say what to fix. 1: something is."""
+    """Check what a run with these flags would find here, or a run's folder, and say what to fix. 1: something is."""
     parser = train_parser("speedrun-mup doctor", run.__doc__ or "")
+    parser.add_argument(
+        "resume", nargs="?", metavar="RUN", default=argparse.SUPPRESS, help="a run's folder, as --resume"
+    )
     cfg = config_of(vars(parse(parser, argv)))
 
     from speedrun_mup.doctor import Level, examine

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
             return 0
         result = run_plan(plan, folder, where, progress=target.progress)
     print(result.summary())
-    if not result.complete:
+    if not result.complete and not result.used_up:
         return STOPPED_BY_SIGNAL if result.stopped else 1
     prediction = predict(folder)
     print(prediction.summary())

@@ -18,7 +18,10 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--target", type=Path, metavar="RUN", help="folder of the finished run that was planned")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the files; default: report, beside what is measured"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for the files; default: report in a sweep's folder, NAME-report beside a table",
     )
     arguments = parse(parser, argv)
 
@@ -28,8 +31,8 @@ def run(argv: Sequence[str]) -> int:
     result = measure(arguments)
     source = arguments.source
     report = make_report(source, result, arguments.coord_check, arguments.target)
-    folder = source if source.is_dir() else source.parent
-    page, text, *pictures = write_report(report, arguments.out or folder / "report")
+    beside = source / "report" if source.is_dir() else source.with_name(f"{source.stem}-report")
+    page, text, *pictures = write_report(report, arguments.out or beside)
     print(f"verdict: {result.verdict}")
     for reason in result.reasons:
         print(f"- {reason}")

@@ -50,7 +50,8 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     """
     fits = arm.usable
     if len(fits) < 2 or arm.drift is None:
-        raise TransferError(f"arm {arm.arm}: a forecast needs two widths with an optimum, it has {len(fits)}")
+        why = "".join(f"; {text}" for fit in arm.fits for text in fit.problems)
+        raise TransferError(f"arm {arm.arm}: a forecast needs two widths with an optimum, it has {len(fits)}{why}")
     rng = np.random.default_rng([seed, width, *arm.arm.encode()])
     losses = np.array([fit.best_losses for fit in fits]).T  # (R, W)
     doublings, at = np.log2([fit.width / fits[-1].width for fit in fits]), math.log2(width / fits[-1].width)

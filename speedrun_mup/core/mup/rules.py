@@ -149,7 +149,7 @@ _SP = {
 
 # The powers of depth act on parameters with an m_depth only: those that write a residual branch into the stream, whose
 # 1/depth then needs no multiplier in the forward pass (Dey et al., CompleteP, arXiv 2505.01618), and residual scalars.
-_MUP = {
+_MUP_BUT_READOUT = {
     Role.INPUT: Rule(adam=Step(eps=PER_OUT), sgd=Step(lr=OUT)),
     Role.HIDDEN: Rule(
         init=ROOT_PER_IN * PER_DEPTH,
@@ -157,7 +157,6 @@ _MUP = {
         sgd=Step(lr=OUT * PER_IN),
         muon=Step(lr=SPECTRAL * PER_DEPTH),
     ),
-    Role.OUTPUT: Rule(forward=PER_IN, adam=Step(eps=PER_IN), sgd=Step(lr=IN)),
     Role.SCALAR: Rule(adam=Step(lr=PER_DEPTH)),
 }
 
@@ -170,15 +169,16 @@ def mup(
     embed_lr, value_embed_lr: powers of the width multiplier on those learning rates. head: the logits are divided by
     m**head; 1 is muP (full alignment), 1/2 is what the record's sqrt(d) amounts to.
     """
-    rules = dict(_MUP)
-    rules[Role.OUTPUT] = replace(_MUP[Role.OUTPUT], forward=Power(fan_in=-head), adam=Step(eps=Power(fan_in=-head)))
+    logits = Power(fan_in=-head)  # whose gradients Adam's eps has to follow
+    rules = _MUP_BUT_READOUT | {Role.OUTPUT: Rule(forward=logits, adam=Step(eps=logits), sgd=Step(lr=IN))}
     groups = {"embed": Power(fan_out=embed_lr), "value_embed": Power(fan_out=value_embed_lr)}
     return Parametrization("mup", rules, weight_decay, {name: power for name, power in groups.items() if power != ONE})
 
 
 def _changed(name: str, role: Role, **columns: object) -> Parametrization:
     """muP with some columns of one row replaced: a control that must fail."""
-    return Parametrization(name, _MUP | {role: replace(_MUP[role], **columns)})  # type: ignore[arg-type]
+    rules = mup().rules
+    return Parametrization(name, {**rules, role: replace(rules[role], **columns)})  # type: ignore[arg-type]
 
 
 PARAMETRIZATIONS: dict[str, Parametrization] = {
