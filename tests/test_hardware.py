@@ -10,6 +10,7 @@ import torch
 
 from speedrun_mup import hardware
 from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.attention import BACKENDS
 from speedrun_mup.core.errors import ConfigError, OutOfMemory
 from speedrun_mup.core.optimizers import Muon
 from speedrun_mup.core.utils import World
@@ -81,13 +82,21 @@ def test_flex_attention_is_tried_with_the_head_and_block_of_the_run():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block_size", [16, 48, 64, 128])
-def test_a_gpu_trains_with_any_block_size(tiny, block_size):
-    """Compiled, with flex attention or, where its kernels have no tiles for such blocks, blocked."""
-    sizes = {"block_size": block_size, "micro_batch_tokens": 4 * block_size, "val_chunk_tokens": 4 * block_size}
-    assert train(
-        tiny(device="cuda", head_dim=32, width=64, iterations=2, window_tokens=2 * block_size, **sizes)
-    ).finished
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_what_is_chosen_on_a_gpu_trains_with_any_block_size(block_size):
+    """Compiled, FlexAttention or, where its kernels have no tiles for such blocks, blocked attention; both are dense."""
+    cuda, tokens, window = torch.device("cuda"), 4 * block_size, torch.full((), 2, dtype=torch.int32, device="cuda")
+    name, _ = pick_attention(TrainConfig(block_size=block_size, val_chunk_tokens=tokens), cuda, FP32, True)
+    doc = (torch.arange(tokens, device=cuda) > tokens // 3).int()
+
+    def gradient(name, compiled, leaf):
+        backend = BACKENDS[name]()
+        attend = lambda x, window: backend.attend(x, x, x, backend.build_mask(doc, window, block_size, 2), 0.12)  # noqa: E731
+        out = (torch.compile(attend, dynamic=False) if compiled else attend)(leaf, window)
+        return torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    leaf = torch.randn(tokens, 2, 128, device=cuda, requires_grad=True)
+    torch.testing.assert_close(gradient(name, True, leaf), gradient("dense", False, leaf), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
