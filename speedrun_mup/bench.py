@@ -311,7 +311,7 @@ def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20
     on_cuda = run.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     _wait_for(run.world.device)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         run.take_step(micro_batches, step)
         _wait_for(run.world.device)
     run.act_on_votes()
