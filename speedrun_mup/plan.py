@@ -76,6 +76,11 @@ class Plan:
     lr_error: float
 
     @property
+    def points(self) -> int:
+        """Learning rates at each width, those included that refining usually adds."""
+        return self.runs // sum(self.seeds)
+
+    @property
     def sweeps(self) -> tuple[Sweep, ...]:
         """What to run, all in one folder: one sweep per number of seeds."""
         base = _proxy_base(self.target)
@@ -94,13 +99,13 @@ class Plan:
 
     def summary(self) -> str:
         """For a terminal."""
-        target, points = self.target, self.runs // sum(self.seeds)
+        target = self.target
         proxies = ", ".join(f"{width} ({seeds})" for width, seeds in zip(self.widths, self.seeds, strict=True))
         return "\n".join(
             [
                 f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
                 f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
-                f"proxies: widths (seeds) {proxies}, about {points} learning rates each: about {self.runs} runs",
+                f"proxies: widths (seeds) {proxies}, about {self.points} learning rates each: about {self.runs} runs",
                 f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run; "
                 f"about {clock(self.sweep_s)} with {self.workers} workers",
                 f"the learning rate will be known to about +- {self.lr_error:.2f} octaves (standard error)",
@@ -283,23 +288,23 @@ def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResu
     """
     budget = _read_plan(out)["budget"]
     most = min(budget.get("budget_flops", math.inf), budget.get("budget_share", math.inf) * plan.target_flops)
-    left, sweeps = 0, plan.sweeps
-    for number, sweep in enumerate(sweeps, 1):
-        reserved = sum(_still_planned(plan, later, out) for later in sweeps[number:])
+    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
+    waiting = {  # FLOPs of planned cells that are not done
+        width: seeds * plan.points * run_flops(replace(plan.target, width=width), corpus.vocab_size)
+        for width, seeds in zip(plan.widths, plan.seeds, strict=True)
+    }
+    for cell in read_results(out):
+        if cell.width in waiting:
+            waiting[cell.width] -= cell.flops
+    left = 0
+    for sweep in plan.sweeps:
+        waiting = {width: flops for width, flops in waiting.items() if width not in sweep.widths}
+        reserved = sum(max(flops, 0.0) for flops in waiting.values())
         result = run_sweep(sweep, out, engine, budget_flops=most - reserved, **options)
         left += result.left
         if not result.complete and not result.used_up:
-            break
-    return replace(result, left=left, used_up=result.used_up or left > result.left)
-
-
-def _still_planned(plan: Plan, sweep: Sweep, out: Path) -> float:
-    """FLOPs of the planned cells of `sweep` that are not done."""
-    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
-    points = plan.runs // sum(plan.seeds)
-    each = sum(run_flops(replace(plan.target, width=width), corpus.vocab_size) for width in sweep.widths)
-    done = sum(cell.flops for cell in read_results(out) if cell.width in sweep.widths)
-    return max(len(sweep.seeds) * points * each - done, 0.0)
+            return replace(result, left=left)
+    return replace(result, left=left, used_up=left > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

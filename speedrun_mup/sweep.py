@@ -634,8 +634,8 @@ class SweepResult:
     """What a call of `run_sweep` leaves.
 
     results: every finished cell of the folder, also of earlier calls. ran: cells finished by this call. failed: cell ->
-    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal. used_up: the
-    budget of FLOPs has no room for one of those left.
+    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal. used_up: nothing but
+    the budget of FLOPs, which has no room for any of those left, is in the way.
     """
 
     out: Path
@@ -645,7 +645,7 @@ class SweepResult:
     left: int
     stopped: bool
     seconds: float
-    used_up: bool = False
+    used_up: bool
 
     @property
     def complete(self) -> bool:
@@ -747,7 +747,7 @@ def run_sweep(
             if cell.id not in rounds.done and str(cell) not in rounds.failed
         ]
         results = tuple(sorted(rounds.done.values(), key=_place))
-        used_up = bool(left) and not stopped and not any(map(rounds.pays_for, left))
+        used_up = bool(left) and not stopped and not rounds.failed and not any(map(rounds.pays_for, left))
         took = time.monotonic() - began
         return SweepResult(out, results, rounds.ran, rounds.failed, len(left), stopped, took, used_up)
 

@@ -8,6 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from speedrun_mup import plan as plan_module
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flops import run_flops
@@ -230,6 +231,25 @@ def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_wit
     assert planned(target, out, {"budget_share": 50.0}) is None
     larger = make_plan(target, out, far, budget_share=50.0)
     assert run_plan(larger, out, far, progress=False).complete
+
+
+@pytest.mark.parametrize("trouble", ["stopped", "failed"])
+def test_an_earlier_sweep_without_room_hides_no_later_trouble(target, out, monkeypatch, trouble):
+    """Who stops the command, or has cells that fail, gets no prediction in place of that."""
+    share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
+    plan = make_plan(target, out, FakeEngine(), budget_share=share)
+    assert len(plan.sweeps) > 1
+    whole, calls = plan_module.run_sweep, []
+
+    def run(sweep, out, engine, **options):
+        calls.append(sweep)
+        result = whole(sweep, out, engine, **options)
+        broken = {"stopped": True} if trouble == "stopped" else {"failed": {"a cell": "no luck"}}
+        return result if len(calls) == 1 else dataclasses.replace(result, left=1, used_up=False, **broken)
+
+    monkeypatch.setattr(plan_module, "run_sweep", run)
+    result = run_plan(plan, out, FakeEngine(optimum=-3.0), progress=False)
+    assert len(calls) == 2 and not result.complete and not result.used_up and result.left > 1
 
 
 def test_rates_are_relative_to_the_targets(target, out):
