@@ -468,7 +468,7 @@ class Run:
     def describe_bad_step(self, step: int, evidence: list[dict[str, float]]) -> dict[str, Any]:
         """Where the step's tokens came from, and every rank's loss and gradient norms."""
         first = (step + self.data_offset) * self.cfg.micro_batches
-        share = self.cfg.micro_batches // self.world.size
+        share = self.batches.share(self.world.size)
         return {
             "step": step,
             "data_step": step + self.data_offset,

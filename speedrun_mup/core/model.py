@@ -115,9 +115,8 @@ class RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square() / x.size(-1) + RMS_EPS).rsqrt()
         y = x * scale  # float32
-        if (
-            y.dtype is not x.dtype
-        ):  # torch 2.11 compiles a Function that ends with a conversion to the same type to zero gradients
+        # Torch 2.11 compiles a Function that ends with a conversion to the same type to zero gradients.
+        if y.dtype is not x.dtype:
             y = y.type_as(x)
         ctx.save_for_backward(y, scale)
         return y

@@ -211,8 +211,8 @@ class Noise:
 
         mine = residuals(arm)
         own = {cells.width: (float(row[0, 0]), float(row[1, 0])) for cells, row in zip(arm, mine)}
-        source = arm if mine[:, 1, 0].any() else everywhere
-        squares, freedom = residuals(source).sum(axis=0)
+        source, rows = (arm, mine) if mine[:, 1, 0].any() else (everywhere, residuals(everywhere))
+        squares, freedom = rows.sum(axis=0)
         if freedom[0] == 0:
             return Noise(given, given or 0.0, math.inf, math.inf, own)
         pooled, total = (float(value) for value in np.sqrt(squares / freedom))
