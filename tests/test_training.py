@@ -271,6 +271,19 @@ def test_a_run_whose_steps_are_all_bad_gives_up(tiny, opened):
         run.train([], poison(*range(20)))
 
 
+def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, opened):
+    run = opened(tiny(name="back", on_nonfinite="rollback", iterations=6, save_every=2))
+
+    def observe(step, model, batches):
+        if step == 5 and not run.data_offset:
+            run.train_s += 1000.0
+            poison(5)(step, model, batches)
+
+    assert run.train([], observe).finished
+    after = [row for row in read_metrics(run.folder) if row["kind"] == "train" and row["step"] >= 4]
+    assert all(row["train_s"] > 1000 and row["tokens_per_s"] > 10 for row in after)  # 512 tokens in 1000 s would be 0.5
+
+
 @LAGS
 def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
     """Bad data at step 5, a checkpoint at step 4: steps 4 and on train on what follows that data, and a resume knows."""
