@@ -206,10 +206,6 @@ class DocumentReader:
         text = record[self.field]
         if not isinstance(text, str):
             raise SourceError(f"{where}: field {self.field!r} is {type(text).__name__}, expected text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-            return text.encode(errors="replace").decode()
         return text
 
 

@@ -227,7 +227,8 @@ class Corpus:
     tokenizer: "byte", "bpe:1024", "gpt2", ...; its ids are below `vocab_size`, and `bos_token` opens every document.
     tokenizer_sha256: of its tokenizer.json, "" without one. fingerprint: equal only for equal tokens, so that runs on
     different data are never compared. source: for reports. recipe: of sources and settings, "" where nobody repeats it.
-    facts: of every shard by file name; FineWeb's without a manifest have none.
+    facts: of every shard by file name; FineWeb's without a manifest have none. tally: how many documents of the text were
+    left out or mended, by what for; where nobody counted, nothing.
     """
 
     directory: Path
@@ -241,6 +242,7 @@ class Corpus:
     tokenizer_sha256: str = ""
     recipe: str = ""
     facts: Mapping[str, ShardFacts] = field(default_factory=dict)
+    tally: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def data(self) -> str:
@@ -328,6 +330,7 @@ def write_manifest(
     val: Mapping[str, ShardFacts],
     source: str,
     recipe: str = "",
+    tally: Mapping[str, int] | None = None,
 ) -> Corpus:
     """Describe the shards `train` and `val` (by file name inside `directory`) in corpus.json, and open the result."""
     parts = {"train": train, "val": val}
@@ -341,6 +344,7 @@ def write_manifest(
         "vocab_size": vocab_size,
         "bos_token": bos_token,
         "fingerprint": fingerprint_of(tokenizer, vocab_size, bos_token, train, val),
+        **({"tally": dict(tally)} if tally else {}),
         **{part: {name: asdict(facts) for name, facts in shards.items()} for part, shards in parts.items()},
     }
     text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
@@ -388,6 +392,9 @@ def _open_manifest(path: Path) -> Corpus:
     for key, kind in _MANIFEST_FIELDS.items():
         if type(manifest.get(key)) is not kind:
             raise fault(f"{key} is {manifest.get(key)!r:.40}, expected {kind.__name__}")
+    tally = manifest.get("tally", {})
+    if not isinstance(tally, dict) or not all(type(count) is int for count in tally.values()):
+        raise fault(f"tally is {tally!r:.80}, expected counts of documents")
     vocab_size, bos_token = manifest["vocab_size"], manifest["bos_token"]
     if not 0 <= bos_token < vocab_size <= 65536:
         raise fault(f"bos_token {bos_token}, vocab_size {vocab_size}; expected 0 <= bos_token < vocab_size <= 65536")
@@ -409,6 +416,7 @@ def _open_manifest(path: Path) -> Corpus:
         train=tuple(path.parent / name for name in manifest["train"]),
         val=tuple(path.parent / name for name in manifest["val"]),
         facts=facts,
+        tally=tally,
         **{key: manifest[key] for key in _MANIFEST_FIELDS if key not in ("train", "val")},
     )
 

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.documents import START, STDIN, DocumentReader, Position, Source, find_sources
+from speedrun_mup.documents import START, STDIN, DocumentReader, Position, Source, SourceError, find_sources
 from speedrun_mup.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -152,8 +152,8 @@ def _write_corpus(
     workers: int,
     progress: bool,
 ) -> None:
-    start, parts = _restore(directory, recipe)
-    _commit(directory, recipe, start, parts)
+    start, parts, tally = _restore(directory, recipe)
+    _commit(directory, recipe, start, parts, tally)
     if tokenizer:
         tokenizer.save(directory)
     else:
@@ -164,7 +164,8 @@ def _write_corpus(
     bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=not progress, initial=reader.bytes_read)
     committed = time.monotonic()
     with bar, closing(writers["train"]), closing(writers["val"]):
-        for chunk, encoded in _encode_in_order(_chunks(reader, start, settings), tokenizer, workers):
+        for chunk, encoded in _encode_in_order(_chunks(reader, start, settings, tally), tokenizer, workers):
+            tally = chunk.tally
             for ids, is_val in zip(encoded, chunk.is_val):
                 writers["val" if is_val else "train"].add(ids)
             bar.update(reader.bytes_read - bar.n)
@@ -174,12 +175,16 @@ def _write_corpus(
             if time.monotonic() - committed > COMMIT_EVERY_S:
                 for writer in writers.values():
                     writer.flush()
-                _commit(directory, recipe, chunk.end, parts)
+                _commit(directory, recipe, chunk.end, parts, tally)
                 committed = time.monotonic()
         facts = {part: writer.finish() for part, writer in writers.items()}
     for part, shards in facts.items():
         if not shards:
             shutil.rmtree(directory)
+            if not any(facts.values()):
+                raise SourceError(
+                    f"{_describe(sources)}: no text in there ({tally.empty:,} empty documents); check the paths"
+                )
             raise ConfigError(f"no document fell into the {part} part; give more text, or another --val-share")
     write_manifest(
         directory,
@@ -188,6 +193,7 @@ def _write_corpus(
         bos_token=tokenizer.bos_token,
         source=_describe(sources),
         recipe=recipe,
+        tally=tally._asdict(),
         **facts,
     )
 
@@ -222,7 +228,7 @@ def _trained_tokenizer(sources: Sequence[Source], directory: Path, settings: Tex
 def _training_text(sources: Sequence[Source], settings: TextSettings) -> Iterator[str]:
     """The first documents of the train part."""
     left = _TRAINING_CHARS
-    for chunk in _chunks(DocumentReader(sources, settings.field, settings.passage), START, settings):
+    for chunk in _chunks(DocumentReader(sources, settings.field, settings.passage), START, settings, Tally()):
         for text, is_val in zip(chunk.texts, chunk.is_val):
             if not is_val:
                 yield text
@@ -235,16 +241,25 @@ def _training_text(sources: Sequence[Source], settings: TextSettings) -> Iterato
 # From documents to ids
 
 
+class Tally(NamedTuple):
+    """Documents that do not come out as they went in: left out because empty or duplicate, or mended (`_mended`)."""
+
+    empty: int = 0
+    duplicate: int = 0
+    mended: int = 0
+
+
 class Chunk(NamedTuple):
-    """Some documents in a row, and where reading them ended."""
+    """Some documents in a row, where reading them ended, and the tally of all documents up to there."""
 
     texts: list[str]
     is_val: list[bool]
     end: Position
+    tally: Tally
 
 
-def _chunks(reader: DocumentReader, start: Position, settings: TextSettings) -> Iterator[Chunk]:
-    """Documents from `start` on, without empty ones, in chunks.
+def _chunks(reader: DocumentReader, start: Position, settings: TextSettings, tally: Tally) -> Iterator[Chunk]:
+    """Documents from `start` on, where the tally is `tally`, without empty ones, in chunks.
 
     To know duplicates, it reads the documents before `start` again, which costs no encoding.
     """
@@ -253,11 +268,15 @@ def _chunks(reader: DocumentReader, start: Position, settings: TextSettings) -> 
         for position, text in DocumentReader(reader.sources, reader.field, reader.passage_chars):
             if position > start:
                 break
-            seen.add(_hash(text))
-    chunk, chars, position = Chunk([], [], start), 0, start
-    for position, text in reader:
+            seen.add(_hash(_mended(text)))
+    chunk, chars, position = Chunk([], [], start, tally), 0, start
+    empty, duplicate, mended = tally
+    for position, raw in reader:
+        text = _mended(raw)
+        mended += text != raw
         digest = _hash(text)
         if not text or digest in seen:
+            empty, duplicate = empty + (not text), duplicate + bool(text)
             continue
         if settings.drop_duplicates:
             seen.add(digest)
@@ -265,9 +284,18 @@ def _chunks(reader: DocumentReader, start: Position, settings: TextSettings) -> 
         chunk.is_val.append(int.from_bytes(digest[:8]) < settings.val_share * 2**64)
         chars += len(text)
         if chars >= _CHUNK_CHARS or len(chunk.texts) >= _CHUNK_DOCUMENTS:
-            yield chunk._replace(end=position)
-            chunk, chars = Chunk([], [], position), 0
-    yield chunk._replace(end=position)
+            yield chunk._replace(end=position, tally=Tally(empty, duplicate, mended))
+            chunk, chars = Chunk([], [], position, tally), 0
+    yield chunk._replace(end=position, tally=Tally(empty, duplicate, mended))
+
+
+def _mended(text: str) -> str:
+    """`text` with "?" for every half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
 
 
 def _hash(text: str) -> bytes:
@@ -364,18 +392,18 @@ class PartWriter:
         self._file = None
 
 
-def _commit(directory: Path, recipe: str, position: Position, parts: dict[str, PartState]) -> None:
+def _commit(directory: Path, recipe: str, position: Position, parts: dict[str, PartState], tally: Tally) -> None:
     """Note how far sources and shards have come; what the note promises must be on the disk already."""
     states = {part: dataclasses.asdict(state) for part, state in parts.items()}
-    text = json.dumps({"recipe": recipe, "position": position, "parts": states})
+    text = json.dumps({"recipe": recipe, "position": position, "parts": states, "tally": tally})
     write_atomically(directory / PROGRESS, lambda file: file.write(text.encode()))
 
 
-def _restore(directory: Path, recipe: str) -> tuple[Position, dict[str, PartState]]:
+def _restore(directory: Path, recipe: str) -> tuple[Position, dict[str, PartState], Tally]:
     """Where to go on: what `_commit` noted, or the start. ConfigError if other text or settings began this folder."""
     path = directory / PROGRESS
     if not path.exists():
-        return START, {"train": PartState(), "val": PartState()}
+        return START, {"train": PartState(), "val": PartState()}, Tally()
     noted: dict[str, Any] = json.loads(path.read_bytes())
     if noted["recipe"] != recipe:
         raise _other(directory)
@@ -383,4 +411,4 @@ def _restore(directory: Path, recipe: str) -> tuple[Position, dict[str, PartStat
         part: PartState({name: ShardFacts(**facts) for name, facts in state["finished"].items()}, state["tokens"])
         for part, state in noted["parts"].items()
     }
-    return Position(*noted["position"]), parts
+    return Position(*noted["position"]), parts, Tally(*noted.get("tally", ()))

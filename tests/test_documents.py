@@ -153,11 +153,6 @@ def test_line_without_end_stays_in_bounds(tmp_path: Path) -> None:
     assert "".join(found) == "x" * 100_000 and max(map(len, found)) <= 8 * 64
 
 
-def test_half_a_surrogate_pair(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n\n{"text": "\\ud83d\\ude00"}\n')
-    assert read(tmp_path / "a.jsonl") == ["a?b", "\U0001f600"]
-
-
 FAULTS = {
     "a.jsonl: not JSON": (b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not a line of JSON"),
     "a.jsonl: no field": (b'{"text": "x"}\n\n{"body": "x"}\n', r"a\.jsonl:3: no field 'text' \(found: body\)"),

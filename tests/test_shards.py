@@ -299,6 +299,7 @@ def test_folder_without_shards(tmp_path: Path) -> None:
         ({"bos_token": 51}, "bos_token 51"),
         ({"bos_token": True}, "expected int"),
         ({"fingerprint": None}, "expected str"),
+        ({"tally": {"empty": "many"}}, "expected counts of documents"),
         ({"train": ["train_000000.bin"]}, "expected dict"),
         ({"val": {}}, "no val shard"),
         ({"train": {"../train_000000.bin": 5000}}, "plain file name"),

@@ -29,10 +29,14 @@ TEXTS = [f"document {i}: " + "spam and naïve eggs, " * (i % 17) for i in range(
 BYTES = TextSettings(tokenizer="byte", val_share=0.1, shard_tokens=20_000)
 
 
+def records(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", *TEXTS[:50]]))
+    path.write_text(records([*TEXTS[:100], "", *TEXTS[100:], "", *TEXTS[:50]]))
     return path
 
 
@@ -82,6 +86,17 @@ def test_workers_do_not_matter(text: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_duplicates_are_dropped_on_request(text: Path, tmp_path: Path) -> None:
     corpus = tokenize_text([str(text), str(text)], tmp_path / "out", dataclasses.replace(BYTES, drop_duplicates=True))
     assert flat(held(corpus, "train")) == flat(expected(TEXTS, val=False))
+    assert corpus.tally == {"empty": 4, "duplicate": 500, "mended": 0}
+
+
+def test_half_a_surrogate_pair(tmp_path: Path) -> None:
+    """JSON can spell it and UTF-8 cannot."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n\n{"text": "\\ud83d\\ude00"}\n' + records(TEXTS))
+    corpus = tokenize_text([str(path)], tmp_path / "out", dataclasses.replace(BYTES, val_share=0.5))
+    documents = "".join(map(chr, flat(held(corpus, "train") + held(corpus, "val")))).split(chr(256))
+    assert {"a?b", "\U0001f600".encode().decode("latin-1")} <= set(documents)
+    assert corpus.tally == {"empty": 0, "duplicate": 0, "mended": 1}
 
 
 @pytest.mark.parametrize("drop_duplicates", [False, True])
@@ -157,6 +172,14 @@ def test_too_little_text(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_no_text_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.jsonl").write_text(records(["", ""]))
+    with pytest.raises(SourceError, match=r"a.txt, b.jsonl, 0.0 MB: no text in there \(2 empty documents\)"):
+        tokenize_text([str(tmp_path)], tmp_path / "out", BYTES)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+
+
 def test_fault_in_the_text_keeps_what_is_done(text: Path, tmp_path: Path) -> None:
     bad = tmp_path / "z.jsonl"
     bad.write_text('{"text": 1}\n')
@@ -214,6 +237,7 @@ def test_text_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     tokenize_text([str(text)], tmp_path / "same", BYTES)
     assert contents(tmp_path / "out") == contents(tmp_path / "same")
     assert f"--data {tmp_path / 'out'}" in said and "vocabulary 257" in said
+    assert "\nbut    2 empty documents left out\n" in said
     assert main(["data", "text", str(tmp_path / "missing.txt"), "--out", "x"]) == 3
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -238,10 +262,6 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(sys, "stdin", stream)
 
     return put
-
-
-def records(texts: list[str]) -> str:
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def test_standard_input_is_never_taken_for_done(
