@@ -67,7 +67,7 @@ def python_sources(most: int) -> str:
 
 def make_corpus(folder: Path, train_tokens: int, val_tokens: int) -> None:
     """Words of Python sources by frequency as token ids: GPT-2's number of tokens, FineWeb's lengths of documents."""
-    words = re.findall(r"\s*\w+|\s*[^\w\s]", python_sources(8 * (train_tokens + val_tokens)))
+    words = re.findall(r"\s*\w+|\s*[^\w\s]", python_sources(2 * (train_tokens + val_tokens)))  # repeated below
     common = {word: id for id, (word, _) in enumerate(Counter(words).most_common(GPT2_BOS - 1))}
     ids = np.array([common.get(word, GPT2_BOS - 1) for word in words], np.uint16)
     ids = np.resize(ids, train_tokens + val_tokens)
@@ -228,6 +228,7 @@ def main() -> int:
         scaled = {
             width: [*plain, "--mup", "--base-width", str(base), "--width", str(width), *short] for width in widths
         }
+        scaled[max(widths)] += ["--steps", "4"]  # seconds each
         with ThreadPoolExecutor() as beside:  # all compile for most of their time, which is not judged
             for width, gib in widths.items():
                 if gib <= room:  # fills the cache of compiled code; what fails here fails again in its own part

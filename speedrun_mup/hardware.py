@@ -14,8 +14,9 @@ from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.attention import Flex
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.fp8 import GRANULE, has_fp8
+from speedrun_mup.core.utils import is_out_of_memory
 
 TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
 
@@ -40,7 +41,9 @@ def pick_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as fault:  # anything may be missing: Triton, a C compiler, support for this GPU
-        return False, f"torch.compile fails here: {type(fault).__name__}"
+        if is_out_of_memory(fault):
+            raise
+        return False, f"torch.compile fails here: {in_a_line(fault)}"
     return True, "CUDA"
 
 
@@ -78,7 +81,9 @@ def _try_flex(head_dim: int, block_size: int, device: torch.device, dtype: torch
         torch.compile(attend, dynamic=False)(q, k, v).sum().backward()
         torch.cuda.synchronize(device)
     except Exception as fault:  # the compiler's own, whatever it is
-        return f"FlexAttention fails here with head_dim={head_dim}, block_size={block_size}: {type(fault).__name__}"
+        if is_out_of_memory(fault):  # of this moment; the next may have room
+            raise
+        return f"FlexAttention fails here with head_dim={head_dim}, block_size={block_size}: {in_a_line(fault)}"
     return ""
 
 
@@ -128,12 +133,6 @@ def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
         return min(cfg.pack, share)
     fits = TOKENS_AT_ONCE[device.type] // cfg.micro_batch_tokens
     return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
-
-
-def is_out_of_memory(fault: RuntimeError | MemoryError) -> bool:
-    """Whether `fault` means that memory is full: CUDA has a class for it, MPS and CPUs a text."""
-    texts = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")  # the last is cuBLAS's and cuDNN's
-    return isinstance(fault, torch.OutOfMemoryError | MemoryError) or any(text in str(fault) for text in texts)
 
 
 def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:

@@ -33,6 +33,7 @@ from speedrun_mup.core.utils import (
     TreeSum,
     World,
     deterministic,
+    is_out_of_memory,
     join_world,
     leave_world,
     stop_with_parent,
@@ -43,7 +44,6 @@ from speedrun_mup.hardware import (
     fit_micro_batch,
     fit_val_chunk,
     half_in_blocks,
-    is_out_of_memory,
     pick_attention,
     pick_compile,
     pick_dtype,
@@ -153,11 +153,11 @@ class Run:
         self.corpus, source = prepare_corpus(cfg, world)
         self.use(cfg)
         use_compile_cache(cache_folder() / "compiled")
-        self.compiled, why_compiled = pick_compile(cfg, world.device)
-        dtype = pick_dtype(cfg, world.device)
-        attention, why_attention = pick_attention(cfg, world.device, dtype, self.compiled)
-        fp8, why_head = pick_fp8(cfg, world.device, dtype, self.compiled)
         with self.telling_of_memory(0, "model"):
+            self.compiled, why_compiled = pick_compile(cfg, world.device)
+            dtype = pick_dtype(cfg, world.device)
+            attention, why_attention = pick_attention(cfg, world.device, dtype, self.compiled)
+            fp8, why_head = pick_fp8(cfg, world.device, dtype, self.compiled)
             self.model = GPT(model_config(cfg, self.corpus, attention, dtype, fp8), cfg.seed).to(world.device)
         self.optimizers = build_optimizers(self.model, cfg, world)
         if self.compiled:

@@ -21,6 +21,7 @@ from speedrun_mup.core.utils import (
     UserError,
     World,
     generator,
+    has_triton,
     join_world,
     leave_world,
     pick_device,
@@ -318,3 +319,12 @@ def test_the_helper_reports_a_rank_that_fails_and_ends_one_that_hangs(monkeypatc
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes a machine without a GPU for one where kernels fail")
+def test_kernels_that_fail_are_not_used_and_the_warning_says_why():
+    has_triton.cache_clear()
+    assert not has_triton(torch.device("cpu"))
+    with pytest.warns(UserWarning, match=r"torch's kernels instead of ours in Triton, which fail here: \w+: \S"):
+        assert not has_triton(torch.device("cuda", 0))
+    has_triton.cache_clear()

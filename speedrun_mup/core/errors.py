@@ -7,6 +7,12 @@ class UserError(Exception):
     exit_code = 1
 
 
+def in_a_line(fault: BaseException, most: int = 160) -> str:
+    """The kind of a fault that is not ours, and up to `most` characters of the first line of what it says."""
+    said = str(fault).strip().partition("\n")[0][:most]
+    return f"{type(fault).__name__}: {said}" if said else type(fault).__name__
+
+
 class ConfigError(UserError):
     """An unknown or impossible setting."""
 

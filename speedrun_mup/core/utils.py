@@ -13,6 +13,7 @@ import hashlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from speedrun_mup.core.errors import CollectiveError as CollectiveError
 from speedrun_mup.core.errors import ConfigError as ConfigError
 from speedrun_mup.core.errors import NonFiniteError as NonFiniteError
 from speedrun_mup.core.errors import UserError as UserError
+from speedrun_mup.core.errors import in_a_line
 
 PARENT_DIED = signal.SIGUSR2  # a signal of its own, because nobody means it twice
 ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
@@ -217,9 +219,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether `fault` means that memory is full: CUDA has a class for it, MPS and CPUs a text."""
+    texts = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")  # the last is cuBLAS's and cuDNN's
+    return isinstance(fault, torch.OutOfMemoryError | MemoryError) or any(text in str(fault) for text in texts)
+
+
 @functools.cache
 def has_triton(device: torch.device) -> bool:
-    """Whether our kernels in Triton run on `device`: it may be missing, or the C compiler, or room for their tiles."""
+    """Whether our kernels in Triton run on `device`: it may be missing, or the C compiler, or room for their tiles.
+
+    Warns where they do not; raises what means that memory is full, which says nothing about them.
+    """
     if device.type != "cuda":
         return False
     try:
@@ -229,7 +240,10 @@ def has_triton(device: torch.device) -> bool:
         symmetric_product(x, symmetric_product(x))
         transpose_bytes(x[0].view(torch.uint8))
         torch.cuda.synchronize(device)
-    except Exception:  # Triton's own, whatever it is
+    except Exception as fault:  # Triton's own, whatever it is
+        if is_out_of_memory(fault):
+            raise
+        warnings.warn(f"torch's kernels instead of ours in Triton, which fail here: {in_a_line(fault)}", stacklevel=2)
         return False
     return True
 
