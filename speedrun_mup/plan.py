@@ -39,7 +39,7 @@ from speedrun_mup.sweep import (
 )
 from speedrun_mup.tracking import clock, read_metrics
 from speedrun_mup.training import saved_config
-from speedrun_mup.transfer import Thresholds, loss_forecast
+from speedrun_mup.transfer import Thresholds, TransferError, loss_forecast
 
 PLAN, VERSION = "plan.json", 1
 # Octaves to run, and half octaves that a refined sweep usually adds to them. The lean grid is for small budgets: cheap if
@@ -316,8 +316,7 @@ def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResu
 class Prediction:
     """What the sweep says about the target run; intervals hold 90 %.
 
-    lr_scale: what to give the target. verdict: of the transfer measurement, which decides whether the learning rate is
-    the mean of the optima or follows their drift. method: in words.
+    lr_scale: what to give the target. verdict: of the transfer measurement. method: of both forecasts, in words.
     """
 
     width: int
@@ -353,7 +352,10 @@ def predict(out: Path) -> Prediction:
     target = _target(content, out)
     name = _arm(target).name
     arm = measure_sweep(out, [name]).arms[name]
-    forecast = loss_forecast(arm, target.width)
+    try:
+        forecast = loss_forecast(arm, target.width)
+    except TransferError as fault:
+        raise TransferError(f"{fault}; or plan again with a larger --budget, for more seeds and widths") from None
     slow, fast = forecast.log2_lr.interval()
     if math.isnan(slow):
         raise ConfigError(f"{out}: with one seed the noise is unknown, and so is every interval; run a second seed")

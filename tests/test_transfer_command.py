@@ -53,6 +53,7 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--sigma", "0.5"], "sigma=0.5: runs with several seeds tell the noise already; leave it out"),
         ([TABLE, "--base-width", "100"], "base_width=100 was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
+        ([TABLE, "--predict", "0"], "--predict 0: give a width"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkeypatch):
@@ -60,6 +61,19 @@ def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkey
     assert main(["transfer", *arguments]) > 1
     told = capsys.readouterr().err
     assert fault in told and told.count("\n") == 1 and told.startswith("error: ")
+
+
+def test_a_wider_run_is_predicted(capsys):
+    command = ["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "1024"]
+    main(command)
+    told = capsys.readouterr().out
+    tested, _, forecast = told.partition("\nforecast\n")
+    assert "verdict: " in tested and forecast.count("width 1024: loss ") == 1 and "adam-const" not in forecast
+    main([*command, "--json"])
+    (values,) = json.loads(capsys.readouterr().out)["forecasts"].values()
+    low, high = values["loss"]["interval_90"]
+    assert values["width"] == 1024 and low < values["loss"]["value"] < high
+    assert f"loss {values['loss']['value']:.4f} (90 % {low:.4f} to {high:.4f})" in forecast
 
 
 def test_two_tables_in_one_folder_have_a_report_each(tmp_path):

@@ -12,18 +12,34 @@ from speedrun_mup.config import new_parser, parse
 from speedrun_mup.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from speedrun_mup.transfer import TransferResult
+    from speedrun_mup.transfer import Forecast, TransferResult
 
 
 def run(argv: Sequence[str]) -> int:
     """Judge whether the best learning rate stays put with width, in a sweep or a table of yours. Exit code 0 for PASS."""
     parser = new_parser("speedrun-mup transfer", run.__doc__ or "")
     add_source(parser)
+    parser.add_argument(
+        "--predict", type=int, metavar="W", help="also the best learning rate and the loss to expect at this width"
+    )
     parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
     arguments = parse(parser, argv)
+    if arguments.predict is not None and arguments.predict < 1:
+        raise ConfigError(f"--predict {arguments.predict}: give a width, such as 1024")
     result = measure(arguments)
-    print(result.to_json() if arguments.json else result.summary())
+    forecasts = _forecasts(result, arguments.predict) if arguments.predict else None
+    print(result.to_json(forecasts) if arguments.json else result.summary())
+    if forecasts and not arguments.json:
+        print("\nforecast")
+        print("\n".join(f"- arm {name}: {forecast}" for name, forecast in forecasts.items()))
     return 0 if result.verdict == "PASS" else 1
+
+
+def _forecasts(result: TransferResult, width: int) -> dict[str, Forecast]:
+    """Of every arm that is not a control. Raises TransferError where an arm does not bear one."""
+    from speedrun_mup.transfer import loss_forecast
+
+    return {name: loss_forecast(arm, width) for name, arm in result.arms.items() if arm.predicted is None}
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -191,7 +191,7 @@ def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure
     colors = arm_colors(result)
     for name, arm in result.arms.items():
         tags = {"arm": name}
-        losses = [Estimate(fit.best_losses) for fit in arm.usable]
+        losses = [arm.best_loss(fit) for fit in arm.usable]
         widths, values = [fit.width for fit in arm.usable], [loss.value for loss in losses]
         marks.append(Mark("line", widths, values, colors[name], tags=tags, size=1.1))
         for width, loss in zip(widths, losses):

@@ -24,7 +24,7 @@ from speedrun_mup.report.figures import (
 )
 from speedrun_mup.sweep import CellResult, read_definition, read_results
 from speedrun_mup.sweep import training_curves as read_curves
-from speedrun_mup.transfer import Estimate, TransferResult
+from speedrun_mup.transfer import TransferResult
 
 SHOWN = 40  # characters of a version or hash
 
@@ -48,7 +48,7 @@ def make_report(
         Section("In numbers", tables=[_arms(result)]),
         Section("Loss against learning rate", figures=[lr_curves(result, _rate_label(knob))], tables=[_widths(result)]),
         _drift(result),
-        _best(result, prediction, comparison),
+        _best(source, result, prediction, comparison),
     ]
     if swept:
         sections.append(Section("Training curves", _wider(result), [training_curves(result, read_curves(source))]))
@@ -109,7 +109,7 @@ def _widths(result: TransferResult) -> Table:
             stable = "nothing" if math.isnan(fit.largest_stable) else f"{2**fit.largest_stable:.3g}"
             counts = [str(fit.width), str(len(fit.cells.losses)), str(len(fit.cells.log2_lr))]
             best = [signed(fit.optimum) + error, f"{2**fit.optimum:.4g}", f"{fit.curvature:.4f}"]
-            loss = interval_text(Estimate(fit.best_losses), "{:.4f}")
+            loss = interval_text(arm.best_loss(fit), "{:.4f}")
             remark = "; ".join(problem.removeprefix(f"width {fit.width}: ") for problem in fit.problems)
             rows.append([name, *counts, *best, loss, stable, remark])
     return Table(header, rows)
@@ -122,10 +122,12 @@ def _drift(result: TransferResult) -> Section:
     return Section(title, ["Unknown: no arm has two widths with an optimum inside the grid; extend the sweep."])
 
 
-def _best(result: TransferResult, prediction: Prediction | None, comparison: Comparison | None) -> Section:
+def _best(
+    source: Path, result: TransferResult, prediction: Prediction | None, comparison: Comparison | None
+) -> Section:
     """Losses at the best rates; predicted against measured, as far as there is a plan."""
     if not prediction:
-        make = "`speedrun-mup plan` predicts loss and learning rate of a wide run from a sweep."
+        make = f"`speedrun-mup transfer {source.name} --predict WIDTH` predicts loss and learning rate of a wider run."
         return Section("Loss at the best learning rate", [f"Without prediction. {make}"], [best_losses(result)])
     low, high = prediction.loss_interval
     style: dict[str, Any] = {"symbol": "s", "size": 6, "hollow": True, "low": [low], "high": [high]}

@@ -44,9 +44,9 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     al., arXiv 2305.18411). The interval therefore grows with ignorance of the law.
 
     The learning rate is the mean of the optima, unless their drift is shown to be there (its 90 % interval leaves out
-    zero, and the arm did not pass): then that is followed out to `width`. Unless the arm passed, the interval of the
-    rate holds what the drift may be. All intervals are as wide as so few seeds demand (`student_t`). Raises TransferError
-    with fewer than two usable widths.
+    zero): then that is followed out to `width`, however small, for a PASS allows a little. Its interval holds what the
+    drift may be. All intervals are as wide as so few seeds demand (`student_t`). Raises TransferError with fewer than
+    two usable widths.
     """
     fits = arm.usable
     if len(fits) < 2 or arm.drift is None:
@@ -71,18 +71,15 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     loss = by_law + student_t(by_seed, _freedom(arm, doublings, losses, exponent[:1], at), rng)
 
     weights = np.array([fit.weight for fit in fits])
-    shares, advice = weights / weights.sum(), "mean of the optima, since they do not drift"
-    if arm.verdict is Verdict.PASS:
-        rate = optima_on(shares, fits, arm.noise, rng)
-    else:
-        away = math.log2(width) - float(shares @ np.log2([fit.width for fit in fits]))
-        rate = optima_on(shares + away * drift_line(fits), fits, arm.noise, rng)
-        low, high = arm.drift.interval()
-        if low > 0 or high < 0:
-            advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling, since transfer is not shown"
-        else:  # an unknown interval shows nothing
-            rate[0] -= away * arm.drift.value
-            advice = "mean of the optima; a drift is neither shown nor ruled out"
+    shares = weights / weights.sum()
+    away = math.log2(width) - float(shares @ np.log2([fit.width for fit in fits]))
+    rate = optima_on(shares + away * drift_line(fits), fits, arm.noise, rng)
+    low, high = arm.drift.interval()
+    if low > 0 or high < 0:
+        advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling"
+    else:  # an unknown interval shows nothing
+        rate[0] -= away * arm.drift.value
+        advice = "mean of the optima; no drift is shown" + ("" if arm.verdict is Verdict.PASS else ", nor ruled out")
     return Forecast(width, Estimate(loss), Estimate(rate), Estimate(exponent), f"loss from {law}; rate: {advice}")
 
 

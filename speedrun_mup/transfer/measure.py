@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from speedrun_mup.transfer.results import ArmResult, TransferResult
 from speedrun_mup.transfer.runs import CurveKey, Run, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import wider_is_better
+
+MOST_SEEDS_WORTH = 10  # times those there are; beyond, the sweep is wrong and not small
+TOO_NOISY = "far too noisy for more seeds to settle it: train longer, or on a wider span of widths"
 
 
 def measure_transfer(
@@ -168,7 +171,9 @@ def _judge(
         text = f"{measured}: the interval is not inside +-{limit:g}"
         if abs(drift.value) < bound:
             more = max(2, math.ceil((reach / (limit - abs(drift.value))) ** 2))
-            text += f"; about {more} times the seeds would settle it"
+            text += f"; about {more} times the seeds would settle it" if more <= MOST_SEEDS_WORTH else f"; {TOO_NOISY}"
+        else:
+            text += "; a wider width would settle it sooner than more seeds"
         short.append(text)
     elif abs(drift.value) > bound:
         short.append(f"{measured}: more than {bound:g}, but not surely")
@@ -182,6 +187,25 @@ def _judge(
     return Verdict.PASS, [f"{measured}: inside +-{limit:g}, and at most {bound:g}", cost]
 
 
+def _beaten(tested: ArmResult, arms: Iterable[ArmResult]) -> Iterator[str]:
+    """A sentence if at the widest width another arm has a lower loss by more than noise: transfer is not everything."""
+    if not tested.usable:
+        return
+    mine = tested.usable[-1]
+    rivals = [(other, fit) for other in arms if other is not tested for fit in other.usable if fit.width == mine.width]
+    if not rivals:
+        return
+    other, fit = min(rivals, key=lambda rival: rival[1].best_losses[0])
+    low, _ = tested.best_loss(mine).interval()
+    _, high = other.best_loss(fit).interval()
+    if low > high:
+        gap = mine.best_losses[0] - fit.best_losses[0]
+        yield (
+            f"but arm {other.arm} has the lower loss at width {mine.width}, by {gap:.3f} nats at the best rate of either: a "
+            f"rate that stays put is not all that {tested.arm} needs"
+        )
+
+
 def _overall(
     arms: Mapping[str, ArmResult], names: Collection[str], thresholds: Thresholds
 ) -> tuple[Verdict, tuple[str, ...]]:
@@ -193,6 +217,7 @@ def _overall(
     verdicts = {result.verdict for result in tested}
     verdict = next(v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS) if v in verdicts)
     reasons = [f"arm {result.arm}: {result.verdict}, {text}" for result in tested for text in result.reasons]
+    reasons += [text for result in tested for text in _beaten(result, arms.values())]
     if not controls:
         reasons.append("no control arm: nothing shows that this sweep would have noticed a wrong rule")
     for result in controls:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit
+import numpy as np
+
+from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit, student_t
 from speedrun_mup.transfer.runs import lr_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter
+
+if TYPE_CHECKING:
+    from speedrun_mup.transfer.forecast import Forecast
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +45,20 @@ class ArmResult:
         """The widths with a resolved optimum."""
         return tuple(fit for fit in self.fits if not fit.problems)
 
+    def best_loss(self, fit: WidthFit) -> Estimate:
+        """Loss at the optimum of one width, the mean over its seeds.
+
+        Resampled seeds would not do for its interval: two can agree by luck. So it is that of the arm's pooled noise, as
+        far as this width has its share of it, with Student's t; as if the optimum were one point of the grid.
+        """
+        value, noise = fit.best_losses[:1], self.noise
+        if noise.sigma is None or fit.sigma is None:
+            return Estimate(value)
+        rng = np.random.default_rng([fit.width, *self.arm.encode()])
+        error = noise.total * fit.sigma / noise.sigma / math.sqrt(len(fit.cells.losses))
+        draws = value + error * rng.standard_normal(len(fit.means) - 1)
+        return Estimate(student_t(np.concatenate([value, draws]), noise.total_freedom, rng))
+
 
 @dataclass(frozen=True, eq=False)
 class TransferResult:
@@ -54,9 +73,23 @@ class TransferResult:
         """A table for a terminal, at most 100 columns wide but for the reasons."""
         return "\n".join(_summary_lines(self))
 
-    def to_json(self) -> str:
-        """Everything but the resamples as strict JSON; what is not a finite number is null."""
-        return json.dumps(_plain(_as_dict(self)), indent=1, allow_nan=False)
+    def to_json(self, forecasts: Mapping[str, Forecast] | None = None) -> str:
+        """Everything but the resamples as strict JSON, `forecasts` by arm included; what is not a finite number is null.
+
+        se is half the central 68 % interval.
+        """
+        told = _as_dict(self)
+        if forecasts is not None:
+            told["forecasts"] = {
+                arm: {
+                    "width": forecast.width,
+                    "loss": _numbers(forecast.loss),
+                    "log2_lr": _numbers(forecast.log2_lr),
+                    "method": forecast.method,
+                }
+                for arm, forecast in forecasts.items()
+            }
+        return json.dumps(_plain(told), indent=1, allow_nan=False)
 
 
 def _summary_lines(result: TransferResult) -> Iterator[str]:
@@ -112,7 +145,7 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
                         "largest_stable_log2_lr": fit.largest_stable,
                         "optimum_log2_lr": fit.optimum,
                         "optimum_se": fit.optimum_se,
-                        "best_loss": _numbers(Estimate(fit.best_losses)),
+                        "best_loss": _numbers(arm.best_loss(fit)),
                         "curvature": fit.curvature,
                         "sigma": fit.sigma,
                         "problems": fit.problems,
@@ -128,8 +161,9 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
 def _numbers(estimate: Estimate | None) -> dict[str, Any] | None:
     if estimate is None:
         return None
+    low, high = estimate.interval(0.6827)  # Student's t with few degrees of freedom has no standard deviation
     intervals = {"interval_90": estimate.interval(0.9), "interval_95": estimate.interval(0.95)}
-    return {"value": estimate.value, "se": estimate.se, **intervals}
+    return {"value": estimate.value, "se": (high - low) / 2, **intervals}
 
 
 def _plain(value: Any) -> Any:
