@@ -52,7 +52,8 @@ from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, measure_
 
 SCHEMA = 1  # of result.json; part of every id
 SWEEP, CELLS, RESULT, SCRATCH = "sweep.json", "cells", "result.json", "running"
-KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr")
+RATES = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr")
+KNOBS = (*RATES, "weight_decay", "adam_eps", "scalar_eps")  # what a factor of powers of two makes sense on
 ATTEMPTS = 3  # a cell that fails is tried again twice
 MOST_OCTAVES = 32.0  # either way that a grid may go
 MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
@@ -143,8 +144,8 @@ def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
 class Sweep:
     """Which cells to run.
 
-    base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, a learning
-    rate of TrainConfig. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
+    base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, one of
+    KNOBS. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
     half octaves around the minimum. Raises ConfigError.
     """
 
@@ -163,7 +164,10 @@ class Sweep:
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
         if self.knob not in KNOBS:
-            raise ConfigError(f"knob={self.knob!r} is not a learning rate; choose {', '.join(KNOBS)}")
+            raise ConfigError(f"knob={self.knob!r} cannot be turned; choose {', '.join(KNOBS)}")
+        if not getattr(self.base, self.knob):
+            flag = "--" + self.knob.replace("_", "-")
+            raise ConfigError(f"{self.knob}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
         if far := [at for at in self.octaves if not abs(at) <= MOST_OCTAVES]:
             raise ConfigError(f"octaves={far[0]:g} must be from -{MOST_OCTAVES:g} to {MOST_OCTAVES:g}: a power of two")
         if self.base.base_width is None:
@@ -1002,8 +1006,9 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     runs = [run for run in runs_table(out) if run.arm in known]
     several = [name for name in known if len({run.width for run in runs if run.arm == name}) > 1]
     curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
-    predicted = {name: definition["arms"][name]["predicted"] for name in known}
+    knob = definition["base"]["knob"]
+    predicted = {name: definition["arms"][name]["predicted"] if knob in RATES else None for name in known}
     base = definition["base"]["base_width"]
     everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
-    options = {"base_width": base if everywhere else None, "curves": curves} | options
+    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob} | options
     return measure_transfer(runs, controls={k: v for k, v in predicted.items() if v is not None}, **options)

@@ -209,7 +209,8 @@ def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
     for changes, fault in [
         ({"seeds": ()}, "seeds=: name at least one"),
         ({"widths": (32, 64, 32)}, "widths=32,64,32: .* none twice"),
-        ({"knob": "momentum"}, "not a learning rate"),
+        ({"knob": "momentum"}, "cannot be turned"),
+        ({"knob": "weight_decay"}, "weight_decay=0 stays 0 under any factor; give --weight-decay"),
         ({"base": {"base_width": None}}, "base-width"),
     ]:
         with pytest.raises(ConfigError, match=fault):

@@ -230,7 +230,7 @@ def test_one_diverged_seed_makes_the_point_unstable():
     [
         ((1, 2, 3), "minimum at 2^0, next to the divergence at 2^1: add 2^0.5"),
         ((-2,), "diverged at 2^-2, left of the minimum at 2^0"),
-        ((-3, -2, 0, 1, 2, 3), "1 stable learning rates, at least 3 are needed; extend the sweep downwards"),
+        ((-3, -2, 0, 1, 2, 3), "1 stable points, at least 3 are needed; extend the sweep downwards"),
     ],
 )
 def test_divergence_that_hides_the_optimum_is_inconclusive(broken, message):
@@ -329,7 +329,7 @@ def test_degrees_of_freedom_of_the_noise():
 
 def test_seeds_that_share_nothing_cannot_be_compared():
     runs = [run for run in sweep() if (run.seed == 0) == (run.lr <= 1.0) and run.seed < 2]
-    assert "share too few learning rates" in measure_arm(runs).reasons[0]
+    assert "share too few points" in measure_arm(runs).reasons[0]
 
 
 @pytest.mark.parametrize("holes", [False, True])

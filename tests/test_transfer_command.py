@@ -53,6 +53,8 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--sigma", "0.5"], "sigma=0.5: runs with several seeds tell the noise already; leave it out"),
         ([TABLE, "--base-width", "100"], "base_width=100 was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
+        ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
+        ([TABLE, "--knob", "Loss"], "knob loss is a column with another meaning"),
         ([TABLE, "--predict", "0"], "--predict 0: give a width"),
     ],
 )
@@ -74,6 +76,23 @@ def test_a_wider_run_is_predicted(capsys):
     low, high = values["loss"]["interval_90"]
     assert values["width"] == 1024 and low < values["loss"]["value"] < high
     assert f"loss {values['loss']['value']:.4f} (90 % {low:.4f} to {high:.4f})" in forecast
+
+
+def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
+    """The same numbers, under a column of another name; the report's words follow."""
+    main(["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "1024"])
+    as_lr = capsys.readouterr().out
+    table = tmp_path / "decay.csv"
+    table.write_text(Path(TABLE).read_text().replace("LR,", "Weight_Decay,", 1))
+    knob = ["--knob", "weight_decay", "--controls", "adam-const=-1"]
+    assert main(["transfer", str(table), *knob, "--predict", "1024"]) == 0
+    told = capsys.readouterr().out
+    assert ", knob weight_decay" in told and "best lr" not in told and ", weight_decay 0.0" in told
+    same = [line.rpartition("width 1024")[2].split("; ")[0] for line in (as_lr, told)]
+    assert same[0] == same[1].replace("weight_decay", "lr")
+    assert main(["report", str(table), *knob]) == 0
+    text = (tmp_path / "decay-report" / "report.md").read_text()
+    assert "## Drift of the best weight_decay" in text and "learning rate" not in text.partition("## Origin")[0]
 
 
 def test_two_tables_in_one_folder_have_a_report_each(tmp_path):

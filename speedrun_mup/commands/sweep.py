@@ -69,7 +69,11 @@ def run(argv: Sequence[str]) -> int:
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
     group.add_argument("--octaves", type=float, nargs="+", default=grid, metavar="K", help="the knob times 2^K")
     group.add_argument("--seeds", type=int, default=3, metavar="INT", help="runs at every point; %(default)s")
-    group.add_argument("--knob", default="lr_scale", help="learning rate to turn; %(default)s turns all of them")
+    group.add_argument(
+        "--knob",
+        default="lr_scale",
+        help="a learning rate (%(default)s turns all of them), weight_decay, adam_eps or scalar_eps; %(default)s",
+    )
     group.add_argument(
         "--adaptive",
         action=argparse.BooleanOptionalAction,

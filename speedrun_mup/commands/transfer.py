@@ -48,6 +48,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, metavar="FOLDER|CSV", help="of a sweep; or a table: width,lr,seed,loss and, if any, arm"
     )
     parser.add_argument(
+        "--knob", metavar="NAME", help="column of the table that takes lr's place, a hyperparameter above zero"
+    )
+    parser.add_argument(
         "--controls",
         default="",
         metavar="ARM=DRIFT,...",
@@ -81,7 +84,10 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
         options["base_width"] = arguments.base_width
     controls = _controls(arguments.controls)
     if not source.is_dir():
-        return measure_transfer(read_runs(source), controls=controls, **options)
+        knob = arguments.knob or "lr"
+        return measure_transfer(read_runs(source, knob), controls=controls, knob=knob, **options)
+    if arguments.knob:
+        raise ConfigError(f"--knob {arguments.knob}: {source} is a sweep, which knows what it turned; leave it out")
     if controls:
         raise ConfigError(
             f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out"

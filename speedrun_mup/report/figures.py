@@ -10,21 +10,30 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.report.contents import ARM_COLORS, Axis, Choice, Color, Figure, Key, Mark, Panel
-from speedrun_mup.transfer import ArmResult, Array, CurveKey, Estimate, TransferError, TransferResult, WidthFit
+from speedrun_mup.transfer import (
+    ArmResult,
+    Array,
+    CurveKey,
+    Estimate,
+    TransferError,
+    TransferResult,
+    WidthFit,
+    knob_name,
+)
 
 MOST_STEPS = 120  # points of a training curve; longer ones are averaged over neighbouring steps
 BAND: Color = ("#dcdcdc", "#3a3a3a")
 
 
-def lr_curves(result: TransferResult, rate: str = "learning rate") -> Figure:
-    """Loss against learning rate, a panel per arm and a colour per width.
+def lr_curves(result: TransferResult, label: str = "learning rate") -> Figure:
+    """Loss against learning rate, or what was turned, a panel per arm and a colour per width.
 
     Thin lines join the means over seeds (dots: seeds); the thick line is the parabola over its window, the diamond its
     optimum (hollow if the width is not usable); the dotted rule is the base width's optimum. Raises TransferError.
     """
     fits = [fit for arm in result.arms.values() for fit in arm.fits]
     if not fits:
-        raise TransferError("no width has enough stable learning rates for a picture; extend the sweep")
+        raise TransferError("no width has enough stable points for a picture; extend the sweep")
     colors = width_colors(result)
     ranks = {width: rank for rank, width in enumerate(reversed(colors))}
     panels = []
@@ -45,12 +54,12 @@ def lr_curves(result: TransferResult, rate: str = "learning rate") -> Figure:
     if any(fit.cells.diverged for fit in fits):
         keys.append(Key("diverged", "cross"))
     caption = (
-        "Loss against learning rate. Thin lines: means over seeds. Thick lines: the fitted parabolas in their windows, "
-        "with the optimum (diamond; hollow where it does not count). Dotted: the optimum of the base width. Drift in "
-        "octaves per doubling of width, with its 90 % interval."
+        f"Loss against {knob_name(result.knob)}. Thin lines: means over seeds. Thick lines: the fitted parabolas in "
+        "their windows, with the optimum (diamond; hollow where it does not count). Dotted: the optimum of the base "
+        "width. Drift in octaves per doubling of width, with its 90 % interval."
     )
     limits = _loss_limits(fits)
-    return Figure("lr-curves", caption, Axis(rate, "log2"), Axis("loss", limits=limits), panels, keys)
+    return Figure("lr-curves", caption, Axis(label, "log2"), Axis("loss", limits=limits), panels, keys)
 
 
 def _title(arm: ArmResult) -> str:
@@ -95,7 +104,7 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, rank: int) -> list[Mark]
         ),
         Mark("line", lr, cells.mean, color, f"{name}, mean over seeds", tags, size=0.9),
         Mark("line", 2**near, bowl, color, tags=tags, size=2.6, opacity=0.4),
-        Mark("points", [2**fit.optimum], bowls.floor[:1], color, f"{name}: best learning rate", tags, **best),
+        Mark("points", [2**fit.optimum], bowls.floor[:1], color, f"{name}: best {knob_name(arm.knob)}", tags, **best),
         Mark("cross", [2**x for x in cells.diverged], [rank] * len(cells.diverged), color, tags=tags),
     ]
 
@@ -149,10 +158,10 @@ def drift(result: TransferResult) -> Figure:
         for name, (arm, slope) in drifts.items()
     ]
     caption = (
-        "How far the best learning rate moves with width. Lines: the drift in octaves per doubling of width, shaded over "
-        "its 90 % interval; bars: 90 % of each optimum; hollow: does not count. Grey: drifts that pass as transfer."
+        f"How far the best {knob_name(result.knob)} moves with width. Lines: the drift in octaves per doubling of width, "
+        "shaded over its 90 % interval; bars: 90 % of each optimum; hollow: does not count. Grey: drifts that pass as transfer."
     )
-    y = Axis("shift of the best learning rate (octaves)")
+    y = Axis(f"shift of the best {knob_name(result.knob)} (octaves)")
     return Figure("drift", caption, Axis("width", "log2", ticks=widths), y, [Panel("", marks)], keys, size=(3.6, 2.9))
 
 
@@ -174,7 +183,7 @@ def _drift(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[M
         marks.append(Mark("band", 2 ** (start + x), color=color, tags=tags, opacity=0.15, **edges))
     for fit in arm.fits:
         at, bar = fit.optimum - zero, 1.645 * float(np.nan_to_num(fit.optimum_se))
-        notes = ["; ".join([f"best learning rate 2^{fit.optimum:.2f}", *fit.problems])]
+        notes = ["; ".join([f"best {knob_name(arm.knob)} 2^{fit.optimum:.2f}", *fit.problems])]
         tag = tags | {"width": str(fit.width)}
         style: dict[str, Any] = {"symbol": _symbol(arm), "size": 4.5, "hollow": bool(fit.problems)}
         style |= {"low": [at - bar], "high": [at + bar], "notes": notes}
@@ -204,11 +213,12 @@ def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure
             )
     keys = [Key(name, "points", colors[name], _symbol(arm)) for name, arm in result.arms.items()]
     ticks = {float(fit.width) for arm in result.arms.values() for fit in arm.fits}
-    caption = "Loss at the best learning rate of each width, with 90 % intervals."
+    best = f"loss at the best {knob_name(result.knob)}"
+    caption = f"{best.capitalize()} of each width, with 90 % intervals."
     marks += promised
     keys += [Key(mark.name, mark.kind, mark.color, mark.symbol, hollow=mark.hollow) for mark in promised]
     ticks |= {width for mark in promised for width in mark.x}
-    x, y = Axis("width", "log2", ticks=sorted(ticks)), Axis("loss at the best learning rate")
+    x, y = Axis("width", "log2", ticks=sorted(ticks)), Axis(best)
     return Figure("best-loss", caption, x, y, [Panel("", marks)], keys, size=(3.6, 2.6))
 
 
@@ -217,7 +227,7 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
 
     First shown is the rate at which "wider is better" was judged, else that nearest to the base width's optimum.
     """
-    colors = width_colors(result)
+    colors, knob = width_colors(result), knob_name(result.knob)
     tables: dict[tuple[str, int, float], list[Array]] = {}
     for (owner, width, lr, _), curve in sorted(curves.items()):
         tables.setdefault((owner, width, round(math.log2(lr), 6)), []).append(curve)
@@ -231,7 +241,7 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
             if owner != name or width not in colors:
                 continue
             steps, loss = _thin(np.mean(some, axis=0))
-            label = f"{name}, width {width}, learning rate {2**at:.3g}"
+            label = f"{name}, width {width}, {knob} {2**at:.3g}"
             tags = {"arm": name, "width": str(width), "rate": f"{2**at:.3g}"}
             marks.append(Mark("line", steps, loss, colors[width], label, tags, size=1.1))
             if at == chosen:
@@ -244,10 +254,10 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
     limits = (float(late.min()) - room, float(late.max()) + room)
     keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
     caption = (
-        "Training loss, mean over seeds and over neighbouring steps, at one learning rate for all widths: that nearest to "
+        f"Training loss, mean over seeds and over neighbouring steps, at one {knob} for all widths: that nearest to "
         f"the best of the base width ({', '.join(judged)}). With the right rules a wider model is better at every step."
     )
-    choice = Choice("rate", "learning rate", [own, *(f"{2**at:.3g}" for at in rates)])
+    choice = Choice("rate", knob, [own, *(f"{2**at:.3g}" for at in rates)])
     return Figure("training-curves", caption, Axis("step"), Axis("training loss", limits=limits), panels, keys, choice)
 
 

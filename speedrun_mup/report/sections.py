@@ -22,9 +22,9 @@ from speedrun_mup.report.figures import (
     training_curves,
     width_colors,
 )
-from speedrun_mup.sweep import CellResult, read_definition, read_results
+from speedrun_mup.sweep import CellResult, read_results
 from speedrun_mup.sweep import training_curves as read_curves
-from speedrun_mup.transfer import TransferResult
+from speedrun_mup.transfer import TransferResult, knob_name
 
 SHOWN = 40  # characters of a version or hash
 
@@ -43,10 +43,12 @@ def make_report(
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
     cells = read_results(source) if swept else []
-    knob = read_definition(source)["base"]["knob"] if swept else ""
+    knob = knob_name(result.knob)
     sections = [
         Section("In numbers", tables=[_arms(result)]),
-        Section("Loss against learning rate", figures=[lr_curves(result, _rate_label(knob))], tables=[_widths(result)]),
+        Section(
+            f"Loss against {knob}", figures=[lr_curves(result, _knob_label(result, swept))], tables=[_widths(result)]
+        ),
         _drift(result),
         _best(source, result, prediction, comparison),
     ]
@@ -65,10 +67,11 @@ def make_report(
     return Report(source.resolve().stem, result.verdict.value, result.reasons, sections, switches)
 
 
-def _rate_label(knob: str) -> str:
-    """Of the learning-rate axis. In a sweep the rate is a factor on the rates of its settings."""
-    factor = "all" if knob == "lr_scale" else knob
-    return f"learning rate (factor on {factor})" if knob else "learning rate"
+def _knob_label(result: TransferResult, swept: bool) -> str:
+    """Of the knob's axis. In a sweep it is a factor on what its settings say."""
+    name = knob_name(result.knob)
+    factor = "all" if result.knob == "lr_scale" else result.knob
+    return f"{name} (factor on {factor})" if swept else name
 
 
 def _arms(result: TransferResult) -> Table:
@@ -90,13 +93,14 @@ def _arms(result: TransferResult) -> Table:
 
 
 def _widths(result: TransferResult) -> Table:
+    rate = "rate" if knob_name(result.knob) == "learning rate" else result.knob
     header = [
         "arm",
         "width",
         "seeds",
-        "rates",
-        "best log2 rate",
-        "best rate",
+        "points",
+        f"best log2 {rate}",
+        f"best {rate}",
         "curvature",
         "loss",
         "stable to",
@@ -116,7 +120,7 @@ def _widths(result: TransferResult) -> Table:
 
 
 def _drift(result: TransferResult) -> Section:
-    title = "Drift of the best learning rate"
+    title = f"Drift of the best {knob_name(result.knob)}"
     if any(arm.drift for arm in result.arms.values()):
         return Section(title, figures=[drift(result)])
     return Section(title, ["Unknown: no arm has two widths with an optimum inside the grid; extend the sweep."])
@@ -127,8 +131,9 @@ def _best(
 ) -> Section:
     """Losses at the best rates; predicted against measured, as far as there is a plan."""
     if not prediction:
-        make = f"`speedrun-mup transfer {source.name} --predict WIDTH` predicts loss and learning rate of a wider run."
-        return Section("Loss at the best learning rate", [f"Without prediction. {make}"], [best_losses(result)])
+        knob = knob_name(result.knob)
+        make = f"`speedrun-mup transfer {source.name} --predict WIDTH` predicts loss and {knob} of a wider run."
+        return Section(f"Loss at the best {knob}", [f"Without prediction. {make}"], [best_losses(result)])
     low, high = prediction.loss_interval
     style: dict[str, Any] = {"symbol": "s", "size": 6, "hollow": True, "low": [low], "high": [high]}
     width = [prediction.width]

@@ -8,6 +8,8 @@ the optimum; the slope of the optima on log2(width) is the drift, in octaves per
 the drift is shown to be small, which is an equivalence test: "no significant drift" is what a noisy sweep says of
 anything. Runs of one seed share initialisation and batches over all learning rates, so seeds are resampled whole.
 
+What is turned is a learning rate in all names here, and may be any hyperparameter above zero (`knob`).
+
 Intervals speak of noise. That a loss curve is no parabola is the business of the second, narrow window.
 
 Arrays named draws, and the rows of `Bowls`, hold the estimate from the data in row 0 and resamples in rows 1 to B.
@@ -18,7 +20,7 @@ from speedrun_mup.transfer.fits import Array, Bowls, Cells, Estimate, WidthFit, 
 from speedrun_mup.transfer.forecast import Forecast, loss_forecast
 from speedrun_mup.transfer.measure import measure_transfer
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, read_runs
+from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, knob_name, read_runs
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter, wider_is_better
 
@@ -38,6 +40,7 @@ __all__ = [
     "WiderIsBetter",
     "WidthFit",
     "fit_bowls",
+    "knob_name",
     "loss_forecast",
     "measure_transfer",
     "read_runs",

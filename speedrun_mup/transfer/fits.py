@@ -168,7 +168,7 @@ def table_of(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | st
     seeds = sorted({run.seed for run in runs if run.log2_lr in grid})
     if len(grid) < 3:
         downwards = " downwards" if diverged else ""
-        return f"width {width}: {len(grid)} stable learning rates, at least 3 are needed; extend the sweep{downwards}"
+        return f"width {width}: {len(grid)} stable points, at least 3 are needed; extend the sweep{downwards}"
     losses = np.full((len(seeds), len(grid)), np.nan)
     for run in runs:
         if run.log2_lr in grid:
@@ -177,7 +177,7 @@ def table_of(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | st
     design = np.concatenate([np.eye(len(seeds))[row], np.eye(len(grid))[column]], axis=1)
     effects, _, rank, _ = np.linalg.lstsq(design, losses[row, column], rcond=None)
     if rank < len(seeds) + len(grid) - 1:
-        return f"width {width}: its seeds share too few learning rates to be compared; run one seed on the whole grid"
+        return f"width {width}: its seeds share too few points to be compared; run one seed on the whole grid"
     additive = effects[: len(seeds), None] + effects[None, len(seeds) :]
     return Cells(width, np.array(grid), losses, np.where(np.isfinite(losses), losses, additive), diverged)
 
@@ -353,7 +353,7 @@ def _problems(cells: Cells, bowls: Bowls, thresholds: Thresholds) -> Iterator[st
     cliff = min((x for x in cells.diverged if x > lowest), default=math.inf)
     broken = [x for x in cells.diverged if x < lowest]
     if broken:
-        yield f"diverged at {lr_text(broken[-1])}, left of the minimum at {lr_text(lowest)}: not for its learning rate"
+        yield f"diverged at {lr_text(broken[-1])}, left of the minimum at {lr_text(lowest)}: not because it is large"
     elif lowest == grid[0]:
         yield f"minimum at the left edge of the grid: extend the sweep to {lr_text(2 * grid[0] - grid[1])}"
     elif lowest == grid[-1] and cliff < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from speedrun_mup.transfer.fits import (
     table_of,
 )
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.runs import CurveKey, Run, TransferError
+from speedrun_mup.transfer.runs import LR, CurveKey, Run, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import wider_is_better
 
@@ -40,6 +41,7 @@ def measure_transfer(
     thresholds: Thresholds | None = None,
     resamples: int = 2000,
     seed: int = 0,
+    knob: str = LR,
 ) -> TransferResult:
     """Optima, drift, regret and verdict for every arm of a sweep.
 
@@ -48,7 +50,8 @@ def measure_transfer(
     base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
     between runs that differ only in chance; for where no point was run with two seeds, refused where one was.
     initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
-    training loss, for "wider is better". The same arguments give the same numbers. Raises TransferError.
+    training loss, for "wider is better". knob: what was turned, for the words. The same
+    arguments give the same numbers. Raises TransferError.
     """
     controls, curves, thresholds = controls or {}, curves or {}, thresholds or Thresholds()
     table: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -79,8 +82,9 @@ def measure_transfer(
         fits = tuple(fit_width(arm, cell, noise, thresholds, resamples, seed) for cell in cells[arm])
         base = base_width or min(table[arm])
         rng = np.random.default_rng([seed, *arm.encode()])
-        arms[arm] = _measure_arm(arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng)
-    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds)
+        measured = _measure_arm(arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng)
+        arms[arm] = replace(measured, knob=knob)
+    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds, knob)
 
 
 def _measure_arm(
@@ -148,7 +152,7 @@ def _judge(
         need = f"{thresholds.min_widths} widths that span a factor of {thresholds.min_span:g}"
         blocked.append(f"widths {', '.join(map(str, widths))} are too few or too close: needs {need}")
     if math.isnan(low):
-        blocked.append("the noise is unknown: run some learning rates with a second seed, or pass sigma")
+        blocked.append("the noise is unknown: run some points with a second seed, or pass sigma")
     if blocked:
         return Verdict.INCONCLUSIVE, [*blocked, f"{measured} over {len(usable)} widths"]
 
@@ -201,8 +205,8 @@ def _beaten(tested: ArmResult, arms: Iterable[ArmResult]) -> Iterator[str]:
     if low > high:
         gap = mine.best_losses[0] - fit.best_losses[0]
         yield (
-            f"but arm {other.arm} has the lower loss at width {mine.width}, by {gap:.3f} nats at the best rate of either: a "
-            f"rate that stays put is not all that {tested.arm} needs"
+            f"but arm {other.arm} has the lower loss at width {mine.width}, by {gap:.3f} nats, each at its best: an "
+            f"optimum that stays put is not all that {tested.arm} needs"
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit, student_t
-from speedrun_mup.transfer.runs import lr_text
+from speedrun_mup.transfer.runs import LR, knob_name, lr_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter
 
@@ -25,7 +25,8 @@ class ArmResult:
 
     drift: octaves per doubling; None without two usable widths. window_shift: how much it changes when the parabolas
     see the narrow window only. regret: nats lost at the widest usable width by using the base width's optimum there;
-    None if that has none. predicted: the drift that a control is built to have; None for an arm under test.
+    None if that has none. predicted: the drift that a control is built to have; None for an arm under test. knob: what
+    was turned.
     """
 
     arm: str
@@ -39,6 +40,7 @@ class ArmResult:
     wider: WiderIsBetter | None
     verdict: Verdict
     reasons: tuple[str, ...]
+    knob: str = LR
 
     @property
     def usable(self) -> tuple[WidthFit, ...]:
@@ -68,6 +70,7 @@ class TransferResult:
     verdict: Verdict
     reasons: tuple[str, ...]
     thresholds: Thresholds
+    knob: str = LR
 
     def summary(self) -> str:
         """A table for a terminal, at most 100 columns wide but for the reasons."""
@@ -93,11 +96,12 @@ class TransferResult:
 
 
 def _summary_lines(result: TransferResult) -> Iterator[str]:
-    names = ("width", "seeds", "points", "best log2 lr", "best lr", "curvature", "loss")
+    lr = " lr" if knob_name(result.knob) == "learning rate" else ""
+    names = ("width", "seeds", "points", f"best log2{lr}", f"best{lr}", "curvature", "loss")
     header = "{:>8} {:>5} {:>6} {:>15} {:>9} {:>9} {:>8}  stable".format(*names)
     for arm in result.arms.values():
         role = "" if arm.predicted is None else f"  (control, predicted drift {arm.predicted:+g})"
-        yield f"arm {arm.arm}{role}"
+        yield f"arm {arm.arm}{role}" + ("" if lr else f", knob {result.knob}")
         yield header
         for fit in arm.fits:
             error = "" if math.isnan(fit.optimum_se) else f" +- {fit.optimum_se:.2f}"
@@ -123,6 +127,7 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
         "verdict": result.verdict,
         "reasons": result.reasons,
         "thresholds": asdict(result.thresholds),
+        "knob": result.knob,
         "arms": {
             name: {
                 "verdict": arm.verdict,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ class TransferError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run. lr: learning rate, absolute or a factor on all rates. loss: nan or inf if the run diverged."""
+    """One finished run. lr: learning rate, or whatever was turned in its place, absolute or as a factor. loss: nan or inf
+    if the run diverged."""
 
     width: int
     lr: float
@@ -36,25 +37,35 @@ class Run:
         return round(math.log2(self.lr), 6)
 
 
-COLUMNS = ("width", "lr", "seed", "loss")
+OTHER_COLUMNS = ("width", "seed", "loss", "arm")
+LR = "lr"  # the knob, and its column in a table, unless another hyperparameter is turned
 
 
-def read_runs(path: str | Path) -> list[Run]:
+def knob_name(knob: str) -> str:
+    """What is turned, for a reader: "learning rate" for all that are one, else the hyperparameter's own name."""
+    return "learning rate" if knob in (LR, "lr_scale") or knob.endswith("_lr") else knob
+
+
+def read_runs(path: str | Path, knob: str = LR) -> list[Run]:
     """Runs from a CSV with columns width, lr, seed, loss and, if you like, arm (else the name of the file).
 
-    Case, empty lines and other columns do not matter. A loss of nan, inf or "diverged" marks a diverged run. Raises
-    TransferError naming row (1 is the file's first line) and column.
+    knob: another column in the place of lr, a hyperparameter above zero; it becomes `Run.lr`. Case, empty lines and other
+    columns do not matter. A loss of nan, inf or "diverged" marks a diverged run. Raises TransferError naming row (1 is
+    the file's first line) and column.
     """
     runs: dict[tuple[str, int, float, int], Run] = {}
-    for where, row in _rows(Path(path)):
+    knob = knob.strip().lower()
+    if knob in OTHER_COLUMNS:
+        raise TransferError(f"knob {knob} is a column with another meaning; name that of what was turned, such as lr")
+    for where, row in _rows(Path(path), ("width", knob, "seed", "loss")):
         width = _number(row, "width", where, whole=True, positive=True)
-        lr = _number(row, "lr", where, positive=True)
+        lr = _number(row, knob, where, positive=True)
         seed = _number(row, "seed", where, whole=True)
         loss = math.nan if row["loss"].lower() == "diverged" else _number(row, "loss", where, finite=False)
         run = Run(int(width), lr, int(seed), loss, row.get("arm") or Path(path).stem)
         key = (run.arm, run.width, run.log2_lr, run.seed)
         if key in runs:
-            same = f"arm {run.arm}, width {run.width}, lr {lr:g}, seed {run.seed}"
+            same = f"arm {run.arm}, width {run.width}, {knob} {lr:g}, seed {run.seed}"
             raise TransferError(f"{where}: {same} is there twice; drop one")
         runs[key] = run
     if not runs:
@@ -62,7 +73,7 @@ def read_runs(path: str | Path) -> list[Run]:
     return list(runs.values())
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Where it stands and {column: cell} of every row below the header. What is ambiguous is an error: a cell too many,
     as an unquoted decimal comma makes it, moves all that follow, and a quote that is not closed swallows rows."""
     try:
@@ -73,11 +84,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     except csv.Error as fault:
         raise TransferError(f"{path} row {lines.line_num}: {fault}; look for a quote that is not closed") from None
     names = [name.strip().lower() for name in filled[0][1]] if filled else []
-    missing = [column for column in COLUMNS if column not in names]
+    missing = [column for column in columns if column not in names]
     if missing:
         separated = "separate columns with commas" if len(names) == 1 else "name each once"
         raise TransferError(f"{path}: no column {', '.join(missing)} in the header ({','.join(names)}); {separated}")
-    for column in (*COLUMNS, "arm"):
+    for column in (*columns, "arm"):
         if names.count(column) > 1:
             raise TransferError(f"{path}: more than one column {column!r} in the header ({','.join(names)}); drop one")
     for number, cells in filled[1:]:
@@ -106,6 +117,6 @@ def _number(
 
 
 def lr_text(log2_lr: float) -> str:
-    """A learning rate for a reader: 2^-1.5 on a grid of quarter octaves, else a plain number."""
+    """A learning rate, or what was turned, for a reader: 2^-1.5 on a grid of quarter octaves, else a plain number."""
     quarters = 4 * log2_lr
     return f"2^{log2_lr:g}" if abs(quarters - round(quarters)) < 1e-5 else f"{2**log2_lr:.3g}"
