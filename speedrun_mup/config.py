@@ -262,6 +262,8 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ())
             continue
         group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group
+        if meta["shorthand"]:
+            group = group.add_mutually_exclusive_group()
         values = {key: preset.settings.get(name, setting_field.default) for key, preset in PRESETS.items()}
         same = len(set(values.values())) == 1
         shown = str(setting_field.default) if same else ", ".join(f"{key}: {value}" for key, value in values.items())
@@ -299,7 +301,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        asked = unknown[0].split("=")[0]
+        near = [flag for flag in flags if flag.startswith(f"{asked}-")] or difflib.get_close_matches(asked, flags, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise ConfigError(f"unknown argument {unknown[0]}{hint}")
     return arguments

@@ -296,15 +296,15 @@ def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResu
     for cell in read_results(out):
         if cell.width in waiting:
             waiting[cell.width] -= cell.flops
-    left = 0
+    left = ran = 0
     for sweep in plan.sweeps:
         waiting = {width: flops for width, flops in waiting.items() if width not in sweep.widths}
         reserved = sum(max(flops, 0.0) for flops in waiting.values())
         result = run_sweep(sweep, out, engine, budget_flops=most - reserved, **options)
-        left += result.left
+        left, ran = left + result.left, ran + result.ran
         if not result.complete and not result.used_up:
-            return replace(result, left=left)
-    return replace(result, left=left, used_up=left > 0)
+            return replace(result, left=left, ran=ran)
+    return replace(result, left=left, ran=ran, used_up=left > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
