@@ -981,10 +981,14 @@ COLUMNS = ("arm", "width", "lr", "log2_lr", "seed", "loss", "diverged", "train_l
 
 
 def write_csv(out: Path, path: Path) -> None:
-    """The finished cells as a table that `transfer.read_runs` reads; losses are nan where a run diverged."""
+    """The finished cells as a table that `transfer.read_runs` reads; losses are nan where a run diverged.
+
+    The factor on the knob is in the column lr, or in one of the knob's name if that is no learning rate.
+    """
+    knob = read_definition(out)["base"]["knob"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        writer.writerow(name if knob in RATES else name.replace("lr", knob) for name in COLUMNS)
         for cell in read_results(out):
             loss = math.nan if cell.diverged else cell.loss
             place = (cell.arm, cell.width, cell.lr, cell.octaves, cell.seed)

@@ -55,7 +55,7 @@ from speedrun_mup.sweep import (
     write_whole,
 )
 from speedrun_mup.training import FolderLock, train
-from speedrun_mup.transfer import Verdict, read_runs
+from speedrun_mup.transfer import TransferError, Verdict, read_runs
 
 GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
@@ -505,6 +505,22 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
     assert tuple(rows[0]) == COLUMNS
     assert all((row["loss"] == "nan") == bool(int(row["diverged"])) for row in rows)
     assert all(float(row["train_loss"]) == float(row["loss"]) + 0.1 for row in rows if row["loss"] != "nan")
+
+
+def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
+    """It is told by its name, in the table too; arms with a wrong learning rate are no controls then."""
+    base = {"base_width": 64, "weight_decay": 0.1}
+    arms = pick_arms(["mup", "adam-sp"])
+    sweep = small(base=base, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1), arms=arms, knob="weight_decay")
+    assert cell_of(sweep, corpus, octaves=2).cfg.weight_decay == pytest.approx(0.4)
+    quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": 0.5})))
+    result = measure_sweep(tmp_path / "s")
+    assert result.knob == "weight_decay" and all(arm.predicted is None for arm in result.arms.values())
+    assert result.arms["adam-sp"].drift.value == pytest.approx(0.5, abs=0.1)
+    write_csv(tmp_path / "s", tmp_path / "table.csv")
+    assert same(read_runs(tmp_path / "table.csv", "weight_decay"), runs_table(tmp_path / "s"))
+    with pytest.raises(TransferError, match="no column lr"):
+        read_runs(tmp_path / "table.csv")
 
 
 def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
