@@ -10,7 +10,7 @@ log2(width). For every parameter W with input x:
     update      rms((W_t - W_0) x_t): what all updates so far do to the present input
     gradient    rms of the gradient, which Adam's eps has to follow
 
-and for what modules put out:
+and for what modules put out, and the scores of torch's attention:
 
     activation  its rms, which must not grow
 
@@ -47,6 +47,7 @@ from speedrun_mup.core.attention import Dense
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.mup import Parametrization, ParamSpec, Role, named_specs
+from speedrun_mup.core.mup.scores import AttentionScores
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import train_batches
@@ -404,6 +405,7 @@ class _Observer:
         for name, module in model.named_modules():
             if name:
                 module.register_forward_hook(partial(self._see_module, name))
+        self.scores = AttentionScores(model, self.record)
         setting.taps(model, self.record)
 
     def put(self, t: int, quantity: str, name: str, value: float) -> None:
@@ -449,7 +451,7 @@ class _Observer:
         standins = self.moved if t else self.start
         pairs = {name: (p, standins[name]) for name, (p, _) in self.parameters.items()}
         self._looking = True
-        with torch.random.fork_rng(devices=[]), _Products(pairs, self._see_product):
+        with torch.random.fork_rng(devices=[]), _Products(pairs, self._see_product), self.scores:
             forward()
         self._looking = False
         for name, standin in standins.items():
@@ -615,9 +617,10 @@ def coord_check(
     they run out. loss(model, batch): a scalar. optimizer(model): one or several; only their lr is ever changed.
     controls: arms that must fail; by default the same model with all learning rates times sqrt(width / narrowest).
     steps: updates, at least 4; more if layers that start at zero hide many others. taps(model, record): called once, to
-    arrange for record(name, tensor) in forward passes, for activations that no module puts out. output_scale(model):
-    what the model multiplies the product of a parameter by, by the parameter's name, where it is not done by a module
-    of its own on the way in, as MuReadout does. Raises CoordCheckError, and UndeclaredParameterError.
+    arrange for record(name, tensor) in forward passes, for activations that no module puts out (scores of torch's
+    attention are seen without). output_scale(model): what the model multiplies the product of a parameter by, by the
+    parameter's name, where it is not done by a module of its own on the way in, as MuReadout does. Raises
+    CoordCheckError, and UndeclaredParameterError.
     """
     widths = sorted(set(widths))
     fits = thresholds.min_widths <= len(widths) and widths[-1] >= thresholds.min_span * widths[0]

@@ -20,6 +20,7 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Power, Role
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
+from speedrun_mup.report.checks import check_section
 
 MUP = PARAMETRIZATIONS["mup"]
 ROOT = Path(__file__).parent.parent
@@ -611,6 +612,15 @@ def test_the_mlp_of_the_documentation_passes(tmp_path, monkeypatch):
     names = {}
     exec(python_blocks()[0].replace("optimizer=", "progress=False, optimizer="), names)
     assert names["result"].verdict is Verdict.PASS and (tmp_path / "mlp.png").exists()
+    assert check_section(tmp_path / "mlp.json", 0).title == "Coordinate check: PASS"
+
+
+def test_the_attention_of_the_documentation_is_torchs():
+    torch.manual_seed(0)
+    q, k, v, mask = *torch.randn(3, 2, 4, 5, 8), torch.ones(5, 5, dtype=torch.bool).tril()
+    names = {"nn": nn, "math": math, "self": nn.Module(), "q": q, "k": k, "v": v, "scale": 0.3, "mask": mask}
+    exec(python_blocks()[1], names)
+    torch.testing.assert_close(names["y"], F.scaled_dot_product_attention(q, k, v, mask, scale=0.3))
 
 
 @pytest.mark.slow
@@ -618,6 +628,6 @@ def test_the_mlp_of_the_documentation_passes(tmp_path, monkeypatch):
 def test_the_gpt2_of_the_documentation_passes():
     pytest.importorskip("transformers")
     names = {}
-    mlp, gpt2 = python_blocks()
+    mlp, _, gpt2 = python_blocks()
     exec(mlp.split("\n\n\n")[0] + "\n" + gpt2.replace("optimizer=", "progress=False, optimizer="), names)
     assert names["result"].verdict is Verdict.PASS

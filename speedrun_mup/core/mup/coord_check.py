@@ -1,12 +1,14 @@
 """Coordinate check: train a few steps at several widths and see whether any activation grows or shrinks with width.
 
 Same names as microsoft/mup's module. get_coord_data returns a pandas DataFrame; pandas is needed here only. It looks at
-what modules put out and is blind for matrices whose effect something else hides; speedrun_mup.coord_check is not.
+what modules put out and at the scores of torch's attention, and is blind for matrices whose effect something else hides;
+speedrun_mup.coord_check is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup.optim import MuAdam, MuAdamW, MuSGD
+from speedrun_mup.core.mup.scores import AttentionScores
 from speedrun_mup.core.mup.toy_models import lazy_models
 
 Stat = Callable[[Tensor], Tensor]
@@ -62,6 +65,19 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name}[{i}]")
 
 
+def _record(
+    records: list[dict[str, Any]],
+    width: int,
+    t: int,
+    named: Iterable[tuple[str, Tensor]],
+    stats: Mapping[str, str | Stat] | None,
+) -> None:
+    """Append to `records` the statistics (default l1) of tensors."""
+    for name, x in named:
+        values = {key: stat(x.detach().float()).item() for key, stat in convert_fdict(stats or {"l1": "l1"}).items()}
+        records.append({"width": width, "module": name, "t": t} | values)
+
+
 def _record_coords(
     records: list[dict[str, Any]],
     width: int,
@@ -73,14 +89,11 @@ def _record_coords(
 ) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that appends to `records` the statistics of a module's output, input and parameters."""
 
-    def record(named: Iterable[tuple[str, Tensor]], stats: Mapping[str, str | Stat]) -> None:
-        for name, x in named:
-            values = {key: stat(x.detach().float()).item() for key, stat in convert_fdict(stats).items()}
-            records.append({"width": width, "module": name, "t": t} | values)
+    record = partial(_record, records, width, t)
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         where = modulename if isinstance(output, Tensor) else f"{modulename}:out"
-        record(_tensors(output, where), output_fdict or {"l1": "l1"})
+        record(_tensors(output, where), output_fdict)
         if input_fdict:
             record(_tensors(inputs, f"{modulename}:in"), input_fdict)
         if param_fdict:
@@ -123,7 +136,8 @@ def get_coord_data(
     show_progress: bool = True,
     one_hot_target: bool = False,
 ) -> Any:
-    """A pandas DataFrame: width, module, t, optimizer, lr and statistics (default l1) of what each module puts out.
+    """A pandas DataFrame: width, module, t, optimizer, lr and statistics (default l1) of what each module puts out,
+    and of the scores of torch's attention as "MODULE.scores".
 
     models: {width: constructor}. dataloader: (input, label) pairs, or with dict_in_out keyword arguments of a model
     that returns its loss under `output_name`, or first. optimizer: sgd, adam or adamw (lr default 0.1 or 1e-3; torch's
@@ -165,6 +179,10 @@ def get_coord_data(
             target = F.one_hot(target, out.shape[-1]).to(out.dtype)
         return (LOSSES[lossfn] if isinstance(lossfn, str) else lossfn)(out, target)
 
+    def see_scores(width: int, t: int, name: str, scores: Tensor) -> None:
+        if not filter_module_by_name or filter_module_by_name(name):
+            _record(records, width, t, [(name, scores)], output_fdict)
+
     batches = [next(iter(dataloader))] * nsteps if fix_data else dataloader
     records: list[dict[str, Any]] = []
     runs = [(seed, width) for seed in range(nseeds) for width in models]
@@ -180,8 +198,10 @@ def get_coord_data(
                 for name, module in model.named_modules()
                 if not filter_module_by_name or filter_module_by_name(name)
             ]
-            loss = loss_of(model, batch)
-            for hook in hooks:
+            attention = AttentionScores(model, partial(see_scores, width, t))
+            with attention:
+                loss = loss_of(model, batch)
+            for hook in [*hooks, *attention.hooks]:
                 hook.remove()
             stepper.zero_grad()
             loss.backward()

@@ -1,0 +1,133 @@
+"""The scores of torch's own attention, for a check that looks at what modules put out: scores are no module's output.
+
+Shapes: L queries, S keys; E is the size of a head. Scores are what goes into the softmax, without an additive mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def _unmasked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The entries (N,) of `scores` (..., L, S) that `mask` lets through: where it is True, or finite."""
+    if mask is None:
+        return scores.flatten()
+    scores, seen = torch.broadcast_tensors(scores, mask if mask.dtype == torch.bool else mask.isfinite())
+    return scores[seen]
+
+
+def dot_product_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The scores (N,) that count in F.scaled_dot_product_attention with the same arguments, in float32 at least.
+
+    query (..., H, L, E), key (..., H or fewer with enable_gqa, S, E).
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    query, key = (x.float() if x.dtype.itemsize < 4 else x for x in (query, key))
+    scores = (query * scale) @ (key * 1.0).mT  # copies: the check takes products of a parameter itself for its effect
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    elif isinstance(attn_mask, CausalBias):
+        attn_mask = attn_mask._materialize(scores.device)
+    return _unmasked(scores, attn_mask)
+
+
+class _IntoSoftmax(TorchDispatchMode):
+    """Keeps what goes into a softmax."""
+
+    scores: Tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._softmax.default:
+            self.scores = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def multi_head_scores(*args: Any, **kwargs: Any) -> Tensor:
+    """The scores (N,) of F.multi_head_attention_forward with the same arguments, which scales by itself: padding counts."""
+    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    mask = given.get("attn_mask")
+    explicit = {
+        "attn_mask": None,
+        "key_padding_mask": None,
+        "is_causal": False,
+        "need_weights": True,
+        "training": False,
+    }
+    with _IntoSoftmax() as softmax:
+        F.multi_head_attention_forward(**given | explicit)
+    if mask is None:
+        return softmax.scores.flatten()
+    scores = softmax.scores[..., : mask.size(-1)]  # without the keys that bias_k and add_zero_attn append
+    return _unmasked(scores, ~mask if mask.dtype == torch.bool else mask)
+
+
+_SCORES: dict[Any, Callable[..., Tensor]] = {
+    F.scaled_dot_product_attention: dot_product_scores,
+    F.multi_head_attention_forward: multi_head_scores,
+}
+
+
+class AttentionScores(TorchFunctionMode):
+    """Inside it, see(name, scores) is called for every attention that torch computes for `model`. Results do not change.
+
+    Seen are F.scaled_dot_product_attention and nn.MultiheadAttention, not attention that is made otherwise, and no nested
+    tensors. name: of the innermost module that runs, and ".scores"; with [1], [2] ... for further ones in one call of
+    it. scores (N,): see dot_product_scores; without gradient. hooks: on the modules; remove them to be rid of it.
+    """
+
+    def __init__(self, model: nn.Module, see: Callable[[str, Tensor], None]):
+        super().__init__()
+        self.see = see
+        self.running: list[tuple[str, Iterator[int]]] = []  # modules, outermost first, and numbers for their attentions
+        self.hooks = [
+            hook
+            for name, module in model.named_modules()
+            for hook in (
+                module.register_forward_pre_hook(partial(self._begin, name)),
+                module.register_forward_hook(self._end),
+            )
+        ]
+
+    def _begin(self, name: str, *args: Any) -> None:
+        self.running.append((name, itertools.count()))
+
+    def _end(self, *args: Any) -> None:
+        self.running.pop()
+
+    def __enter__(self) -> AttentionScores:
+        self.running = [("", itertools.count())]  # for what runs outside of modules
+        return super().__enter__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _SCORES and not (isinstance(out, Tensor) and out.is_nested):
+            with torch.no_grad():
+                scores = _SCORES[func](*args, **(kwargs or {}))
+            name, numbers = self.running[-1]
+            number = next(numbers)
+            if scores.numel():
+                self.see((f"{name}." if name else "") + "scores" + (f"[{number}]" if number else ""), scores)
+        return out
