@@ -282,7 +282,17 @@ def _summary_lines(check: CoordCheck) -> Iterator[str]:
         outcome = "fails, as it must" if c.seen else "NOT SEEN"
         yield f"{'control ' + c.arm.name:<{pad}}{c.slope:+.2f} ({c.predicted:+.1f}) on {c.whose}: {outcome}"
     yield from (f"because {reason}" for reason in check.reasons)
+    yield from _advice(arm.rows)
     yield f"verdict: {check.verdict}"
+
+
+def _advice(rows: Iterable[Row]) -> Iterator[str]:
+    """How to mend what is off, in words, where there is a usual reason."""
+    off = [row for row in rows if row.verdict in (Verdict.WARN, Verdict.FAIL)]
+    if names := ", ".join(row.kind for row in off if row.quantity == "init"):
+        yield f"init of {names}: initialise with mup.init, after set_base_shapes; or a forward multiplier is wrong"
+    if names := ", ".join(row.kind for row in off if re.search(r"(^|\.)scores(\[\d+\])?$", row.kind)):
+        yield f"{names}: if heads widen with the model, scale scores by 1 / head_dim (docs/mup-library.md)"
 
 
 def _cell(row: Row | None) -> str:

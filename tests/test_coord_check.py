@@ -156,6 +156,25 @@ def test_any_rule_of_the_table_broken_by_root_m_fails(role, column, kind):
     assert off == pytest.approx(-0.5 if column == "eps" else 0.5, abs=0.35)
 
 
+@pytest.mark.parametrize("library", [mup.init, nn.init])
+def test_an_initialisation_that_knows_no_width_fails_and_the_summary_says_how_to_mend_it(library):
+    def plain(width):
+        readout = mup.MuReadout(width, CLASSES, readout_zero_init=True)
+        return nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), readout)
+
+    def build(width):
+        model = mup.set_base_shapes(plain(width), plain(64), delta=plain(128))
+        library.normal_(model[2].weight, std=0.15)
+        return model
+
+    widths, data = [64, 128, 256], list(classification((FEATURES,)))
+    result = coord_check(build, widths, data, cross_entropy, lambda m: mup.MuAdam(m, lr=0.003), seeds=2, progress=False)
+    (init,) = (row for row in result.arm.rows if row.quantity == "init" and row.kind == "2.weight")
+    wrong = library is nn.init
+    assert init.slope == pytest.approx(0.5 if wrong else 0.0, abs=0.1)
+    assert ("init of 2.weight: initialise with mup.init, after set_base_shapes" in result.summary()) == wrong
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("role, column, kind", BREAKABLE)
 def test_the_same_in_the_other_direction(role, column, kind):

@@ -242,6 +242,9 @@ def test_heads_that_widen_need_another_scale_than_the_default(right):
     failed = [row.kind for row in result.arm.rows if row.verdict is cc.Verdict.FAIL]
     assert failed == ([] if right else ["attn.scores"]), result.summary()
     assert result.verdict is (cc.Verdict.PASS if right else cc.Verdict.FAIL), result.summary()
+    assert ("attn.scores: if heads widen with the model, scale scores by 1 / head_dim" in result.summary()) == (
+        not right
+    )
     (scores,) = (row for row in result.arm.rows if row.kind == "attn.scores")
     assert scores.quantity == "activation" and scores.slope == pytest.approx(0.0 if right else 0.5, abs=0.15)
 
