@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
 
+from speedrun_mup.coord_check import Verdict, coord_check
 from speedrun_mup.core import mup
 
 DOC = Path(__file__).parents[2] / "docs" / "mup-library.md"
@@ -39,17 +42,56 @@ def test_plain_torch_is_not_exported():
     assert not {"Adam", "AdamW", "SGD", "Muon", "Linear", "nn", "torch", "copy", "deepcopy", "math"} & set(mup.__all__)
 
 
+def blocks():
+    found = re.findall(r"^( *)```python\n(.*?)^ *```", DOC.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+
+
 def test_examples_run(capsys):
-    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", DOC.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
     torch.manual_seed(0)
     names: dict = {}
-    for indent, code in blocks:
-        exec(re.sub(f"^{indent}", "", code, flags=re.MULTILINE), names)
+    for code in blocks():
+        exec(code, names)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6
     assert "2.weight  hidden  Factors(init=0.5, forward=1.0, lr=0.25, eps=0.25, weight_decay=4.0)" in printed
     assert names["loss"] < 1.4 and [o.param_groups[0]["lr"] for o in names["optimizers"]] == [0.02, 1e-3]
+    assert names["gpt"].lm_head.weight is names["gpt"].wte.weight and names["gpt_loss"] < 3.5
+    assert {p: group["lr"] for group in names["adam"].param_groups for p in group["params"]} == {
+        names["gpt"].wte.weight: 1e-2,
+        names["gpt"].c_attn.weight: 1e-2 / 4,
+        names["gpt"].c_proj.weight: 1e-2 / 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "ported, original, failed",
+    [
+        ("", "", []),
+        (", scale=self.scale", "", ["scores activation"]),
+        ("  mup.init.", "  nn.init.", ["c_attn.weight init", "c_proj.weight init"]),
+    ],
+)
+def test_the_ported_model_passes_the_coordinate_check_and_lines_of_nanogpt_in_it_fail(ported, original, failed):
+    first, port, _ = blocks()
+    assert ported in port
+    names: dict = {}
+    exec(first.split("\n\n\n")[0] + "\n" + port.split("learning_rate =")[0].replace(ported, original), names)
+    result = coord_check(
+        names["build_gpt"],
+        [64, 128, 256],
+        torch.randint(4, (9, 16, 17), generator=torch.Generator().manual_seed(0)).cumsum(dim=-1) % 65,
+        lambda model, text: F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()),
+        lambda model: mup.MuAdamW(model, lr=0.01),
+        steps=8,
+        seeds=2,
+        progress=False,
+    )
+    assert (result.verdict is Verdict.PASS) == (not failed), result.summary()
+    found = [f"{row.kind} {row.quantity}" for row in result.arm.rows if row.verdict is Verdict.FAIL]
+    assert set(failed) <= set(found), result.summary()
+    at_start = {row.kind: row.slope for row in result.arm.rows if row.quantity == "init"}
+    assert at_start["c_attn.weight"] == pytest.approx(0.5 if "init" in original else 0.0, abs=0.1)
 
 
 def test_every_numbered_row_has_a_test():
