@@ -20,8 +20,8 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
     "explain": "what the rules come to for every parameter of a model",
     "coord-check": "do updates scale with width as muP says? with controls that must fail",
     "plan": "which small runs a big one needs, what they cost, and what they predict",
-    "sweep": "the best learning rate at several widths: many small runs, in parallel, resumable",
-    "transfer": "does the best learning rate stay put with width? verdict on a sweep, or on your own table",
+    "sweep": "the best learning rate, or another knob, at several widths: many small runs, in parallel, resumable",
+    "transfer": "does the best learning rate, or another knob, stay put with width? verdict on a sweep, or on your own table",
     "report": "page, pictures and summary of a sweep, or of your own table",
 }
 

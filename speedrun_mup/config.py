@@ -302,7 +302,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         asked = unknown[0].split("=")[0]
-        near = [flag for flag in flags if flag.startswith(f"{asked}-")] or difflib.get_close_matches(asked, flags, n=1)
+        longer = [flag for flag in flags if len(asked) > 2 and flag.startswith(f"{asked}-")]
+        near = longer or difflib.get_close_matches(asked, flags, n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise ConfigError(f"unknown argument {unknown[0]}{hint}")
     return arguments

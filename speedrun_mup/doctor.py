@@ -17,8 +17,8 @@ import torch
 
 from speedrun_mup.checkpoint import inspect
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.errors import UserError
-from speedrun_mup.core.utils import pick_device
+from speedrun_mup.core.errors import UserError, in_a_line
+from speedrun_mup.core.utils import is_out_of_memory, pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import ValBatches, train_batches
 from speedrun_mup.explain import explain
@@ -55,7 +55,7 @@ def examine(cfg: TrainConfig, folder: Path | None = None) -> list[Finding]:
     findings = list(_versions())
     device = _guarded("device", lambda: pick_device(cfg.device), findings)
     if device:
-        findings += _device(cfg, device)
+        findings += _guarded("device", lambda: list(_device(cfg, device)), findings) or []
     found = _guarded("data", lambda: find_corpus(cfg.data, cfg.tokenizer), findings)
     if found:
         corpus, told = found
@@ -71,13 +71,17 @@ def examine(cfg: TrainConfig, folder: Path | None = None) -> list[Finding]:
 
 
 def _guarded(subject: str, work: Callable, findings: list[Finding]):
-    """What `work` returns, or None and a finding if it raises a UserError, which says what to do."""
+    """What `work` returns, or None and a finding if it raises a UserError, which says what to do, or memory is full."""
     try:
         return work()
     except UserError as fault:
         text, _, fix = str(fault).rpartition("; ")
         findings.append(Finding(Level.BAD, subject, text or fix, fix if text else ""))
-        return None
+    except (RuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
+        findings.append(Finding(Level.BAD, subject, f"no memory to try it ({in_a_line(fault)})", "stop what fills it"))
+    return None
 
 
 def _versions() -> Iterator[Finding]:

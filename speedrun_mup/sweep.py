@@ -7,7 +7,7 @@
 A cell is one run. Its id is a hash of what it computes, and it is done once cells/<id>/result.json exists. Only the
 process that holds the folder's lock writes there, so workers may die at any moment. The same command does what is
 missing; another one with the same base adds to the folder. All cells share data order and seeds (common random
-numbers), and differ in nothing but arm, width, seed and a factor 2**octaves on one learning rate.
+numbers), and differ in nothing but arm, width, seed and a factor 2**octaves on one hyperparameter, the knob.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from speedrun_mup.flops import model_shape, run_flops
 from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
 from speedrun_mup.training import FREE_TO_CHANGE, FolderLock, train
-from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, measure_transfer
+from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, is_rate, measure_transfer
 
 SCHEMA = 1  # of result.json; part of every id
 SWEEP, CELLS, RESULT, SCRATCH = "sweep.json", "cells", "result.json", "running"
-RATES = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr")
-KNOBS = (*RATES, "weight_decay", "adam_eps", "scalar_eps")  # what a factor of powers of two makes sense on
+# What a factor of powers of two makes sense on.
+KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "adam_eps", "scalar_eps")
 ATTEMPTS = 3  # a cell that fails is tried again twice
 MOST_OCTAVES = 32.0  # either way that a grid may go
 MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
@@ -983,12 +983,12 @@ COLUMNS = ("arm", "width", "lr", "log2_lr", "seed", "loss", "diverged", "train_l
 def write_csv(out: Path, path: Path) -> None:
     """The finished cells as a table that `transfer.read_runs` reads; losses are nan where a run diverged.
 
-    The factor on the knob is in the column lr, or in one of the knob's name if that is no learning rate.
+    The factor on the knob is in the column lr, or, if that is no learning rate, in one that `_knob` names.
     """
-    knob = read_definition(out)["base"]["knob"]
+    knob = _knob(out)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(name if knob in RATES else name.replace("lr", knob) for name in COLUMNS)
+        writer.writerow(name if is_rate(knob) else name.replace("lr", knob) for name in COLUMNS)
         for cell in read_results(out):
             loss = math.nan if cell.diverged else cell.loss
             place = (cell.arm, cell.width, cell.lr, cell.octaves, cell.seed)
@@ -996,11 +996,18 @@ def write_csv(out: Path, path: Path) -> None:
             writer.writerow([*place, loss, int(cell.diverged), cell.train_loss, *cost])
 
 
+def _knob(out: Path) -> str:
+    """What the runs' lr stands for: a factor on learning rates by their setting's name, on another by NAME_factor."""
+    knob = read_definition(out)["base"]["knob"]
+    return knob if is_rate(knob) else f"{knob}_factor"
+
+
 def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any) -> TransferResult:
     """`measure_transfer` on a sweep folder, with its controls, base width and training curves.
 
     arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
-    of these. options: for `measure_transfer`. Raises ConfigError, TransferError.
+    of these. A prediction is about learning rates: with another knob that arm is neither tested nor a control. options:
+    for `measure_transfer`. Raises ConfigError, TransferError.
     """
     definition = read_definition(out)
     known = [name for name in definition["arms"] if arms is None or name in arms]
@@ -1010,8 +1017,12 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     runs = [run for run in runs_table(out) if run.arm in known]
     several = [name for name in known if len({run.width for run in runs if run.arm == name}) > 1]
     curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
-    knob = definition["base"]["knob"]
-    predicted = {name: definition["arms"][name]["predicted"] if knob in RATES else None for name in known}
+    knob = _knob(out)
+    predicted = {name: definition["arms"][name]["predicted"] for name in known}
+    if not is_rate(knob):
+        tested = [name for name in known if predicted[name] is None] or known
+        options["tested"] = options.get("tested") or tested
+        predicted = {}
     base = definition["base"]["base_width"]
     everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
     options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob} | options

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -130,6 +131,10 @@ def _other(directory: Path) -> ConfigError:
     return ConfigError(f"{directory} comes from other text or settings; choose another --out, or delete it")
 
 
+def _no_text(sources: Sequence[Source]) -> SourceError:
+    return SourceError(f"{_describe(sources)}: no text in there, but empty documents at most; check the paths")
+
+
 def _reads_stdin(sources: Sequence[Source]) -> bool:
     return any(source.name == STDIN for source in sources)
 
@@ -182,9 +187,7 @@ def _write_corpus(
         if not shards:
             shutil.rmtree(directory)
             if not any(facts.values()):
-                raise SourceError(
-                    f"{_describe(sources)}: no text in there ({tally.empty:,} empty documents); check the paths"
-                )
+                raise _no_text(sources)
             raise ConfigError(f"no document fell into the {part} part; give more text, or another --val-share")
     write_manifest(
         directory,
@@ -220,7 +223,12 @@ def _trained_tokenizer(sources: Sequence[Source], directory: Path, settings: Tex
     if (directory / TOKENIZER_FILE).exists():
         return read_tokenizer(directory / TOKENIZER_FILE)
     vocab_size = int(settings.tokenizer.removeprefix("train:"))
-    tokenizer = BpeTokenizer.train(_training_text(sources, settings), vocab_size)
+    texts = _training_text(sources, settings)
+    first = next(texts, None)
+    if first is None:
+        shutil.rmtree(directory)
+        raise _no_text(sources)
+    tokenizer = BpeTokenizer.train(itertools.chain([first], texts), vocab_size)
     tokenizer.save(directory)
     return tokenizer
 
@@ -273,11 +281,11 @@ def _chunks(reader: DocumentReader, start: Position, settings: TextSettings, tal
     empty, duplicate, mended = tally
     for position, raw in reader:
         text = _mended(raw)
-        mended += text != raw
         digest = _hash(text)
         if not text or digest in seen:
             empty, duplicate = empty + (not text), duplicate + bool(text)
             continue
+        mended += text != raw
         if settings.drop_duplicates:
             seen.add(digest)
         chunk.texts.append(text)

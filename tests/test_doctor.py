@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from test_cli import as_flags
 
@@ -104,6 +105,14 @@ def test_what_is_too_little(tiny, monkeypatch):
     assert not bad(examine(tiny(save=False)))
     huge = bad(examine(tiny(width=8192, base_width=32)))
     assert "memory" in huge and "parameters with gradients and optimizer" in huge["memory"]
+
+
+def test_a_full_gpu_is_a_finding(tiny, monkeypatch):
+    def full(cfg, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("speedrun_mup.doctor.pick_compile", full)
+    assert "no memory to try it (OutOfMemoryError: CUDA out of memory" in bad(examine(tiny()))["device"]
 
 
 def test_what_is_not_here(tiny):

@@ -140,3 +140,12 @@ def test_a_device_has_fp8_if_it_multiplies_some(monkeypatch, fault):
     assert has_fp8(torch.device("cpu"))  # as the tests above
     monkeypatch.setattr(fp8, "_product", product)
     assert not has_fp8(torch.device("cpu"))
+
+
+def test_a_full_device_is_not_taken_for_one_without_fp8(monkeypatch):
+    def product(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fp8, "_product", product)
+    with pytest.raises(torch.OutOfMemoryError):
+        has_fp8(torch.device("cpu"))

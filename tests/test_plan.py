@@ -204,7 +204,9 @@ def test_a_record_sized_target_has_proxies_from_one_head_up(out, cache_folder):
 def swept(target, out):
     """A plan carried out."""
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
-    assert run_plan(plan, out, FakeEngine(), progress=False).complete
+    engine = FakeEngine()
+    result = run_plan(plan, out, engine, progress=False)
+    assert result.complete and result.ran == len(engine.ran) == len(result.results)
     return plan
 
 
@@ -265,7 +267,7 @@ def test_without_a_plan_or_a_sweep_there_is_no_prediction(target, out, tmp_path)
     with pytest.raises(ConfigError, match=r"sweep.json is missing"):
         predict(out)
     run_sweep(dataclasses.replace(sweep, widths=(16,)), out, FakeEngine(), progress=False)
-    with pytest.raises(TransferError, match="two widths"):
+    with pytest.raises(TransferError, match="two widths.*; or plan again with a larger --budget"):
         predict(out)
     run_sweep(dataclasses.replace(sweep, seeds=(0,)), tmp_path / "lone", FakeEngine(), progress=False)
     (out / "plan.json").rename(tmp_path / "lone" / "plan.json")

@@ -177,7 +177,7 @@ def test_a_table_gives_a_report_that_says_what_is_absent(tmp_path):
         ("Training curves", "`speedrun-mup sweep`"),
         ("Cost", "`speedrun-mup sweep`"),
         ("Coordinate check", "`speedrun-mup coord-check`"),
-        ("Loss at the best", "`speedrun-mup transfer transfer_sweep.csv --predict WIDTH`"),
+        ("Loss at the best", f"`speedrun-mup transfer {CSV} --predict WIDTH`"),
     ):
         assert command in section(report, title).text[0]
     assert {figure.name for figure in report.figures} == {"lr-curves", "drift", "best-loss"}

@@ -508,17 +508,17 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
 
 
 def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
-    """It is told by its name, in the table too; arms with a wrong learning rate are no controls then."""
+    """It is told by its name, in the table too; arms with a wrong learning rate are neither controls nor tested then."""
     base = {"base_width": 64, "weight_decay": 0.1}
     arms = pick_arms(["mup", "adam-sp"])
     sweep = small(base=base, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1), arms=arms, knob="weight_decay")
     assert cell_of(sweep, corpus, octaves=2).cfg.weight_decay == pytest.approx(0.4)
     quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": 0.5})))
     result = measure_sweep(tmp_path / "s")
-    assert result.knob == "weight_decay" and all(arm.predicted is None for arm in result.arms.values())
-    assert result.arms["adam-sp"].drift.value == pytest.approx(0.5, abs=0.1)
+    assert result.knob == "weight_decay_factor" and all(arm.predicted is None for arm in result.arms.values())
+    assert result.arms["adam-sp"].drift.value == pytest.approx(0.5, abs=0.1) and result.verdict is Verdict.PASS
     write_csv(tmp_path / "s", tmp_path / "table.csv")
-    assert same(read_runs(tmp_path / "table.csv", "weight_decay"), runs_table(tmp_path / "s"))
+    assert same(read_runs(tmp_path / "table.csv", "weight_decay_factor"), runs_table(tmp_path / "s"))
     with pytest.raises(TransferError, match="no column lr"):
         read_runs(tmp_path / "table.csv")
 

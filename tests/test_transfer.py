@@ -108,6 +108,10 @@ def test_noise_is_not_transfer():
     low, high = arm.drift.interval()
     assert low < 0 < high and abs(arm.drift.value) < 0.15 and arm.verdict is Verdict.INCONCLUSIVE
     assert "is not inside +-0.25; about" in arm.reasons[0] and "times the seeds" in arm.reasons[0]
+    hopeless = measure_arm(sweep(0.1, sigma=0.04, seeds=(0, 1), rng=1))
+    assert "far too noisy for more seeds to settle it: train longer" in hopeless.reasons[0], hopeless.reasons
+    drifts = measure_arm(sweep(0.1, sigma=0.03, seeds=(0, 1), rng=2))
+    assert "a wider width would settle it sooner" in drifts.reasons[0], drifts.reasons
     lost = measure_arm(sweep(sigma=0.06, rng=4))
     assert lost.verdict is Verdict.INCONCLUSIVE and "of the resamples have no minimum inside" in lost.reasons[0]
 
@@ -599,7 +603,7 @@ def test_a_wide_model_that_blows_up_violates_even_where_the_narrow_one_does_not(
 
 def test_curves_join_the_result_and_must_have_something_in_common():
     result = measure_transfer(sweep(), curves=curves(0.05))
-    assert result.arms["mup"].wider.verdict is Verdict.PASS and "wider is better at lr 2^0: PASS" in result.summary()
+    assert result.arms["mup"].wider.verdict is Verdict.PASS and "wider is better at 2^0: PASS" in result.summary()
     assert json.loads(result.to_json())["arms"]["mup"]["wider_is_better"]["share"] == 0.0
     table = curves(0.05)
     with pytest.raises(TransferError, match="no learning rate that two or more widths share"):
@@ -687,6 +691,14 @@ def test_loss_at_the_best_rate_covers_with_two_seeds():
         low, high = arm.best_loss(arm.fits[0]).interval()
         hits += low <= 4.5 <= high
     assert 0.85 <= hits / 200 <= 0.97
+
+
+def test_seeds_that_agree_exactly_leave_no_interval_and_no_traceback():
+    result = measure_transfer(
+        sweep(sigma=0.0, offset=0.0) + control(-1.0, sigma=0.0, offset=0.0), controls={"sp": -1.0}
+    )
+    (best,) = {arm.best_loss(arm.fits[0]).interval() for name, arm in result.arms.items() if name == "mup"}
+    assert best == pytest.approx((4.5, 4.5), abs=1e-6) and json.loads(result.to_json())
 
 
 def test_a_better_control_is_mentioned():

@@ -56,6 +56,7 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
         ([TABLE, "--knob", "Loss"], "knob loss is a column with another meaning"),
         ([TABLE, "--predict", "0"], "--predict 0: give a width"),
+        ([TABLE, "--predict", "9" * 50], "give a width, such as 1024"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkeypatch):
@@ -76,6 +77,18 @@ def test_a_wider_run_is_predicted(capsys):
     low, high = values["loss"]["interval_90"]
     assert values["width"] == 1024 and low < values["loss"]["value"] < high
     assert f"loss {values['loss']['value']:.4f} (90 % {low:.4f} to {high:.4f})" in forecast
+
+
+def test_an_arm_without_a_forecast_does_not_silence_the_others(tmp_path, capsys):
+    table = tmp_path / "runs.csv"
+    lines = Path(TABLE).read_text().splitlines()
+    table.write_text("\n".join([*lines, *(f"lone,128,{2.0**-k},0,{4 + k / 10},1" for k in range(4))]) + "\n")
+    command = ["transfer", str(table), "--controls", "adam-const=-1", "--predict", "1024"]
+    main(command)
+    forecast = capsys.readouterr().out.partition("\nforecast\n")[2]
+    assert "- mup: width 1024: loss " in forecast and "- lone: none; arm lone: a forecast needs two widths" in forecast
+    assert main([*command, "--tested", "mup", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["forecasts"]) == ["mup"]
 
 
 def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):

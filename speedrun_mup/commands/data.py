@@ -95,16 +95,16 @@ def run_text(argv: Sequence[str]) -> int:
 
     corpus = tokenize_text(paths, out, TextSettings(**flags), workers, progress=sys.stderr.isatty())
     print_parts(corpus)
-    told = [f"{corpus.tally[why]:,} {text}" for why, text in _TALLY.items() if corpus.tally.get(why)]
+    told = [f"{text}: {corpus.tally[why]:,}" for why, text in _TALLY.items() if corpus.tally.get(why)]
     if told:
-        print(f"{'but':<6} {'; '.join(told)}")
+        print("; ".join(told))
     print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {out}")
     return 0
 
 
 _TALLY = {
-    "empty": "empty documents left out",
-    "duplicate": "duplicates left out",
+    "empty": "left out as empty",
+    "duplicate": "left out as duplicates",
     "mended": "documents with half a surrogate pair, now a question mark",
 }
 

@@ -59,7 +59,7 @@ def take(flags: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Find the best learning rate at several widths; the same command again does what is missing."""
+    """Find the best learning rate, or another knob, at several widths; the same command again does what is missing."""
     parser = new_parser("speedrun-mup sweep", run.__doc__ or "")
     group = parser.add_argument_group("sweep")
     group.add_argument("--widths", type=int, nargs="+", required=True, metavar="W", help="three or more for a verdict")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +14,44 @@ from speedrun_mup.core.errors import ConfigError
 if TYPE_CHECKING:
     from speedrun_mup.transfer import Forecast, TransferResult
 
+WIDEST = 2**31  # width that a forecast is made for
+
 
 def run(argv: Sequence[str]) -> int:
-    """Judge whether the best learning rate stays put with width, in a sweep or a table of yours. Exit code 0 for PASS."""
+    """Judge whether the best learning rate, or another knob, stays put with width, in a sweep or a table of yours.
+
+    The exit code is 0 for PASS.
+    """
     parser = new_parser("speedrun-mup transfer", run.__doc__ or "")
     add_source(parser)
     parser.add_argument(
-        "--predict", type=int, metavar="W", help="also the best learning rate and the loss to expect at this width"
+        "--predict", type=int, metavar="W", help="also the best rate and the loss to expect at this width"
     )
     parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
     arguments = parse(parser, argv)
-    if arguments.predict is not None and arguments.predict < 1:
-        raise ConfigError(f"--predict {arguments.predict}: give a width, such as 1024")
+    if arguments.predict is not None and not 1 <= arguments.predict <= WIDEST:
+        raise ConfigError(f"--predict {arguments.predict:.20g}: give a width, such as 1024")
     result = measure(arguments)
-    forecasts = _forecasts(result, arguments.predict) if arguments.predict else None
+    forecasts = _forecasts(result, arguments.predict, arguments.tested) if arguments.predict else None
     print(result.to_json(forecasts) if arguments.json else result.summary())
     if forecasts and not arguments.json:
         print("\nforecast")
-        print("\n".join(f"- arm {name}: {forecast}" for name, forecast in forecasts.items()))
+        print("\n".join(f"- {name}: {forecast}" for name, forecast in forecasts.items()))
     return 0 if result.verdict == "PASS" else 1
 
 
-def _forecasts(result: TransferResult, width: int) -> dict[str, Forecast]:
-    """Of every arm that is not a control. Raises TransferError where an arm does not bear one."""
-    from speedrun_mup.transfer import loss_forecast
+def _forecasts(result: TransferResult, width: int, tested: Collection[str] | None) -> dict[str, Forecast | str]:
+    """Of every arm under test; or the sentence that says why it does not bear one."""
+    from speedrun_mup.transfer import TransferError, loss_forecast
 
-    return {name: loss_forecast(arm, width) for name, arm in result.arms.items() if arm.predicted is None}
+    forecasts: dict[str, Forecast | str] = {}
+    for name, arm in result.arms.items():
+        if arm.predicted is None and (not tested or name in tested):
+            try:
+                forecasts[name] = loss_forecast(arm, width)
+            except TransferError as fault:
+                forecasts[name] = f"none; {fault}"
+    return forecasts
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +75,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--base-width",
         type=int,
         metavar="W",
-        help="where the learning rate is tuned, for the regret (default: the sweep's; the narrowest of a table)",
+        help="where the knob is tuned, for the regret (default: the sweep's; the narrowest of a table)",
     )
     parser.add_argument(
         "--sigma",
@@ -84,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
         options["base_width"] = arguments.base_width
     controls = _controls(arguments.controls)
     if not source.is_dir():
-        knob = arguments.knob or "lr"
+        knob = (arguments.knob or "lr").strip().lower()
         return measure_transfer(read_runs(source, knob), controls=controls, knob=knob, **options)
     if arguments.knob:
         raise ConfigError(f"--knob {arguments.knob}: {source} is a sweep, which knows what it turned; leave it out")

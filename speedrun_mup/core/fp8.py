@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speedrun_mup.core.utils import has_triton
+from speedrun_mup.core.utils import has_triton, is_out_of_memory
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = 448.0  # of e4m3; of e5m2 it is 128 times that
@@ -128,6 +128,8 @@ def has_fp8(device: torch.device) -> bool:
         a = torch.zeros(GRANULE, GRANULE, device=device)
         _product(a.to(E4M3), a.to(E4M3).T, 1.0, 1.0, torch.bfloat16, fast=True)
         _product(a.to(E5M2), a.to(E4M3).T, 1.0, 1.0, torch.float32, fast=False)
-    except (RuntimeError, TypeError):  # no such product, no such type
+    except (RuntimeError, TypeError) as fault:  # no such product, no such type
+        if is_out_of_memory(fault):
+            raise
         return False
     return True

@@ -24,7 +24,7 @@ from speedrun_mup.report.figures import (
 )
 from speedrun_mup.sweep import CellResult, read_results
 from speedrun_mup.sweep import training_curves as read_curves
-from speedrun_mup.transfer import TransferResult, knob_name
+from speedrun_mup.transfer import TransferResult, is_rate, knob_name
 
 SHOWN = 40  # characters of a version or hash
 
@@ -71,7 +71,7 @@ def _knob_label(result: TransferResult, swept: bool) -> str:
     """Of the knob's axis. In a sweep it is a factor on what its settings say."""
     name = knob_name(result.knob)
     factor = "all" if result.knob == "lr_scale" else result.knob
-    return f"{name} (factor on {factor})" if swept else name
+    return f"{name} (factor on {factor})" if swept and is_rate(result.knob) else name
 
 
 def _arms(result: TransferResult) -> Table:
@@ -93,7 +93,7 @@ def _arms(result: TransferResult) -> Table:
 
 
 def _widths(result: TransferResult) -> Table:
-    rate = "rate" if knob_name(result.knob) == "learning rate" else result.knob
+    rate = "rate" if is_rate(result.knob) else result.knob
     header = [
         "arm",
         "width",
@@ -132,7 +132,8 @@ def _best(
     """Losses at the best rates; predicted against measured, as far as there is a plan."""
     if not prediction:
         knob = knob_name(result.knob)
-        make = f"`speedrun-mup transfer {source.name} --predict WIDTH` predicts loss and {knob} of a wider run."
+        flag = "" if source.is_dir() or is_rate(result.knob) else f" --knob {result.knob}"
+        make = f"`speedrun-mup transfer {source}{flag} --predict WIDTH` predicts loss and {knob} of a wider run."
         return Section(f"Loss at the best {knob}", [f"Without prediction. {make}"], [best_losses(result)])
     low, high = prediction.loss_interval
     style: dict[str, Any] = {"symbol": "s", "size": 6, "hollow": True, "low": [low], "high": [high]}

@@ -20,7 +20,7 @@ from speedrun_mup.transfer.fits import Array, Bowls, Cells, Estimate, WidthFit, 
 from speedrun_mup.transfer.forecast import Forecast, loss_forecast
 from speedrun_mup.transfer.measure import measure_transfer
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, knob_name, read_runs
+from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, is_rate, knob_name, read_runs
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter, wider_is_better
 
@@ -40,6 +40,7 @@ __all__ = [
     "WiderIsBetter",
     "WidthFit",
     "fit_bowls",
+    "is_rate",
     "knob_name",
     "loss_forecast",
     "measure_transfer",

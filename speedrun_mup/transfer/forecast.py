@@ -9,7 +9,7 @@ import numpy as np
 
 from speedrun_mup.transfer.fits import Array, Estimate, drift_line, optima_on, student_t, variances
 from speedrun_mup.transfer.results import ArmResult
-from speedrun_mup.transfer.runs import LR, TransferError, knob_name
+from speedrun_mup.transfer.runs import LR, TransferError, is_rate
 from speedrun_mup.transfer.thresholds import Verdict
 
 
@@ -31,7 +31,7 @@ class Forecast:
     def __str__(self) -> str:
         loss, low, high = (f"{value:.4f}" for value in (self.loss.value, *self.loss.interval()))
         lr, slow, fast = (f"{2**value:.4g}" for value in (self.log2_lr.value, *self.log2_lr.interval()))
-        name = LR if knob_name(self.knob) == "learning rate" else self.knob
+        name = LR if is_rate(self.knob) else self.knob
         ranges = [f" (90 % {low} to {high})", f" (90 % {slow} to {fast})"] if len(self.loss.draws) > 1 else ["", ""]
         return f"width {self.width}: loss {loss}{ranges[0]}, {name} {lr}{ranges[1]}; {self.method}"
 
@@ -83,7 +83,7 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     else:  # an unknown interval shows nothing
         rate[0] -= away * arm.drift.value
         advice = "mean of the optima; no drift is shown" + ("" if arm.verdict is Verdict.PASS else ", nor ruled out")
-    method = f"loss from {law}; {'rate' if knob_name(arm.knob) == 'learning rate' else arm.knob}: {advice}"
+    method = f"loss from {law}; {'rate' if is_rate(arm.knob) else arm.knob}: {advice}"
     return Forecast(width, Estimate(loss), Estimate(rate), Estimate(exponent), method, arm.knob)
 
 

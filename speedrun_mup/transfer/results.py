@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit, student_t
-from speedrun_mup.transfer.runs import LR, knob_name, lr_text
+from speedrun_mup.transfer.runs import LR, is_rate, lr_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter
 
@@ -57,7 +57,8 @@ class ArmResult:
         if noise.sigma is None or fit.sigma is None:
             return Estimate(value)
         rng = np.random.default_rng([fit.width, *self.arm.encode()])
-        error = noise.total * fit.sigma / noise.sigma / math.sqrt(len(fit.cells.losses))
+        share = fit.sigma / noise.sigma if noise.sigma else 0.0
+        error = noise.total * share / math.sqrt(len(fit.cells.losses))
         draws = value + error * rng.standard_normal(len(fit.means) - 1)
         return Estimate(student_t(np.concatenate([value, draws]), noise.total_freedom, rng))
 
@@ -76,15 +77,19 @@ class TransferResult:
         """A table for a terminal, at most 100 columns wide but for the reasons."""
         return "\n".join(_summary_lines(self))
 
-    def to_json(self, forecasts: Mapping[str, Forecast] | None = None) -> str:
-        """Everything but the resamples as strict JSON, `forecasts` by arm included; what is not a finite number is null.
+    def to_json(self, forecasts: Mapping[str, Forecast | str] | None = None) -> str:
+        """Everything but the resamples as strict JSON; what is not a finite number is null.
+
+        forecasts: by arm, to be included, or why there is none.
 
         se is half the central 68 % interval.
         """
         told = _as_dict(self)
         if forecasts is not None:
             told["forecasts"] = {
-                arm: {
+                arm: forecast
+                if isinstance(forecast, str)
+                else {
                     "width": forecast.width,
                     "loss": _numbers(forecast.loss),
                     "log2_lr": _numbers(forecast.log2_lr),
@@ -96,7 +101,7 @@ class TransferResult:
 
 
 def _summary_lines(result: TransferResult) -> Iterator[str]:
-    lr = " lr" if knob_name(result.knob) == "learning rate" else ""
+    lr = " lr" if is_rate(result.knob) else ""
     names = ("width", "seeds", "points", f"best log2{lr}", f"best{lr}", "curvature", "loss")
     header = "{:>8} {:>5} {:>6} {:>15} {:>9} {:>9} {:>8}  stable".format(*names)
     for arm in result.arms.values():

@@ -41,9 +41,14 @@ OTHER_COLUMNS = ("width", "seed", "loss", "arm")
 LR = "lr"  # the knob, and its column in a table, unless another hyperparameter is turned
 
 
+def is_rate(knob: str) -> bool:
+    """Whether `knob` names a learning rate, or a factor on some."""
+    return knob in (LR, "lr_scale") or knob.endswith("_lr")
+
+
 def knob_name(knob: str) -> str:
     """What is turned, for a reader: "learning rate" for all that are one, else the hyperparameter's own name."""
-    return "learning rate" if knob in (LR, "lr_scale") or knob.endswith("_lr") else knob
+    return "learning rate" if is_rate(knob) else knob
 
 
 def read_runs(path: str | Path, knob: str = LR) -> list[Run]:
@@ -54,7 +59,6 @@ def read_runs(path: str | Path, knob: str = LR) -> list[Run]:
     the file's first line) and column.
     """
     runs: dict[tuple[str, int, float, int], Run] = {}
-    knob = knob.strip().lower()
     if knob in OTHER_COLUMNS:
         raise TransferError(f"knob {knob} is a column with another meaning; name that of what was turned, such as lr")
     for where, row in _rows(Path(path), ("width", knob, "seed", "loss")):
@@ -66,7 +70,7 @@ def read_runs(path: str | Path, knob: str = LR) -> list[Run]:
         key = (run.arm, run.width, run.log2_lr, run.seed)
         if key in runs:
             same = f"arm {run.arm}, width {run.width}, {knob} {lr:g}, seed {run.seed}"
-            raise TransferError(f"{where}: {same} is there twice; drop one")
+            raise TransferError(f"{where}: {same} is there twice; drop one, as all other settings must be the same")
         runs[key] = run
     if not runs:
         raise TransferError(f"{path}: a header but no rows; give one row per finished run")

@@ -30,7 +30,7 @@ class WiderIsBetter:
     verdict: Verdict
 
     def __str__(self) -> str:
-        text = f"wider is better at lr {lr_text(self.log2_lr)}: {self.verdict}, {self.share:.1%} of steps violate it"
+        text = f"wider is better at {lr_text(self.log2_lr)}: {self.verdict}, {self.share:.1%} of steps violate it"
         if self.where:
             narrow, wide, step = self.where
             text += f", at worst by {self.largest:.3f} at step {step} (width {wide} against {narrow})"

@@ -76,6 +76,36 @@ def test_masks_hide_where_they_are_false_or_minus_infinity_and_are_not_added(qkv
     assert seen_in(nn.Identity(), lambda: F.scaled_dot_product_attention(q, k, v, one & False)) == []
 
 
+def test_a_mask_of_lowest_numbers_hides_as_well(qkv):
+    q, k, v = qkv
+    seen = torch.rand(5, 7) < 0.5
+    lowest = torch.zeros(5, 7).masked_fill(~seen, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(scores_of(q, k, v, lowest), reference(q, k, 8**-0.5)[:, :, seen].flatten())
+
+
+def test_scores_are_in_float32_under_autocast(qkv):
+    q, k, v = qkv
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = scores_of(q, k, v)
+    torch.testing.assert_close(scores, reference(q, k, 8**-0.5).flatten())
+
+
+def test_a_module_that_raises_gives_nobody_its_name(qkv):
+    class Caught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.raises = nn.Identity()
+            self.raises.forward = lambda x: 1 / 0
+
+        def forward(self, q, k, v):
+            with contextlib.suppress(ZeroDivisionError):
+                self.raises(q)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model = Caught()
+    assert [name for name, _ in seen_in(model, lambda: model(*qkv))] == ["scores"]
+
+
 def test_queries_share_keys_in_grouped_attention(qkv):
     q, k, v = qkv
     k, v = k[:, :2], v[:, :2]
@@ -270,10 +300,11 @@ def test_get_coord_data_has_scores_too():
 class Prompted(nn.Module):
     """Keys that are a parameter, and torch's own attention."""
 
-    def __init__(self):
+    def __init__(self, mask, dropout):
         super().__init__()
+        self.mask = mask
         self.keys = nn.Parameter(torch.randn(5, 8))
-        self.attention = nn.MultiheadAttention(8, 2)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=dropout)
         mup.declare(self, "keys", mup.Role.INPUT, (5, 8), "n out")
         for name, p in list(self.attention.named_parameters()):
             owner, _, local = name.rpartition(".")
@@ -282,13 +313,16 @@ class Prompted(nn.Module):
 
     def forward(self, x):
         x = F.scaled_dot_product_attention(x, self.keys, self.keys)
-        return self.attention(x, x, x)[0]
+        return self.attention(x, x, x, attn_mask=self.mask)[0]
 
 
-def test_the_checks_own_products_are_not_taken_for_the_models():
+@pytest.mark.parametrize(
+    ("mask", "dropout"), [(None, 0.0), (torch.ones(3, 3, dtype=torch.bool).triu(1), 0.0), (None, 0.5)]
+)
+def test_the_checks_own_products_are_not_taken_for_the_models(mask, dropout):
     def effects(watched):
         torch.manual_seed(0)
-        model, x = Prompted(), torch.randn(3, 8)
+        model, x = Prompted(mask, dropout), torch.randn(3, 8)
         no_taps = lambda model, record: None  # noqa: E731
         observer = cc._Observer(model, cc._Setting(None, [[]], no_taps, lambda model: {}, cc.Thresholds()))
         observer.scores = observer.scores if watched else contextlib.nullcontext()

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _unmasked(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """The entries (N,) of `scores` (..., L, S) that `mask` lets through: where it is True, or finite."""
+    """The entries (N,) of `scores` (..., L, S) that `mask` lets through: where it is True, or above its type's lowest number."""
     if mask is None:
         return scores.flatten()
-    scores, seen = torch.broadcast_tensors(scores, mask if mask.dtype == torch.bool else mask.isfinite())
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    scores, seen = torch.broadcast_tensors(scores, seen)
     return scores[seen]
 
 
@@ -46,7 +47,10 @@ def dot_product_scores(
         key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     query, key = (x.float() if x.dtype.itemsize < 4 else x for x in (query, key))
-    scores = (query * scale) @ (key * 1.0).mT  # copies: the check takes products of a parameter itself for its effect
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query * scale) @ (
+            key * 1.0
+        ).mT  # copies: the check takes products of a parameter itself for its effect
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     elif isinstance(attn_mask, CausalBias):
@@ -65,6 +69,7 @@ class _IntoSoftmax(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@torch.compiler.disable
 def multi_head_scores(*args: Any, **kwargs: Any) -> Tensor:
     """The scores (N,) of F.multi_head_attention_forward with the same arguments, which scales by itself: padding counts."""
     given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
@@ -76,8 +81,9 @@ def multi_head_scores(*args: Any, **kwargs: Any) -> Tensor:
         "need_weights": True,
         "training": False,
     }
+    copies = {name: x * 1.0 for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}  # as above
     with _IntoSoftmax() as softmax:
-        F.multi_head_attention_forward(**given | explicit)
+        F.multi_head_attention_forward(**given | copies | explicit)
     if mask is None:
         return softmax.scores.flatten()
     scores = softmax.scores[..., : mask.size(-1)]  # without the keys that bias_k and add_zero_attn append
@@ -107,7 +113,7 @@ class AttentionScores(TorchFunctionMode):
             for name, module in model.named_modules()
             for hook in (
                 module.register_forward_pre_hook(partial(self._begin, name)),
-                module.register_forward_hook(self._end),
+                module.register_forward_hook(self._end, always_call=True),
             )
         ]
 
