@@ -1,5 +1,6 @@
 """Published experiments: their tables still give the verdicts that their pages state."""
 
+import math
 import re
 from pathlib import Path
 
@@ -23,6 +24,29 @@ def test_the_width_transfer_tables_give_the_published_verdicts(sweep, controls, 
         low, high = drift.interval()
         row = rf"\| {sweep} \| `{name}` \|[^|]*\| {drift.value:+.2f} \({low:+.2f} to {high:+.2f}\) \|"
         assert re.search(row.replace("+", r"\+"), page), row
+
+
+def test_the_readouts_rate_over_sqrt_m_makes_the_records_rules_mup():
+    """The published losses of both arms, of the same seeds; and the drift on the page."""
+    turned, mup = (
+        {
+            (run.width, run.log2_lr, run.seed): run.loss
+            for run in read_runs(FOLDER / page / "runs.csv")
+            if run.arm == arm
+        }
+        for page, arm in (("readout-rate", "record26"), ("record26-drift", "mup"))
+    )
+    pairs = [
+        (turned[width, -0.5 * math.log2(width / 64), seed], mup[width, 0.0, seed])
+        for width in (32, 64, 128, 256)
+        for seed in range(3)
+        if (width, 0.0, seed) in mup
+    ]
+    assert len(pairs) == 10 and all(abs(ours - theirs) < 2e-4 for ours, theirs in pairs)
+    (arm,) = measure_transfer(read_runs(FOLDER / "readout-rate" / "runs.csv"), base_width=64).arms.values()
+    low, high = arm.drift.interval()
+    row = f"| -0.5 | {arm.drift.value:+.2f} ({low:+.2f} to {high:+.2f}) |"
+    assert arm.verdict is Verdict.FAIL and row in (FOLDER / "readout-rate.md").read_text()
 
 
 @pytest.mark.parametrize(
