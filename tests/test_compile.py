@@ -102,6 +102,13 @@ def test_a_residual_is_not_folded_into_the_product_before_it():
     assert not folds(linear)
 
 
+def test_importing_the_model_leaves_the_compiler_alone():
+    """Its import takes seconds, and fixes where compiled code is kept before a run can say so."""
+    command = "import sys; from speedrun_mup import training, coord_check; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 COMPILE = """
 import sys, torch
 from pathlib import Path

@@ -90,6 +90,25 @@ def test_scores_are_in_float32_under_autocast(qkv):
     torch.testing.assert_close(scores, reference(q, k, 8**-0.5).flatten())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at it
+@pytest.mark.parametrize("kind", ["sdpa", "mha"])
+def test_scores_of_a_compiled_model_are_those_of_the_plain_one(qkv, kind):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2)
+
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v) if kind == "sdpa" else self.inner(q[0], k[0], v[0])[0]
+
+    model, (q, k, v) = Attends(), (x.detach() for x in qkv)
+    x = (q[..., :5, :], k[..., :5, :], v[..., :5, :])
+    ((_, plain),) = seen_in(model, lambda: model(*x))
+    compiled = torch.compile(model, backend="eager")
+    ((_, scores),) = seen_in(compiled, lambda: compiled(*x))
+    torch.testing.assert_close(scores, plain)
+
+
 def test_a_module_that_raises_gives_nobody_its_name(qkv):
     class Caught(nn.Module):
         def __init__(self):

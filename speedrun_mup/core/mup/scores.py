@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,8 +53,8 @@ def dot_product_scores(
         ).mT  # copies: the check takes products of a parameter itself for its effect
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    elif isinstance(attn_mask, CausalBias):
-        attn_mask = attn_mask._materialize(scores.device)
+    elif materialize := getattr(attn_mask, "_materialize", None):  # a CausalBias, whose import would be the compiler's
+        attn_mask = materialize(scores.device)
     return _unmasked(scores, attn_mask)
 
 
@@ -69,7 +69,6 @@ class _IntoSoftmax(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.compiler.disable
 def multi_head_scores(*args: Any, **kwargs: Any) -> Tensor:
     """The scores (N,) of F.multi_head_attention_forward with the same arguments, which scales by itself: padding counts."""
     given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
@@ -107,6 +106,10 @@ class AttentionScores(TorchFunctionMode):
     def __init__(self, model: nn.Module, see: Callable[[str, Tensor], None]):
         super().__init__()
         self.see = see
+        # What looks into torch's own products cannot be compiled. Only what compiles has imported the compiler, which takes
+        # seconds and fixes where its cache is.
+        compiles = "torch._dynamo" in sys.modules
+        self.scores_of = {func: torch.compiler.disable(f) if compiles else f for func, f in _SCORES.items()}
         self.running: list[tuple[str, Iterator[int]]] = []  # modules, outermost first, and numbers for their attentions
         self.hooks = [
             hook
@@ -131,7 +134,7 @@ class AttentionScores(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func in _SCORES and not (isinstance(out, Tensor) and out.is_nested):
             with torch.no_grad():
-                scores = _SCORES[func](*args, **(kwargs or {}))
+                scores = self.scores_of[func](*args, **(kwargs or {}))
             name, numbers = self.running[-1]
             number = next(numbers)
             if scores.numel():
