@@ -215,7 +215,7 @@ def test_the_prediction_holds_the_planted_truth(swept, target, out):
     assert prediction.lr_scale == pytest.approx(2**OPTIMUM, rel=0.03)
     (slow, fast), (low, high) = prediction.lr_scale_interval, prediction.loss_interval
     assert slow < prediction.lr_scale < fast < 1.2 * slow
-    assert low < 2.5 + 4 * 128**-0.5 + 0.02 < high < low + 0.2  # seeds 0 to 4 add 0.02 on average
+    assert low < 2.5 + 4 * 128**-0.5 + 0.02 < high < low + 0.25  # seeds 0 to 4 add 0.02 on average
     assert prediction.verdict == "PASS" and "--lr-scale 1.2" in prediction.summary()
     assert json.loads((out / "plan.json").read_text())["prediction"]["lr_scale"] == prediction.lr_scale
     assert advised(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)

@@ -42,9 +42,10 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     The law is loss(w) = a + b w**-p, fitted by least squares with every width counting the same: how far the law holds,
     and not seed noise, is what separates widths. Four widths determine p, which is searched from 0 (loss linear in
     log w) to 1.5. Two or three do not, and then a guess decides: log w falls for ever where 1/w is flat. So p = 1/2
-    gives the number, and every resample draws p between 0 and 1, which spans what is published: from small powers of
-    the parameter count (Kaplan et al., arXiv 2001.08361) to the 1/w of a model near its infinite-width limit (Vyas et
-    al., arXiv 2305.18411). The interval therefore grows with ignorance of the law.
+    gives the number, and every resample draws p between 0 and 1, a quarter of them either end, so that the interval holds
+    what lies there too. That spans what is published: from small powers of the parameter count (Kaplan et al., arXiv
+    2001.08361) to the 1/w of a model near its infinite-width limit (Vyas et al., arXiv 2305.18411). The interval
+    therefore grows with ignorance of the law.
 
     The learning rate is the mean of the optima, unless their drift is shown to be there (its 90 % interval leaves out
     zero): then that is followed out to `width`, however small, for a PASS allows a little. Its interval holds what the
@@ -65,7 +66,7 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
         exponent = np.linspace(0, 1.5, 61)[best]
         law = f"a + b w^-{exponent[0]:.2f} through {len(fits)} widths"
     else:
-        exponent = np.concatenate([[0.5], rng.uniform(0, 1, rows - 1)])
+        exponent = np.concatenate([[0.5], rng.uniform(-0.5, 1.5, rows - 1).clip(0, 1)])
         law = f"a + b w^-p through {len(fits)} widths, p between 0 and 1 unknown"
     by_law, _ = _power_law(doublings, np.tile(losses[0], (rows, 1)), exponent, at)
     loss, _ = _power_law(doublings, losses, exponent, at)
