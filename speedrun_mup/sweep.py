@@ -985,7 +985,7 @@ def write_csv(out: Path, path: Path) -> None:
 
     The factor on the knob is in the column lr, or, if that is no learning rate, in one that `_knob` names.
     """
-    knob = _knob(out)
+    knob = _knob(read_definition(out))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(name if is_rate(knob) else name.replace("lr", knob) for name in COLUMNS)
@@ -996,9 +996,9 @@ def write_csv(out: Path, path: Path) -> None:
             writer.writerow([*place, loss, int(cell.diverged), cell.train_loss, *cost])
 
 
-def _knob(out: Path) -> str:
+def _knob(definition: Mapping[str, Any]) -> str:
     """What the runs' lr stands for: a factor on learning rates by their setting's name, on another by NAME_factor."""
-    knob = read_definition(out)["base"]["knob"]
+    knob = definition["base"]["knob"]
     return knob if is_rate(knob) else f"{knob}_factor"
 
 
@@ -1017,7 +1017,7 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     runs = [run for run in runs_table(out) if run.arm in known]
     several = [name for name in known if len({run.width for run in runs if run.arm == name}) > 1]
     curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
-    knob = _knob(out)
+    knob = _knob(definition)
     predicted = {name: definition["arms"][name]["predicted"] for name in known}
     if not is_rate(knob):
         tested = [name for name in known if predicted[name] is None] or known

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -50,8 +49,8 @@ def measure_transfer(
     base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
     between runs that differ only in chance; for where no point was run with two seeds, refused where one was.
     initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
-    training loss, for "wider is better". knob: what was turned, for the words. The same
-    arguments give the same numbers. Raises TransferError.
+    training loss, for "wider is better". knob: what was turned, for the words. The same arguments give
+    the same numbers. Raises TransferError.
     """
     controls, curves, thresholds = controls or {}, curves or {}, thresholds or Thresholds()
     table: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -82,9 +81,10 @@ def measure_transfer(
         fits = tuple(fit_width(arm, cell, noise, thresholds, resamples, seed) for cell in cells[arm])
         base = base_width or min(table[arm])
         rng = np.random.default_rng([seed, *arm.encode()])
-        measured = _measure_arm(arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng)
-        arms[arm] = replace(measured, knob=knob)
-    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds, knob)
+        arms[arm] = _measure_arm(
+            arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng, knob
+        )
+    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds)
 
 
 def _measure_arm(
@@ -97,6 +97,7 @@ def _measure_arm(
     curves: Mapping[CurveKey, Array],
     thresholds: Thresholds,
     rng: np.random.Generator,
+    knob: str,
 ) -> ArmResult:
     """Drift, regret, "wider is better" and the verdict of one arm."""
     usable = [fit for fit in fits if not fit.problems]
@@ -114,7 +115,9 @@ def _measure_arm(
     if base and mine:
         wider = wider_is_better(mine, base.optimum, thresholds)
     verdict, reasons = _judge(fits, usable, drift, shift, regret, trouble, thresholds)
-    return ArmResult(arm, base_width, fits, drift, shift, regret, noise, predicted, wider, verdict, tuple(reasons))
+    return ArmResult(
+        arm, base_width, fits, drift, shift, regret, noise, predicted, wider, verdict, tuple(reasons), knob
+    )
 
 
 def _scatter(usable: Sequence[WidthFit], drift: float, thresholds: Thresholds) -> tuple[str, ...]:

@@ -71,7 +71,11 @@ class TransferResult:
     verdict: Verdict
     reasons: tuple[str, ...]
     thresholds: Thresholds
-    knob: str = LR
+
+    @property
+    def knob(self) -> str:
+        """What was turned, in all arms."""
+        return next(iter(self.arms.values())).knob
 
     def summary(self) -> str:
         """A table for a terminal, at most 100 columns wide but for the reasons."""
@@ -80,23 +84,11 @@ class TransferResult:
     def to_json(self, forecasts: Mapping[str, Forecast | str] | None = None) -> str:
         """Everything but the resamples as strict JSON; what is not a finite number is null.
 
-        forecasts: by arm, to be included, or why there is none.
-
-        se is half the central 68 % interval.
+        forecasts: by arm, to be included, or why there is none. se is half the central 68 % interval.
         """
         told = _as_dict(self)
         if forecasts is not None:
-            told["forecasts"] = {
-                arm: forecast
-                if isinstance(forecast, str)
-                else {
-                    "width": forecast.width,
-                    "loss": _numbers(forecast.loss),
-                    "log2_lr": _numbers(forecast.log2_lr),
-                    "method": forecast.method,
-                }
-                for arm, forecast in forecasts.items()
-            }
+            told["forecasts"] = {arm: _forecast(forecast) for arm, forecast in forecasts.items()}
         return json.dumps(_plain(told), indent=1, allow_nan=False)
 
 
@@ -166,6 +158,13 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
             for name, arm in result.arms.items()
         },
     }
+
+
+def _forecast(forecast: Forecast | str) -> dict[str, Any] | str:
+    if isinstance(forecast, str):
+        return forecast
+    numbers = {"loss": _numbers(forecast.loss), "log2_lr": _numbers(forecast.log2_lr)}
+    return {"width": forecast.width, **numbers, "method": forecast.method}
 
 
 def _numbers(estimate: Estimate | None) -> dict[str, Any] | None:

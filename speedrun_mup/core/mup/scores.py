@@ -47,10 +47,9 @@ def dot_product_scores(
         key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     query, key = (x.float() if x.dtype.itemsize < 4 else x for x in (query, key))
+    query, key = query * scale, key * 1.0  # copies: the check takes products of a parameter itself for its effect
     with torch.autocast(query.device.type, enabled=False):
-        scores = (query * scale) @ (
-            key * 1.0
-        ).mT  # copies: the check takes products of a parameter itself for its effect
+        scores = query @ key.mT
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     elif materialize := getattr(attn_mask, "_materialize", None):  # a CausalBias, whose import would be the compiler's
