@@ -208,6 +208,7 @@ PRESETS: dict[str, Preset] = {
             "val_chunk_tokens": 4096,
             "val_every": 50,
             "kernel_warmup": 0,
+            "compile": False,  # over in 10 s on a GPU, where compiling takes over 40
         },
     ),
     "record26": Preset(

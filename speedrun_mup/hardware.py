@@ -34,10 +34,12 @@ def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
 
 def pick_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
     """Whether to compile, and why: only on CUDA, and only where a compiled function runs."""
-    if cfg.compile is not None:
-        return cfg.compile, "asked for"
+    if cfg.compile:
+        return True, "asked for"
     if device.type != "cuda":
         return False, "pays on CUDA only"
+    if cfg.compile is False:
+        return False, "by flag or preset"
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as fault:  # anything may be missing: Triton, a C compiler, support for this GPU

@@ -25,7 +25,7 @@ from torch import Tensor
 from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
 from speedrun_mup.config import TrainConfig, from_json, to_json
 from speedrun_mup.core.attention import Window
-from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, UserError
+from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, Stopped, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import (
@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
 
     observe(step, model, micro_batches): called with this rank's micro-batches before every optimizer step.
     Raises a UserError whose text is one line. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with
-    finished=False.
+    finished=False; before the first step is done they raise Stopped at once.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
@@ -92,33 +92,53 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
             try:
                 if run.start < cfg.iterations:
                     run.tell_status("running")
-                result = run.train(signals, observe)
+                result = run.train(observe, signals)
             except BaseException as fault:
-                run.tell_status("failed", f"{type(fault).__name__}: {fault}")
+                status = "stopped" if isinstance(fault, StoppedEarly) else "failed"
+                run.tell_status(status, f"{type(fault).__name__}: {fault}")
                 with suppress(UserError):  # a save that fails now is not what ended the run
                     run.close()
                 raise
             run.tell_status("finished" if result.finished else "stopped")
             run.close()
             return result
+    except StoppedEarly as stopped:
+        raise Stopped(
+            f"stopped by {stopped} before the first step; nothing to save, start the same command again"
+        ) from None
     finally:
         leave_world()
 
 
+class StoppedEarly(BaseException):
+    """A signal that came while nothing was there to save; no Exception, because compilers take those for their own."""
+
+
+class StopSignals(list[str]):
+    """Names of the signals that asked a run to stop. They wait only where something is to be saved."""
+
+    something_to_save = False
+
+
 @contextmanager
-def stop_signals() -> Iterator[list[str]]:
+def stop_signals() -> Iterator[StopSignals]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them; the third ends the process at once.
 
-    The end of torchrun is in the list too, unless something else came before; it counts once, however often it is told.
-    Outside the main thread Python allows no handlers: the list stays empty.
+    While there is nothing to save, they raise StoppedEarly instead: compiling can take minutes. The end of torchrun is in
+    the list too, unless something else came before; it counts once, however often it is told. Outside the main thread
+    Python allows no handlers: the list stays empty.
     """
-    received: list[str] = []
+    received = StopSignals()
 
     def on_signal(number: int, frame: Any) -> None:
-        if number == PARENT_DIED:
-            received[:] = received or ["the end of torchrun or SIGUSR2"]
+        parent_died = number == PARENT_DIED
+        name = "the end of torchrun or SIGUSR2" if parent_died else signal.Signals(number).name
+        if not received.something_to_save:
+            raise StoppedEarly(name)
+        if parent_died:
+            received[:] = received or [name]
             return
-        received.append(signal.Signals(number).name)
+        received.append(name)
         if len(received) == 2:
             print(f"{received[-1]} again: still saving; once more quits without", file=sys.stderr)
         if len(received) >= 3:
@@ -203,16 +223,17 @@ class Run:
         for note in notes:
             self.log.say(note)
 
-    def train(self, signals: list[str], observe: Observer | None = None) -> TrainResult:
+    def train(self, observe: Observer | None = None, signals: StopSignals | None = None) -> TrainResult:
         """Train to the end, or until somebody asks to stop; over again from the last checkpoint for each `RollBack`."""
+        signals = StopSignals() if signals is None else signals
         self.warm_up_kernels()
         while True:
             try:
-                return self.train_from_start(signals, observe)
+                return self.train_from_start(observe, signals)
             except RollBack as bad:
                 self.roll_back(bad.step)
 
-    def train_from_start(self, signals: list[str], observe: Observer | None) -> TrainResult:
+    def train_from_start(self, observe: Observer | None, signals: StopSignals) -> TrainResult:
         """The loop, from step `start`: one more pass than steps, because the last one only validates."""
         cfg, log = self.cfg, self.log
         with closing(self.batches.stream(self.start + self.data_offset, self.world.rank, self.world.size)) as steps:
@@ -229,6 +250,7 @@ class Run:
                 if observe:
                     observe(step, self.model, micro_batches)
                 self.take_step(micro_batches, step, stop=bool(signals))
+                signals.something_to_save = True
                 self.train_s += time.perf_counter() - began
                 save_due = bool(cfg.save_every) and (step + 1) % cfg.save_every == 0
                 self.act_on_votes(at_once=save_due or step + 1 == cfg.iterations)

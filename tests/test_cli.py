@@ -142,7 +142,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(number, tmp_path):
             os._exit(end.code)
 
     child, metrics = fork(life), tmp_path / "runs" / "a" / "metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.stat().st_size)
+    until(lambda: metrics.exists() and '"train"' in metrics.read_text())
     os.kill(child, number)
     assert wait(child) == 75
     told = said.read_text()

@@ -54,7 +54,7 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
         with closing(Run(tiny(name=f"compiled-{compiled}", compile=compiled, **settings), World())) as run:
             run.warm_up_kernels()
             warm, windows = graphs_compiled(), {int(run.window(step)) for step in range(8)}
-            result = run.train([])
+            result = run.train()
             losses[compiled] = result.val_loss
         assert windows == {1, 2, 3, 4}
         assert warm - before == (6 if compiled else 0)
@@ -77,7 +77,7 @@ def test_sizes_that_do_not_fit_leave_no_compiled_code_behind(tiny, traced, monke
     settings = {"attention": "dense", "compile": True, "micro_batch": "auto", "micro_batch_tokens": 256, "pack": 1}
     limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
     with limit, closing(Run(tiny(**settings, val_chunk_tokens=32), World())) as run:
-        assert run.cfg.micro_batch_tokens == 32 and run.train([]).finished
+        assert run.cfg.micro_batch_tokens == 32 and run.train().finished
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from speedrun_mup import hardware
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.attention import BACKENDS
 from speedrun_mup.core.errors import ConfigError, OutOfMemory
 from speedrun_mup.core.optimizers import Muon
@@ -43,7 +43,9 @@ def test_types_are_float32_unless_a_gpu_computes_in_bfloat16(monkeypatch):
 def test_compiling_is_for_cuda_where_it_works(monkeypatch):
     assert pick_compile(TrainConfig(), CPU) == (False, "pays on CUDA only")
     assert pick_compile(TrainConfig(compile=True), CPU) == (True, "asked for")
-    assert pick_compile(TrainConfig(compile=False), CUDA) == (False, "asked for")
+    assert pick_compile(TrainConfig(compile=False), CPU) == (False, "pays on CUDA only")
+    for without in (TrainConfig(compile=False), make_config("laptop", {})):
+        assert pick_compile(without, CUDA) == (False, "by flag or preset")
 
     def fails(function):
         raise ImportError("no triton")
@@ -295,7 +297,7 @@ def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
         with closing(Run(tiny(name="found", micro_batch="auto", **sizes), world)) as run:
             assert run.cfg.micro_batch_tokens < sizes["micro_batch_tokens"]
             assert run.cfg.batch_tokens == sizes["micro_batch_tokens"] * sizes["micro_batches"]
-            assert run.train([]).finished
+            assert run.train().finished
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

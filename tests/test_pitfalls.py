@@ -157,7 +157,7 @@ def test_pitfall_10_decay_per_step_is_what_was_tuned_at_every_width(width):
 def test_pitfall_11_eps_does_not_bind_at_any_width(tiny):
     for width in (32, 128):
         with closing(Run(tiny(name=f"w{width}", width=width, hidden_optimizer="adam", iterations=8), World())) as run:
-            run.train([])
+            run.train()
             for name, parameter, group in run.optimizers[0].named_groups():
                 if not name.endswith("scalars"):  # their eps is there to bind on noise
                     second = run.optimizers[0].state[parameter]["exp_avg_sq"].sqrt()

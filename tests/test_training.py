@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.config import make_config
-from speedrun_mup.core.errors import ConfigError, NonFiniteError
-from speedrun_mup.core.utils import World, stop_with_parent
+from speedrun_mup.core.errors import ConfigError, NonFiniteError, Stopped
+from speedrun_mup.core.utils import PARENT_DIED, World, stop_with_parent
 from speedrun_mup.corpus import write_synthetic
 from speedrun_mup.numerics import SpikeWatch, Vote
 from speedrun_mup.report import plot_loss_curve
@@ -115,6 +115,26 @@ def test_stopping_and_resuming_is_bitwise_an_uninterrupted_run(tiny):
     again = train(tiny(name="part", resume=str(part.folder)))
     assert again.finished
     assert_same_training(whole, again)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, PARENT_DIED])
+def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny, number):
+    """Compiling can take minutes, and torchrun kills after 30 s."""
+
+    def stop(step, model, batches):
+        os.kill(os.getpid(), number)
+        raise AssertionError("goes on")
+
+    whole = train(tiny(name="whole"))
+    with pytest.raises(
+        Stopped, match=r"stopped by \S.* before the first step; nothing to save, start the same command"
+    ):
+        train(tiny(name="part"), observe=stop)
+    folder = Path(tiny().out) / "part"
+    assert json.loads((folder / "status.json").read_text())["status"] == "stopped"
+    assert not list((folder / "checkpoints").glob("step-*"))
+    assert newest_unfinished(folder.parent) == folder
+    assert_same_training(whole, train(tiny(name="part", resume=str(folder))))
 
 
 def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_life(tiny):
@@ -226,17 +246,17 @@ def test_a_non_finite_gradient_stops_before_the_update(tiny, opened, value, lag)
     with pytest.raises(
         NonFiniteError, match=rf"step 4: not finite on rank 0: {POISONED}; the weights are those before"
     ):
-        run.train([], observe)
+        run.train(observe)
     assert_same_state(state_of(run), seen[4])
     assert max(seen) == 4 + lag  # the host was not held up, and yet nothing more changed
-    until.train([], lambda step, model, batches: step != 4 or assert_same_state(state_of(until), seen[4]))
+    until.train(lambda step, model, batches: step != 4 or assert_same_state(state_of(until), seen[4]))
     assert [step for step, _ in curve(run.folder)] == [0, 1, 2, 3]
 
 
 def test_the_bad_step_is_dumped(tiny, opened):
     run = opened(tiny(name="nan", micro_batches=2))
     with pytest.raises(NonFiniteError):
-        run.train([], poison(3))
+        run.train(poison(3))
     text = (run.folder / "bad-step-00000003.json").read_text()
     dump = json.loads(text, parse_constant=lambda text: pytest.fail(f"{text} is not strict JSON"))
     assert (dump["step"], dump["data_step"]) == (3, 3)
@@ -258,7 +278,7 @@ def test_skipping_leaves_out_the_update_and_nothing_else(tiny, opened, lag):
         seen[step] = state_of(run)
         poison(3)(step, model, batches)
 
-    assert run.train([], observe).finished
+    assert run.train(observe).finished
     assert_same_state(seen[3], seen[4])
     assert not torch.equal(seen[4][POISONED], seen[5][POISONED])
     assert [step for step, _ in curve(run.folder)] == [0, 1, 2, 4, 5, 6, 7]
@@ -268,7 +288,7 @@ def test_skipping_leaves_out_the_update_and_nothing_else(tiny, opened, lag):
 def test_a_run_whose_steps_are_all_bad_gives_up(tiny, opened):
     run = opened(tiny(name="skip", on_nonfinite="skip", iterations=20))
     with pytest.raises(NonFiniteError, match="step 10: "):
-        run.train([], poison(*range(20)))
+        run.train(poison(*range(20)))
 
 
 def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, opened):
@@ -279,7 +299,7 @@ def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, op
             run.train_s += 1000.0
             poison(5)(step, model, batches)
 
-    assert run.train([], observe).finished
+    assert run.train(observe).finished
     after = [row for row in read_metrics(run.folder) if row["kind"] == "train" and row["step"] >= 4]
     assert all(row["train_s"] > 1000 and row["tokens_per_s"] > 10 for row in after)  # 512 tokens in 1000 s would be 0.5
 
@@ -295,7 +315,7 @@ def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
         trained[step] = batches[0][0]
         poison(step, when=lambda batches: torch.equal(batches[0][0], bad))(step, model, batches)
 
-    result = run.train([], observe)
+    result = run.train(observe)
     assert result.finished and curve(run.folder)[-1][0] == 8
     assert [step for step, _ in curve(run.folder)] == list(range(9))  # no line twice
     for step in range(9):
@@ -309,7 +329,7 @@ def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
 def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
     cfg = {"iterations": 9, "save_every": 4}
     whole = opened(tiny(name="back", on_nonfinite="rollback", **cfg))
-    whole.train([], lambda step, model, batches: whole.data_offset or poison(5)(step, model, batches))
+    whole.train(lambda step, model, batches: whole.data_offset or poison(5)(step, model, batches))
     other = opened(tiny(name="other", **cfg))
 
     def leave(step, model, batches):
@@ -317,19 +337,19 @@ def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        other.train([], leave)
+        other.train(leave)
     other.close()
     resumed = opened(tiny(name="other", resume=str(other.folder), **cfg))
     assert resumed.start == 4
     resumed.data_offset = 2
-    resumed.train([])
+    resumed.train()
     assert_same_state(state_of(whole), state_of(resumed))
 
 
 def test_rolling_back_without_a_checkpoint_says_what_is_missing(tiny, opened):
     run = opened(tiny(name="back", on_nonfinite="rollback"))
     with pytest.raises(NonFiniteError, match="no checkpoint to roll back to; set --save-every"):
-        run.train([], poison(2))
+        run.train(poison(2))
 
 
 def test_a_spike_is_told_and_a_resumed_run_tells_it_too():
@@ -353,7 +373,7 @@ def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
             with torch.no_grad():
                 model.lm_head.weight.mul_(-30)
 
-    run.train([], observe)
+    run.train(observe)
     assert "warning: step 38: the loss jumped to" in (run.folder / "log.txt").read_text()
     run.close()
     again = opened(tiny(name="spike", iterations=40, on_nonfinite="skip", resume=str(run.folder)))
@@ -442,7 +462,7 @@ def test_a_failed_save_costs_a_warning_and_three_the_run(tiny, opened, monkeypat
 
     monkeypatch.setattr(run.checkpoints, "save", fail)
     with pytest.raises(CheckpointError):
-        run.train([])
+        run.train()
     assert calls == [1, 2, 3]
     assert (run.folder / "log.txt").read_text().count("warning: disk full") == 2
 
@@ -475,6 +495,7 @@ def test_micro_batches_are_summed_over_tokens_and_averaged(tiny, opened):
 def test_signals_are_restored_afterwards():
     before = signal.getsignal(signal.SIGTERM)
     with stop_signals() as received:
+        received.something_to_save = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
     assert signal.getsignal(signal.SIGTERM) is before
@@ -488,6 +509,7 @@ def test_the_end_of_a_parent_with_many_threads_is_heard_of_once(tmp_path):
         def rank(ready=ready, told=told) -> None:
             stop_with_parent()
             with stop_signals() as received:
+                received.something_to_save = True
                 ready.touch()
                 until(lambda: received)
                 time.sleep(0.2)
@@ -557,5 +579,5 @@ def test_training_time_counts_the_wait_for_a_step_that_the_device_still_works_on
     monkeypatch.setattr(Vote, "read", lambda vote: time.sleep(0.1) or read(vote))
     with closing(Run(tiny(), World())) as run:
         run.vote_lag = 1
-        run.train([])
+        run.train()
     assert run.train_s > 0.1 * run.cfg.iterations

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
     from speedrun_mup.training import TrainResult
 
-STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: a scheduler should start the command again with --resume
-
+STOPPED_BY_SIGNAL = Stopped.exit_code
 
 SIZES = ("pack", "micro_batch_tokens", "micro_batches", "val_chunk_tokens")  # what --micro-batch auto decides on
 

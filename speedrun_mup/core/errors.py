@@ -25,6 +25,12 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
+class Stopped(UserError):
+    """Somebody asked the run to stop before it had anything to save."""
+
+    exit_code = 75  # EX_TEMPFAIL: a scheduler should start the command again
+
+
 class OutOfMemory(UserError):
     """The machine or the GPU has no memory left for a step."""
 

@@ -100,7 +100,7 @@ def test_a_nan_anywhere_stops_before_the_update(tiny):
                         model.get_parameter(name).register_hook(poison)
 
                 with pytest.raises(NonFiniteError, match=f"step {step}: not finite on rank {culprit}: {name};"):
-                    run.train([], observe)
+                    run.train(observe)
                 after = state_of(run)
                 new = {key: torch.zeros_like(after[key]) for key in after.keys() - before.keys()}  # at step 0
                 assert_same_state(after, before | new)

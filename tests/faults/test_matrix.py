@@ -81,7 +81,7 @@ def folder_of(cfg: TrainConfig) -> Path:
 def assert_same_run(cfg: TrainConfig, other: TrainConfig) -> None:
     """Metrics and final weights of two finished runs are the same to the bit."""
     with closing(Run(dataclasses.replace(cfg, resume=str(folder_of(cfg))), World())) as run:
-        result = run.train([])
+        result = run.train()
     assert_same_training(result, dataclasses.replace(result, folder=folder_of(other)))
 
 
@@ -195,7 +195,7 @@ def test_row_16_every_setting_that_changes_the_run_is_refused(tiny):
 
 def test_row_17_another_model_is_refused_whole(tiny):
     with closing(Run(tiny(name="a", iterations=2), World())) as run:
-        run.train([])
+        run.train()
         path = run.folder / "checkpoints" / "step-00000002"
         loaded, before = Loaded(path), state_of(run)
         model = dict(loaded.model)
@@ -330,7 +330,7 @@ def test_row_36_a_nan_on_one_rank_stops_all(tiny, culprit):
                 poison(2, when=lambda batches: world.rank == culprit)(step, model, batches)
 
             with pytest.raises(NonFiniteError) as fault:
-                run.train([], observe)
+                run.train(observe)
             after = state_of(run)
             return str(fault.value), all(torch.equal(after[name], tensor) for name, tensor in seen[2].items())
 
