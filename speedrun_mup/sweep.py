@@ -610,7 +610,8 @@ def next_points(losses: Mapping[float, float], grid: Sequence[float], refine: bo
 
     A minimum less than an octave from an end asks for one octave more there, up to MAX_EXTENSION beyond `grid`. Any
     other asks, if `refine`, for the half octaves around it, which are those around the three lowest points of a bowl on a grid of
-    octaves; but for none at or beyond the first divergence.
+    octaves; but for none at or beyond the first divergence. Without `refine` it asks for the octave beyond the better of its
+    two neighbours: of three points the minimum may lie midway between two, and then noise moves it out of their reach.
     """
     stable = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
     left, right = min(losses, default=0.0), max(losses, default=0.0)
@@ -624,11 +625,12 @@ def next_points(losses: Mapping[float, float], grid: Sequence[float], refine: bo
             wanted = {left - 1}
         elif right - best < 1 and right in stable:
             wanted = {right + 1}
-        elif not refine:
-            wanted = set()
-        else:
+        elif refine:
             end = min((at for at in losses if at not in stable), default=right)
             wanted = {at for at in (best + halves / 2 for halves in range(-3, 4)) if left < at < end}
+        else:
+            to_the_right = stable.get(best + 1, math.inf) < stable.get(best - 1, math.inf)
+            wanted = {best + (2 if to_the_right else -2)}
     low, high = min(grid) - MAX_EXTENSION, max(grid) + MAX_EXTENSION
     return {at for at in wanted if low <= at <= high} - set(losses)
 

@@ -258,9 +258,13 @@ def test_the_first_rounds_by_hand():
     assert next_points({at: at for at in range(-4, 2)}, grid) == set()
 
 
-def test_without_refinement_the_grid_is_only_extended():
+def test_without_refinement_the_grid_gets_one_point_on_the_better_side():
     assert next_points({-1: 3, 0: 2, 1: 1}, (-1, 0, 1), refine=False) == {2}
     assert next_points({-1: 3, 0: 2, 1: 1, 2: 2}, (-1, 0, 1), refine=False) == set()
+    assert next_points({-1: 3, 0: 1, 1: 2}, (-1, 0, 1), refine=False) == {2}
+    assert next_points({-1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == {-2}
+    assert next_points({-1: 2, 0: 1, 1: math.nan}, (-1, 0, 1), refine=False) == {-2}
+    assert next_points({-2: 3, -1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == set()
 
 
 def test_no_point_beyond_a_cliff_is_tried():
