@@ -197,6 +197,20 @@ def test_an_answer_that_depends_on_the_window_does_not_pass():
     assert arm.verdict is Verdict.INCONCLUSIVE and "depends on the window" in arm.reasons[0]
 
 
+def test_a_narrow_window_that_drifts_too_far_does_not_pass():
+    """Flanks that lean ever more hide from the wide window that the optima drift by 0.2."""
+    runs = sweep(0.2, sigma=0.001, offset=0.001, seeds=(0, 1))
+    leaning = [
+        dataclasses.replace(run, loss=run.loss + 0.012 * math.log2(run.width / 64) * (2 < abs(u) < 4) * (u > 0) * u)
+        for run in runs
+        for u in [run.log2_lr - 0.1 - 0.2 * math.log2(run.width / 64)]
+    ]
+    arm = measure_arm(leaning, thresholds=Thresholds(window=4.0, window_excess=1.0))
+    narrow = arm.drift.value + arm.window_shift.value
+    assert abs(arm.drift.value) < 0.15 and abs(arm.window_shift.value) < 0.15 and narrow > 0.15, arm.reasons
+    assert arm.verdict is Verdict.INCONCLUSIVE and "depends on the window" in arm.reasons[0]
+
+
 @pytest.mark.parametrize("widths", [(64, 512), (128, 192, 256)])
 def test_too_few_or_too_close_widths_are_inconclusive(widths):
     arm = measure_arm(sweep(widths=widths))
@@ -444,6 +458,17 @@ def test_regret_follows_the_points_outside_the_window_and_the_cliff_to_infinity(
     assert told == {"value": None, "se": None, "interval_90": [None, None], "interval_95": [None, None]}
 
 
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)])
+def test_the_interval_of_the_regret_covers(seeds):
+    """Resamples as they are held 77 of 100 with two seeds; what separates the optima needs Student's t."""
+    hits = 0
+    for repeat in range(100):
+        arm = measure_arm(sweep(0.1, curvature=0.05, sigma=0.002, offset=0.005, seeds=seeds, rng=repeat), resamples=400)
+        low, high = arm.regret.interval()
+        hits += low <= 0.05 * 0.3**2 <= high
+    assert 85 <= hits <= 99
+
+
 def test_regret_alone_can_fail():
     """Very sharp bowls: a tolerable drift costs too much."""
     arm = measure_arm(sweep(0.1, curvature=0.5, sigma=0.001), thresholds=Thresholds(window_excess=1.0))
@@ -570,16 +595,20 @@ def test_rates_written_differently_are_one_grid_point():
 # ---- wider is better ------------------------------------------------------------------------------------------------
 
 
-def curves(gain, noise=0.01, widths=(64, 128, 256)):
-    """Training curves that share the noise of their batches; every doubling of width gains `gain` nats."""
+def curves(gain, noise=0.01, widths=(64, 128, 256), seeds=2, apart=0.0, draw=0):
+    """Training curves that share the noise of their batches; every doubling of width gains `gain` nats.
+
+    apart: standard deviation of what a run keeps to itself from beginning to end.
+    """
     steps = np.arange(1, 201.0)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(draw)
     batch = 0.2 * rng.standard_normal(200)
     table = {}
     for j, width in enumerate(widths):
         for lr in (0.5, 1.0):
-            for seed in range(2):
-                loss = 3 + 5 / np.sqrt(steps) + batch + noise * rng.standard_normal(200) - gain * j
+            for seed in range(seeds):
+                own = noise * rng.standard_normal(200) + apart * rng.standard_normal() - gain * j
+                loss = 3 + 5 / np.sqrt(steps) + batch + own
                 table["mup", width, lr, seed] = np.stack([steps, loss], axis=1)
     return table
 
@@ -590,6 +619,26 @@ def test_wider_is_better_counts_violations():
     bad = wider_is_better(curves(-0.05), -0.9)
     assert bad.verdict is Verdict.FAIL and bad.share > 0.9 and bad.log2_lr == -1.0
     assert bad.largest == pytest.approx(0.07, abs=0.02) and "(width " in str(bad)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("noise, apart", [(0.01, 0.0), (0.01, 0.01), (0.003, 0.01)])
+def test_models_that_are_equal_seldom_fail_and_a_worse_one_does(seeds, noise, apart):
+    """Runs of one width stay apart by their seed, which neighbouring steps do not show."""
+
+    def failures(gain):
+        tables = [curves(gain, noise, seeds=seeds, apart=apart, draw=draw) for draw in range(40)]
+        return sum(wider_is_better(table, 0.0).verdict is Verdict.FAIL for table in tables)
+
+    assert failures(0.0) <= 12 and failures(-0.04) >= 35  # of 40
+
+
+def test_with_one_seed_nothing_but_a_divergence_fails():
+    table = curves(-0.05, seeds=1)
+    assert wider_is_better(table, 0.0).verdict is Verdict.INCONCLUSIVE
+    assert wider_is_better(curves(0.05, seeds=1), 0.0).verdict is Verdict.PASS
+    table["mup", 256, 1.0, 0][150:, 1] = math.nan
+    assert wider_is_better(table, 0.0).verdict is Verdict.FAIL
 
 
 def test_a_wide_model_that_blows_up_violates_even_where_the_narrow_one_does_not():
@@ -680,6 +729,19 @@ def test_forecast_follows_a_small_drift_that_passes():
     assert low < 0.1 + 0.1 * 5 < high < 0.9 and "following a drift of +0.1" in forecast.method
 
 
+def test_forecast_of_the_rate_is_not_misled_by_a_skewed_curve():
+    """It is steeper on the right, which shifts the optima of the wide window to the left, at all widths alike."""
+    hits, errors, wide = 0, [], []
+    for repeat in range(60):
+        arm = measure_arm(sweep(skew=0.15, seeds=(0, 1), grid=range(-4, 5), rng=repeat), resamples=400)
+        rate = loss_forecast(arm, 2048).log2_lr
+        low, high = rate.interval()
+        hits += low <= 0.1 <= high
+        errors.append(rate.value - 0.1)
+        wide.append(np.mean([fit.optimum for fit in arm.fits]) - 0.1)
+    assert hits >= 45 and abs(np.mean(errors)) < 0.5 * abs(np.mean(wide)), (hits, np.mean(errors), np.mean(wide))
+
+
 def test_loss_at_the_best_rate_covers_with_two_seeds():
     """Resampled seeds covered 122 of 200, for two of them can agree by luck."""
     hits = 0
@@ -693,12 +755,24 @@ def test_loss_at_the_best_rate_covers_with_two_seeds():
     assert 0.85 <= hits / 200 <= 0.97
 
 
-def test_seeds_that_agree_exactly_leave_no_interval_and_no_traceback():
-    result = measure_transfer(
-        sweep(sigma=0.0, offset=0.0) + control(-1.0, sigma=0.0, offset=0.0), controls={"sp": -1.0}
-    )
-    (best,) = {arm.best_loss(arm.fits[0]).interval() for name, arm in result.arms.items() if name == "mup"}
-    assert best == pytest.approx((4.5, 4.5), abs=1e-6) and json.loads(result.to_json())
+def test_loss_at_the_best_rate_knows_that_widths_differ_in_noise():
+    """Pooled noise alone would give all widths one interval; that of few seeds alone would be luck."""
+    for noise, quietest in (((0.002, 0.004, 0.008), 0), ((0.008, 0.004, 0.002), 2)):
+        lengths = []
+        for repeat in range(20):
+            arm = measure_arm(sweep(widths=(64, 128, 256), offset=0.0, sigma=noise, rng=repeat), resamples=400)
+            lengths.append([high - low for low, high in (arm.best_loss(fit).interval() for fit in arm.fits)])
+        means = np.mean(lengths, axis=0)
+        assert means.argmin() == quietest and 1.3 < means.max() / means.min() < 4
+
+
+def test_seeds_that_are_copies_are_an_error():
+    """Without noise all would be certain; most likely the seed does not reach the runs."""
+    with pytest.raises(
+        TransferError, match="all seeds have the same losses to the last digit; see if the seed reaches"
+    ):
+        measure_transfer(sweep(sigma=0.0, offset=0.0))
+    assert measure_transfer(sweep(sigma=0.0, offset=0.0, seeds=(0,))).verdict is Verdict.INCONCLUSIVE
 
 
 def test_a_better_control_is_mentioned():
@@ -715,7 +789,7 @@ def test_forecast_does_not_follow_noise():
     low, high = arm.drift.interval()
     assert arm.verdict is not Verdict.PASS and low < 0 < high and abs(arm.drift.value) > 0.03
     forecast = loss_forecast(arm, 2048)
-    optima = [fit.optimum for fit in arm.usable]
+    optima = [fit.narrow.vertex[0] for fit in arm.usable]
     assert (
         min(optima) <= forecast.log2_lr.value <= max(optima) and "no drift is shown, nor ruled out" in forecast.method
     )

@@ -187,7 +187,8 @@ class Noise:
     """The noise of one arm's runs. sigma: of one run, seed offset removed, or None if unknown; total: with the offset.
 
     freedom: degrees of freedom behind sigma; total_freedom: behind total, one for each seed of a width beyond its first.
-    own: width -> (sum of squares, degrees of freedom).
+    own: width -> (sum of squares, degrees of freedom); own_total: width -> (variance with the offset, seeds beyond the
+    first).
     """
 
     sigma: float | None
@@ -195,6 +196,7 @@ class Noise:
     freedom: float
     total_freedom: float
     own: dict[int, tuple[float, float]]
+    own_total: dict[int, tuple[float, int]]
 
     @staticmethod
     def of(arm: Sequence[Cells], everywhere: Sequence[Cells], given: float | None, thresholds: Thresholds) -> Noise:
@@ -211,15 +213,22 @@ class Noise:
 
         mine = residuals(arm)
         own = {cells.width: (float(row[0, 0]), float(row[1, 0])) for cells, row in zip(arm, mine)}
+        own_total = {
+            cells.width: (float(row[0, 1] / max(row[1, 1], 1)), len(cells.filled) - 1) for cells, row in zip(arm, mine)
+        }
         source, rows = (arm, mine) if mine[:, 1, 0].any() else (everywhere, residuals(everywhere))
         squares, freedom = rows.sum(axis=0)
         if freedom[0] == 0:
-            return Noise(given, given or 0.0, math.inf, math.inf, own)
+            return Noise(given, given or 0.0, math.inf, math.inf, own, own_total)
         pooled, total = (float(value) for value in np.sqrt(squares / freedom))
+        if total < 1e-9 * max(abs(float(cells.mean.max())) for cells in source):
+            raise TransferError(
+                "all seeds have the same losses to the last digit; see if the seed reaches the runs, or give one seed"
+            )
         if given is not None:
             raise TransferError(f"sigma={given:g}: runs with several seeds tell the noise already; leave it out")
         seeds = sum(len(cells.filled) - 1 for cells in source)
-        return Noise(pooled, max(total, pooled), float(freedom[0]), float(seeds), own)
+        return Noise(pooled, max(total, pooled), float(freedom[0]), float(seeds), own, own_total)
 
     def at(self, width: int) -> float | None:
         """Sigma at one width: its own residuals, steadied by the pooled sigma as if that were 4 more."""
@@ -227,6 +236,11 @@ class Noise:
             return None
         squares, freedom = self.own[width]
         return math.sqrt((squares + 4 * self.sigma**2) / (freedom + 4))
+
+    def total_at(self, width: int) -> float:
+        """Total at one width: that of its own seeds, steadied by the pooled one as if that were 2 more."""
+        variance, seeds = self.own_total[width]
+        return math.sqrt((seeds * variance + 2 * self.total**2) / (seeds + 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,31 +309,35 @@ def student_t(draws: Array, freedom: float, rng: np.random.Generator) -> Array:
     return np.concatenate([draws[:1], draws[0] + (draws[1:] - draws[0]) * spread])
 
 
-def variances(line: Array, values: Array, fits: Sequence[WidthFit], lone_freedom: float) -> tuple[float, float]:
-    """Of the sum of line (W,) times `values` (W, R): its variance, and Satterthwaite's term, variance**2 / freedom.
+def variances(parts: Array, fits: Sequence[WidthFit], lone_freedom: float) -> tuple[float, float]:
+    """Of the sum over widths of `parts` (W, R): its variance, and Satterthwaite's term, variance**2 / freedom.
 
     Degrees of freedom: S - 1 for each width with seeds; widths with a lone seed share those of the pooled noise.
     """
-    parts = line**2 * values[:, 1:].var(axis=1) if values.shape[1] > 1 else np.zeros(len(line))
+    each = parts[:, 1:].var(axis=1) if parts.shape[1] > 1 else np.zeros(len(parts))
     seeds = np.array([len(fit.cells.filled) for fit in fits])
     lone = seeds == 1
-    term = (parts[~lone] ** 2 / (seeds[~lone] - 1)).sum() + parts[lone].sum() ** 2 / lone_freedom
-    return float(parts.sum()), float(term)
+    term = (each[~lone] ** 2 / (seeds[~lone] - 1)).sum() + each[lone].sum() ** 2 / lone_freedom
+    return float(each.sum()), float(term)
+
+
+def summed(parts: Array, fits: Sequence[WidthFit], noise: Noise, rng: np.random.Generator) -> Array:
+    """The sum over widths of `parts` (W, R), which come from the optima: (R,), resamples spread out to Student's t."""
+    variance, term = variances(parts, fits, noise.freedom)
+    return student_t(parts.sum(axis=0), variance**2 / term if term else math.inf, rng)
 
 
 def drift_line(fits: Sequence[WidthFit]) -> Array:
-    """Coefficients (W,) that turn optima into their weighted least-squares slope on log2 width."""
+    """Coefficients (W, 1) that turn optima into their weighted least-squares slope on log2 width."""
     doublings = np.log2([fit.width for fit in fits])
     weights = np.array([fit.weight for fit in fits])
     centred = doublings - np.average(doublings, weights=weights)
-    return weights * centred / (weights * centred**2).sum()
+    return (weights * centred / (weights * centred**2).sum())[:, None]
 
 
-def optima_on(line: Array, fits: Sequence[WidthFit], noise: Noise, rng: np.random.Generator) -> Array:
-    """The sum of line (W,) times the optima, (R,) with resamples spread out to Student's t."""
-    optima = np.array([fit.bowls.vertex for fit in fits])
-    variance, term = variances(line, optima, fits, noise.freedom)
-    return student_t(line @ optima, variance**2 / term if term else math.inf, rng)
+def vertices(fits: Sequence[WidthFit]) -> tuple[Array, Array]:
+    """The optima (W, R) by the wide window, and by the narrow one, which is noisier and keeps closer to a skewed curve."""
+    return np.array([fit.bowls.vertex for fit in fits]), np.array([fit.narrow.vertex for fit in fits])
 
 
 def fit_width(arm: str, cells: Cells, noise: Noise, thresholds: Thresholds, resamples: int, seed: int) -> WidthFit:

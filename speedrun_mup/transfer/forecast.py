@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speedrun_mup.transfer.fits import Array, Estimate, drift_line, optima_on, student_t, variances
+from speedrun_mup.transfer.fits import Array, Estimate, drift_line, student_t, summed, variances, vertices
 from speedrun_mup.transfer.results import ArmResult
 from speedrun_mup.transfer.runs import LR, TransferError, is_rate
 from speedrun_mup.transfer.thresholds import Verdict
@@ -49,8 +49,9 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
 
     The learning rate is the mean of the optima, unless their drift is shown to be there (its 90 % interval leaves out
     zero): then that is followed out to `width`, however small, for a PASS allows a little. Its interval holds what the
-    drift may be. All intervals are as wide as so few seeds demand (`student_t`). Raises TransferError with fewer than
-    two usable widths.
+    drift may be. Optima are those of the narrow window here: loss curves are steeper on the right, which shifts those of
+    the wide one to the left, alike at every width; the drift does not mind, their mean does. All intervals are as wide as
+    so few seeds demand (`student_t`). Raises TransferError with fewer than two usable widths.
     """
     fits = arm.usable
     if len(fits) < 2 or arm.drift is None:
@@ -77,7 +78,8 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
     weights = np.array([fit.weight for fit in fits])
     shares = weights / weights.sum()
     away = math.log2(width) - float(shares @ np.log2([fit.width for fit in fits]))
-    rate = optima_on(shares + away * drift_line(fits), fits, arm.noise, rng)
+    optima, narrow = vertices(fits)
+    rate = summed(shares[:, None] * narrow + away * drift_line(fits) * optima, fits, arm.noise, rng)
     low, high = arm.drift.interval()
     if low > 0 or high < 0:
         advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling"
@@ -97,7 +99,7 @@ def _freedom(arm: ArmResult, doublings: Array, losses: Array, exponent: Array, a
     weigh = np.eye(len(doublings))
     line, _ = _power_law(doublings, weigh, np.repeat(exponent, len(weigh)), at)
     freedom = arm.noise.total_freedom
-    fitted, term = variances(line, losses.T, arm.usable, freedom)
+    fitted, term = variances(line[:, None] * losses.T, arm.usable, freedom)
     own = arm.noise.total**2
     uncertainty = (math.sqrt(term) + own / math.sqrt(freedom)) ** 2
     return (fitted + own) ** 2 / uncertainty if uncertainty else math.inf

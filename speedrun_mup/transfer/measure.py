@@ -16,8 +16,9 @@ from speedrun_mup.transfer.fits import (
     WidthFit,
     drift_line,
     fit_width,
-    optima_on,
+    summed,
     table_of,
+    vertices,
 )
 from speedrun_mup.transfer.results import ArmResult, TransferResult
 from speedrun_mup.transfer.runs import LR, CurveKey, Run, TransferError
@@ -105,12 +106,12 @@ def _measure_arm(
     trouble = [*problems, *(text for fit in fits for text in fit.problems)]
     drift = shift = regret = wider = None
     if len(usable) > 1:
-        line = drift_line(usable)
-        drift = Estimate(optima_on(line, usable, noise, rng))
-        shift = Estimate(line @ np.array([fit.narrow.vertex - fit.bowls.vertex for fit in usable]))
+        line, (optima, narrow) = drift_line(usable), vertices(usable)
+        drift = Estimate(summed(line * optima, usable, noise, rng))
+        shift = Estimate((line * (narrow - optima)).sum(axis=0))
         trouble += _scatter(usable, drift.value, thresholds)
     if base:
-        regret = Estimate(usable[-1].loss_at(base.bowls.vertex) - usable[-1].bowls.floor)
+        regret = Estimate(_regret(base, usable[-1], noise, rng))
     mine = {key: curve for key, curve in curves.items() if key[0] == arm}
     if base and mine:
         wider = wider_is_better(mine, base.optimum, thresholds)
@@ -118,6 +119,14 @@ def _measure_arm(
     return ArmResult(
         arm, base_width, fits, drift, shift, regret, noise, predicted, wider, verdict, tuple(reasons), knob
     )
+
+
+def _regret(base: WidthFit, widest: WidthFit, noise: Noise, rng: np.random.Generator) -> Array:
+    """Nats lost at `widest` by the optimum of `base`, (R,); what separates the optima is spread out to Student's t."""
+    if base is widest:
+        return np.zeros(len(base.means))
+    apart = summed(np.stack([base.bowls.vertex, -widest.bowls.vertex]), (base, widest), noise, rng)
+    return widest.loss_at(widest.bowls.vertex + apart) - widest.bowls.floor
 
 
 def _scatter(usable: Sequence[WidthFit], drift: float, thresholds: Thresholds) -> tuple[str, ...]:
@@ -186,8 +195,9 @@ def _judge(
         short.append(f"{measured}: more than {bound:g}, but not surely")
     if regret and regret.value > allowed:
         short.append(f"{cost}, but noise could explain it")
-    if abs(shift.value) > max(thresholds.max_window_shift, 2 * shift.se):
-        narrow = f"drift {drift.value + shift.value:+.3f} from the narrow window, {drift.value:+.3f} from the wide one"
+    narrowly = drift.value + shift.value
+    if abs(shift.value) > 2 * shift.se and (abs(shift.value) > thresholds.max_window_shift or abs(narrowly) > bound):
+        narrow = f"drift {narrowly:+.3f} from the narrow window, {drift.value:+.3f} from the wide one"
         short.append(f"{narrow}: the answer depends on the window; add half-octave points near the optima")
     if short:
         return Verdict.INCONCLUSIVE, short

@@ -50,15 +50,14 @@ class ArmResult:
     def best_loss(self, fit: WidthFit) -> Estimate:
         """Loss at the optimum of one width, the mean over its seeds.
 
-        Resampled seeds would not do for its interval: two can agree by luck. So it is that of the arm's pooled noise, as
-        far as this width has its share of it, with Student's t; as if the optimum were one point of the grid.
+        Resampled seeds would not do for its interval: two can agree by luck. So it is that of this width's noise, steadied
+        by the arm's, with Student's t; as if the optimum were one point of the grid.
         """
         value, noise = fit.best_losses[:1], self.noise
         if noise.sigma is None or fit.sigma is None:
             return Estimate(value)
         rng = np.random.default_rng([fit.width, *self.arm.encode()])
-        share = fit.sigma / noise.sigma if noise.sigma else 0.0
-        error = noise.total * share / math.sqrt(len(fit.cells.losses))
+        error = noise.total_at(fit.width) / math.sqrt(len(fit.cells.losses))
         draws = value + error * rng.standard_normal(len(fit.means) - 1)
         return Estimate(student_t(np.concatenate([value, draws]), noise.total_freedom, rng))
 
