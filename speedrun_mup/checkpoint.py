@@ -36,8 +36,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from speedrun_mup import __version__
+from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.core.optimizers import Slice
-from speedrun_mup.core.utils import ConfigError, UserError, World
+from speedrun_mup.core.utils import World
 
 SCHEMA = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
@@ -313,13 +314,13 @@ class Loaded:
         try:
             return json.loads(self._bytes(name))
         except (ValueError, RecursionError) as fault:
-            raise DamagedCheckpoint(f"{self.path / name}: {_first_line(fault)}") from fault
+            raise DamagedCheckpoint(f"{self.path / name}: {in_a_line(fault)}") from fault
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load(self._bytes(name))
         except SafetensorError as fault:
-            raise DamagedCheckpoint(f"{self.path / name}: {_first_line(fault)}") from fault
+            raise DamagedCheckpoint(f"{self.path / name}: {in_a_line(fault)}") from fault
 
 
 def inspect(root: Path) -> list[tuple[Path, str | None]]:
@@ -364,7 +365,7 @@ def import_pt(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # a bad file can make the parser raise anything
-        raise CheckpointError(f"{path} is not a .pt file of plain tensors: {_first_line(fault)}") from fault
+        raise CheckpointError(f"{path} is not a .pt file of plain tensors: {in_a_line(fault)}") from fault
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(isinstance(value, Tensor) for value in model.values()):
         raise CheckpointError(f'{path} has no state dict under "model"; save {{"model": model.state_dict()}}')
@@ -595,11 +596,7 @@ def _explain(fault: Exception) -> str:
     if isinstance(fault, OSError) and fault.errno:
         where = f"{fault.filename}: " if fault.filename else ""
         return f"{where}{errno.errorcode[fault.errno]} ({fault.strerror})"
-    return str(fault) if isinstance(fault, CheckpointError) else f"{type(fault).__name__}: {_first_line(fault)}"
-
-
-def _first_line(fault: Exception) -> str:
-    return (str(fault).splitlines() or [""])[0]
+    return str(fault) if isinstance(fault, CheckpointError) else in_a_line(fault)
 
 
 def _free(folder: Path) -> str:

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speedrun_mup.core.utils import ConfigError, seed_for
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.utils import seed_for
 from speedrun_mup.documents import split_passages
 from speedrun_mup.shards import (
     MANIFEST,

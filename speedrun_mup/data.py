@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedrun_mup.core.utils import ConfigError, seed_for
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.utils import seed_for
 from speedrun_mup.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError
 
 Batch = tuple[Tensor, Tensor]  # inputs (T,) int32 and targets (T,) int64: the same tokens, one place further

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 
 STDIN, HUB = "-", "hf://"
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
@@ -138,9 +138,9 @@ class DocumentReader:
             except UserError:
                 raise
             except Exception as fault:  # every format's library has kinds of its own
-                reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+                reason = in_a_line(fault, 200)
                 raise SourceError(
-                    f"{source.name}: cannot be read on after {done:,} documents ({reason:.200}); is it whole, and UTF-8?"
+                    f"{source.name}: cannot be read on after {done:,} documents ({reason}); is it whole, and UTF-8?"
                 ) from None
             self._tell = lambda: 0
             self._bytes_before += source.size

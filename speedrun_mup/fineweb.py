@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.shards import (
     GPT2_BOS,
     GPT2_VOCAB,
@@ -302,8 +302,7 @@ def _explain(fault: BaseException, what: str) -> str:
         return f"{what}: the hub does not have it (HTTP {status}); check --revision and HF_ENDPOINT"
     if status in (401, 403):
         return f"{what}: the hub does not let us have it (HTTP {status}); check HF_TOKEN, or the mirror in HF_ENDPOINT"
-    lines = str(fault).strip().splitlines() or [type(fault).__name__]
-    reason = f"HTTP {status}" if status else lines[0][:150]
+    reason = f"HTTP {status}" if status else in_a_line(fault)
     return (
         f"{what}: cannot be fetched from {_hub('constants').ENDPOINT} ({reason}); check the network, proxy or HF_ENDPOINT and "
         "run this again, or do without: train with --data embedded, or make shards of your own text with "

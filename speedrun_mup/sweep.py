@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
+from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import model_shape, run_flops
@@ -393,8 +393,7 @@ def attempt(cell: Cell, scratch: Path) -> CellResult | Failure:
     except UserError as fault:
         return Failure(str(fault))
     except Exception as fault:
-        text = (str(fault).splitlines() or [""])[0]
-        return Failure(f"{type(fault).__name__}: {text}")
+        return Failure(in_a_line(fault))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ from speedrun_mup.checkpoint import (
     import_dcp,
     import_pt,
 )
-from speedrun_mup.core.utils import ConfigError, World
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.utils import World
 
 KILLS = repeats(20)  # lives ended at a random time
 FLIPS = repeats(60)  # single bits

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from speedrun_mup import corpus as module
-from speedrun_mup.core.utils import ConfigError
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import FINEWEB_COMMAND, cache_folder, embedded_corpus, find_corpus, write_synthetic
 from speedrun_mup.data import TrainBatches, ValBatches
 from speedrun_mup.documents import split_passages

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 
 from speedrun_mup import data
-from speedrun_mup.core.utils import ConfigError
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data import MixedBatches, TrainBatches, Turns, ValBatches, find_steps, train_batches
 from speedrun_mup.shards import Corpus, Mixture, Shard, ShardError, mix, write_shard
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speedrun_mup.core import model as model_module
 from speedrun_mup.core import mup
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.fp8 import head_scales
 from speedrun_mup.core.model import (
     GPT,
@@ -34,7 +35,7 @@ from speedrun_mup.core.model import (
 )
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
-from speedrun_mup.core.utils import ConfigError, generator
+from speedrun_mup.core.utils import generator
 
 BOS = 256
 CPU = torch.device("cpu")

@@ -13,12 +13,9 @@ import torch
 from dist import new_store, run_ranks
 from faults.harness import fork_together
 
+from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.utils import (
-    CollectiveError,
-    ConfigError,
-    NonFiniteError,
     TreeSum,
-    UserError,
     World,
     generator,
     has_triton,

@@ -23,11 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speedrun_mup.core.errors import CollectiveError as CollectiveError
-from speedrun_mup.core.errors import ConfigError as ConfigError
-from speedrun_mup.core.errors import NonFiniteError as NonFiniteError
-from speedrun_mup.core.errors import UserError as UserError
-from speedrun_mup.core.errors import in_a_line
+from speedrun_mup.core.errors import CollectiveError, ConfigError, in_a_line
 
 PARENT_DIED = signal.SIGUSR2  # a signal of its own, because nobody means it twice
 ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
@@ -177,8 +173,8 @@ class World:
         try:
             yield
         except RuntimeError as fault:
-            said = str(fault).splitlines()[0][:120]
-            raise CollectiveError(f"{self._call_roll()} ({said}); start all ranks again with --resume") from fault
+            said = f"{self._call_roll()} ({in_a_line(fault)})"
+            raise CollectiveError(f"{said}; start all ranks again with --resume") from fault
 
     def _call_roll(self) -> str:
         """Who gives no sign of life. The store answers for the others; a store that is gone died with its host, rank 0."""
@@ -213,9 +209,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device("cuda", number) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as fault:
-        raise ConfigError(
-            f"device={name} is not usable here ({str(fault).splitlines()[0]}); try --device cpu"
-        ) from None
+        raise ConfigError(f"device={name} is not usable here ({in_a_line(fault)}); try --device cpu") from None
     return device
 
 
@@ -284,7 +278,7 @@ def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = Fa
         except RuntimeError as fault:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise CollectiveError(
-                f"rank {rank} of {size} cannot meet the others at {where} ({str(fault).splitlines()[0][:200]}); check that "
+                f"rank {rank} of {size} cannot meet the others at {where} ({in_a_line(fault, 200)}); check that "
                 "all ranks start and that the port is free"
             ) from fault
     return World(rank, size, chosen, strict, timeout_s)
