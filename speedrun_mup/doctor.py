@@ -50,12 +50,18 @@ class Finding:
     fix: str = ""
 
 
-def examine(cfg: TrainConfig, folder: Path | None = None) -> list[Finding]:
-    """Everything there is to say about running `cfg` here, and about the run in `folder`. Changes nothing."""
-    findings = list(_versions())
+def examine(cfg: TrainConfig, folder: Path | None = None) -> Iterator[Finding]:
+    """Everything there is to say about running `cfg` here, and about the run in `folder`, each as soon as it is known.
+
+    Changes nothing.
+    """
+    yield from _versions()
+    findings: list[Finding] = []
     device = _guarded("device", lambda: pick_device(cfg.device), findings)
     if device:
-        findings += _guarded("device", lambda: list(_device(cfg, device)), findings) or []
+        _guarded("device", lambda: findings.extend(_device(cfg, device)), findings)
+    yield from findings
+    findings = []
     found = _guarded("data", lambda: find_corpus(cfg.data, cfg.tokenizer), findings)
     if found:
         corpus, told = found
@@ -65,9 +71,9 @@ def examine(cfg: TrainConfig, folder: Path | None = None) -> list[Finding]:
         if device:
             findings += _memory(parameters, device)
         findings += _disk(cfg, parameters, folder)
+    yield from findings
     if folder:
-        findings += _run_folder(folder, found[0] if found else None)
-    return findings
+        yield from _run_folder(folder, found[0] if found else None)
 
 
 def _guarded(subject: str, work: Callable, findings: list[Finding]):

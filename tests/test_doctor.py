@@ -62,7 +62,7 @@ def test_damaged_checkpoints(tiny, run):
     cfg = tiny(resume=str(run))
     os.truncate(run / "checkpoints" / "step-00000006" / "model.safetensors", 100)
     (run / "checkpoints" / ".tmp-step-00000008").mkdir()
-    findings = examine(cfg, run)
+    findings = list(examine(cfg, run))
     assert "step-00000006/model.safetensors: has 100 bytes instead of" in bad(findings)["checkpoint"]
     assert any("a resume starts from step-00000004" in finding.text for finding in findings)
     assert any("left by a kill" in finding.text and ".tmp-step-00000008" in finding.text for finding in findings)
@@ -146,6 +146,6 @@ def test_how_a_run_ended(tiny, run):
 def test_a_run_in_use_and_one_without_checkpoints(tiny):
     cfg = tiny(name="open")
     with closing(Run(cfg, World())) as run:
-        findings = examine(dataclasses.replace(cfg, resume=str(run.folder)), run.folder)
+        findings = list(examine(dataclasses.replace(cfg, resume=str(run.folder)), run.folder))
     assert any(f"is in use by process {os.getpid()}" in finding.text for finding in findings)
     assert "none in" in bad(findings)["checkpoint"]

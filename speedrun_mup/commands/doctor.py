@@ -20,9 +20,10 @@ def run(argv: Sequence[str]) -> int:
 
     from speedrun_mup.doctor import Level, examine
 
-    findings = examine(cfg, Path(cfg.resume) if cfg.resume else None)
-    for finding in findings:
-        print(f"{finding.level.value:<5}{finding.subject:<12}{finding.text}")
+    bad = False
+    for finding in examine(cfg, Path(cfg.resume) if cfg.resume else None):
+        print(f"{finding.level.value:<5}{finding.subject:<12}{finding.text}", flush=True)  # the next may take a while
         if finding.fix:
             print(f"{'':<17}-> {finding.fix}")
-    return int(any(finding.level is Level.BAD for finding in findings))
+        bad |= finding.level is Level.BAD
+    return int(bad)
