@@ -208,7 +208,7 @@ PRESETS: dict[str, Preset] = {
             "val_chunk_tokens": 4096,
             "val_every": 50,
             "kernel_warmup": 0,
-            "compile": False,  # over in 10 s on a GPU, where compiling takes over 40
+            "compile": False,  # over in 10 s on an H100, where compiling takes longer
         },
     ),
     "record26": Preset(

@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def points(self) -> int:
-        """Learning rates at each width, those included that refining usually adds."""
+        """Learning rates at each width, those included that the sweep usually adds."""
         return self.runs // sum(self.seeds)
 
     @property

@@ -146,7 +146,7 @@ class Sweep:
 
     base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, one of
     KNOBS. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
-    half octaves around the minimum. Raises ConfigError.
+    half octaves around the minimum, else one point on its better side. Raises ConfigError.
     """
 
     base: TrainConfig
@@ -610,7 +610,8 @@ def next_points(losses: Mapping[float, float], grid: Sequence[float], refine: bo
     A minimum less than an octave from an end asks for one octave more there, up to MAX_EXTENSION beyond `grid`. Any
     other asks, if `refine`, for the half octaves around it, which are those around the three lowest points of a bowl on a grid of
     octaves; but for none at or beyond the first divergence. Without `refine` it asks for the octave beyond the better of its
-    two neighbours: of three points the minimum may lie midway between two, and then noise moves it out of their reach.
+    two neighbours: of three points the minimum may lie midway between two, and then noise moves it out of their reach. Next
+    to a divergence it asks for the half octave before that.
     """
     stable = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
     left, right = min(losses, default=0.0), max(losses, default=0.0)
@@ -627,6 +628,8 @@ def next_points(losses: Mapping[float, float], grid: Sequence[float], refine: bo
         elif refine:
             end = min((at for at in losses if at not in stable), default=right)
             wanted = {at for at in (best + halves / 2 for halves in range(-3, 4)) if left < at < end}
+        elif (cliff := min((at for at in losses if at not in stable and at > best), default=math.inf)) <= best + 1:
+            wanted = {best + 0.5} if best + 0.5 < cliff else set()
         else:
             to_the_right = stable.get(best + 1, math.inf) < stable.get(best - 1, math.inf)
             wanted = {best + (2 if to_the_right else -2)}

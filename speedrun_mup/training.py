@@ -81,7 +81,7 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
 
     observe(step, model, micro_batches): called with this rank's micro-batches before every optimizer step.
     Raises a UserError whose text is one line. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with
-    finished=False; before the first step is done they raise Stopped at once.
+    finished=False; before the first step is done they end this rank at once, with Stopped.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
@@ -94,18 +94,21 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
                     run.tell_status("running")
                 result = run.train(observe, signals)
             except BaseException as fault:
-                status = "stopped" if isinstance(fault, StoppedEarly) else "failed"
-                run.tell_status(status, f"{type(fault).__name__}: {fault}")
+                stopped = isinstance(fault, StoppedEarly)
+                if not stopped:
+                    run.tell_status("failed", f"{type(fault).__name__}: {fault}")
+                elif run.start < cfg.iterations:
+                    run.tell_status("stopped")
                 with suppress(UserError):  # a save that fails now is not what ended the run
                     run.close()
+                if stopped:
+                    raise Stopped(f"stopped by {fault}, nothing new saved; go on with --resume {run.folder}") from None
                 raise
             run.tell_status("finished" if result.finished else "stopped")
             run.close()
             return result
     except StoppedEarly as stopped:
-        raise Stopped(
-            f"stopped by {stopped} before the first step; nothing to save, start the same command again"
-        ) from None
+        raise Stopped(f"stopped by {stopped} before there was a run; start the same command again") from None
     finally:
         leave_world()
 
@@ -124,18 +127,20 @@ class StopSignals(list[str]):
 def stop_signals() -> Iterator[StopSignals]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them; the third ends the process at once.
 
-    While there is nothing to save, they raise StoppedEarly instead: compiling can take minutes. The end of torchrun is in
-    the list too, unless something else came before; it counts once, however often it is told. Outside the main thread
+    While there is nothing to save, the first raises StoppedEarly too: compiling can take minutes. The end of torchrun is in
+    the list as well, unless something else came before; it counts once, however often it is told. Outside the main thread
     Python allows no handlers: the list stays empty.
     """
     received = StopSignals()
 
     def on_signal(number: int, frame: Any) -> None:
-        parent_died = number == PARENT_DIED
-        name = "the end of torchrun or SIGUSR2" if parent_died else signal.Signals(number).name
+        name = "the end of torchrun or SIGUSR2" if number == PARENT_DIED else signal.Signals(number).name
         if not received.something_to_save:
-            raise StoppedEarly(name)
-        if parent_died:
+            if not received:  # once, for a second would interrupt what the first has begun
+                received.append(name)  # who drops the exception, as a finalizer does, stops after the step
+                raise StoppedEarly(name)
+            return
+        if number == PARENT_DIED:
             received[:] = received or [name]
             return
         received.append(name)

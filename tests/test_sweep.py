@@ -263,7 +263,9 @@ def test_without_refinement_the_grid_gets_one_point_on_the_better_side():
     assert next_points({-1: 3, 0: 2, 1: 1, 2: 2}, (-1, 0, 1), refine=False) == set()
     assert next_points({-1: 3, 0: 1, 1: 2}, (-1, 0, 1), refine=False) == {2}
     assert next_points({-1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == {-2}
-    assert next_points({-1: 2, 0: 1, 1: math.nan}, (-1, 0, 1), refine=False) == {-2}
+    assert next_points({-1: 2, 0: 1, 1: math.nan}, (-1, 0, 1), refine=False) == {0.5}  # next to the cliff
+    for at_half in (0.5, 2.0, math.nan):
+        assert next_points({-1: 2, 0: 1, 0.5: at_half, 1: math.nan}, (-1, 0, 1), refine=False) == set()
     assert next_points({-2: 3, -1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == set()
 
 

@@ -126,15 +126,36 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny, number):
         raise AssertionError("goes on")
 
     whole = train(tiny(name="whole"))
-    with pytest.raises(
-        Stopped, match=r"stopped by \S.* before the first step; nothing to save, start the same command"
-    ):
+    with pytest.raises(Stopped, match=r"stopped by \S.*, nothing new saved; go on with --resume .*part"):
         train(tiny(name="part"), observe=stop)
     folder = Path(tiny().out) / "part"
     assert json.loads((folder / "status.json").read_text())["status"] == "stopped"
     assert not list((folder / "checkpoints").glob("step-*"))
     assert newest_unfinished(folder.parent) == folder
     assert_same_training(whole, train(tiny(name="part", resume=str(folder))))
+
+
+def test_a_second_signal_does_not_interrupt_what_the_first_began(tiny):
+    def stop(step, model, batches):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="stopped by SIGINT, nothing new saved"):
+        train(tiny(name="twice"), observe=stop)
+
+
+def test_a_finished_run_stays_finished(tiny, monkeypatch):
+    folder = train(tiny(name="done")).folder
+
+    def stop(run, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "validate", stop)
+    with pytest.raises(Stopped):
+        train(tiny(name="done", resume=str(folder)))
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
 
 
 def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_life(tiny):

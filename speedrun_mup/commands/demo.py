@@ -12,7 +12,7 @@ from speedrun_mup.config import new_parser, parse
 FOLDER = Path("runs/demo")
 CHECK = ["--data", "embedded", "--widths", "32", "64", "128", "256", "--seeds", "1"]
 TARGET = ["--width", "256", "--base-width", "64", "--mup", "--iterations", "64", "--micro-batches", "4"]
-TARGET += ["--device", "cpu"]  # so small, a step takes an H100 half as long as one core, and there are more cores
+TARGET += ["--device", "cpu"]  # one small run per core at a time; on a GPU it would be one per GPU
 TARGET += ["--data", "embedded", "--val-tokens", "32768", "--val-every", "0"]
 BUDGET = "350%"  # of so short a target run; a real one costs a few percent
 

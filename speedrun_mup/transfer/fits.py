@@ -221,9 +221,9 @@ class Noise:
         if freedom[0] == 0:
             return Noise(given, given or 0.0, math.inf, math.inf, own, own_total)
         pooled, total = (float(value) for value in np.sqrt(squares / freedom))
-        if total < 1e-9 * max(abs(float(cells.mean.max())) for cells in source):
+        if pooled < 1e-9 * max(abs(float(cells.mean.max())) for cells in source):
             raise TransferError(
-                "all seeds have the same losses to the last digit; see if the seed reaches the runs, or give one seed"
+                "all seeds have the same losses, up to an offset; see if the seed reaches the runs, or give more digits"
             )
         if given is not None:
             raise TransferError(f"sigma={given:g}: runs with several seeds tell the noise already; leave it out")
@@ -336,8 +336,12 @@ def drift_line(fits: Sequence[WidthFit]) -> Array:
 
 
 def vertices(fits: Sequence[WidthFit]) -> tuple[Array, Array]:
-    """The optima (W, R) by the wide window, and by the narrow one, which is noisier and keeps closer to a skewed curve."""
-    return np.array([fit.bowls.vertex for fit in fits]), np.array([fit.narrow.vertex for fit in fits])
+    """The optima (W, R) by the wide window, and by the narrow one, which is noisier and keeps closer to a skewed curve.
+
+    The wide one's again where the points of the narrow one, few as they are, show no minimum.
+    """
+    closer = (fit.narrow if fit.narrow.resolved[0] else fit.bowls for fit in fits)
+    return np.array([fit.bowls.vertex for fit in fits]), np.array([bowls.vertex for bowls in closer])
 
 
 def fit_width(arm: str, cells: Cells, noise: Noise, thresholds: Thresholds, resamples: int, seed: int) -> WidthFit:

@@ -86,12 +86,16 @@ def wider_is_better(
 
 
 def _between_seeds(pairs: Sequence[Array]) -> tuple[float, bool]:
-    """Standard deviation of one seed's gap about the mean of its pair (S, T), pooled; and whether any pair shows it."""
+    """Standard deviation of one seed's gap about those of its pair (S, T), pooled; and whether any pair shows it.
+
+    A seed's gap is its median over the steps, which neither their noise nor the beginning of training moves.
+    """
     squares = freedom = 0.0
     for gaps in pairs:
         finite = gaps[:, np.isfinite(gaps).all(axis=0)]
         if len(gaps) > 1 and finite.size:
-            squares += ((finite - finite.mean(axis=0)) ** 2).sum(axis=0).mean()
+            of_seed = np.median(finite, axis=1)
+            squares += ((of_seed - of_seed.mean()) ** 2).sum()
             freedom += len(gaps) - 1
     return (math.sqrt(squares / freedom), True) if freedom else (0.0, False)
 

@@ -414,6 +414,28 @@ def test_row_43_a_signal_to_one_rank(tiny, victim):
     assert Loaded(folder_of(cfg) / "checkpoints" / "step-00000005").step == 5
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("victims", [{0}, {1}, {0, 1}])
+def test_row_43_a_signal_before_the_first_step_is_done(tiny, victims):
+    """Whoever got it asks to be started again; whoever did not lost a rank. Nobody hangs, and the folder can go on."""
+    cfg = tiny(name="early", iterations=50)
+
+    def work(world: World) -> int:
+        def observe(step, model, batches):
+            if world.rank in victims:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            train(cfg, observe)
+        except UserError as fault:
+            return fault.exit_code
+        raise AssertionError("goes on")
+
+    codes = run_ranks(2, work)
+    assert [code == STOPPED for code in codes] == [rank in victims for rank in range(2)] and set(codes) <= {STOPPED, 6}
+    assert train(dataclasses.replace(cfg, resume=str(folder_of(cfg)), iterations=50)).finished
+
+
 @pytest.mark.slow
 def test_row_44_preempted_again_and_again(tiny):
     whole, cut, _ = whole_and_cut(tiny, iterations=4 * CYCLES)
