@@ -135,16 +135,12 @@ def stop_signals() -> Iterator[StopSignals]:
 
     def on_signal(number: int, frame: Any) -> None:
         name = "the end of torchrun or SIGUSR2" if number == PARENT_DIED else signal.Signals(number).name
-        if not received.something_to_save:
-            if not received:  # once, for a second would interrupt what the first has begun
-                received.append(name)  # who drops the exception, as a finalizer does, stops after the step
-                raise StoppedEarly(name)
-            return
-        if number == PARENT_DIED:
-            received[:] = received or [name]
+        if number == PARENT_DIED and received:
             return
         received.append(name)
-        if len(received) == 2:
+        if not received.something_to_save and len(received) == 1:  # a second would interrupt what the first has begun;
+            raise StoppedEarly(name)  # whoever drops this, as a finalizer does, stops after the step
+        if len(received) == 2 and received.something_to_save:
             print(f"{received[-1]} again: still saving; once more quits without", file=sys.stderr)
         if len(received) >= 3:
             os._exit(128 + number)

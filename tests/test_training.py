@@ -146,6 +146,19 @@ def test_a_second_signal_does_not_interrupt_what_the_first_began(tiny):
         train(tiny(name="twice"), observe=stop)
 
 
+def test_a_third_signal_ends_even_a_run_that_does_not_end_itself(tmp_path):
+    def life() -> None:
+        with stop_signals():
+            for _ in range(3):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                except BaseException:
+                    (tmp_path / "dropped").touch()
+        os._exit(0)
+
+    assert wait(fork(life)) == 128 + signal.SIGTERM and (tmp_path / "dropped").exists()
+
+
 def test_a_finished_run_stays_finished(tiny, monkeypatch):
     folder = train(tiny(name="done")).folder
 
