@@ -247,7 +247,10 @@ def test_pitfall_20_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
 
 def test_pitfall_20_an_optimum_on_the_edge_proves_nothing():
     runs = [
-        Point(w, 2.0**k, s, 3.0 - 0.1 * k + 0.001 * s) for w in (64, 128, 256) for k in range(-2, 3) for s in range(2)
+        Point(w, 2.0**k, s, 3.0 - 0.1 * k + 0.001 * s * (-1) ** k)
+        for w in (64, 128, 256)
+        for k in range(-2, 3)
+        for s in range(2)
     ]
     assert str(measure_transfer(runs, resamples=300).verdict) == "INCONCLUSIVE"
 
