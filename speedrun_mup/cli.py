@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from speedrun_mup import __version__
 from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.terminal import guarded
 
 COMMANDS = {  # the command's module in `commands` has the same name, and a function run(argv) -> exit code
     "demo": "the main job on the embedded corpus: minutes, offline, on a CPU",
@@ -32,15 +32,20 @@ def usage() -> str:
     return "\n".join([*lines, *(f"  {name:<12} {about}" for name, about in COMMANDS.items())])
 
 
+# What goes on, and keeps its exit code, when nobody can be told about it any more.
+RUNS = ("demo", "train", "plan", "sweep")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a UserError becomes one line on stderr and its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    runs = arguments[:1] != [] and arguments[0] in RUNS
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        with guarded(keep_going=runs) as terminal:
+            code = _run(arguments)
     except BrokenPipeError:  # whoever read our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
         return 128 + signal.SIGPIPE
+    return code or int(terminal.lost and not runs)
 
 
 def _run(arguments: list[str]) -> int:

@@ -1,0 +1,192 @@
+"""Small files and names that may be anybody's: written whole, read with bounds, printed without control characters.
+
+Every file that this package replaces is written by `whole_file`, every one that it extends is opened by `open_to_append`,
+and every small file that it did not just write itself is opened by `open_regular`. All raise OSError with a `strerror`
+that says what is wrong; `write_whole` and `read_json` turn it into one line for the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from speedrun_mup.core.errors import ConfigError, UserError
+
+SMALL = 64 * 2**20  # bytes; more than any settings, manifest or result of one run
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISLNK, "a symbolic link"),
+)
+# Control characters, surrogates, line separators, and the marks that reorder text (Unicode's bidirectional controls).
+_UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_NAME, _TEXT = re.compile(f"[{_UNPRINTABLE}]"), re.compile(rf"(?![\t\n\r])[{_UNPRINTABLE}]")
+
+
+def printable(name: object, most: int = 200) -> str:
+    """A name or a piece of somebody's text, fit for one line of a terminal.
+
+    Args:
+        name: anything; `str` of it is shown.
+        most: characters to keep; the rest becomes "...".
+
+    Returns:
+        The text with control characters, line ends and marks of direction as escapes such as ``\\x1b``.
+    """
+    text = _NAME.sub(_escape, str(name)[: 4 * most])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def without_escapes(text: str) -> str:
+    """Text of several lines in which terminal escape sequences have become visible; tabs and line ends stay."""
+    return _TEXT.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("ascii", "backslashreplace").decode() if ord(found[0]) > 127 else f"\\x{ord(found[0]):02x}"
+
+
+def kind_of(mode: int) -> str:
+    """What a `stat` mode stands for, in words."""
+    return next((words for is_it, words in _KINDS if is_it(mode)), "a regular file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read; a FIFO, socket, device or folder in its place is an OSError, never a wait."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_bytes(path: Path, most: int = SMALL) -> bytes:
+    """The content of a regular file of up to `most` bytes. OSError for anything else."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it holds more than {most:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path, most: int = SMALL) -> str:
+    """The same as UTF-8 text; what is not UTF-8 becomes replacement characters."""
+    return read_bytes(path, most).decode(errors="replace")
+
+
+def read_json(path: Path, advice: str, error: type[UserError] = ConfigError, most: int = SMALL) -> Any:
+    """The value in a JSON file that somebody else may have written.
+
+    Args:
+        path: of a regular file.
+        advice: how to fix it, the end of the one-line message.
+        error: what is raised for a file that cannot be read or is not JSON.
+        most: bytes.
+    """
+    try:
+        return json.loads(read_bytes(path, most))
+    except OSError as fault:
+        raise error(f"{printable(path)} cannot be read ({fault.strerror}); {advice}") from None
+    except (ValueError, RecursionError):
+        raise error(f"{printable(path)} is not JSON; {advice}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill that takes the place of `path` when the block ends, and vanishes if the block raises.
+
+    Killed at any instant, or with the power cut, this leaves the old file or the new one: the content is on the disk
+    before the rename, and the rename before this returns. A link in the place of `path` is replaced, not followed.
+    """
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(
+            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb"
+        ) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_whole(
+    path: Path,
+    content: str | bytes,
+    advice: str = "make room or choose another folder",
+    error: type[UserError] = ConfigError,
+) -> None:
+    """Write a file in one go, its folder too if need be; killed at any moment, this leaves the old file or the new one.
+
+    Raises:
+        error: in one line that ends with `advice`, if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+    except OSError as fault:
+        raise error(f"{printable(path)} cannot be written ({fault.strerror}); {advice}") from None
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a regular UTF-8 file to append to, and make it if need be. OSError for a link, a FIFO or a device."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as fault:
+        if fault.errno in (errno.ELOOP, errno.ENXIO) and path.is_symlink() | path.exists():
+            raise OSError(
+                fault.errno, f"it is {kind_of(path.lstat().st_mode)}, not a regular file", str(path)
+            ) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a regular file", str(path))
+    return open(descriptor, "a", encoding="utf-8")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, so that a rename in it outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder inside one that may have come from somebody else. OSError if a link or a file stands in its place."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    mode = folder.lstat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise OSError(errno.ENOTDIR, f"it is {kind_of(mode)}, not a folder", str(folder))
