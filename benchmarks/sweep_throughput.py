@@ -32,7 +32,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     settings = {"data": "embedded", "device": "cpu", "progress": False, "val_tokens": 32_768, "micro_batches": 4}
-    base = make_config("laptop", settings | {"iterations": 5 if quick else 96})
+    base = make_config("laptop", settings | {"base_width": 64, "iterations": 5 if quick else 96})
     widths, octaves, seeds = (32, 64), (-1.0, 0.0, 1.0), (0,) if quick else (0, 1, 2)
     sweep = Sweep(base, widths, octaves=octaves, seeds=seeds, adaptive=False)
     corpus, _ = find_corpus(base.data, base.tokenizer)

@@ -114,7 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="16 steps, two learning rates, one seed, no result file")
     quick = parser.parse_args().quick
-    preset = make_config("laptop", {"data": "embedded", "device": "cpu", "save": False, "progress": False})
+    settings = {"parametrization": "mup", "data": "embedded", "device": "cpu", "save": False, "progress": False}
+    preset = make_config("laptop", settings)
     if quick:
         preset = replace(preset, iterations=16)
     base = replace(
@@ -156,7 +157,7 @@ def main() -> None:
         f"tokens in chunks of {base.val_chunk_tokens}, so no model sees more context than in training. Both: "
         f"{preset.n_layer} layers, heads of {preset.head_dim}, {preset.batch_tokens:,} tokens a step as "
         f"{preset.micro_batches} sequences. GPT-2: AdamW, betas 0.9 and 0.95, weight decay 0.1, clipping at 1, 5 % "
-        "linear warmup, linear decay to 0. Ours: the laptop preset as it is, with its own schedule and length.",
+        "linear warmup, linear decay to 0. Ours: the laptop preset with muP, as it is, with its own schedule and length.",
         "## Our preset",
         f"Tokens and seconds of the first of every {base.val_every} steps' validations that is at or below the target; "
         "`fewer` and `faster` are GPT-2's whole budget over these, seconds against the GPT-2 that trained turn about "

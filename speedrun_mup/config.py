@@ -36,7 +36,11 @@ class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 
     width: int = setting("model", "residual width; a multiple of --head-dim", 768)
-    base_width: int | None = setting("model", "width that the learning rates were tuned at (default: --width)", None)
+    base_width: int | None = setting(
+        "model",
+        "width that the learning rates were tuned at; switches muP on (default: the preset's with muP, else --width)",
+        None,
+    )
     parametrization: str = setting(
         "model", "rule table for scaling with width; --mup is short for mup", "record26", TABLES, {"--mup": "mup"}
     )
@@ -178,9 +182,13 @@ _RANGES = (
 
 @dataclass(frozen=True)
 class Preset:
-    """A complete set of settings and what it costs: hardware, minutes, and the loss to expect from which tokens."""
+    """A complete set of settings and what it costs: hardware, minutes, and the loss to expect from which tokens.
+
+    base_width: the width that its learning rates were tuned at, for runs with muP.
+    """
 
     about: str
+    base_width: int
     tokenizer: str
     expected_loss: float
     settings: Mapping[str, Any]
@@ -188,13 +196,12 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "laptop": Preset(
-        "muP at width 128 from base width 64, 6 layers, bytes of Python source; 2 CPU cores, about a minute",
+        "width 128, 6 layers, bytes of Python source; 2 CPU cores, about a minute",
+        64,
         "byte",
-        1.59,
+        1.60,
         {
             "width": 128,
-            "base_width": 64,
-            "parametrization": "mup",
             "n_layer": 6,
             "head_dim": 32,
             "block_size": 64,
@@ -213,6 +220,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "record26": Preset(
         "record 26 as published, width 768, 12 layers, FineWeb; 8xH100, about 3 minutes, validation loss 3.28",
+        768,
         "gpt2",
         3.28,
         {},
@@ -223,14 +231,24 @@ PRESETS: dict[str, Preset] = {
 def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
     """The preset with `overrides` on top.
 
-    A preset's muP belongs to its own widths: naming another width without --mup or --base-width gives the record's own
-    parametrization, so that `--width 1024` and `--mup --width 1024 --base-width 768` mean the same on every machine.
+    muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
+    rule table alone takes the preset's base width. With neither, the rules are the record's own.
     """
-    settings = dict(PRESETS[preset].settings)
-    if "width" in overrides and not {"parametrization", "base_width"} & set(overrides):
-        settings.pop("parametrization", None)
-        settings.pop("base_width", None)
-    return TrainConfig(**(settings | dict(overrides)))
+    settings = {**PRESETS[preset].settings, **overrides}
+    if settings.get("base_width") is not None:
+        settings.setdefault("parametrization", "mup")
+    elif "parametrization" in settings:
+        settings["base_width"] = PRESETS[preset].base_width
+    return TrainConfig(**settings)
+
+
+def rules_in_force(cfg: TrainConfig) -> str:
+    """How this run scales with width, as a line for its reader."""
+    base, name = cfg.base_width or cfg.width, "muP" if cfg.parametrization == "mup" else cfg.parametrization
+    if cfg.parametrization == "record26":
+        return "rules: the record's own (no muP; --mup switches it on)"
+    own = ", the width of this model: every factor is 1" if base == cfg.width else ""
+    return f"rules: {name} from base width {base}{own}"
 
 
 def _value_type(hint: Any) -> Any:

@@ -689,7 +689,7 @@ def gpt_coord_check(
     root of the tokens, so that the few, small steps of a check stay where the loss is not yet saturated. controls:
     whether to run them; without, nothing guards against blindness. Raises CoordCheckError, ConfigError.
     """
-    cfg = cfg or make_config("laptop", {})
+    cfg = cfg or make_config("laptop", {"parametrization": "mup"})
     if tokens < max(widths):
         raise CoordCheckError(f"tokens={tokens} is less than the widest width, {max(widths)}; take as many or more")
     corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)

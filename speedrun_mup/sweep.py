@@ -1,6 +1,6 @@
 """Many small runs: arms x widths x learning rates x seeds, in parallel, resumable, refined where it counts.
 
-    sweep = Sweep(make_config("laptop", {}), widths=(64, 128, 256), arms=pick_arms(["mup", "adam-sp"]))
+    sweep = Sweep(make_config("laptop", {"base_width": 64}), widths=(64, 128, 256), arms=pick_arms(["mup", "adam-sp"]))
     with closing(LocalEngine()) as engine:
         print(run_sweep(sweep, Path("sweeps/laptop"), engine).summary())
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
-from speedrun_mup.config import TrainConfig, from_json, to_json
+from speedrun_mup.config import TrainConfig, from_json, rules_in_force, to_json
 from speedrun_mup.core.attention import Window
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, Stopped, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
@@ -206,7 +206,6 @@ class Run:
         self.log = open_log(cfg, world, self.folder, self.start)
 
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        scaling = f"{cfg.parametrization} from base width {cfg.base_width or cfg.width}"
         precision = str(dtype).removeprefix("torch.")
         self.choices = (
             f"device: {world.size} x {world.device.type}, {precision}; {'' if self.compiled else 'not '}compiled "
@@ -216,8 +215,9 @@ class Run:
         )
         notes = [
             source,
-            f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters, {scaling}; "
+            f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters; "
             f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
+            rules_in_force(cfg),
             self.choices,
             *notes,
         ]

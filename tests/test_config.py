@@ -9,7 +9,7 @@ import pytest
 
 from speedrun_mup.cli import main
 from speedrun_mup.commands.train import train_parser
-from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, parse, to_json
+from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, parse, rules_in_force, to_json
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 
@@ -32,11 +32,30 @@ def test_the_promised_commands_mean_what_they_say():
     assert (last.seed, last.compile) == (42, False)
 
 
-def test_a_width_without_mup_is_the_plain_record_on_a_laptop_too():
-    assert make_config("laptop", {}).parametrization == "mup"
-    assert make_config("laptop", flags("--width 768")).parametrization == "record26"
-    assert make_config("laptop", flags("--width 768 --mup --base-width 64")).base_width == 64
-    assert make_config("laptop", flags("--width 256 --base-width 64")).parametrization == "mup"
+RULES = {  # flags -> rule table and base width, of (laptop, record26)
+    "": (("record26", None), ("record26", None)),
+    "--width 1024": (("record26", None), ("record26", None)),
+    "--mup --width 1024": (("mup", 64), ("mup", 768)),
+    "--parametrization sp --width 1024": (("sp", 64), ("sp", 768)),
+    "--base-width 256 --width 1024": (("mup", 256), ("mup", 256)),
+    "--mup --base-width 256": (("mup", 256), ("mup", 256)),
+    "--parametrization record26 --base-width 256": (("record26", 256), ("record26", 256)),
+}
+
+
+@pytest.mark.parametrize("line", RULES)
+def test_flags_and_not_the_preset_decide_on_the_rules(line):
+    made = [make_config(preset, flags(line)) for preset in ("laptop", "record26")]
+    assert tuple((cfg.parametrization, cfg.base_width) for cfg in made) == RULES[line]
+
+
+def test_a_run_says_its_rules():
+    said = {line: rules_in_force(make_config("record26", flags(line))) for line in RULES}
+    assert said[""] == said["--width 1024"] == "rules: the record's own (no muP; --mup switches it on)"
+    assert said["--mup --width 1024"] == "rules: muP from base width 768"
+    assert said["--parametrization sp --width 1024"] == "rules: sp from base width 768"
+    own = rules_in_force(make_config("record26", flags("--mup")))
+    assert own == "rules: muP from base width 768, the width of this model: every factor is 1"
 
 
 def test_the_record26_preset_is_the_record():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse, rules_in_force
 from speedrun_mup.core.errors import ConfigError
 
 LEFT_OUT = (  # a check has its own widths and steps, a constant learning rate, and runs on the CPU in float32
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     add_settings(parser, LEFT_OUT)
     flags = vars(parse(parser, argv))
     check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}
-    cfg = make_config(flags.pop("preset"), flags)
+    cfg = make_config(flags.pop("preset"), {"parametrization": "mup"} | flags)  # muP is what is checked, unless told
 
     folder = Path(cfg.out) / (cfg.name or "coord-check")
     try:
@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
 
     from speedrun_mup.coord_check import Verdict, gpt_coord_check
 
+    print(rules_in_force(cfg), flush=True)
     result = gpt_coord_check(cfg, **check, progress=cfg.progress)
     result.plot(folder / "coord-check.png")
     (folder / "coord-check.json").write_text(result.to_json() + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse, rules_in_force
 from speedrun_mup.core.errors import ConfigError
 
 LEFT_OUT = (  # has no part in a rule
@@ -24,8 +24,6 @@ def run(argv: Sequence[str]) -> int:
     add_settings(parser, LEFT_OUT)
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
-    if flags.get("base_width"):
-        flags.setdefault("parametrization", "mup")
     if vocab < 1:
         raise ConfigError(f"--vocab {vocab} must be at least 1")
     cfg = make_config(flags.pop("preset"), flags)
@@ -33,5 +31,5 @@ def run(argv: Sequence[str]) -> int:
     from speedrun_mup.explain import explain, table, to_json
 
     rows = explain(cfg, vocab)
-    print(to_json(rows) if as_json else table(rows))
+    print(to_json(rows) if as_json else f"{rules_in_force(cfg)}\n{table(rows)}")
     return 0

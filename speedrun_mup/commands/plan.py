@@ -24,8 +24,6 @@ def run(argv: Sequence[str]) -> int:
     budget = budget_of(flags.pop("budget"))
     engine = take(flags, "engine", "workers")
     carry_out, out, preset = flags.pop("run"), flags.pop("out"), flags.pop("preset")
-    if "base_width" in flags:
-        flags.setdefault("parametrization", "mup")
     target = make_config(preset, flags)
 
     from speedrun_mup.plan import make_plan, planned, predict, run_plan

@@ -90,12 +90,14 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("--budget in percent is for a plan, which has a target run; give a time or FLOPs")
     engine = take(flags, "engine", "workers")
     asked = argparse.Namespace(**take(flags, "widths", "arms", "octaves", "seeds", "knob", "adaptive", "out", "preset"))
+    flags.setdefault("base_width", PRESETS[asked.preset].base_width)  # every arm is a rule table
     cfg = make_config(asked.preset, flags)
 
     from speedrun_mup.sweep import Sweep, open_engine, pick_arms, run_sweep, write_csv
 
     out, arms, seeds = Path(asked.out), pick_arms(asked.arms), tuple(range(asked.seeds))
     sweep = Sweep(cfg, tuple(asked.widths), arms, tuple(asked.octaves), seeds, asked.knob, asked.adaptive)
+    print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}")
     with closing(open_engine(**engine, device=cfg.device)) as where:
         result = run_sweep(sweep, out, where, **budget, progress=cfg.progress)
     write_csv(out, out / "runs.csv")
