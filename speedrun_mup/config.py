@@ -60,7 +60,7 @@ class TrainConfig:
         "fixed",
         ("fixed", "auto"),
     )
-    seed: int = setting("training", "fixes initialisation and data order", 0)
+    seed: int = setting("training", "fixes the initial weights and the order of the data (see --data-order)", 0)
 
     strict: bool = setting(
         "training",
@@ -96,6 +96,13 @@ class TrainConfig:
         "data", "auto, embedded, synthetic, a folder of shards, or several with weights: a:0.7,b:0.3", "auto"
     )
     tokenizer: str = setting("data", "of the embedded corpus: byte, or bpe:N with N tokens", "byte")
+    data_order: str = setting(
+        "data",
+        "record: sequences start at documents, in file order, what lies between is skipped, and --seed counts from the "
+        "second epoch on; shuffled: all tokens, in an order drawn by --seed and epoch",
+        "record",
+        ("record", "shuffled"),
+    )
     epochs: int | None = setting(
         "data", "stop with an error rather than see the data more often (default: repeat)", None
     )
@@ -211,6 +218,7 @@ PRESETS: dict[str, Preset] = {
             "micro_batches": 8,
             "scalar_eps": 1e-3,
             "momentum": 0.85,
+            "data_order": "shuffled",
             "val_tokens": 131_072,
             "val_chunk_tokens": 4096,
             "val_every": 50,

@@ -714,7 +714,7 @@ def gpt_coord_check(
                 continue  # Muon's rules are not in use
             changes |= {"hidden_optimizer": hidden_optimizer, "matrix_lr": ADAM_MATRIX_LR}
         arms.append(Control(name, **recipe(replace(cfg, **changes)), role=role, slope=slope))
-    batches = train_batches(corpus, tokens, 1, cfg.seed)
+    batches = train_batches(corpus, tokens, 1, cfg.seed, order=cfg.data_order)
     return coord_check(
         widths=widths,
         data=map(batches.micro_batch, itertools.count()),

@@ -1,8 +1,9 @@
 """The batches that training and validation take from a corpus of shards.
 
-Training batches are aligned to documents as in modded-nanogpt's record 26: each sequence starts at a BOS token, and the
-tokens between the end of a sequence and the next BOS are skipped. Which tokens a micro-batch holds depends only on the
-shards, the seed and its global index, so the order is the same on 1 GPU and on 8, and resuming needs no state but the step.
+There are two orders. "record" is modded-nanogpt's record 26: sequences start at a BOS token, in file order, and the tokens
+between the end of a sequence and the next BOS are skipped. "shuffled" cuts the tokens into sequences without gaps and
+shuffles these anew in every epoch. Which tokens a micro-batch holds depends only on the shards, the seed and its global
+index, so the order is the same on 1 GPU and on 8, and resuming needs no state but the step.
 """
 
 # T tokens of a micro-batch, N micro-batches of a step, C tokens of a validation chunk
@@ -10,11 +11,13 @@ shards, the seed and its global index, so the order is the same on 1 GPU and on 
 from __future__ import annotations
 
 import bisect
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import seed_for
-from speedrun_mup.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError
+from speedrun_mup.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError, TokenRow
 
 Batch = tuple[Tensor, Tensor]  # inputs (T,) int32 and targets (T,) int64: the same tokens, one place further
 
@@ -54,11 +57,16 @@ def find_steps(bos: np.ndarray, shard_tokens: int, T: int, N: int) -> np.ndarray
 
 
 class Usage(NamedTuple):
-    """What one epoch trains on: `used` = steps * N * T tokens; `skipped` ones lie between sequences or end a shard."""
+    """What one epoch trains on: its whole steps, and tokens. `skipped` ones lie between sequences or at an end."""
 
     steps: int
     used: int
     skipped: int
+
+    @property
+    def share(self) -> float:
+        """The part of the tokens that an epoch trains on."""
+        return self.used / (self.used + self.skipped)
 
 
 class Batches(ABC):
@@ -82,6 +90,10 @@ class Batches(ABC):
     @abstractmethod
     def usage(self) -> Usage:
         """What one epoch uses and skips. Indexes every shard."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The order, and which share of the tokens one epoch uses, for the log. Indexes no shard."""
 
     def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
         """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
@@ -114,8 +126,22 @@ class Batches(ABC):
             pool.shutdown(cancel_futures=True)
 
 
+def _no_step(corpus: Corpus, tokens: int, shards: int, needs: str) -> ShardError:
+    return ShardError(
+        f"{corpus.directory}: {tokens:,} train tokens in {shards} shard(s) hold no step: {needs}; lower the batch or "
+        "add data"
+    )
+
+
+def _data_ends(corpus: Corpus, epochs: int, steps: int, step: int) -> ShardError:
+    return ShardError(
+        f"{corpus.directory}: the data ends after {epochs} epoch(s) of {steps:,} steps, but step {step:,} (from 0) was "
+        "asked for; train fewer steps, allow more epochs or add shards"
+    )
+
+
 class TrainBatches(Batches):
-    """Document-aligned micro-batches of T tokens, N to a step, in an order that depends on nothing but the seed.
+    """The record's order: micro-batches of T tokens that start at a document, N to a step.
 
     Epoch 0 visits the steps in file order, as record 26 does; epoch e > 0 in an order drawn from (seed, e). `epochs`
     None repeats for ever. Shards are opened, checked against the vocabulary and indexed when a step first needs them.
@@ -146,6 +172,14 @@ class TrainBatches(Batches):
         used = self.steps_per_epoch * self.N * self.T
         return Usage(self.steps_per_epoch, used, sum(len(shard) for shard in self._shards) - used)
 
+    def describe(self) -> str:
+        """The order, and which share of the tokens one epoch uses, judged by the shards that are indexed by now."""
+        with self._lock:
+            indexed, total = len(self._shards), len(self.corpus.train)
+            share = self._ends[-1] * self.N * self.T / sum(len(shard) for shard in self._shards)
+        judged = "" if indexed == total else f", judged by {indexed} of {total} shards"
+        return f"the record's; an epoch trains on {share:.1%} of the tokens, the rest lies between sequences{judged}"
+
     def epoch_of(self, step: int) -> int:
         """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
         return self._locate(step)[0]
@@ -175,16 +209,11 @@ class TrainBatches(Batches):
             total = self._ends[-1]
             if total == 0:
                 tokens, wanted = sum(len(shard) for shard in self._shards), 2 * self.N * self.T + 1
-                raise ShardError(
-                    f"{self.corpus.directory}: {tokens:,} train tokens in {len(self._shards)} shard(s) hold no step: "
-                    f"one of {self.N} x {self.T} needs a shard of more than {wanted:,}; lower the batch or add data"
-                )
+                needs = f"one of {self.N} x {self.T} needs a shard of more than {wanted:,}"
+                raise _no_step(self.corpus, tokens, len(self._shards), needs)
             epoch, row = divmod(step, total)
             if self.epochs is not None and epoch >= self.epochs:
-                raise ShardError(
-                    f"{self.corpus.directory}: the data ends after {self.epochs} epoch(s) of {total:,} steps, but step "
-                    f"{step:,} (from 0) was asked for; train fewer steps, allow more epochs or add shards"
-                )
+                raise _data_ends(self.corpus, self.epochs, total, step)
             if epoch > 0:
                 row = int(self._shuffled(epoch, total)[row])
         number = bisect.bisect_right(self._ends, row)
@@ -215,6 +244,104 @@ class TrainBatches(Batches):
         return self._order[1]
 
 
+def _mixed(x: int) -> int:
+    """64 bits from 64 bits, well mixed: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _64_BITS
+    return x ^ x >> 31
+
+
+_64_BITS = 2**64 - 1
+_ROUNDS = 8
+
+
+class Permutation:
+    """A permutation of 0 to count - 1 that takes no memory, drawn by a seed.
+
+    A Feistel network over pairs of numbers, not bits, walked until it comes back below count (Black and Rogaway, 2002).
+
+    Args:
+        count: how many there are; at least 1.
+        seed: 63 bits, as `seed_for` gives.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.count = count
+        self._left = math.isqrt(count - 1) + 1
+        self._right = -(-count // self._left)
+        self._keys = [_mixed(seed + number * 0x9E3779B97F4A7C15 & _64_BITS) for number in range(_ROUNDS)]
+
+    def __call__(self, place: int) -> int:
+        """Which one stands at `place`."""
+        while True:
+            left, right = divmod(place, self._right)
+            for number, key in enumerate(self._keys):
+                if number % 2:
+                    right = (right + _mixed(key ^ left)) % self._right
+                else:
+                    left = (left + _mixed(key ^ right)) % self._left
+            place = left * self._right + right
+            if place < self.count:
+                return place
+
+
+class ShuffledBatches(Batches):
+    """The shuffled order: the tokens of all shards as one row, cut every T tokens, in a new order in each epoch.
+
+    A sequence that does not start at a BOS gets one in front, so that sequences side by side never see one another. The
+    cuts are the same in every epoch. A step may take its last sequences from the next epoch; none is left out. `epochs`
+    None repeats for ever. Needs no index: a shard is opened when a sequence of it is first read. Raises ShardError for a
+    bad shard, or when the corpus does not hold even one step.
+    """
+
+    def __init__(
+        self, corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+    ):
+        self.corpus, self.T, self.N, self.seed, self.epochs = corpus, micro_batch_tokens, micro_batches, seed, epochs
+        self._row = TokenRow(corpus, corpus.train)
+        self.sequences = (len(self._row) - 1) // self.T
+        if self.sequences < self.N:
+            needs = f"one of {self.N} x {self.T} needs {self.N * self.T + 1:,}"
+            raise _no_step(corpus, len(self._row), len(corpus.train), needs)
+        self._order = lru_cache(2)(lambda epoch: Permutation(self.sequences, seed_for(seed, "sequences", epoch)))
+
+    def usage(self) -> Usage:
+        """How many tokens one epoch uses and skips."""
+        used = self.sequences * self.T
+        return Usage(self.sequences // self.N, used, len(self._row) - used)
+
+    def describe(self) -> str:
+        """The order, and which share of the tokens one epoch uses."""
+        return f"shuffled by seed {self.seed}; an epoch trains on {self.usage().share:.1%} of the tokens"
+
+    def epoch_of(self, step: int) -> int:
+        """Which epoch `step` ends in, from 0. ShardError if the data has run out by then."""
+        return self._locate(step * self.N + self.N - 1)[0]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        path, start = self._row.place(self._locate(index)[1])
+        return path.name, start
+
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        _, start = self._locate(index)
+        tokens = self._row.take(start, start + self.T + 1)
+        if tokens[0] != self.corpus.bos_token:
+            tokens[1:] = tokens[:-1].copy()
+            tokens[0] = self.corpus.bos_token
+        return _to_batch(tokens)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The epoch of a micro-batch, and its first token in the row."""
+        if index < 0:
+            raise IndexError(f"micro-batch {index} is before the first")
+        epoch, place = divmod(index, self.sequences)
+        if self.epochs is not None and epoch >= self.epochs:
+            raise _data_ends(self.corpus, self.epochs, self.sequences // self.N, index // self.N)
+        return epoch, self._order(epoch)(place) * self.T
+
+
 class Turns:
     """Whose turn it is in a mixture: after any number of turns, each part has had its share as nearly as can be."""
 
@@ -239,15 +366,25 @@ class Turns:
 class MixedBatches(Batches):
     """Micro-batches of several corpora by turns, each corpus in its own order and, if it is used up, in epochs of its own.
 
-    Which one comes when depends only on the shares: nothing needs to be saved for resuming. Raises what TrainBatches raises.
+    Which one comes when depends only on the shares: nothing needs to be saved for resuming. Raises what the parts raise.
     """
 
     def __init__(
-        self, mixture: Mixture, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+        self,
+        mixture: Mixture,
+        micro_batch_tokens: int,
+        micro_batches: int,
+        seed: int,
+        epochs: int | None = None,
+        order: str = "record",
     ):
         self.T, self.N = micro_batch_tokens, micro_batches
-        self.parts = [TrainBatches(part, micro_batch_tokens, 1, seed, epochs) for part in mixture.parts]
+        self.parts = [ORDERS[order](part, micro_batch_tokens, 1, seed, epochs) for part in mixture.parts]
         self._turns = Turns(mixture.shares)
+
+    def describe(self) -> str:
+        """The order, and which share of its tokens one epoch of each part uses."""
+        return "; ".join(f"{part.corpus.directory.name}: {part.describe()}" for part in self.parts)
 
     def micro_batch(self, index: int) -> Batch:
         """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
@@ -260,7 +397,7 @@ class MixedBatches(Batches):
         name, start = part.place(own)
         return f"{part.corpus.directory.name}/{name}", start
 
-    def _turn(self, index: int) -> tuple[TrainBatches, int]:
+    def _turn(self, index: int) -> tuple[OneCorpus, int]:
         """Whose micro-batch `index` is, and its index among that part's."""
         part = self._turns.part_of(index)
         return self.parts[part], int(self._turns.taken(index)[part])
@@ -282,13 +419,22 @@ class MixedBatches(Batches):
         return Usage(turns // self.N, used, sum(usage.used + usage.skipped for usage in usages) - used)
 
 
+OneCorpus = TrainBatches | ShuffledBatches
+ORDERS: dict[str, type[TrainBatches] | type[ShuffledBatches]] = {"record": TrainBatches, "shuffled": ShuffledBatches}
+
+
 def train_batches(
-    corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+    corpus: Corpus,
+    micro_batch_tokens: int,
+    micro_batches: int,
+    seed: int,
+    epochs: int | None = None,
+    order: str = "record",
 ) -> Batches:
-    """The micro-batches of a corpus or a mixture. Raises ShardError."""
+    """The micro-batches of a corpus or a mixture, in one of ORDERS. Raises ShardError."""
     if isinstance(corpus, Mixture):
-        return MixedBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs)
-    return TrainBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs)
+        return MixedBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs, order)
+    return ORDERS[order](corpus, micro_batch_tokens, micro_batches, seed, epochs)
 
 
 class ValBatches:

@@ -151,14 +151,14 @@ def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
         for fault in inspect_corpus(part).faults:
             yield Finding(Level.BAD, "data", fault, "delete the folder and prepare the corpus again")
     ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens)
-    usage = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed).usage()
+    usage = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, order=cfg.data_order).usage()
     if not usage.steps:
         level = Level.WARNING if cfg.epochs is None else Level.BAD
         text = "a part of the mixture repeats within the first step"
         yield Finding(level, "data", text, "lower the batch, or give that part less weight or more text")
         return
     epochs = cfg.iterations / usage.steps
-    text = f"{usage.steps:,} steps an epoch, {usage.skipped:,} tokens skipped; this run takes {epochs:.2f} epochs"
+    text = f"{usage.steps:,} steps an epoch, which trains on {usage.share:.1%} of the tokens; this run takes {epochs:.2f} epochs"
     too_long = cfg.epochs is not None and epochs > cfg.epochs
     fix = f"train at most {usage.steps * (cfg.epochs or 0):,} steps, or allow more --epochs" if too_long else ""
     yield Finding(Level.BAD if too_long else Level.GOOD, "data", text, fix)

@@ -5,14 +5,17 @@ A shard is a file of uint16 tokens behind a 1024-byte header (modded-nanogpt's f
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
-import stat
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.files import open_regular, printable
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
@@ -147,50 +151,101 @@ def _check_header(path: Path, head: bytes, size: int) -> None:
         )
 
 
+class _Handle:
+    """An open file that is closed when nobody reads from it any more."""
+
+    def __init__(self, path: Path):
+        file = open_regular(path)
+        self.number = file.fileno()
+        weakref.finalize(self, file.close)
+
+
+class _OpenFiles:
+    """The files of the shards that were read last. The one that waited longest is closed, so that any number can be read."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[int, weakref.ref[Shard]] = OrderedDict()
+
+    def handle(self, shard: Shard) -> _Handle:
+        """The shard's open file; opened again if it was closed meanwhile."""
+        with self._lock:
+            handle = shard.handle = shard.handle or shard.open()
+            self._recent[id(shard)] = weakref.ref(shard)
+            self._recent.move_to_end(id(shard))
+            while len(self._recent) > self._most:
+                _, oldest = self._recent.popitem(last=False)
+                if (closing := oldest()) is not None:
+                    closing.handle = None
+            return handle
+
+
+_OPEN = _OpenFiles(most=64)
+
+
 class Shard:
-    """One shard file of uint16 tokens, checked and held open.
+    """One shard file of uint16 tokens, checked. Its file is open while it is among those that were read last.
 
     It is read, not mapped: a mapped file that is cut kills the process that touches it (SIGBUS), however short a time ago
     its size was right. Raises ShardError naming the file, what was found, what was expected and the likely cause.
     """
 
     def __init__(self, path: Path):
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-                raise ShardError(f"{path}: not a file, expected a token shard")
-            self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-            self._size = os.fstat(self._file).st_size
-            _check_header(path, os.pread(self._file, HEADER_BYTES, 0), self._size)
-        except OSError as fault:
-            raise ShardError(f"{path}: cannot read: {fault.strerror}; check the path and its permissions") from None
-        except ValueError as fault:
-            raise ShardError(f"{path}: cannot read: {fault}; check the path") from None
         self.path = path
+        self.handle: _Handle | None = None
+        self._known: tuple[int, int] | None = None  # size and time of change, when it was first opened
+        _OPEN.handle(self)
+
+    def open(self) -> _Handle:
+        """Open the file and check its header; ShardError if it is not the one that was opened before."""
+        try:
+            handle = _Handle(self.path)
+            facts = os.fstat(handle.number)
+            _check_header(self.path, os.pread(handle.number, HEADER_BYTES, 0), facts.st_size)
+        except OSError as fault:
+            raise ShardError(
+                f"{printable(self.path)}: cannot read: {fault.strerror}; check the path and its permissions"
+            ) from None
+        except ValueError as fault:
+            raise ShardError(f"{printable(self.path)}: cannot read: {fault}; check the path") from None
+        found = facts.st_size, facts.st_mtime_ns
+        if self._known not in (None, found):
+            raise ShardError(f"{printable(self.path)}: was replaced or changed; do not change it during a run")
+        self._known, self._size = found, facts.st_size
+        return handle
 
     def __len__(self) -> int:
         return (self._size - HEADER_BYTES) // 2
 
     def take(self, start: int, stop: int) -> np.ndarray:
         """A copy of tokens start to stop. ShardError if the file has another size than it had when it was opened."""
-        data = os.pread(self._file, 2 * (stop - start), HEADER_BYTES + 2 * start)
-        size = os.fstat(self._file).st_size
+        handle = _OPEN.handle(self)
+        data = os.pread(handle.number, 2 * (stop - start), HEADER_BYTES + 2 * start)
+        size = os.fstat(handle.number).st_size
         if size != self._size or len(data) != 2 * (stop - start):
-            raise ShardError(f"{self.path}: was {self._size:,} bytes, is now {size:,}; do not change it during a run")
+            raise ShardError(
+                f"{printable(self.path)}: was {self._size:,} bytes, is now {size:,}; do not change it during a run"
+            )
         return np.frombuffer(data, "<u2")
+
+    def take_ids(self, start: int, stop: int, vocab_size: int) -> np.ndarray:
+        """`take`, checked: ShardError at the first id that is >= vocab_size."""
+        block = self.take(start, stop)
+        if block.max(initial=0) >= vocab_size:
+            at = int(np.argmax(block >= vocab_size))
+            raise ShardError(
+                f"{self.path}: token id {block[at]} at offset {start + at:,}, but the vocabulary has {vocab_size} "
+                "entries; the shard belongs to another tokenizer or is damaged"
+            )
+        return block
 
     def find(self, token: int, vocab_size: int, stop: int | None = None) -> np.ndarray:
         """Where `token` occurs in tokens[:stop]: ascending int64. ShardError at the first id that is >= vocab_size."""
         stop = len(self) if stop is None else min(stop, len(self))
         found = []
         for start in range(0, stop, _SCAN_TOKENS):
-            block = self.take(start, min(start + _SCAN_TOKENS, stop))
-            if block.max() >= vocab_size:
-                at = int(np.argmax(block >= vocab_size))
-                raise ShardError(
-                    f"{self.path}: token id {block[at]} at offset {start + at:,}, but the vocabulary has {vocab_size} "
-                    "entries; the shard belongs to another tokenizer or is damaged"
-                )
+            block = self.take_ids(start, min(start + _SCAN_TOKENS, stop), vocab_size)
             found.append(np.flatnonzero(block == token) + start)
         return np.concatenate(found)
 
@@ -248,6 +303,55 @@ class Corpus:
     def data(self) -> str:
         """What --data takes to find this corpus from any folder."""
         return str(self.directory.resolve())
+
+    def tokens_in(self, path: Path) -> int:
+        """How many tokens one of its shards holds, by the manifest, else by the file's size."""
+        if facts := self.facts.get(path.name):
+            return facts.tokens
+        try:
+            return (path.stat().st_size - HEADER_BYTES) // 2
+        except OSError as fault:
+            raise ShardError(f"{printable(path)}: cannot read: {fault.strerror}; fetch or write it again") from None
+
+
+class TokenRow:
+    """The tokens of some shards of a corpus, one shard after the other, as one row. Opens a shard when it is first read."""
+
+    def __init__(self, corpus: Corpus, paths: Sequence[Path]):
+        self._corpus, self._paths = corpus, paths
+        self._ends = list(itertools.accumulate(map(corpus.tokens_in, paths)))
+        self._shards: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def place(self, at: int) -> tuple[Path, int]:
+        """The shard of token `at`, and where in it the token is."""
+        number, first = self._locate(at)
+        return self._paths[number], at - first
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """A copy of tokens start to stop. ShardError for a shard that is damaged or belongs to another vocabulary."""
+        pieces = []
+        while start < stop:
+            number, first = self._locate(start)
+            until = min(stop, self._ends[number])
+            pieces.append(self._shard(number).take_ids(start - first, until - first, self._corpus.vocab_size))
+            start = until
+        return np.concatenate(pieces)
+
+    def _locate(self, at: int) -> tuple[int, int]:
+        """The number of the shard that holds token `at`, and the first token of that shard in the row."""
+        number = bisect.bisect_right(self._ends, at)
+        return number, self._ends[number - 1] if number else 0
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._shards:
+            path = self._paths[number]
+            shard = self._shards[number] = Shard(path)
+            if len(shard) != (told := self._corpus.tokens_in(path)):
+                raise ShardError(f"{printable(path)}: holds {len(shard):,} tokens, not {told:,}; prepare it again")
+        return self._shards[number]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,7 +507,7 @@ def _open_manifest(path: Path) -> Corpus:
         if not manifest[part]:
             raise fault(f"lists no {part} shard")
         for name, entry in manifest[part].items():
-            if Path(name).name != name:
+            if Path(name).name != name or name == "..":
                 raise fault(f"lists {name!r:.80}, which is not a plain file name")
             try:
                 facts[name] = ShardFacts(**entry)

@@ -215,6 +215,7 @@ class Run:
         )
         notes = [
             source,
+            f"data order: {self.batches.describe()}",
             f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters; "
             f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
             rules_in_force(cfg),
@@ -292,7 +293,9 @@ class Run:
     def use(self, cfg: TrainConfig) -> None:
         """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
         self.cfg, self.pack = cfg, cfg.pack
-        self.batches = train_batches(self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs)
+        self.batches = train_batches(
+            self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs, cfg.data_order
+        )
         self.batches.share(self.world.size)  # raises now, before there is a folder
         if cfg.epochs:
             self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before

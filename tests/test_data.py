@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,18 @@ from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_lin
 
 from speedrun_mup import data
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data import MixedBatches, TrainBatches, Turns, ValBatches, find_steps, train_batches
+from speedrun_mup.core.utils import seed_for
+from speedrun_mup.data import (
+    Batches,
+    MixedBatches,
+    Permutation,
+    ShuffledBatches,
+    TrainBatches,
+    Turns,
+    ValBatches,
+    find_steps,
+    train_batches,
+)
 from speedrun_mup.shards import Corpus, Mixture, Shard, ShardError, mix, write_shard
 
 
@@ -91,9 +103,9 @@ def test_batches_are_upstreams_over_shards(small: Corpus) -> None:
         assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64) and inputs[0] == BOS
 
 
-def stream_digest(corpus: Corpus, size: int, steps: int) -> str:
+def stream_digest(corpus: Corpus, size: int, steps: int, order: str = "record") -> str:
     """SHA-256 of the tokens that `size` ranks see together, step by step in rank order."""
-    batches = [TrainBatches(corpus, 64, 8, seed=1) for _ in range(size)]
+    batches = [train_batches(corpus, 64, 8, seed=1, order=order) for _ in range(size)]
     streams = [each.stream(0, rank, size) for rank, each in enumerate(batches)]
     digest = hashlib.sha256()
     for _ in range(steps):
@@ -214,6 +226,180 @@ def test_positions_over_several_scans(tmp_path: Path) -> None:
     for stop in None, 2**21, 2**20 + 1, 5:
         found = Shard(tmp_path / "a.bin").find(BOS, VOCAB, stop)
         assert np.array_equal(found, np.flatnonzero(tokens[:stop] == BOS))
+
+
+# --- The shuffled order ---
+
+
+def cut(corpus: Corpus, T: int) -> list[list[int]]:
+    """What the shuffled order must be made of: T + 1 tokens of each sequence of the shards in a row, by naive means."""
+    row = [token for path in corpus.train for token in naive_read(path)]
+    pieces = [row[start : start + T + 1] for start in range(0, len(row) - T, T)]
+    return [piece if piece[0] == BOS else [BOS, *piece[:-1]] for piece in pieces]
+
+
+def tokens_of(batches: Batches, indices: Iterable[int]) -> list[list[int]]:
+    """Inputs and the last target of some micro-batches."""
+    pairs = map(batches.micro_batch, indices)
+    return [[*inputs.tolist(), int(targets[-1])] for inputs, targets in pairs]
+
+
+@pytest.mark.parametrize("T, N", [(64, 2), (96, 5), (1000, 3), (2900, 4)])
+def test_an_epoch_is_every_sequence_once(small: Corpus, T: int, N: int) -> None:
+    expected = cut(small, T)
+    batches = ShuffledBatches(small, T, N, seed=5)
+    count = len(expected)
+    epochs = [tokens_of(batches, range(epoch * count, (epoch + 1) * count)) for epoch in range(3)]
+    assert all(sorted(epoch) == sorted(expected) for epoch in epochs)
+    assert batches.usage() == (count // N, count * T, 14_500 - count * T)
+    inputs, targets = batches.micro_batch(1)
+    assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64) and inputs[0] == BOS
+    assert torch.equal(inputs[1:].long(), targets[:-1])
+
+
+def test_seed_and_epoch_draw_the_order(small: Corpus) -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        batches = ShuffledBatches(small, 64, 2, seed)
+        return tokens_of(batches, range(epoch * batches.sequences, (epoch + 1) * batches.sequences))
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(one != other for one, other in itertools.combinations(orders, 2)) and orders[0] == order(0, 0)
+    assert orders[0] != cut(small, 64)
+
+
+def test_shuffled_order_is_fixed(small: Corpus) -> None:
+    """A change here makes resumed runs see other data: it needs a note to users."""
+    batches = ShuffledBatches(small, 64, 2, seed=0)
+    assert [batches.place(index) for index in (0, 1, 226, 1000)] == [
+        ("train_000001.bin", 2872),
+        ("train_000001.bin", 2488),
+        ("train_000001.bin", 2808),
+        ("train_000000.bin", 1920),
+    ]
+    assert [Permutation(10, 1)(place) for place in range(10)] == [4, 5, 8, 2, 7, 1, 0, 6, 9, 3]
+
+
+def test_shuffled_tokens_do_not_depend_on_the_shards(tmp_path: Path, small: Corpus) -> None:
+    whole = np.concatenate([naive_read(path) for path in small.train])
+    one = make_corpus(tmp_path / "one", [whole])
+    many = make_corpus(tmp_path / "many", np.array_split(whole, 300))
+    digests = {stream_digest(corpus, 1, 40, "shuffled") for corpus in (small, one, many)}
+    assert len(digests) == 1
+    where = {ShuffledBatches(many, 64, 2, 0).place(index) for index in range(200)}
+    for name, first in where:
+        assert first < 49 and naive_read(many.directory / name)
+
+
+def test_shuffled_tokens_do_not_depend_on_the_world_size_or_a_resume(small: Corpus) -> None:
+    assert len({stream_digest(small, size, 70, "shuffled") for size in (1, 2, 4, 8)}) == 1
+    whole = tokens_of(train_batches(small, 64, 4, 3, order="shuffled"), range(4 * 130))
+    for start in 0, 17, 56, 57, 113:
+        steps = itertools.islice(train_batches(small, 64, 4, 3, order="shuffled").stream(start, 0, 1), 5)
+        got = [[*inputs.tolist(), int(targets[-1])] for step in steps for inputs, targets in step]
+        assert got == whole[4 * start : 4 * (start + 5)]
+
+
+def test_place_names_the_shard_and_its_first_token(small: Corpus) -> None:
+    batches = ShuffledBatches(small, 64, 2, seed=0)
+    seen = set()
+    for index in range(batches.sequences):
+        name, first = batches.place(index)
+        seen.add(name)
+        held = naive_read(small.directory / name)[first : first + 65]
+        held = held if held[0] == BOS else [BOS, *held]
+        given = tokens_of(batches, [index])[0]
+        assert given[: len(held)] == held[:65]
+    assert seen == {path.name for path in small.train}
+
+
+def test_shuffled_data_ends(small: Corpus) -> None:
+    batches = ShuffledBatches(small, 64, 4, seed=0, epochs=2)
+    assert batches.sequences == 226
+    last = 2 * 226 // 4 - 1
+    assert [batches.epoch_of(step) for step in (0, 55, 56, last)] == [0, 0, 1, 1]
+    with pytest.raises(ShardError) as error:
+        batches.epoch_of(last + 1)
+    one_line(error, small.directory, "2 epoch(s) of 56", "fewer steps")
+    with pytest.raises(IndexError):
+        batches.micro_batch(-1)
+
+
+def test_shuffled_corpus_too_small(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "a", [documents(129, 10)])
+    assert ShuffledBatches(corpus, 64, 2, seed=0).usage() == (1, 128, 1)
+    with pytest.raises(ShardError) as error:
+        ShuffledBatches(corpus, 64, 3, seed=0)
+    one_line(error, "129 train tokens", "3 x 64", "193", "lower")
+
+
+def test_one_long_document_is_used_whole(tmp_path: Path) -> None:
+    book = make_corpus(tmp_path / "book", [np.array([BOS, *([1, 2, 3] * 20_000)])])
+    with pytest.raises(ShardError, match="hold no step"):
+        TrainBatches(book, 256, 8, seed=0)
+    assert ShuffledBatches(book, 256, 8, seed=0).usage().share > 0.99
+
+
+def test_foreign_id_in_a_sequence(tmp_path: Path) -> None:
+    tokens = documents(1000, 40)
+    tokens[700] = VOCAB
+    batches = ShuffledBatches(make_corpus(tmp_path / "a", [tokens]), 64, 2, seed=0)
+    with pytest.raises(ShardError) as error:
+        tokens_of(batches, range(batches.sequences))
+    one_line(error, "train_000000.bin", f"id {VOCAB} at offset 700")
+
+
+def test_share_of_the_tokens_is_told(small: Corpus, mixture: Mixture) -> None:
+    used = TrainBatches(small, 64, 2, seed=0)
+    assert "judged by 1 of 4 shards" in used.describe() and len(used._shards) == 1
+    assert f"trains on {used.usage().share:.1%} of" in used.describe() and "judged" not in used.describe()
+    assert ShuffledBatches(small, 64, 2, 7).describe() == "shuffled by seed 7; an epoch trains on 99.8% of the tokens"
+    text = train_batches(mixture, 64, 2, 0, order="shuffled").describe()
+    assert "small: shuffled" in text and "other: shuffled" in text
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
+@settings(deadline=None, max_examples=150)
+def test_permutation_is_a_bijection(count: int, seed: int) -> None:
+    permutation = Permutation(count, seed)
+    assert sorted(map(permutation, range(count))) == list(range(count))
+
+
+def test_permutation_of_very_many() -> None:
+    count = 10**13 + 7
+    permutation = Permutation(count, 3)
+    drawn = [permutation(place) for place in range(20_000)]
+    assert len(set(drawn)) == 20_000 and min(drawn) < count / 100 and 0.99 * count < max(drawn) < count
+
+
+def chi_square(observed: np.ndarray) -> float:
+    """Deviation from equal counts, in standard deviations of the statistic."""
+    expected = observed.sum() / observed.size
+    freedom = observed.size - 1
+    return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 10, 50])
+def test_every_place_is_equally_likely(count: int) -> None:
+    drawn = np.array([[Permutation(count, seed_for(seed))(place) for place in range(count)] for seed in range(2000)])
+    seen = np.array([np.bincount(drawn[:, place], minlength=count) for place in range(count)])
+    assert chi_square(seen) < 4
+    if count > 3:  # where two neighbours come from, as a pair
+        steps = np.bincount(((drawn[:, 1:] - drawn[:, :-1]) % count).ravel(), minlength=count)[1:]
+        assert chi_square(steps) < 4
+
+
+def test_permutation_shuffles_well() -> None:
+    """Over 20 seeds: fixed points and neighbours that stay neighbours are as rare as by chance, no trend remains."""
+    count = 5000
+    drawn = np.array([[Permutation(count, seed_for("x", seed))(place) for place in range(count)] for seed in range(20)])
+    fixed = (drawn == np.arange(count)).sum()
+    beside = (np.abs(np.diff(drawn)) == 1).sum()
+    assert 5 <= fixed <= 40 and 18 <= beside <= 70  # 20 and 40 are expected
+    correlations = [abs(np.corrcoef(row, np.arange(count))[0, 1]) for row in drawn]
+    serial = [abs(np.corrcoef(row[:-1], row[1:])[0, 1]) for row in drawn]
+    assert max(correlations + serial) < 5 / count**0.5
+    blocks = np.array([np.bincount(row[:250] // 250, minlength=20) for row in drawn]).sum(0)
+    assert chi_square(blocks) < 4
 
 
 # --- The prefetching thread ---
@@ -402,6 +588,23 @@ def test_mixture_resumes_and_is_shared(mixture: Mixture) -> None:
     whole = list(itertools.islice(train_batches(mixture, 64, 4, 0).stream(0, 0, 1), 60))
     rest = list(itertools.islice(train_batches(mixture, 64, 4, 0).stream(37, 0, 1), 23))
     assert [batch[0].tolist() for step in whole[37:] for batch in step] == [b[0].tolist() for s in rest for b in s]
+
+
+def test_shuffled_mixture(mixture: Mixture) -> None:
+    mixed = train_batches(mixture, 64, 4, seed=3, order="shuffled")
+    alone, given, turns = (
+        [ShuffledBatches(part, 64, 1, seed=3) for part in mixture.parts],
+        [0, 0],
+        Turns(mixture.shares),
+    )
+    for index in range(400):
+        part = turns.part_of(index)
+        assert tokens_of(mixed, [index]) == tokens_of(alone[part], [given[part]])
+        given[part] += 1
+    usage = mixed.usage()
+    repeats = next(step for step in range(10_000) if turns.taken(4 * (step + 1))[1] > 46)
+    assert usage.steps == repeats and mixed.epoch_of(repeats - 1) == 0 and mixed.epoch_of(repeats) == 1
+    assert len({stream_digest(mixture, size, 40, "shuffled") for size in (1, 2, 8)}) == 1
 
 
 def test_epochs_of_a_mixture(mixture: Mixture) -> None:

@@ -82,7 +82,7 @@ def test_changed_and_missing_data(tiny, tmp_path):
     tokens.tofile(shard)
     assert f"{shard}: not what the manifest says; its bytes have changed" in bad(examine(tiny(data=str(data))))["data"]
     assert "no folder" in bad(examine(tiny(data=str(tmp_path / "nowhere"))))["data"]
-    assert "epochs" in bad(examine(tiny(iterations=1000, epochs=2)))["data"]
+    assert "epochs" in bad(examine(tiny(iterations=2000, epochs=2)))["data"]
 
 
 def test_mixture_that_repeats_within_the_first_step(tiny):

@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_lin
 
 from speedrun_mup import shards
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.files import printable
 from speedrun_mup.shards import (
     GPT2_BOS,
     GPT2_VOCAB,
@@ -155,7 +157,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in tmp_path / "missing.bin", tmp_path, tmp_path / "pipe", tmp_path / "nul\0":
         with pytest.raises(ShardError) as error:
             read_shard(path)
-        one_line(error, path)
+        one_line(error, printable(path))
 
 
 def mutated(good: bytes, rng: random.Random) -> bytes:
@@ -248,6 +250,54 @@ def test_measure_shard(tmp_path: Path) -> None:
         measure_shard(path, 50, 0)
 
 
+# --- Open files ---
+
+
+def open_files(below: Path) -> int:
+    """How many files below a folder this process holds open."""
+    links = Path("/proc/self/fd")
+    return sum(str(os.readlink(link)).startswith(str(below)) for link in links.iterdir() if link.is_symlink())
+
+
+def test_any_number_of_shards_can_be_read(tmp_path: Path) -> None:
+    for number in range(200):
+        write_shard(tmp_path / f"{number}.bin", [number] * 5)
+    held = [Shard(tmp_path / f"{number}.bin") for number in range(200)]
+    for number in [*range(200), *reversed(range(200)), 0, 199, 0]:
+        assert held[number].take(1, 4).tolist() == [number] * 3
+        assert 0 < open_files(tmp_path) <= 64
+    del held
+    assert open_files(tmp_path) == 0
+
+
+def test_threads_share_the_open_files(tmp_path: Path) -> None:
+    """Four threads over 100 shards: a file that one of them closes is not another's."""
+    for number in range(100):
+        write_shard(tmp_path / f"{number}.bin", [number] * 1000)
+    held = [Shard(tmp_path / f"{number}.bin") for number in range(100)]
+
+    def read(seed: int) -> bool:
+        order = random.Random(seed).choices(range(100), k=2000)
+        return all((held[number].take(10, 900) == number).all() for number in order)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+
+
+def test_shard_replaced_while_its_file_was_closed(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", [1, 2, 3])
+    shard = Shard(tmp_path / "a.bin")
+    others = []
+    for number in range(64):
+        write_shard(tmp_path / f"{number}.bin", [1])
+        others.append(Shard(tmp_path / f"{number}.bin"))
+    write_shard(tmp_path / "a.bin", [4, 5, 6])
+    os.utime(tmp_path / "a.bin", (1, 1))
+    with pytest.raises(ShardError) as error:
+        shard.take(0, 3)
+    one_line(error, "a.bin", "do not change it during a run")
+
+
 # --- Corpora ---
 
 
@@ -306,7 +356,7 @@ def test_folder_without_shards(tmp_path: Path) -> None:
         ({"train": {"/absolute.bin": 5000}}, "plain file name"),
         ({"train": {"train_000000.bin": FACTS | {"tokens": 4999}}}, "5,000 tokens, not 4999"),
         ({"train": {"missing.bin": FACTS}}, "No such file"),
-        ({"train": {"..": FACTS}}, "not a file"),
+        ({"train": {"..": FACTS}}, "plain file name"),
         ({"train": {"train_000000.bin": 5000}}, "expected tokens, documents and sha256"),
         ({"train": {"train_000000.bin": {"tokens": 5000}}}, "expected tokens, documents and sha256"),
     ],
