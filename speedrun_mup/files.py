@@ -158,20 +158,64 @@ def write_whole(
 
 def open_to_append(path: Path) -> TextIO:
     """Open a regular UTF-8 file to append to, and make it if need be. OSError for a link, a FIFO or a device."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return open(_descriptor(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
+
+
+def open_lock(path: Path) -> int:
+    """The descriptor of a lock file, made if need be. OSError for a link, a FIFO or a device."""
+    return _descriptor(path, os.O_RDWR)
+
+
+def _descriptor(path: Path, access: int) -> int:
+    """Open a regular file to write to, or make it; without following a link, or waiting for the reader of a FIFO."""
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as fault:
-        if fault.errno in (errno.ELOOP, errno.ENXIO) and path.is_symlink() | path.exists():
-            raise OSError(
-                fault.errno, f"it is {kind_of(path.lstat().st_mode)}, not a regular file", str(path)
-            ) from None
-        raise
+        if fault.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR) or not os.path.lexists(path):
+            raise
+        words = f"it is {kind_of(path.lstat().st_mode)}, not a regular file"
+        raise OSError(fault.errno, words, str(path)) from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a regular file", str(path))
-    return open(descriptor, "a", encoding="utf-8")
+    return descriptor
+
+
+class LineFile:
+    """A file that grows by whole lines: a line for which there is no room leaves nothing of itself behind.
+
+    Opening it raises OSError for a link, a FIFO or a device.
+    """
+
+    def __init__(self, path: Path):
+        self._descriptor = _descriptor(path, os.O_RDWR | os.O_APPEND)
+
+    def append(self, line: str) -> None:
+        """Add a line, or raise OSError and leave the file as it was. A last line that was torn is ended first."""
+        end = os.fstat(self._descriptor).st_size
+        torn = end > 0 and os.pread(self._descriptor, 1, end - 1) != b"\n"
+        rest = memoryview(b"\n" * torn + line.encode(errors="backslashreplace") + b"\n")
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, end)
+            raise
+
+    def cut(self, size: int) -> None:
+        """Drop what is beyond the first `size` bytes, which needs no room; OSError if that fails."""
+        os.ftruncate(self._descriptor, size)
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Bring the lines to the disk, and close; once more does nothing."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):  # a disk that takes nothing was told of by `append`
+                os.fsync(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = -1  # its number may soon be another file's
 
 
 def sync_folder(folder: Path) -> None:

@@ -76,6 +76,16 @@ class GuardedStream(io.TextIOBase):
             print(f"warning: {self._name} cannot be written ({in_a_line(fault)}); going on without it", file=self.other)
 
 
+def tell(text: str, error: bool = False) -> None:
+    """Print a line, to stderr if it is an error, whoever set up the streams: raises nothing, shows no escape sequence."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, gone, closed, or None
+        stream = sys.stderr if error else sys.stdout
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        line = without_escapes(text).encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(line + "\n")
+        stream.flush()
+
+
 class Terminal:
     """The guarded stdout and stderr of this process."""
 

@@ -5,30 +5,53 @@ metrics.jsonl is the source of truth. Trackers (TensorBoard, wandb, trackio) mir
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
+import queue
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy
 import torch
 from tqdm import tqdm
 
 import speedrun_mup
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, in_a_line
+from speedrun_mup.files import (
+    LineFile,
+    open_regular,
+    own_folder,
+    printable,
+    read_bytes,
+    without_escapes,
+    write_whole,
+)
+from speedrun_mup.packages import import_package
+from speedrun_mup.terminal import tell
 
 LONG_RUN_S = 3600  # beyond this a run says how long it will take,
 SLOW_STEP_S = 60  # after three steps or, if one takes this long, after one
 PLAIN_EVERY_S = 5  # without a terminal, a line of progress this often
 METRICS, LOG, CONFIG, PROVENANCE = "metrics.jsonl", "log.txt", "config.json", "provenance.json"
 STATUS = "status.json"
+LONGEST_LINE = 2**16  # bytes of a record of metrics.jsonl
+TRACKER_WAIT_S = 60.0  # for a tracker to take what is left, at the end
+TRACKER_BACKLOG = 100_000  # records that a tracker may be behind
+TRACKER_FIXES = {  # what to do about a tracker that fails
+    "tensorboard": "make room where the run's folder is",
+    "wandb": "run `wandb login`, or set WANDB_MODE=offline",
+    "trackio": "see that trackio works here",
+}
 
 
 def launch() -> str | None:
@@ -37,13 +60,19 @@ def launch() -> str | None:
     return f"{platform.node()} {os.getppid()}" if run_id == "none" else run_id
 
 
-def provenance(command: list[str]) -> dict[str, str | None]:
-    """The versions and the source revision behind a run: two runs are comparable only if these agree."""
+@functools.cache
+def source_sha256() -> str:
+    """A hash over this package's source, taken once per process: call it early, before the files can change."""
     root = Path(speedrun_mup.__file__).parent
     sources = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         sources.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    return sources.hexdigest()
+
+
+def provenance(command: list[str]) -> dict[str, str | None]:
+    """The versions and the source revision behind a run: two runs are comparable only if these agree."""
+    describe = ["git", "-C", str(Path(speedrun_mup.__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         revision = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
@@ -53,7 +82,7 @@ def provenance(command: list[str]) -> dict[str, str | None]:
         "launch": launch(),
         "speedrun_mup": speedrun_mup.__version__,
         "revision": revision or "not known: no git, or not a git checkout",
-        "source_sha256": sources.hexdigest(),
+        "source_sha256": source_sha256(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
@@ -62,31 +91,120 @@ def provenance(command: list[str]) -> dict[str, str | None]:
     }
 
 
-def read_status(folder: Path) -> dict[str, Any]:
-    """What a run said of itself last, in status.json: status, why, pid, time. "not known" if the file is not there or odd."""
+def lives(folder: Path) -> list[dict[str, Any]]:
+    """What each life of a run noted in provenance.json, the first one first; a line that is damaged is left out."""
     try:
-        told = json.loads((folder / STATUS).read_bytes())
-        return {"status": told["status"], "why": told["why"]}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {"status": "not known", "why": None}
+        lines = read_bytes(folder / PROVENANCE).splitlines()
+    except OSError:
+        return []
+    noted = []
+    for line in lines:
+        try:
+            life = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(life, dict):
+            noted.append(life)
+    return noted
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run said of itself last, in status.json.
+
+    Returns:
+        status and why, "not known" if the file is not there or odd; missing_steps, the ranges that metrics.jsonl lacks.
+    """
+    try:
+        told = json.loads(read_bytes(folder / STATUS))
+        status, why = told["status"], told["why"]
+        missing = [(int(first), int(last)) for first, last in told.get("missing_steps", ())]
+        if not isinstance(status, str) or not isinstance(why, str | None):
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return {"status": "not known", "why": None, "missing_steps": []}
+    return {"status": status, "why": why, "missing_steps": missing}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, in order. A torn last line, left by a kill, is dropped."""
-    records = []
+    """The records of a run's metrics.jsonl, in order. A torn last line, left by a kill, is dropped.
+
+    Raises:
+        ConfigError: in one line, for anything else that a run does not write.
+    """
+    return [record for _, record in _records(folder / METRICS)]
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every record of a metrics.jsonl, with the place where it ends."""
     try:
-        lines = (folder / METRICS).read_text().splitlines()
+        with open_regular(path) as file:
+            place = number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number, place = number + 1, place + len(line)
+                fault, record = _parse(line)
+                if not fault:
+                    yield place, record
+                    continue
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST_LINE)
+                if file.read(1):
+                    advice = "restore the file or start a new run"
+                    raise ConfigError(f"{printable(path)}:{number} {fault}; {advice}")
     except OSError as fault:
-        raise ConfigError(f"{folder / METRICS} cannot be read ({fault.strerror}); give the folder of a run") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ConfigError(
-                    f"{folder / METRICS}:{number} is not JSON; restore the file or start a new run"
-                ) from None
-    return records
+        raise ConfigError(f"{printable(path)} cannot be read ({fault.strerror}); give the folder of a run") from None
+
+
+_NUMBERS: dict[str, dict[str, Any]] = {  # that a record must have, by its kind; a loss that was not finite is null
+    "train": {"tokens": int, "train_s": (int, float), "loss": (int, float, type(None))},
+    "val": {"train_s": (int, float), "loss": (int, float, type(None))},
+}
+
+
+def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
+    """What is wrong with a line of metrics.jsonl, or "", and the record in it."""
+    if len(line) > LONGEST_LINE:
+        return f"is longer than {LONGEST_LINE:,} bytes", {}
+    try:
+        record = json.loads(line.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return "is not JSON", {}
+    if type(record) is not dict or type(record.get("kind")) is not str:
+        return "is no record", {}
+    needed: dict[str, Any] = {"step": int} | _NUMBERS.get(record["kind"], {})
+    for name, kind in needed.items():
+        value = record.get(name, "")
+        if isinstance(value, bool) or not isinstance(value, kind) or not (value is None or 0 <= abs(value) < 1e300):
+            return f"has no right {name}", {}
+    return ("has no right step", {}) if record["step"] < 0 else ("", record)
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(text)
+
+
+def missing_steps(folder: Path, records: Sequence[Mapping[str, Any]], end: int = 0) -> list[tuple[int, int]]:
+    """Steps (first, last) that metrics.jsonl lacks, because a disk was full; bad steps, which have a dump, are not missing.
+
+    Args:
+        folder: of the run.
+        records: what `read_metrics` gave.
+        end: steps that the run is known to have done.
+    """
+    there = {record["step"] for record in records if record["kind"] == "train"}
+    dumps = (re.fullmatch(r"bad-step-(\d+)\.json", path.name) for path in folder.glob("bad-step-*.json"))
+    there |= {int(dump[1]) for dump in dumps if dump}
+    missing, before = [], -1
+    for step in [*sorted(there), end] if end > max(there, default=-1) else sorted(there):
+        if step > before + 1:
+            missing.append((before + 1, step - 1))
+        before = step
+    return missing
+
+
+def spans(steps: Sequence[tuple[int, int]], most: int = 3) -> str:
+    """Ranges of steps in words."""
+    told = [str(first) if first == last else f"{first} to {last}" for first, last in steps[:most]]
+    return ", ".join(told) + (f" and {len(steps) - most} more ranges" if len(steps) > most else "")
 
 
 def clock(seconds: float) -> str:
@@ -105,49 +223,114 @@ def _strict(record: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, as strict JSON, with "NaN" and "Infinity". A full disk costs a warning."""
-    part = path.with_name(f".{path.name}.part")
+def _write_json(path: Path, content: dict[str, Any]) -> str:
+    """Write a small file whole or not at all, as strict JSON, with "NaN" and "Infinity". Why that failed, or ""."""
     try:
-        part.write_text(json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1) + "\n")
-        os.replace(part, path)
-    except OSError as fault:
-        print(f"warning: {path} cannot be written ({fault.strerror}); training goes on", file=sys.stderr)
+        text = json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1) + "\n"
+        write_whole(path, text, advice="training goes on")
+    except ConfigError as fault:
+        return str(fault)
+    return ""
 
 
 class Tracker:
-    """A mirror of the metrics in somebody's tracker. kind: tensorboard, wandb or trackio."""
+    """A mirror of the metrics in somebody's tracker, which works in a thread of its own: no fault of it reaches the run.
 
-    def __init__(self, kind: str, folder: Path, config: dict[str, Any]):
-        self.kind = kind
+    The first fault of any kind switches it off, with one line.
+
+    Args:
+        kind: tensorboard, wandb or trackio.
+        folder: of the run.
+        config: the run's settings.
+        start_step: of a resumed run; TensorBoard hides what a dead life mirrored of that step and later.
+        warn: is called with the line, in the tracker's thread.
+
+    Raises:
+        ConfigError: if the package is not installed.
+    """
+
+    def __init__(
+        self, kind: str, folder: Path, config: dict[str, Any], start_step: int = 0, warn: Callable[[str], None] = print
+    ):
+        self.kind, self._folder, self._config, self._warn = kind, folder, config, warn
+        self.failed = False
+        self._module = self._find()
+        self._work: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._work.put(lambda: self._open(start_step))
+        self._thread = threading.Thread(target=self._run, name=f"{kind} tracker", daemon=True)
+        self._thread.start()
+
+    def _find(self) -> Any:
         try:
-            if kind == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
-            else:
-                module = __import__(kind)
-                self._writer = module.init(project="speedrun-mup", name=folder.name, config=config)
+            return import_package("torch.utils.tensorboard" if self.kind == "tensorboard" else self.kind)
         except ImportError:
-            raise ConfigError(f"track={kind} needs a package: pip install 'speedrun-mup[{kind}]'") from None
+            advice = f"pip install 'speedrun-mup[{self.kind}]'"
+            raise ConfigError(f"track={self.kind} needs a package: {advice}") from None
+        except Exception as fault:  # of a package that cannot be used here
+            self._fail(in_a_line(fault))
+            return None
+
+    def _run(self) -> None:
+        while not self.failed and (work := self._work.get()):
+            try:
+                work()
+            except BaseException as fault:  # of somebody else's code, which may even call sys.exit
+                self._fail(in_a_line(fault))
+
+    def _fail(self, why: str) -> None:
+        if not self.failed:
+            self.failed = True
+            fix = TRACKER_FIXES[self.kind]
+            self._warn(f"warning: {self.kind} failed ({printable(why)}); going on without it, {METRICS} has all; {fix}")
+
+    def _open(self, step: int) -> None:
+        if self.kind == "tensorboard":
+            own_folder(self._folder / "tensorboard")
+            path = str(self._folder / "tensorboard")
+            self._writer: Any = self._module.SummaryWriter(path, purge_step=step or None)
+        else:
+            self._writer = self._module.init(project="speedrun-mup", name=self._folder.name, config=self._config)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Mirror one record; its numbers are named kind/name."""
         step = record["step"]
         values = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        if self._work.qsize() > TRACKER_BACKLOG:
+            self._fail(f"it is {TRACKER_BACKLOG:,} records behind")
+        if not self.failed:
+            self._work.put(lambda: self._log(values, step))
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
         if self.kind == "tensorboard":
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         else:
             self._writer.log(values, step=step)
 
-    def close(self) -> None:
-        """Flush and end."""
+    def rewind(self, step: int) -> None:
+        """What was mirrored of `step` and later will come again."""
+        if self.kind == "tensorboard":
+            self._work.put(self._end)
+            self._work.put(lambda: self._open(step))
+
+    def _end(self) -> None:
         self._writer.close() if self.kind == "tensorboard" else self._writer.finish()
+
+    def close(self) -> None:
+        """Flush and end; waits for TRACKER_WAIT_S at most."""
+        if not self.failed:
+            self._work.put(self._end)
+        self._work.put(None)
+        self._thread.join(TRACKER_WAIT_S)
+        if self._thread.is_alive():
+            self._fail(f"it did not end within {TRACKER_WAIT_S:g} s")
 
 
 class RunLog:
     """Rank 0's record of a run; on other ranks every method does nothing.
+
+    A disk that takes nothing costs one line, and every later record is tried again. `missing` are the ranges of steps that
+    metrics.jsonl lacks because of that; status.json tells them, too.
 
     start_step: of a resumed run; records of that step and later, left by a life that died, are dropped.
     """
@@ -155,44 +338,71 @@ class RunLog:
     def __init__(
         self, folder: Path, steps: int, start_step: int, main: bool, progress: bool, track: str, config: dict[str, Any]
     ):
-        self._main = main
+        self._main, self._folder, self._tracker = main, folder, None
         if not main:
             return
-        self._tracker = None if track == "none" else Tracker(track, folder, config)
-        self._metrics_path = folder / METRICS
-        self._metrics: TextIO = open(self._metrics_path, "a")
-        self._log: TextIO = open(folder / LOG, "a")
-        self._live = progress and sys.stderr.isatty()
+        self._metrics, self._log = _line_file(folder / METRICS), _line_file(folder / LOG)
+        self._live = progress and bool(sys.stderr) and sys.stderr.isatty()
         self._plain = progress and not self._live
         self._steps, self._last_plain = steps, -math.inf
-        self._warned_long = self._warned_disk = False
+        self._warned_long = False
+        self._warned_disk = False
+        self._lost: list[int] = []  # steps whose records found no room, until there is room again
+        self._status: dict[str, Any] = {}
         self._bar = tqdm(total=steps, unit="step", disable=not self._live, dynamic_ncols=True)
         self.rewind(start_step)
+        if track != "none":
+            self._tracker = Tracker(track, folder, config, start_step, self._warn)
+        if self.missing:
+            self._warn(f"warning: {METRICS} lacks steps {spans(self.missing)}: there was no room for them")
 
     def rewind(self, step: int, train_s: float | None = None) -> None:
         """Drop the records of `step` and later: they will come again, from `train_s` on (default: that of what is kept)."""
         if not self._main:
             return
-        kept = [record for record in read_metrics(self._metrics_path.parent) if record["step"] < step]
-        part = self._metrics_path.with_name(f".{METRICS}.part")
+        end, kept = 0, []
+        for place, record in _records(self._folder / METRICS):
+            if record["step"] >= step:
+                break  # a run writes its records in order, so those after it are of that step and later, too
+            end = place
+            kept.append(record)
         try:
-            part.write_text("".join(_strict(record) + "\n" for record in kept))
-            os.replace(part, self._metrics_path)
-            self._metrics.close()
-            self._metrics = open(self._metrics_path, "a")
+            self._metrics.cut(end)
         except OSError as fault:
-            self._warn_once(METRICS, fault)
+            self._warn_of(METRICS, fault)
+        self._lost, self.missing = [], missing_steps(self._folder, kept, step)
         last = max((record["train_s"] for record in kept), default=0.0)
         self._steps_seen, self._resumed_train_s = 0, last if train_s is None else train_s
         self._bar.n = step
         self._bar.refresh()
+        if self._tracker:
+            self._tracker.rewind(step)
+
+    def tell_status(self, status: str, why: str | None = None) -> None:
+        """Write status.json, because torchrun hides the exit codes of its ranks. status: running, finished, stopped, failed."""
+        if self._main:
+            self._status = {"status": status, "why": why, "pid": os.getpid()}
+            self._write_status()
+
+    def _write_status(self) -> None:
+        missing = self.missing + ([(min(self._lost), max(self._lost))] if self._lost else [])
+        told = {**self._status, "time": time.time(), **({"missing_steps": missing} if missing else {})}
+        fault = _write_json(self._folder / STATUS, told)
+        if fault:
+            self._warn_of_disk(fault)
+
+    def dump(self, name: str, content: dict[str, Any]) -> None:
+        """Write a small JSON file into the run's folder."""
+        fault = _write_json(self._folder / name, content) if self._main else ""
+        if fault:
+            self._warn_of_disk(fault)
 
     def say(self, text: str) -> None:
         """Show a line and keep it in log.txt."""
         if self._main:
             self._bar.clear()
-            print(text, flush=True)
-            self._write(self._log, text)
+            tell(text)
+            self._write_log(text)
 
     def train(self, record: Mapping[str, Any]) -> None:
         """One optimizer step: kind, step, loss, tokens and train_s, both since the start. Early on, warns of a long run."""
@@ -206,7 +416,7 @@ class RunLog:
         if self._plain and (record["train_s"] - self._last_plain >= PLAIN_EVERY_S or done == self._steps):
             self._last_plain = record["train_s"]
             rate = f"{tokens / seconds:,.0f} tokens/s"
-            print(f"step {done}/{self._steps}  loss {record['loss']:.4f}  {rate}  {clock(eta)} left", flush=True)
+            tell(f"step {done}/{self._steps}  loss {record['loss']:.4f}  {rate}  {clock(eta)} left")
         if eta > LONG_RUN_S and not self._warned_long and (self._steps_seen == 3 or seconds > SLOW_STEP_S):
             self._warned_long = True
             self.say(f"this run will take about {clock(eta)} here, by its first steps; going on")
@@ -230,29 +440,61 @@ class RunLog:
             )
 
     def _keep(self, record: Mapping[str, Any]) -> None:
-        self._write(self._metrics, _strict(record))
+        try:
+            self._metrics.append(_strict(record))
+        except OSError as fault:
+            self._lost.append(record["step"])
+            self._warn_of(METRICS, fault)
+        else:
+            if self._lost:
+                self._tell_of_gap()
         if self._tracker:
             self._tracker.log(record)
 
-    def _write(self, file: TextIO, line: str) -> None:
-        """Append a line. A full disk costs the line and one warning, not the run."""
-        try:
-            file.write(line + "\n")
-            file.flush()
-        except OSError as fault:
-            self._warn_once(file.name, fault)
+    def _tell_of_gap(self) -> None:
+        """There is room again: say in log.txt and status.json which steps metrics.jsonl lacks, and warn anew next time."""
+        gap = (min(self._lost), max(self._lost))
+        self._lost.clear()
+        self._warned_disk = False
+        self.missing.append(gap)
+        self._warn(f"warning: {METRICS} can be written again; it lacks steps {spans([gap])}")
+        if self._status:
+            self._write_status()
 
-    def _warn_once(self, name: str, fault: OSError) -> None:
+    def _write_log(self, text: str) -> None:
+        try:
+            self._log.append(without_escapes(text))
+        except OSError as fault:
+            self._warn_of(LOG, fault)
+
+    def _warn(self, text: str) -> None:
+        tell(text, error=True)
+        self._write_log(text)
+
+    def _warn_of(self, name: str, fault: OSError) -> None:
+        advice = "training goes on; make room, or see who may write there"
+        self._warn_of_disk(f"{printable(self._folder / name)} cannot be written ({fault.strerror}); {advice}")
+
+    def _warn_of_disk(self, text: str) -> None:
         if not self._warned_disk:
             self._warned_disk = True
-            print(f"warning: {name} cannot be written ({fault.strerror}); training goes on", file=sys.stderr)
+            self._warn(f"warning: {text}")
 
     def close(self) -> None:
         """Close files, bar and tracker."""
         if self._main:
             self._bar.close()
-            for file in (self._metrics, self._log):
-                with contextlib.suppress(OSError):  # of lines that found no room, and were warned of
-                    file.close()
             if self._tracker:
                 self._tracker.close()
+            if self._lost:
+                self._warn(f"warning: {METRICS} lacks steps {min(self._lost)} to {max(self._lost)}")
+            self._metrics.close()
+            self._log.close()
+
+
+def _line_file(path: Path) -> LineFile:
+    try:
+        return LineFile(path)
+    except OSError as fault:
+        advice = "remove it, or choose another folder with --out"
+        raise ConfigError(f"{printable(path)} cannot be written ({fault.strerror}); {advice}") from None

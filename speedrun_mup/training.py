@@ -40,6 +40,7 @@ from speedrun_mup.core.utils import (
 )
 from speedrun_mup.corpus import cache_folder, find_corpus
 from speedrun_mup.data import Batch, ValBatches, train_batches
+from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_bytes, write_whole
 from speedrun_mup.hardware import (
     fit_micro_batch,
     fit_val_chunk,
@@ -54,7 +55,7 @@ from speedrun_mup.hardware import (
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
-from speedrun_mup.tracking import CONFIG, PROVENANCE, STATUS, RunLog, launch, provenance, read_status, write_json
+from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, launch, lives, provenance, read_status, source_sha256
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
 BAD_STEPS = 10  # skipped or rolled back before the run gives up
@@ -83,6 +84,7 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
     Raises a UserError whose text is one line. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with
     finished=False; before the first step is done they end this rank at once, with Stopped.
     """
+    source_sha256()  # of the code that runs, before anybody can change it
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
     world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
@@ -276,8 +278,7 @@ class Run:
 
     def tell_status(self, status: str, why: str | None = None) -> None:
         """Write status.json, because torchrun hides the exit codes of its ranks. status: running, finished, stopped, failed."""
-        if self.world.is_main:
-            write_json(self.folder / STATUS, {"status": status, "why": why, "pid": os.getpid(), "time": time.time()})
+        self.log.tell_status(status, why)
 
     def take_step(self, micro_batches: list[Batch], step: int, stop: bool = False) -> None:
         """Gradients, a vote on them, and the update. stop: whether this rank was asked to."""
@@ -479,8 +480,7 @@ class Run:
         named = {rank: not_finite(values) for rank, values in enumerate(evidence)}
         where = "; ".join(f"rank {rank}: {', '.join(names[:3])}" for rank, names in named.items() if names)
         what = f"step {vote.step}: not finite on {where}"
-        if self.world.is_main:
-            write_json(self.folder / f"bad-step-{vote.step:08d}.json", self.describe_bad_step(vote.step, evidence))
+        self.log.dump(f"bad-step-{vote.step:08d}.json", self.describe_bad_step(vote.step, evidence))
         self.bad_steps += 1
         if self.cfg.on_nonfinite == "stop" or self.bad_steps > BAD_STEPS:
             raise NonFiniteError(
@@ -762,10 +762,11 @@ def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None
             lock = FolderLock(folder)
             if not cfg.resume and (folder / CONFIG).exists():
                 raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
-            with open(folder / PROVENANCE, "a") as file:
+            with open_to_append(folder / PROVENANCE) as file:
                 file.write(json.dumps(provenance(sys.argv)) + "\n")
         except OSError as fault:
-            raise ConfigError(f"{folder} cannot be written ({fault.strerror}); choose another with --out") from None
+            where = printable(fault.filename or folder)
+            raise ConfigError(f"{where} cannot be written ({fault.strerror}); choose another with --out") from None
         return folder
 
     outcome = world.from_main(_attempt(open_it) if world.is_main else None)
@@ -781,11 +782,7 @@ def open_log(cfg: TrainConfig, world: World, folder: Path, start: int) -> RunLog
         config = dataclasses.asdict(cfg)
         log = RunLog(folder, cfg.iterations, start, world.is_main, cfg.progress, cfg.track, config)
         if world.is_main and not cfg.resume:
-            try:
-                (folder / f".{CONFIG}.part").write_text(to_json(cfg) + "\n")
-                os.replace(folder / f".{CONFIG}.part", folder / CONFIG)
-            except OSError as fault:
-                raise ConfigError(f"{folder} cannot be written ({fault.strerror}); choose another with --out") from None
+            write_whole(folder / CONFIG, to_json(cfg) + "\n", "choose another with --out")
         return log
 
     log = _attempt(open_it)
@@ -810,7 +807,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path):
-        self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        self._file = open_lock(folder / ".lock")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -823,16 +820,14 @@ class FolderLock:
     def holder(folder: Path) -> str | None:
         """The process that holds `folder`, or None; nothing is written."""
         try:
-            file = os.open(folder / ".lock", os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            return os.read(file, 32).decode(errors="replace")
-        finally:
-            os.close(file)
+            with open_regular(folder / ".lock") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return file.read(32).decode(errors="replace")
+        except OSError:  # not there, or nothing that can be held
+            pass
+        return None
 
     def close(self) -> None:
         """Let others in."""
@@ -852,9 +847,8 @@ def run_of_launch(out: Path) -> Path | None:
     """The run folder in `out` that this torchrun was the last to work in; what its ranks resume after a restart."""
 
     def is_ours(folder: Path) -> bool:
-        path = folder / PROVENANCE
-        lives = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        return bool(lives) and f'"launch": {json.dumps(launch())}' in lives[-1]
+        known = lives(folder)
+        return bool(known) and known[-1].get("launch") == launch()
 
     return _newest(out, is_ours)
 
@@ -870,7 +864,10 @@ def saved_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run (no {CONFIG}); give --resume a run's folder")
-    return from_json(path.read_text(errors="replace"), path)
+    try:
+        return from_json(read_bytes(path).decode(errors="replace"), path)
+    except OSError as fault:
+        raise ConfigError(f"{printable(path)} cannot be read ({fault.strerror}); restore it") from None
 
 
 def is_finished(folder: Path) -> bool:
