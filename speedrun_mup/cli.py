@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from speedrun_mup import __version__
 from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.synonyms import command_meaning
 from speedrun_mup.terminal import guarded
 
 COMMANDS = {  # the command's module in `commands` has the same name, and a function run(argv) -> exit code
@@ -28,7 +29,7 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
 
 def usage() -> str:
     """The list of commands."""
-    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup COMMAND --help tells more; speedrun-mup --version", ""]
+    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup help COMMAND tells more; speedrun-mup --version", ""]
     return "\n".join([*lines, *(f"  {name:<12} {about}" for name, about in COMMANDS.items())])
 
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]  # as git and pip do
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -58,7 +61,7 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            raise ConfigError(f"unknown command {name}; choose {', '.join(COMMANDS)}")
+            raise ConfigError(f"unknown command {name}; {command_meaning(name, COMMANDS)}")
         module = importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}")
         return module.run(rest)
     except UserError as fault:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import LARGEST, Parser
 
 
 def setting(
@@ -163,7 +163,13 @@ class TrainConfig:
         return self.micro_batch_tokens * self.micro_batches
 
 
-_RANGES = (
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "at most 2^53",
+        lambda value: value <= LARGEST,
+        "width base_width n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches pack "
+        "momentum_warmup epochs val_tokens val_chunk_tokens val_every save_every keep_last keep_every kernel_warmup",
+    ),
     (
         "at least 1",
         lambda value: value >= 1,
@@ -270,13 +276,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        """Leave with one line instead of the usage text."""
-        raise ConfigError(message)
-
-
-def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()) -> None:
+def add_settings(parser: Parser, leave_out: Iterable[str] = ()) -> None:
     """Give `parser` one flag per setting, grouped. A flag that is not given leaves no trace in the parsed namespace.
 
     leave_out: settings, or "all run" for the whole group "run".
@@ -286,6 +286,7 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ())
     for setting_field in dataclasses.fields(TrainConfig):
         name, meta = setting_field.name, setting_field.metadata
         if name in leave_out or f"all {meta['group']}" in leave_out:
+            parser.elsewhere |= {_flag(name), *meta["shorthand"]}
             continue
         group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
         groups[meta["group"]] = group
@@ -320,29 +321,6 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     about = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
     parser.add_argument(
         "--preset", choices=("auto", *PRESETS), default="auto", help=f"auto is record26 on CUDA, else laptop. {about}"
-    )
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse strictly: ConfigError for anything unknown, with the nearest flag there is."""
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        asked = unknown[0].split("=")[0]
-        longer = [flag for flag in flags if len(asked) > 2 and flag.startswith(f"{asked}-")]
-        near = longer or difflib.get_close_matches(asked, flags, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see --help"
-        raise ConfigError(f"unknown argument {unknown[0]}{hint}")
-    return arguments
-
-
-def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser that raises ConfigError, accepts no abbreviations and prints readable help."""
-    return _Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
     )
 
 

@@ -170,7 +170,7 @@ def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
         (["--budget", "soon"], "--budget soon: give a time such as 30m"),
         (["--budget", "10%"], "in percent is for a plan"),
         (["--seeds", "0"], "seeds=: name at least one"),
-        (["--lr", "1"], "unknown argument --lr; did you mean --lr-scale?"),
+        (["--lr", "1"], "unknown argument --lr; use --octaves: the factors to try are 2^K"),
         (["--mup", "--parametrization", "sp"], "argument --parametrization: not allowed with argument --mup"),
         (["--knob", "dropout"], "knob='dropout' cannot be turned"),
         (["--widths", "64", "x"], "invalid int value: 'x'"),

@@ -9,9 +9,10 @@ import pytest
 
 from speedrun_mup.cli import main
 from speedrun_mup.commands.train import train_parser
-from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, parse, rules_in_force, to_json
+from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, rules_in_force, to_json
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import parse
 
 
 def flags(line: str) -> dict:

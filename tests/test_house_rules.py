@@ -13,7 +13,7 @@ FLOORS = [
     ["core.errors"],
     ["core.mup", "core.triton_kernels", "core.utils", "files", "packages", "schedules", "terminal"],
     ["core.attention", "core.fp8", "core.optimizers"],
-    ["core.model", "config"],
+    ["core.model", "synonyms", "flags", "config"],
     ["shards", "documents", "checkpoint", "flops", "hardware", "numerics", "tracking"],
     ["data", "tokenizers"],
     ["corpus", "tokenize_text", "inspect_corpus", "fineweb"],

@@ -7,10 +7,23 @@ import time
 from collections.abc import Sequence
 
 from speedrun_mup.commands.train import config_of
-from speedrun_mup.config import add_preset, add_settings, new_parser, parse
+from speedrun_mup.config import add_preset, add_settings
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import new_parser, parse
 
-LEFT_OUT = ("iterations", "out", "name", "resume", "save", "save_every", "keep_last", "track", "progress", "val_every")
+LEFT_OUT = (
+    "iterations",
+    "out",
+    "name",
+    "resume",
+    "save",
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "track",
+    "progress",
+    "val_every",
+)
 
 
 def run(argv: Sequence[str]) -> int:

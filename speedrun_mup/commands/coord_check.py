@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse, rules_in_force
+from speedrun_mup.config import PRESETS, add_settings, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import new_parser, parse, several
 
 LEFT_OUT = (  # a check has its own widths and steps, a constant learning rate, and runs on the CPU in float32
     *("width", "iterations", "micro_batch_tokens", "micro_batches", "pack", "micro_batch", "strict", "on_nonfinite"),
@@ -19,9 +20,7 @@ def run(argv: Sequence[str]) -> int:
     """Check how every update scales with width, against controls that must fail. Exit code 0 only for PASS."""
     parser = new_parser("speedrun-mup coord-check", run.__doc__ or "")
     check_group = parser.add_argument_group("check")
-    check_group.add_argument(
-        "--widths", type=int, nargs="+", default=[64, 128, 256, 512], metavar="W", help="%(default)s"
-    )
+    check_group.add_argument("--widths", **several(int), default=[64, 128, 256, 512], metavar="W", help="%(default)s")
     check_group.add_argument("--steps", type=int, default=6, help="optimizer steps; %(default)s")
     check_group.add_argument("--seeds", type=int, default=2, help="runs per width; %(default)s")
     check_group.add_argument(

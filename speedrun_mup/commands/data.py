@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedrun_mup.config import new_parser, parse
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.synonyms import DATA_COMMANDS, command_meaning
 
 if TYPE_CHECKING:
     from speedrun_mup.shards import Corpus
@@ -21,6 +23,8 @@ def run(argv: Sequence[str]) -> int:
     parser = new_parser("speedrun-mup data", run.__doc__ or "")
     about = "; ".join(f"{name}: {command.__doc__}" for name, command in commands.items())
     parser.add_argument("command", choices=tuple(commands), help=f"{about} data COMMAND --help tells more")
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise ConfigError(f"unknown command data {argv[0]}; {command_meaning(argv[0], commands, DATA_COMMANDS)}")
     return commands[parse(parser, argv[:1]).command](argv[1:])
 
 

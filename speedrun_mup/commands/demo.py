@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speedrun_mup.commands import coord_check, plan, report
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, train_and_tell
-from speedrun_mup.config import new_parser, parse
+from speedrun_mup.flags import new_parser, parse
 
 FOLDER = Path("runs/demo")
 CHECK = ["--data", "embedded", "--widths", "32", "64", "128", "256", "--seeds", "1"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands.train import config_of, train_parser
-from speedrun_mup.config import parse
+from speedrun_mup.flags import parse
 
 
 def run(argv: Sequence[str]) -> int:

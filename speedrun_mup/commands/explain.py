@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse, rules_in_force
+from speedrun_mup.config import PRESETS, add_settings, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import new_parser, parse
 
 LEFT_OUT = (  # has no part in a rule
     *("all training", "all data", "all run", "all device", "block_size", "window_tokens", "adam_beta1", "adam_beta2"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from speedrun_mup.commands.sweep import add_engine, budget_of, take
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
-from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.config import PRESETS, add_settings, make_config
+from speedrun_mup.flags import new_parser, parse
 
 
 def run(argv: Sequence[str]) -> int:

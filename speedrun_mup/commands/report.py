@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands.transfer import add_source, measure
-from speedrun_mup.config import new_parser, parse
+from speedrun_mup.flags import new_parser, parse
 
 
 def run(argv: Sequence[str]) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
-from speedrun_mup.config import PRESETS, add_settings, make_config, new_parser, parse
+from speedrun_mup.config import PRESETS, add_settings, make_config
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import new_parser, parse, several
 
 NOT_OF_A_SWEEP = (
     "micro_batch",
@@ -22,6 +23,7 @@ NOT_OF_A_SWEEP = (
     "save",
     "save_every",
     "keep_last",
+    "keep_every",
     "track",
     "val_every",
 )
@@ -62,12 +64,12 @@ def run(argv: Sequence[str]) -> int:
     """Find the best learning rate, or another knob, at several widths; the same command again does what is missing."""
     parser = new_parser("speedrun-mup sweep", run.__doc__ or "")
     group = parser.add_argument_group("sweep")
-    group.add_argument("--widths", type=int, nargs="+", required=True, metavar="W", help="three or more for a verdict")
+    group.add_argument("--widths", **several(int), required=True, metavar="W", help="three or more for a verdict")
     group.add_argument(
-        "--arms", nargs="+", default=["mup"], metavar="ARM", help="ways to scale with width; %(default)s"
+        "--arms", **several(str), default=["mup"], metavar="ARM", help="ways to scale with width; %(default)s"
     )
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
-    group.add_argument("--octaves", type=float, nargs="+", default=grid, metavar="K", help="the knob times 2^K")
+    group.add_argument("--octaves", **several(float), default=grid, metavar="K", help="the knob times 2^K")
     group.add_argument("--seeds", type=int, default=3, metavar="INT", help="runs at every point; %(default)s")
     group.add_argument(
         "--knob",

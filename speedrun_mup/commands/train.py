@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config, new_parser, parse
+from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config
 from speedrun_mup.core.errors import ConfigError, Stopped
+from speedrun_mup.flags import Parser, new_parser, parse
 
 if TYPE_CHECKING:
     from speedrun_mup.training import TrainResult
@@ -21,7 +21,7 @@ SIZES = ("pack", "micro_batch_tokens", "micro_batches", "val_chunk_tokens")  # w
 ABOUT = "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP."
 
 
-def train_parser(prog: str = "speedrun-mup train", about: str = ABOUT) -> argparse.ArgumentParser:
+def train_parser(prog: str = "speedrun-mup train", about: str = ABOUT) -> Parser:
     """The flags of training, for a command that takes them."""
     parser = new_parser(prog, about)
     add_preset(parser)

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedrun_mup.config import new_parser, parse
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import new_parser, parse
 
 if TYPE_CHECKING:
     from speedrun_mup.transfer import Forecast, TransferResult
