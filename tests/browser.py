@@ -11,6 +11,8 @@ from collections import deque
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
+FLAGS += ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update")
+FLAGS += ("--disable-sync",)
 PATIENCE_S = 60
 
 

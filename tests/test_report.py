@@ -16,6 +16,7 @@ from test_transfer import control, sweep
 from torch import nn
 
 from speedrun_mup.cli import main
+from speedrun_mup.commands.report import _guide
 from speedrun_mup.config import make_config
 from speedrun_mup.coord_check import coord_check
 from speedrun_mup.core import mup
@@ -26,7 +27,9 @@ from speedrun_mup.report.contents import Axis, Figure, Mark, Panel, Report, Sect
 from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.markdown import to_markdown
 from speedrun_mup.report.page import to_html
+from speedrun_mup.report.runs import _smooth
 from speedrun_mup.report.sections import make_report
+from speedrun_mup.report.words import TERMS
 from speedrun_mup.report.write import write_report
 from speedrun_mup.sweep import (
     CellResult,
@@ -39,8 +42,9 @@ from speedrun_mup.sweep import (
     run_sweep,
 )
 from speedrun_mup.training import train
-from speedrun_mup.transfer import Run, TransferError, measure_transfer
+from speedrun_mup.transfer import Run, TransferError, measure_transfer, read_runs
 
+PUBLISHED = Path(__file__).parent.parent / "docs" / "experiments" / "width-transfer" / "all"
 CSV = Path(__file__).parent / "data" / "transfer_sweep.csv"
 
 
@@ -128,8 +132,9 @@ def section(report, title):
 )
 def test_pictures_have_the_same_bytes_every_time(tmp_path, result, figure, suffix):
     first, second = tmp_path / f"first.{suffix}", tmp_path / f"second.{suffix}"
-    png.draw(figure(result), first)
-    png.draw(figure(result), second)
+    for path in (first, second):
+        drawn = figure(result)
+        png.draw(drawn[0] if isinstance(drawn, list) else drawn, path)
     assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
 
 
@@ -141,22 +146,23 @@ def test_no_picture_of_nothing():
 
 
 def test_the_curves_of_the_figure_are_those_of_the_measurement(result):
-    figure = figures.lr_curves(result)
-    assert [panel.title.split("\n")[0] for panel in figure.panels] == ["mup", "sp (control)"]
+    (figure,) = figures.lr_curves(result)
+    assert [panel.title.split("\n")[0] for panel in figure.panels] == ["Standard parametrization", "muP"]
     fit = result.arms["mup"].fits[1]
-    marks = [mark for mark in figure.panels[0].marks if mark.tags.get("width") == str(fit.width)]
-    seeds, means, bowl, best, _ = marks
+    marks = [mark for mark in figure.panels[1].marks if mark.tags.get("width") == str(fit.width)]
+    seeds, bowl, means, best, _ = marks
     assert len(seeds.x) == fit.cells.losses.size
     assert np.allclose(means.y, fit.cells.mean) and np.allclose(np.log2(means.x), fit.cells.log2_lr)
     assert np.allclose(np.log2(best.x), fit.optimum) and best.y[0] == pytest.approx(min(bowl.y), abs=1e-4)
-    crosses = [mark for mark in figure.panels[1].marks if mark.kind == "cross"]
+    crosses = [mark for mark in figure.panels[0].marks if mark.kind == "cross"]
     assert [np.log2(mark.x).tolist() for mark in crosses] == [
         list(fit.cells.diverged) for fit in result.arms["sp"].fits
     ]
 
 
 def test_drift_lines_meet_at_the_base_width_and_have_the_measured_slope(result):
-    marks = figures.drift(result).panels[0].marks
+    figure = figures.drift(result)
+    marks = [mark for panel in figure.panels for mark in panel.marks]
     for name, arm in result.arms.items():
         (line,) = [mark for mark in marks if mark.kind == "line" and mark.tags["arm"] == name]
         slope, at_zero = np.polyfit(np.log2(line.x), line.y, 1)
@@ -164,7 +170,34 @@ def test_drift_lines_meet_at_the_base_width_and_have_the_measured_slope(result):
             0
         )
     bands = [mark for mark in marks if mark.kind == "band"]
-    assert len(bands) == 3 and all((np.asarray(band.low) <= band.high).all() for band in bands)
+    assert len(bands) == 4 and all((np.asarray(band.low) <= band.high).all() for band in bands)
+
+
+def test_the_pair_that_a_reader_compares_stands_alone_and_other_arms_behind_it():
+    runs = read_runs(PUBLISHED / "runs.csv")
+    result = measure_transfer(runs, controls={"adam-sp": -1.0}, tested=["mup"], base_width=64, resamples=100)
+    pair, others = figures.lr_curves(result)
+    assert [panel.title.split("\n")[0] for panel in pair.panels] == ["Standard parametrization (Adam)", "muP"]
+    assert [panel.tags["arm"] for panel in others.panels] == ["adam-mup", "record26"]
+    lines = [mark for mark in pair.panels[1].marks if mark.marked]
+    assert len(lines) == 4 and len({mark.symbol for mark in lines}) == 4 == len({mark.color for mark in lines})
+    panels = figures.drift(result).panels
+    assert len(panels) == 4 and all(sum(mark.kind == "band" for mark in panel.marks) == 2 for panel in panels)
+
+
+def test_arms_that_agree_do_not_hide_one_another(result):
+    marks = [mark for mark in figures.best_losses(result).panels[0].marks if mark.kind == "points"]
+    assert len({mark.x[0] for mark in marks}) == len(marks) and len({mark.symbol for mark in marks}) == 2
+    assert all(abs(math.log2(mark.x[0] / float(mark.tags["width"]))) < 0.2 for mark in marks)
+
+
+def test_a_smoothed_curve_begins_and_stays_among_the_data():
+    noise = random.Random(0)
+    losses = [2.5 + 3 * math.exp(-step / 15) + noise.gauss(0, 0.05) for step in range(400)]
+    smooth = _smooth(losses)
+    assert smooth[0] == losses[0] and smooth[-1] == pytest.approx(losses[-1])
+    assert max(abs(one - 2.5 - 3 * math.exp(-step / 15)) for step, one in enumerate(smooth)) < 0.2
+    assert np.std(np.diff(smooth[100:300])) < 0.2 * np.std(np.diff(losses[100:300]))
 
 
 # ---- contents -------------------------------------------------------------------------------------------------------
@@ -199,6 +232,58 @@ def test_a_sweep_gives_everything(whole):
     assert [row[0] for row in numbers.rows] == ["mup", "adam-sp"] and numbers.rows[1][1].startswith("control, −1.00")
 
 
+def test_a_report_begins_with_what_to_do(swept, whole):
+    out, run = swept
+    _, prediction = read_plan(out)
+    low, high = prediction.loss_interval
+    use, expect, measured, rate = whole.answer
+    assert f"`--lr-scale {prediction.lr_scale:.4g}`" in use and f"{prediction.lr_scale_interval[0]:.4g} to" in use
+    assert f"{prediction.loss:.4f} nats per token (90 % interval {low:.4f} to {high:.4f})" in expect
+    assert measured.startswith(f"Measured: {compare(out, run).measured:.4f}")
+    assert f"with {1 / prediction.lr_scale:.3g} times the rate above" in rate
+    page, text = to_html(whole), to_markdown(whole)
+    assert page.index("--lr-scale") < page.index("stays where it is as") < page.index("<figure")
+    assert text.index("--lr-scale") < text.index("stays where it is as") < text.index("![")
+    assert "Measured: nothing yet" in make_report(out, measure_sweep(out)).answer[-1]
+
+
+def test_the_rates_to_use_are_those_that_a_run_with_the_flag_gets(swept, whole):
+    out, _ = swept
+    target, prediction = read_plan(out)
+    (head,) = [row for row in whole.rates.rows if "lm_head" in row[0]]
+    assert head[1:] == ["Adam", f"{target.head_lr * prediction.lr_scale:.4g}"] + [head[2]]
+    assert whole.rates.header[-1] == f"at width {target.width}"
+
+
+def test_a_report_says_what_was_trained_and_how(swept, whole):
+    target, _ = read_plan(swept[0])
+    told = dict(make_report(swept[0], measure_sweep(swept[0]), command=["speedrun-mup", "report", "a b"]).facts)
+    assert f"{target.n_layer} layers" in told["Model"] and "16 (" in told["Model"] and "Muon" in told["Optimizer"]
+    assert told["Tokens"].startswith(f"{target.iterations * target.batch_tokens:,} a run")
+    assert target.data in told["Data"] and re.match(r"\d{4}-\d\d-\d\d$", told["Trained"])
+    assert "speedrun-mup 1;" in told["Code"] and told["Report"].endswith("by `speedrun-mup report 'a b'`")
+    assert "Standard parametrization (Adam) `adam-sp` (control)" in told["Arms"]
+    assert {name for name, _ in whole.facts} == set(told)
+
+
+def test_a_rate_that_does_not_hold_is_not_recommended():
+    result = measure_transfer(control(-1.0, seeds=(0, 1), grid=range(-4, 5)), resamples=100)
+    assert result.verdict == "FAIL"
+    first, others, *_ = make_report(CSV, result).answer
+    assert first.startswith("Best at width") and "does not hold at other widths" in first
+    assert all(f"width {fit.width}:" in others for fit in result.arms["sp"].usable[1:])
+
+
+def test_the_link_to_the_documentation_holds_in_a_checkout_and_is_a_name_elsewhere(tmp_path, whole):
+    assert _guide(tmp_path) is None and "docs/transfer.md</code> of a checkout" in to_html(whole).replace(
+        "<span>", ""
+    ).replace("</span>", "")
+    beside = _guide(PUBLISHED)
+    assert beside == "../../../transfer.md" and (PUBLISHED / beside).exists()
+    linked = dataclasses.replace(whole, guide=beside)
+    assert f'href="{beside}"' in to_html(linked) and f"[docs/transfer.md]({beside})" in to_markdown(linked)
+
+
 def test_predicted_stands_beside_measured(swept, whole):
     out, run = swept
     comparison, (_, prediction) = compare(out, run), read_plan(out)
@@ -220,8 +305,9 @@ def test_cost_is_flops_of_the_sweep_over_those_of_the_target(swept, whole):
     assert f"everything {ratio:.1%}" in part.text[1]
     points = {mark.tags.get("arm"): mark for mark in part.figures[0].panels[0].marks if mark.kind == "points"}
     mine = sum(cell.flops for cell in cells if cell.arm == "mup") / run_flops(target, 65)
+    assert f"{ratio:.1f} times as much as the run" in part.text[2] and ratio > 1
     assert points[None].y == [pytest.approx(ratio)] and points["mup"].y == [pytest.approx(mine)]
-    assert {row[0] for row in part.tables[0].rows} == {"mup", "adam-sp", "everything"}
+    assert {row[0] for row in part.tables[0].rows} == {"muP", "Standard parametrization (Adam)", "everything"}
 
 
 def test_the_vocabulary_follows_from_the_flops_of_any_cell(swept, tmp_path):
@@ -274,7 +360,7 @@ def test_files_are_the_same_every_time_and_need_nothing_else(whole, tmp_path):
     assert (page.name, summary.name) == ("report.html", "report.md") and all(path.exists() for path in pictures)
     told = page.read_text(), summary.read_text()
     assert told == (to_html(whole), to_markdown(whole)) and str(tmp_path) not in "".join(told)
-    assert not re.search(r"(?:src|href)=|https?://(?!www\.w3\.org/2000/svg)", told[0])
+    assert not re.search(r"""(?:src|href)=(?!"#term-)|https?://(?!www\.w3\.org/2000/svg)""", told[0])
     assert told[1].startswith("# swept: PASS\n")
     assert re.findall(r"!\[.*\]\((.*)\)", told[1]) == [path.name for path in pictures]
 
@@ -289,7 +375,7 @@ def test_names_from_a_table_stay_text():
     page = to_html(report)
     assert "<img" not in page and page.count("</script>") == 2
     data = json.loads(re.search(r'id="report">(.*?)</script>', page, re.S)[1])
-    assert data["title"] == NASTY and data["sections"][0]["figures"][0]["panels"][0]["marks"][0]["y"] == [None]
+    assert data["title"] == NASTY and data["figures"][0]["panels"][0]["marks"][0]["y"] == [None]
     assert "| </script><img src=x onerror=alert(1)>\\|a |" in to_markdown(report)
 
 
@@ -381,7 +467,7 @@ def test_axes_change_between_linear_and_logarithmic(page):
 
 def test_pointing_at_a_mark_tells_its_numbers(page, swept):
     x, y = page.run(
-        "(() => { const marks = [...document.querySelectorAll('#lr-curves .panel:first-child path.mark')];"
+        "(() => { const marks = [...document.querySelectorAll('#lr-curves .panel:last-child path.mark')];"
         "const diamond = marks.filter((mark) => mark.getAttribute('stroke') === 'var(--ground)').at(-1);"
         "diamond.scrollIntoView({block: 'center'}); const box = diamond.getBoundingClientRect();"
         "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
@@ -391,7 +477,7 @@ def test_pointing_at_a_mark_tells_its_numbers(page, swept):
     page.point(x, y)
     best = measure_sweep(swept[0]).arms["mup"].fits[-1]
     told = page.run(f"{tip}.innerText").splitlines()
-    assert told[0] == "mup, width 64: best learning rate" and f"curvature {best.curvature:.4f}" in told[3]
+    assert told[0] == "muP, width 64: best learning rate" and f"curvature {best.curvature:.4f}" in told[3]
     assert not page.run(f"{tip}.hidden") and page.run("document.querySelectorAll('.ring').length") == 1
     page.point(1, 1)
     assert page.run(f"{tip}.hidden") and page.run("document.querySelectorAll('.ring').length") == 0
@@ -412,10 +498,74 @@ def test_the_reader_picks_the_learning_rate_of_training_curves(page, whole):
     assert len(seen) == len(choice.options) - 1
 
 
-def test_a_narrow_window_needs_no_sideways_scrolling(page):
-    page.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
-    assert page.run("document.documentElement.scrollWidth <= innerWidth")
+@pytest.fixture(params=[360, 768, 1400])
+def sized(page, request):
+    """The page in a window of a phone, a tablet, a desk."""
+    page.call(
+        "Emulation.setDeviceMetricsOverride",
+        width=request.param,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=request.param < 500,
+    )
+    page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    yield page
     page.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_no_window_needs_sideways_scrolling_and_figures_fill_it(sized):
+    assert sized.run("document.documentElement.scrollWidth <= innerWidth")
+    shares = sized.run(
+        "[...document.querySelectorAll('.panels')].map((row) => {"
+        "const boxes = [...row.querySelectorAll('.panel:not([hidden])')].map((panel) => panel.getBoundingClientRect());"
+        "return Math.max(...boxes.map((box) => box.right)) / document.querySelector('figure').getBoundingClientRect().right;})"
+    )
+    assert len(shares) == 6 and min(shares) > 0.98
+
+
+def test_no_label_of_a_figure_lies_over_another(sized):
+    overlaps = sized.run(
+        "[...document.querySelectorAll('.panel:not([hidden]) svg')].flatMap((svg) => {"
+        "const boxes = [...svg.querySelectorAll('text')].map((text) => [text.textContent, text.getBoundingClientRect()]);"
+        "const area = svg.getBoundingClientRect();"
+        "const cut = boxes.filter(([, box]) => box.left < area.left - 1 || box.bottom > area.bottom + 1);"
+        "const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom - 2 <= b.top || b.bottom - 2 <= a.top;"
+        "const pairs = boxes.flatMap(([name, a], i) => boxes.slice(i + 1).map(([other, b]) => [name, other, apart(a, b)]));"
+        "const over = pairs.filter((pair) => !pair[2]).map((pair) => pair.slice(0, 2).join(' over '));"
+        "return [...over, ...cut.map(([name]) => name)];})"
+    )
+    assert overlaps == []
+
+
+def test_no_word_of_a_table_is_broken_on_a_phone(page):
+    page.call("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)
+    broken = page.run(
+        "[...document.querySelectorAll('td, th')].flatMap((cell) => {"
+        "const walk = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT); const bad = [];"
+        "while (walk.nextNode()) for (const found of walk.currentNode.textContent.matchAll(/[A-Za-z0-9.]+/g)) {"
+        "const range = document.createRange(); range.setStart(walk.currentNode, found.index);"
+        "range.setEnd(walk.currentNode, found.index + found[0].length);"
+        "if (range.getClientRects().length > 1) bad.push(found[0]); } return bad; })"
+    )
+    page.call("Emulation.clearDeviceMetricsOverride")
+    assert broken == []
+
+
+def test_terms_are_explained_under_the_pointer_by_the_keyboard_and_in_print(page):
+    ends = (
+        "[...document.querySelectorAll('.term')].every((term) => document.querySelector(term.hash)?.tagName === 'DT')"
+    )
+    assert page.run(ends) and page.run("document.querySelectorAll('.term').length") > 10
+    tip = "document.getElementById('tip')"
+    page.run("document.querySelector('.term').focus()")
+    assert page.run(f"!{tip}.hidden && {tip}.innerText") == TERMS["width"]
+    page.run("document.querySelector('.term').blur()")
+    assert page.run(f"{tip}.hidden")
+    page.run("document.querySelector('aside details').open = false")
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    assert page.run("document.querySelectorAll('details:not([open])').length") == 0
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert not page.run("document.querySelector('aside details').open")
 
 
 def test_names_from_a_table_stay_text_in_the_browser(browser, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands.transfer import add_source, measure
 from speedrun_mup.flags import new_parser, parse
+
+GUIDE = "docs/transfer.md"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,9 +33,13 @@ def run(argv: Sequence[str]) -> int:
 
     result = measure(arguments)
     source = arguments.source
-    report = make_report(source, result, arguments.coord_check, arguments.target)
     beside = source / "report" if source.is_dir() else source.with_name(f"{source.stem}-report")
-    page, text, *pictures = write_report(report, arguments.out or beside)
+    out = arguments.out or beside
+    command = ["speedrun-mup", "report", *argv]
+    report = make_report(source, result, arguments.coord_check, arguments.target, command, _guide(out))
+    page, text, *pictures = write_report(report, out)
+    for line in report.answer:
+        print(line.replace("`", ""))
     print(f"verdict: {result.verdict}")
     for reason in result.reasons:
         print(f"- {reason}")
@@ -41,3 +48,10 @@ def run(argv: Sequence[str]) -> int:
     print(f"summary  {text}")
     print(f"page     {page}, for any browser: {page.resolve().as_uri()}")
     return 0
+
+
+def _guide(out: Path) -> str | None:
+    """The documentation as seen from `out`, if both lie in one checkout, so that the link holds wherever that goes."""
+    checkout = Path(__file__).resolve().parents[2]
+    guide, folder = checkout / GUIDE, out.resolve()
+    return os.path.relpath(guide, folder) if guide.exists() and folder.is_relative_to(checkout) else None

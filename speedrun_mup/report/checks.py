@@ -39,10 +39,10 @@ def _figure(check: dict[str, Any], number: int) -> Figure:
     last, first = check["steps"], min(check["thresholds"]["first_step"], check["steps"])
     shown = [(f"updates, t = {t}", "effect", t) for t in range(last, first - 1, -1)]
     shown += [("updates: t = 0, of W_0 x_0", "effect", 0), (f"activations, t = {last}", "activation", last)]
-    panels = [Panel("checked", _marks(check["arm"], shown))]
+    panels = [Panel(f"checked: {check['arm']['name']}", _marks(check["arm"], shown))]
     for control in check["controls"]:
         whose = f"{control['role'] or 'all'} {signed(control['slope'])}"
-        panels.append(Panel(f"{control['arm']['name']}\n{whose}", _marks(control["arm"], shown)))
+        panels.append(Panel(f"control {control['arm']['name']}\nslope of {whose}", _marks(control["arm"], shown)))
     roles = {series["role"] for series in check["arm"]["series"] if series["quantity"] in ("effect", "activation")}
     keys = [Key(role or "modules", "line", color) for role, color in ROLE_COLORS.items() if role in roles and role]
     caption = (

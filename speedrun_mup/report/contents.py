@@ -32,7 +32,8 @@ class Mark:
 
     A cross stands for a value beyond the panel: at x, so many rows below the top as y says. low, high: of points, error
     bars; of a band, its edges. tags: what a reader can switch off, such as {"arm": "mup"}. name and notes (one for each
-    point) are shown to a reader who points there; without a name there is nothing to point at.
+    point) are shown to a reader who points there; without a name there is nothing to point at. marked: a line that shows
+    its points too, each with the symbol.
     """
 
     kind: str  # points, line, band, rule, cross
@@ -43,11 +44,12 @@ class Mark:
     tags: dict[str, str] = field(default_factory=dict)
     low: Values = ()
     high: Values = ()
-    symbol: str = "o"  # o, s (square), D (diamond)
+    symbol: str = "o"  # o, s (square), D (diamond), ^ and v (triangles)
     size: float = 4.0  # diameter of points, thickness of lines; points of 1/72 inch
     opacity: float = 1.0
     dotted: bool = False
     hollow: bool = False
+    marked: bool = False
     notes: Sequence[str] = ()
 
 
@@ -84,6 +86,7 @@ class Key:
     symbol: str = "o"
     dotted: bool = False
     hollow: bool = False
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,29 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole. reasons: of the verdict. switches: tag -> its values that a reader can switch off."""
+    """The whole.
+
+    Args:
+        verdict: One word; `meaning` says it in a sentence, and `reasons` are why.
+        switches: Tag -> its values that a reader can switch off.
+        answer: What a reader came for, the most important line first.
+        rates: The learning rates that the answer's flag stands for.
+        facts: What was trained, on what, by what; name and value.
+        terms: Word -> its explanation, for the words of the field that the report uses.
+        guide: Where the documentation lies as seen from the report's folder, else None.
+    """
 
     title: str
     verdict: str
     reasons: Sequence[str]
     sections: Sequence[Section]
     switches: Mapping[str, Sequence[str]]
+    meaning: str = ""
+    answer: Sequence[str] = ()
+    rates: Table | None = None
+    facts: Sequence[tuple[str, str]] = ()
+    terms: Mapping[str, str] = field(default_factory=dict)
+    guide: str | None = None
 
     @property
     def figures(self) -> list[Figure]:

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.model import VOCAB_MULTIPLE
 from speedrun_mup.flops import flops_per_token, run_flops
 from speedrun_mup.report.contents import GREY, Axis, Figure, Key, Mark, Panel, Section, Table
-from speedrun_mup.report.figures import arm_colors
+from speedrun_mup.report.figures import arm_colors, main_arm
+from speedrun_mup.report.words import arm_words
 from speedrun_mup.sweep import CELLS, RESULT, CellResult
 from speedrun_mup.tracking import clock
 from speedrun_mup.transfer import TransferResult
@@ -30,7 +32,8 @@ def cost_section(
     vocab = vocabulary(widest, source)
     everything = _Cost("everything", list(cells))
     arms = [_Cost(name, [cell for cell in cells if cell.arm == name]) for name in result.arms]
-    tested = [arm for arm in arms if result.arms[arm.name].predicted is None]
+    tuning = next(arm for arm in arms if arm.name == main_arm(result).arm)
+    shown = [everything, tuning] if len(arms) > 1 else [everything]
     text = [
         f"The {len(cells)} runs of the sweep took {everything.flops:.3g} FLOPs, and {everything.time} of one worker's "
         "time. Counted are matrix products of training; controls are what trust costs, not what the tuning needs."
@@ -38,31 +41,50 @@ def cost_section(
     wide = {widest.width * 2**power for power in range(REACH + 1)}
     if target:
         one = run_flops(target, vocab)
-        told = ", ".join(f"{cost.name} {cost.flops / one:.1%}" for cost in [*tested, everything])
+        told = ", ".join(f"{arm_words(cost.name)} {cost.flops / one:.1%}" for cost in shown)
         text.append(f"The target, width {target.width}, takes {one:.3g} FLOPs. Cost over that: {told}.")
+        if everything.flops > one:
+            text.append(_dear(everything.flops / one, target.width, widest.width))
         wide.add(target.width)
     widths = sorted(wide)
     runs = [run_flops(replace(like, width=width), vocab) for width in widths]
     marks = [Mark("line", widths, [GOAL] * len(widths), GREY, dotted=True, size=1)]
-    for cost in [*tested, everything]:
+    for cost in shown:
         color = arm_colors(result).get(cost.name, GREY)
-        tags = {"arm": cost.name} if cost in tested else {}
+        tags = {} if cost is everything else {"arm": cost.name}
         shares = [cost.flops / run for run in runs]
-        marks.append(Mark("line", widths, shares, color, f"{cost.name}, over one run", tags, size=1.2))
+        name = arm_words(cost.name)
+        marks.append(Mark("line", widths, shares, color, f"{name}, over one run", tags, size=1.4))
         if target:
             at = widths.index(target.width)
-            name = f"{cost.name}, over the target run"
-            marks.append(Mark("points", [target.width], [shares[at]], color, name, tags, symbol="D", size=6))
-    keys = [Key(cost.name, "line", arm_colors(result).get(cost.name, GREY)) for cost in [*tested, everything]]
-    keys.append(Key(f"{GOAL:.0%}", "line", dotted=True))
-    caption = "FLOPs of the sweep over those of one run as long, by the width of that run."
+            style: dict[str, Any] = {"symbol": "D", "size": 6}
+            marks.append(
+                Mark("points", [target.width], [shares[at]], color, f"{name}, over the target run", tags, **style)
+            )
+    keys = [Key("goal: 10 % of the run", "line", dotted=True)]
+    keys += [Key(arm_words(cost.name), "line", arm_colors(result).get(cost.name, GREY)) for cost in reversed(shown)]
+    caption = (
+        "FLOPs of the sweep over those of one run as long, by the width of that run: 100 % is as much as the run itself. A "
+        "wider run costs more and the sweep does not, so that the share falls."
+    )
     if target:
         keys.append(Key("the target", "points", symbol="D"))
     x = Axis("width of the run that is served", "log2", ticks=widths)
     y = Axis("cost of the sweep over one run", "log", percent=True)
-    figure = Figure("cost", caption, x, y, [Panel("", marks)], keys, size=(3.6, 2.6))
-    rows = [[cost.name, str(len(cost.cells)), f"{cost.flops:.3g}", cost.time] for cost in [*arms, everything]]
+    figure = Figure("cost", caption, x, y, [Panel("", marks)], keys, size=(4.4, 2.8))
+    rows = [
+        [arm_words(cost.name), str(len(cost.cells)), f"{cost.flops:.3g}", cost.time] for cost in [*arms, everything]
+    ]
     return Section("Cost", text, [figure], [Table(["arm", "runs", "FLOPs", "time of one worker"], rows)])
+
+
+def _dear(share: float, target: int, widest: int) -> str:
+    """A sentence for a sweep that cost more than the run that it served."""
+    return (
+        f"So the tuning took {share:.1f} times as much as the run that it was for. That is the price of a small target: width "
+        f"{target} is only {target / widest:.3g} times the widest model of the sweep. For runs of many times that width the "
+        "same sweep is a small share, as the figure shows."
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.report.contents import ARM_COLORS, Axis, Choice, Color, Figure, Key, Mark, Panel
+from speedrun_mup.report.words import arm_words
 from speedrun_mup.transfer import (
     ArmResult,
     Array,
@@ -21,49 +22,79 @@ from speedrun_mup.transfer import (
     knob_name,
 )
 
+SYMBOLS = ("o", "s", "^", "v")
 MOST_STEPS = 120  # points of a training curve; longer ones are averaged over neighbouring steps
+ASIDE = 0.06  # octaves between arms
 BAND: Color = ("#dcdcdc", "#3a3a3a")
 
 
-def lr_curves(result: TransferResult, label: str = "learning rate") -> Figure:
-    """Loss against learning rate, or what was turned, a panel per arm and a colour per width.
+def lr_curves(result: TransferResult, label: str = "learning rate") -> list[Figure]:
+    """Loss against learning rate, or what was turned: a line per width, a panel per arm, the same axes.
 
-    Thin lines join the means over seeds (dots: seeds); the thick line is the parabola over its window, the diamond its
-    optimum (hollow if the width is not usable); the dotted rule is the base width's optimum. Raises TransferError.
+    First the two panels that a reader compares: what is known not to transfer, and the arm under test. Any others follow
+    in a second figure. Raises TransferError.
     """
-    fits = [fit for arm in result.arms.values() for fit in arm.fits]
-    if not fits:
+    drawn = {name: arm for name, arm in result.arms.items() if arm.fits}
+    if not drawn:
         raise TransferError("no width has enough stable points for a picture; extend the sweep")
-    colors = width_colors(result)
+    pair = _pair(result)
+    rest = [name for name in drawn if name not in pair]
+    both = (("lr-curves", [name for name in pair if name in drawn]), ("lr-curves-others", rest))
+    return [_lr_curves(name, [drawn[arm] for arm in arms], result, label) for name, arms in both if arms]
+
+
+def main_arm(result: TransferResult) -> ArmResult:
+    """The arm that a report is about: the one called mup, else the first that is no control."""
+    tested = [arm for arm in result.arms.values() if arm.predicted is None] or list(result.arms.values())
+    return next((arm for arm in tested if arm.arm == "mup"), tested[0])
+
+
+def _pair(result: TransferResult) -> list[str]:
+    """What to hold against the main arm, if there is anything, and the main arm."""
+    main = main_arm(result).arm
+    others = sorted((arm for arm in result.arms.values() if arm.arm != main), key=lambda arm: arm.predicted is None)
+    return [*(arm.arm for arm in others[:1]), main]
+
+
+def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, label: str) -> Figure:
+    """Marks of a width: its seeds, the line through their means, the fitted parabola, its optimum, what diverged."""
+    colors, knob = width_colors(result), knob_name(result.knob)
     ranks = {width: rank for rank, width in enumerate(reversed(colors))}
+    symbols = dict(zip(colors, cycle(SYMBOLS)))
     panels = []
-    for arm in result.arms.values():
-        marks = [mark for fit in arm.fits for mark in _curve(arm, fit, colors[fit.width], ranks[fit.width])]
+    for arm in arms:
+        tags = {"arm": arm.arm}
+        marks = [
+            mark
+            for fit in arm.fits
+            for mark in _curve(arm, fit, colors[fit.width], symbols[fit.width], ranks[fit.width])
+        ]
         marks += [
-            Mark("rule", [2**fit.optimum], size=1, tags={"arm": arm.arm}, dotted=True)
+            Mark("rule", [2**fit.optimum], size=1, tags=tags, dotted=True)
             for fit in arm.usable
             if fit.width == arm.base_width
         ]
-        panels.append(Panel(f"{_title(arm)}\ndrift {interval_text(arm.drift)}", marks, {"arm": arm.arm}))
-    keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
-    keys += [
-        Key("optimum at base", "line", dotted=True),
-        Key("optimum", "points", symbol="D"),
-        Key("one seed", "points"),
-    ]
-    if any(fit.cells.diverged for fit in fits):
+        panels.append(Panel(f"{arm_words(arm.arm)}\n{_movement(arm, knob)}", marks, tags))
+    here = {fit.width for arm in arms for fit in arm.fits}
+    keys = [Key(f"width {width}", "line", colors[width], symbols[width], marked=True) for width in sorted(here)]
+    keys += [Key("best of a width", "points", symbol="D"), Key("best of the base width", "line", dotted=True)]
+    if any(fit.cells.diverged for arm in arms for fit in arm.fits):
         keys.append(Key("diverged", "cross"))
     caption = (
-        f"Loss against {knob_name(result.knob)}. Thin lines: means over seeds. Thick lines: the fitted parabolas in "
-        "their windows, with the optimum (diamond; hollow where it does not count). Dotted: the optimum of the base "
-        "width. Drift in octaves per doubling of width, with its 90 % interval."
+        f"Loss against {knob}, a line per width, means over seeds (faint dots: single seeds). Diamonds: the best {knob} of a "
+        "width, from the parabola behind its line; hollow where it does not count. Dotted: the best of the base width. "
+        "If rates transfer, the diamonds stand above one another."
     )
-    limits = _loss_limits(fits)
-    return Figure("lr-curves", caption, Axis(label, "log2"), Axis("loss", limits=limits), panels, keys)
+    limits = _loss_limits([fit for arm in arms for fit in arm.fits])
+    y = Axis("loss (nats per token)", limits=limits)
+    return Figure(name, caption, Axis(label, "log2"), y, panels, keys, size=(3.3, 2.7))
 
 
-def _title(arm: ArmResult) -> str:
-    return arm.arm if arm.predicted is None else f"{arm.arm} (control)"
+def _movement(arm: ArmResult, knob: str) -> str:
+    if arm.drift is None:
+        return f"how the best {knob} moves is not known"
+    slope = arm.drift.value
+    return f"best per doubling of width: \N{MULTIPLICATION SIGN}{2**slope:.2f} ({signed(slope)} octaves)"
 
 
 def width_colors(result: TransferResult) -> dict[int, Color]:
@@ -84,11 +115,11 @@ def arm_colors(result: TransferResult) -> dict[str, Color]:
     return dict(zip(result.arms, cycle(ARM_COLORS)))
 
 
-def _curve(arm: ArmResult, fit: WidthFit, color: Color, rank: int) -> list[Mark]:
+def _curve(arm: ArmResult, fit: WidthFit, color: Color, symbol: str, rank: int) -> list[Mark]:
     """One width in one panel."""
     cells, bowls = fit.cells, fit.bowls
     tags = {"arm": arm.arm, "width": str(fit.width)}
-    name = f"{arm.arm}, width {fit.width}"
+    name = f"{arm_words(arm.arm)}, width {fit.width}"
     lr = 2**cells.log2_lr
     seed, column = np.nonzero(np.isfinite(cells.losses))
     near = np.linspace(bowls.left[0], bowls.right[0], 61)
@@ -97,13 +128,13 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, rank: int) -> list[Mark]
     if not math.isnan(fit.optimum_se):
         notes.append(f"known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} octaves")
     note = "; ".join(notes)
-    best: dict[str, Any] = {"symbol": "D", "size": 5.5, "hollow": bool(fit.problems), "notes": [note]}
+    best: dict[str, Any] = {"symbol": "D", "size": 7, "hollow": bool(fit.problems), "notes": [note]}
+    faint: dict[str, Any] = {"size": 1.6, "opacity": 0.35}
+    means: dict[str, Any] = {"size": 1.2, "marked": True, "symbol": symbol}
     return [
-        Mark(
-            "points", lr[column], cells.losses[seed, column], color, f"{name}, one seed", tags, size=1.8, opacity=0.45
-        ),
-        Mark("line", lr, cells.mean, color, f"{name}, mean over seeds", tags, size=0.9),
-        Mark("line", 2**near, bowl, color, tags=tags, size=2.6, opacity=0.4),
+        Mark("points", lr[column], cells.losses[seed, column], color, f"{name}, one seed", tags, **faint),
+        Mark("line", 2**near, bowl, color, tags=tags, size=3.6, opacity=0.22),
+        Mark("line", lr, cells.mean, color, f"{name}, mean over seeds", tags, **means),
         Mark("points", [2**fit.optimum], bowls.floor[:1], color, f"{name}: best {knob_name(arm.knob)}", tags, **best),
         Mark("cross", [2**x for x in cells.diverged], [rank] * len(cells.diverged), color, tags=tags),
     ]
@@ -135,38 +166,45 @@ def signed(value: float) -> str:
 
 
 def drift(result: TransferResult) -> Figure:
-    """Optimum against width, a colour per arm, each shifted so that its fitted line starts at 0 at its base width.
+    """Optimum against width, a panel per arm, shifted so that its fitted line starts at 0 at its base width.
 
     Bars: 90 % of a normal error. Lines: the fitted drift, shaded over its 90 % interval. Grey: drifts that count as
-    transfer. Squares are controls; a hollow mark is an optimum that does not enter the line. Raises TransferError.
+    transfer. A hollow mark is an optimum that does not enter the line. Raises TransferError.
     """
     drifts = {name: (arm, arm.drift) for name, arm in result.arms.items() if arm.drift is not None}
     if not drifts:
         raise TransferError("no arm has a drift to draw; each needs two widths with an optimum")
     widths = sorted({fit.width for arm, _ in drifts.values() for fit in arm.fits})
     ends = np.log2([widths[0], widths[-1]]) + np.array([-0.15, 0.15])
-    limit, colors = result.thresholds.equivalence, arm_colors(result)
-    marks: list[Mark] = []
-    for base in sorted({arm.base_width for arm, _ in drifts.values()}):
-        x = np.sort([*ends, math.log2(base)]) - math.log2(base)
-        marks.append(Mark("band", base * 2**x, low=-limit * np.abs(x), high=limit * np.abs(x), color=BAND))
+    limit, colors, knob = result.thresholds.equivalence, arm_colors(result), knob_name(result.knob)
+    panels = []
     for name, (arm, slope) in drifts.items():
-        marks += _drift(arm, slope, colors[name], ends)
-    keys = [Key(f"\N{PLUS-MINUS SIGN}{limit:g}", "band", BAND)]
+        x = np.sort([*ends, math.log2(arm.base_width)]) - math.log2(arm.base_width)
+        zone: dict[str, Any] = {
+            "low": -limit * np.abs(x),
+            "high": limit * np.abs(x),
+            "color": BAND,
+            "tags": {"arm": name},
+        }
+        marks = [Mark("band", arm.base_width * 2**x, **zone), *_drift(arm, slope, colors[name], ends)]
+        panels.append(Panel(f"{_title(arm)}\n{interval_text(slope)}", marks, {"arm": name}))
+    keys = [Key(f"stands still: within \N{PLUS-MINUS SIGN}{limit:g} octaves per doubling", "band", BAND)]
     keys += [
-        Key(f"{name}: {interval_text(slope)}", "points", colors[name], _symbol(arm))
-        for name, (arm, slope) in drifts.items()
+        Key("best of a width, with its 90 % error", "points"),
+        Key("fitted drift, shaded over its 90 % interval", "line"),
     ]
+    if any(fit.problems for arm, _ in drifts.values() for fit in arm.fits):
+        keys.append(Key("does not count", "points", hollow=True))
     caption = (
-        f"How far the best {knob_name(result.knob)} moves with width. Lines: the drift in octaves per doubling of width, "
-        "shaded over its 90 % interval; bars: 90 % of each optimum; hollow: does not count. Grey: drifts that pass as transfer."
+        f"How far the best {knob} moves with width, counted from the base width. Above each panel the drift, in octaves per "
+        "doubling of width, with its 90 % interval; a line inside the grey zone passes as transfer."
     )
-    y = Axis(f"shift of the best {knob_name(result.knob)} (octaves)")
-    return Figure("drift", caption, Axis("width", "log2", ticks=widths), y, [Panel("", marks)], keys, size=(3.6, 2.9))
+    y = Axis(f"shift of the best {knob} (octaves)")
+    return Figure("drift", caption, Axis("width", "log2", ticks=widths), y, panels, keys, size=(2.6, 2.5))
 
 
-def _symbol(arm: ArmResult) -> str:
-    return "o" if arm.predicted is None else "s"
+def _title(arm: ArmResult) -> str:
+    return arm_words(arm.arm) if arm.predicted is None else f"{arm_words(arm.arm)}, control"
 
 
 def _drift(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[Mark]:
@@ -185,9 +223,9 @@ def _drift(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[M
         at, bar = fit.optimum - zero, 1.645 * float(np.nan_to_num(fit.optimum_se))
         notes = ["; ".join([f"best {knob_name(arm.knob)} 2^{fit.optimum:.2f}", *fit.problems])]
         tag = tags | {"width": str(fit.width)}
-        style: dict[str, Any] = {"symbol": _symbol(arm), "size": 4.5, "hollow": bool(fit.problems)}
+        style: dict[str, Any] = {"size": 4.5, "hollow": bool(fit.problems)}
         style |= {"low": [at - bar], "high": [at + bar], "notes": notes}
-        marks.append(Mark("points", [fit.width], [at], color, arm.arm, tag, **style))
+        marks.append(Mark("points", [fit.width], [at], color, arm_words(arm.arm), tag, **style))
     return marks
 
 
@@ -198,28 +236,31 @@ def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure
     """
     marks: list[Mark] = []
     colors = arm_colors(result)
-    for name, arm in result.arms.items():
+    symbols = dict(zip(result.arms, cycle(SYMBOLS)))
+    for place, (name, arm) in enumerate(result.arms.items()):
+        aside = 2 ** (ASIDE * (place - (len(result.arms) - 1) / 2))  # so that arms that agree do not hide one another
         tags = {"arm": name}
         losses = [arm.best_loss(fit) for fit in arm.usable]
-        widths, values = [fit.width for fit in arm.usable], [loss.value for loss in losses]
+        widths, values = [fit.width * aside for fit in arm.usable], [loss.value for loss in losses]
         marks.append(Mark("line", widths, values, colors[name], tags=tags, size=1.1))
-        for width, loss in zip(widths, losses):
+        for fit, width, loss in zip(arm.usable, widths, losses):
             low, high = loss.interval()
-            style: dict[str, Any] = {"symbol": _symbol(arm), "size": 4.5}
+            bar: dict[str, Any] = {"symbol": symbols[name], "size": 5.0}
             if not math.isnan(low):
-                style |= {"low": [low], "high": [high]}
-            marks.append(
-                Mark("points", [width], [loss.value], colors[name], name, tags | {"width": str(width)}, **style)
-            )
-    keys = [Key(name, "points", colors[name], _symbol(arm)) for name, arm in result.arms.items()]
+                bar |= {"low": [low], "high": [high]}
+            tag = tags | {"width": str(fit.width)}
+            marks.append(Mark("points", [width], [loss.value], colors[name], arm_words(name), tag, **bar))
+    keys = [Key(_title(arm), "line", colors[name], symbols[name], marked=True) for name, arm in result.arms.items()]
     ticks = {float(fit.width) for arm in result.arms.values() for fit in arm.fits}
     best = f"loss at the best {knob_name(result.knob)}"
-    caption = f"{best.capitalize()} of each width, with 90 % intervals."
+    caption = (
+        f"{best.capitalize()} of each width, with 90 % intervals; arms stand a little aside where they would overlap."
+    )
     marks += promised
     keys += [Key(mark.name, mark.kind, mark.color, mark.symbol, hollow=mark.hollow) for mark in promised]
     ticks |= {width for mark in promised for width in mark.x}
-    x, y = Axis("width", "log2", ticks=sorted(ticks)), Axis(best)
-    return Figure("best-loss", caption, x, y, [Panel("", marks)], keys, size=(3.6, 2.6))
+    x, y = Axis("width", "log2", ticks=sorted(ticks)), Axis(f"{best} (nats)")
+    return Figure("best-loss", caption, x, y, [Panel("", marks)], keys, size=(4.4, 2.8))
 
 
 def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) -> Figure:
@@ -241,7 +282,7 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
             if owner != name or width not in colors:
                 continue
             steps, loss = _thin(np.mean(some, axis=0))
-            label = f"{name}, width {width}, {knob} {2**at:.3g}"
+            label = f"{arm_words(name)}, width {width}, {knob} {2**at:.3g}"
             tags = {"arm": name, "width": str(width), "rate": f"{2**at:.3g}"}
             marks.append(Mark("line", steps, loss, colors[width], label, tags, size=1.1))
             if at == chosen:
@@ -258,7 +299,9 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
         f"the best of the base width ({', '.join(judged)}). With the right rules a wider model is better at every step."
     )
     choice = Choice("rate", knob, [own, *(f"{2**at:.3g}" for at in rates)])
-    return Figure("training-curves", caption, Axis("step"), Axis("training loss", limits=limits), panels, keys, choice)
+    return Figure(
+        "training-curves", caption, Axis("step"), Axis("training loss (nats)", limits=limits), panels, keys, choice
+    )
 
 
 def _judged_rate(arm: ArmResult, rates: Sequence[float]) -> float:

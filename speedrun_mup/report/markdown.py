@@ -15,7 +15,17 @@ def to_markdown(report: Report) -> str:
 def _lines(report: Report) -> Iterator[str]:
     yield f"# {report.title}: {report.verdict}"
     yield ""
+    yield from (f"{line}\n" for line in report.answer)
+    if report.rates:
+        yield from _table(report.rates)
+        yield ""
+    yield f"**{report.meaning}**\n" if report.meaning else ""
     yield from (f"- {reason}" for reason in report.reasons)
+    if report.facts:
+        place = f"[docs/transfer.md]({report.guide})" if report.guide else "`docs/transfer.md` of a checkout"
+        yield "\n## What was trained\n"
+        yield from (f"- {name}: {value}" for name, value in report.facts)
+        yield f"\nHow all this is measured, and when not to trust it: {place}."
     for section in report.sections:
         yield f"\n## {section.title}"
         for paragraph in section.text:
@@ -25,6 +35,13 @@ def _lines(report: Report) -> Iterator[str]:
         for table in section.tables:
             yield ""
             yield from _table(table)
+    yield from _words(report)
+
+
+def _words(report: Report) -> Iterator[str]:
+    if report.terms:
+        yield "\n## Words used here\n"
+        yield from (f"- **{term}**: {told}" for term, told in report.terms.items())
 
 
 def _table(table: Table) -> Iterator[str]:

@@ -1,11 +1,13 @@
 "use strict";
-// Draws the report that stands in the page as JSON (see contents.py for what its parts mean). Nothing is computed here
+// Draws the figures that stand in the page as JSON (see contents.py for what their parts mean). Nothing is computed here
 // but scales, ticks and what is visible.
 
 const report = JSON.parse(document.getElementById("report").textContent);
 const hidden = {}; // tag -> the values that are switched off
 const views = []; // all figures
-const MARGIN = { left: 52, right: 12, top: 8, bottom: 42 };
+const MARGIN = { left: 48, right: 12, top: 8, bottom: 42 };
+const LETTER = 7.6; // pixels, of a digit, percent signs allowed for
+const LEAST = 270; // pixels, of a panel that stands beside others
 const REACH = 24; // pixels between the pointer and a point that it points at
 
 // ---- elements -------------------------------------------------------------------------------------------------------
@@ -32,14 +34,6 @@ function addButton(parent, text, pressed, onChange) {
     onChange(now);
   });
   return button;
-}
-
-function addText(parent, name, text) {
-  const element = add(parent, name);
-  text.split("`").forEach((part, index) => {
-    if (index % 2) add(element, "code", {}, part);
-    else element.append(part);
-  });
 }
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
@@ -92,28 +86,27 @@ class Scale {
 const isOn = (tags) => Object.entries(tags).every(([tag, value]) => !hidden[tag]?.has(value));
 
 class View {
-  constructor(parent, figure) {
+  constructor(frame, figure) {
     this.figure = figure;
     this.log = { x: figure.x.scale !== "linear", y: figure.y.scale !== "linear" };
     this.whole = false;
     this.chosen = figure.choice?.options[0];
-    const frame = add(parent, "figure", { id: figure.name });
-    this.addTools(add(frame, "div", { class: "tools" }));
-    const row = add(frame, "div", { class: "panels" });
+    const caption = frame.firstElementChild;
+    const before = (name, attributes) => frame.insertBefore(add(frame, name, attributes), caption);
+    this.addTools(before("div", { class: "tools" }));
+    this.row = before("div", { class: "panels" });
     this.panels = figure.panels.map((panel) => {
-      const box = add(row, "div", { class: "panel" });
+      const box = add(this.row, "div", { class: "panel" });
       add(box, "h3", {}, panel.title);
-      const size = { width: 64 + 185 * figure.size[0], height: 50 + 140 * figure.size[1] };
       const label = `${panel.title} ${figure.y.label} against ${figure.x.label}`;
-      const svg = draw(box, "svg", { viewBox: `0 0 ${size.width} ${size.height}`, ...size, role: "img", "aria-label": label });
-      const drawn = { panel, box, svg, size, targets: [] };
+      const svg = draw(box, "svg", { role: "img", "aria-label": label });
+      const drawn = { panel, box, svg, size: null, targets: [] };
       svg.addEventListener("pointermove", (event) => this.point(drawn, event));
       svg.addEventListener("pointerleave", () => this.leave());
       return drawn;
     });
-    const legend = add(frame, "div", { class: "legend" });
+    const legend = before("div", { class: "legend" });
     for (const key of figure.keys) addKey(legend, key);
-    add(frame, "figcaption", {}, figure.caption);
   }
 
   addTools(parent) {
@@ -157,10 +150,27 @@ class View {
     return values.length ? [Math.min(...values), Math.max(...values)] : [1, 2];
   }
 
+  // As many columns as fit, and no orphan: four panels are two rows of two where three would fit.
+  layout() {
+    const count = Math.max(1, this.panels.filter(({ panel }) => isOn(panel.tags)).length);
+    const room = this.row.clientWidth || 800;
+    const rows = Math.ceil(count / Math.max(1, Math.floor(room / LEAST)));
+    const columns = Math.ceil(count / rows);
+    this.row.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    const width = Math.floor((room - 18 * (columns - 1)) / columns);
+    const [wide, high] = this.figure.size;
+    const least = Math.max(190, 6.6 * this.figure.y.label.length); // room for the axis' name
+    const height = MARGIN.top + MARGIN.bottom + Math.round(Math.min(380, Math.max(least, (width * high) / wide - 50)));
+    return { width, height };
+  }
+
   draw() {
+    const size = this.layout();
     for (const drawn of this.panels) {
       const on = isOn(drawn.panel.tags);
       drawn.box.hidden = !on;
+      drawn.size = size;
+      drawn.svg.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
       drawn.targets = [];
       drawn.svg.replaceChildren();
       if (on) this.drawPanel(drawn);
@@ -172,21 +182,24 @@ class View {
     const { svg, size } = drawn;
     const right = size.width - MARGIN.right;
     const bottom = size.height - MARGIN.bottom;
-    const x = new Scale(figure.x, this.log.x, this.limits("x"), [MARGIN.left, right], 0.04);
     const y = new Scale(figure.y, this.log.y, this.limits("y"), [bottom, MARGIN.top], figure.y.limits && !this.whole ? 0 : 0.06);
+    const widest = Math.max(0, ...y.ticks.map((tick) => (y.powers ? 3 : format(tick, figure.y.percent).length)));
+    const left = Math.max(MARGIN.left, 28 + LETTER * widest);
+    const x = new Scale(figure.x, this.log.x, this.limits("x"), [left, right], 0.04);
+    x.ticks = withRoom(x, figure.x);
     const clip = `clip-${views.indexOf(this)}-${this.panels.indexOf(drawn)}`;
-    const area = { x: MARGIN.left, y: MARGIN.top, width: right - MARGIN.left, height: bottom - MARGIN.top };
+    const area = { x: left, y: MARGIN.top, width: right - left, height: bottom - MARGIN.top };
     draw(draw(svg, "clipPath", { id: clip }), "rect", area);
     for (const tick of x.ticks) {
       draw(svg, "line", { class: "grid", x1: x.at(tick), x2: x.at(tick), y1: MARGIN.top, y2: bottom });
       drawTick(svg, tick, x, figure.x, { x: x.at(tick), y: bottom + 16, "text-anchor": "middle" });
     }
     for (const tick of y.ticks) {
-      draw(svg, "line", { class: "grid", x1: MARGIN.left, x2: right, y1: y.at(tick), y2: y.at(tick) });
-      drawTick(svg, tick, y, figure.y, { x: MARGIN.left - 6, y: y.at(tick) + 4, "text-anchor": "end" });
+      draw(svg, "line", { class: "grid", x1: left, x2: right, y1: y.at(tick), y2: y.at(tick) });
+      drawTick(svg, tick, y, figure.y, { x: left - 6, y: y.at(tick) + 4, "text-anchor": "end" });
     }
-    draw(svg, "path", { class: "frame", d: `M${MARGIN.left},${MARGIN.top}V${bottom}H${right}` });
-    draw(svg, "text", { x: (MARGIN.left + right) / 2, y: size.height - 6, "text-anchor": "middle" }).textContent = figure.x.label;
+    draw(svg, "path", { class: "frame", d: `M${left},${MARGIN.top}V${bottom}H${right}` });
+    draw(svg, "text", { x: (left + right) / 2, y: size.height - 6, "text-anchor": "middle" }).textContent = figure.x.label;
     const middle = (MARGIN.top + bottom) / 2;
     const turned = { transform: `translate(12 ${middle}) rotate(-90)`, "text-anchor": "middle" };
     draw(svg, "text", turned).textContent = figure.y.label;
@@ -223,6 +236,17 @@ class View {
   }
 }
 
+// Ticks whose labels do not touch: all of them, or every second, third ...
+function withRoom(scale, axis) {
+  const needs = (tick) => (scale.powers ? 26 : 12 + LETTER * format(tick, axis.percent).length);
+  for (let step = 1; step < scale.ticks.length; step++) {
+    const some = scale.ticks.filter((_, index) => index % step === 0);
+    const fits = (tick, index) => !index || scale.at(tick) - scale.at(some[index - 1]) >= (needs(tick) + needs(some[index - 1])) / 2;
+    if (some.every(fits)) return some;
+  }
+  return scale.ticks.slice(0, 1);
+}
+
 function drawTick(svg, tick, scale, axis, place) {
   const text = draw(svg, "text", place);
   if (!scale.powers) {
@@ -254,7 +278,10 @@ function drawMark(layer, mark, x, y, area, targets) {
     const corners = mark.x.map((value, index) => [x.at(value), y.at(mark.y[index])]);
     const seen = corners.filter((corner) => corner.every(Number.isFinite));
     const line = draw(layer, "polyline", { ...stroke, points: seen.join(" "), "stroke-linejoin": "round" }, mark.color);
-    corners.forEach(([px, py], index) => target(line, px, py, index));
+    corners.forEach(([px, py], index) => {
+      if (mark.marked && seen.includes(corners[index])) drawPoint(layer, mark, px, py, 3, { opacity: mark.opacity });
+      target(line, px, py, index);
+    });
   } else if (mark.kind === "cross") {
     mark.x.forEach((value, index) => {
       const [px, py] = [x.at(value), area.y + area.height * (0.025 + 0.04 * mark.y[index])];
@@ -278,6 +305,8 @@ function drawPoint(layer, mark, px, py, radius, style) {
   const shapes = {
     o: `M${px - r},${py}a${r},${r} 0 1 0 ${2 * r},0a${r},${r} 0 1 0 ${-2 * r},0z`,
     s: `M${px - r},${py - r}h${2 * r}v${2 * r}h${-2 * r}z`,
+    "^": `M${px},${py - 1.2 * r}l${1.2 * r},${2.1 * r}h${-2.4 * r}z`,
+    v: `M${px},${py + 1.2 * r}l${1.2 * r},${-2.1 * r}h${-2.4 * r}z`,
     D: `M${px},${py - 1.35 * r}l${1.35 * r},${1.35 * r}l${-1.35 * r},${1.35 * r}l${-1.35 * r},${-1.35 * r}z`,
   };
   const ground = "var(--ground)";
@@ -290,7 +319,10 @@ function addKey(parent, key) {
   const svg = draw(entry, "svg", { width: 22, height: 12 });
   const style = { fill: "none", stroke: "currentColor", "stroke-width": 2 };
   if (key.dotted) style["stroke-dasharray"] = "2 4";
-  if (key.kind === "line") draw(svg, "path", { ...style, d: "M0,6h22" }, key.color);
+  if (key.kind === "line") {
+    draw(svg, "path", { ...style, d: "M0,6h22" }, key.color);
+    if (key.marked) drawPoint(svg, key, 11, 6, 3, {});
+  }
   else if (key.kind === "band") draw(svg, "rect", { width: 22, height: 12, fill: "currentColor" }, key.color);
   else if (key.kind === "cross") draw(svg, "path", { ...style, "stroke-width": 1.4, d: "M7.5,2.5l7,7m0,-7l-7,7" }, key.color);
   else drawPoint(svg, key, 11, 6, 3.5, {});
@@ -302,8 +334,13 @@ function addKey(parent, key) {
 const tip = add(document.body, "div", { id: "tip", role: "status" });
 tip.hidden = true;
 
+function nearest(ticks, value) {
+  const away = (tick) => Math.abs(Math.log(tick / value));
+  return ticks.reduce((best, tick) => (away(tick) < away(best) ? tick : best));
+}
+
 function tipText(mark, index, { x, y }) {
-  const value = mark.x[index];
+  const value = x.ticks.length ? nearest(x.ticks, mark.x[index]) : mark.x[index]; // points may stand aside of their tick
   const power = x.scale === "log2" && !x.ticks.length ? ` = 2^${Math.log2(value).toFixed(2).replace("-", "−")}` : "";
   const lines = [mark.name, `${x.label}: ${format(value, x.percent)}${power}`];
   if (mark.kind !== "cross") lines.push(`${y.label}: ${format(mark.y[index], y.percent)}`);
@@ -312,34 +349,29 @@ function tipText(mark, index, { x, y }) {
   return lines.join("\n");
 }
 
-function showTip(text, event) {
+function showTip(text, { clientX, clientY }) {
   tip.textContent = text;
   tip.hidden = false;
   const box = tip.getBoundingClientRect();
-  const left = event.clientX + 16 + box.width > innerWidth ? event.clientX - 16 - box.width : event.clientX + 16;
+  const left = clientX + 16 + box.width > innerWidth ? clientX - 16 - box.width : clientX + 16;
   tip.style.left = `${Math.max(4, left)}px`;
-  tip.style.top = `${Math.min(event.clientY + 14, innerHeight - box.height - 4)}px`;
+  tip.style.top = `${Math.min(clientY + 14, innerHeight - box.height - 4)}px`;
+}
+
+// A term explains itself under the pointer, and when it is reached by the keyboard; its link leads to the list of words.
+function explain(term) {
+  const told = term.title;
+  term.removeAttribute("title");
+  term.setAttribute("aria-description", told);
+  const show = () => {
+    const box = term.getBoundingClientRect();
+    showTip(told, { clientX: box.left - 12, clientY: box.bottom - 8 });
+  };
+  for (const name of ["pointerenter", "focus"]) term.addEventListener(name, show);
+  for (const name of ["pointerleave", "blur"]) term.addEventListener(name, () => (tip.hidden = true));
 }
 
 // ---- the page -------------------------------------------------------------------------------------------------------
-
-function addTable(parent, table) {
-  if (table.rows.length > 12) {
-    parent = add(parent, "details");
-    add(parent, "summary", {}, `${table.rows.length} rows: ${table.header.join(", ")}`);
-  }
-  const element = add(add(parent, "div", { class: "table" }), "table");
-  const head = add(add(element, "thead"), "tr");
-  for (const title of table.header) add(head, "th", { scope: "col" }, title);
-  const body = add(element, "tbody");
-  for (const row of table.rows) {
-    const line = add(body, "tr");
-    for (const cell of row) {
-      const [word] = cell.split(" ");
-      add(line, "td", ["PASS", "WARN", "FAIL", "INCONCLUSIVE"].includes(word) ? { class: word } : {}, cell);
-    }
-  }
-}
 
 function addSwitches(parent) {
   for (const [tag, values] of Object.entries(report.switches)) {
@@ -348,7 +380,7 @@ function addSwitches(parent) {
     for (const value of values) {
       const button = addButton(group, value, true, (on) => {
         hidden[tag][on ? "delete" : "add"](value);
-        for (const view of views) view.draw();
+        drawAll();
       });
       button.dataset.tag = tag;
       button.dataset.value = value;
@@ -356,17 +388,31 @@ function addSwitches(parent) {
   }
 }
 
-const heading = add(document.body, "h1", {}, report.title);
-add(heading, "span", { class: `verdict ${report.verdict}` }, report.verdict);
-const reasons = add(document.body, "ul");
-for (const reason of report.reasons) add(reasons, "li", {}, reason);
-addSwitches(add(document.body, "nav"));
-for (const section of report.sections) {
-  const part = add(document.body, "section");
-  add(part, "h2", {}, section.title);
-  for (const text of section.text) addText(part, "p", text);
-  for (const figure of section.figures) views.push(new View(part, figure));
-  for (const table of section.tables) addTable(part, table);
+function drawAll() {
+  for (const view of views) view.draw();
 }
-for (const view of views) view.draw();
+
+addSwitches(document.querySelector("nav"));
+for (const figure of report.figures) views.push(new View(document.getElementById(figure.name), figure));
+drawAll();
+for (const term of document.querySelectorAll(".term")) explain(term);
+
+const words = document.querySelector("aside details");
+if (words && innerWidth < 900) words.open = false;
+addEventListener("hashchange", () => {
+  if (words && location.hash.startsWith("#term-")) words.open = true;
+  document.getElementById(location.hash.slice(1))?.scrollIntoView();
+});
+
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const part of folded) part.open = true;
+});
+addEventListener("afterprint", () => folded.forEach((part) => (part.open = false)));
+let room = document.body.clientWidth;
+addEventListener("resize", () => {
+  if (document.body.clientWidth !== room) drawAll();
+  room = document.body.clientWidth;
+});
 document.body.dataset.drawn = views.length;

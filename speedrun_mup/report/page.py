@@ -1,17 +1,21 @@
-"""A report as one HTML file that needs nothing else: page.js draws what page.css styles, from a block of JSON."""
+"""A report as one HTML file that needs nothing else: text and tables are HTML, page.js draws figures from a block of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.report.contents import Report
+from speedrun_mup.report.contents import Report, Section, Table
 
 DIGITS = 6  # of a number on the page
+LONG = 12  # rows; longer tables are folded
+VERDICTS = ("PASS", "WARN", "FAIL", "INCONCLUSIVE")
 _HERE = Path(__file__).parent
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -24,7 +28,7 @@ _PAGE = """<!doctype html>
 {css}</style>
 </head>
 <body>
-<noscript>This page draws its figures with JavaScript. The same report is beside it, as report.md and pictures.</noscript>
+{body}
 <script type="application/json" id="report">{data}</script>
 <script>
 {js}</script>
@@ -35,22 +39,119 @@ _PAGE = """<!doctype html>
 
 def to_html(report: Report) -> str:
     """The text of the file."""
-    data = json.dumps(_plain(asdict(report)), allow_nan=False, separators=(",", ":"))
+    drawn = {"title": report.title, "switches": report.switches, "figures": list(map(asdict, report.figures))}
+    data = json.dumps(_plain(drawn), allow_nan=False, separators=(",", ":"))
     return _PAGE.format(
         title=escape(f"{report.title}: {report.verdict}"),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
+        body="\n".join(_body(report, _Text(report.terms))),
         data=data.replace("<", "\\u003c"),
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
 
 
+class _Text:
+    """Text as HTML: what stands between backticks is code, and a term explains itself where a section first uses it."""
+
+    def __init__(self, terms: Mapping[str, str]):
+        self._seen: set[str] = set()
+        self._terms = {term.lower(): (term, told) for term, told in terms.items()}
+        names = "|".join(map(re.escape, sorted(terms, key=len, reverse=True)))
+        self._pattern = re.compile(rf"\b({names})(s?)\b", re.IGNORECASE) if terms else None
+
+    def __call__(self, text: str) -> str:
+        """A paragraph."""
+        parts = text.replace("+-", "\N{PLUS-MINUS SIGN}").split("`")
+        return "".join(_code(part) if place % 2 else self._explained(part) for place, part in enumerate(parts))
+
+    def _explained(self, text: str) -> str:
+        if not self._pattern:
+            return escape(text)
+        told, end = [], 0
+        for found in self._pattern.finditer(text):
+            term, meaning = self._terms[found[1].lower()]
+            if term not in self._seen and (found[1] == term or not term.isupper()):
+                self._seen.add(term)
+                link = f'<a class="term" href="#{_anchor(term)}" title="{escape(meaning)}">{escape(found[0])}</a>'
+                told += [escape(text[end : found.start()]), link]
+                end = found.end()
+        return "".join([*told, escape(text[end:])])
+
+
+def _code(text: str) -> str:
+    """Words in spans of their own, so that a line does not break at the hyphens of a flag."""
+    return f"<code>{' '.join(f'<span>{escape(word)}</span>' for word in text.split(' '))}</code>"
+
+
+def _anchor(term: str) -> str:
+    return "term-" + term.lower().replace(" ", "-")
+
+
+def _body(report: Report, text: _Text) -> Iterator[str]:
+    yield f'<h1>{escape(report.title)} <span class="verdict {report.verdict}">{escape(report.verdict)}</span></h1>'
+    yield '<div class="top">\n<main>'
+    yield from (f'<p class="lead">{text(line)}</p>' for line in report.answer[:1])
+    yield from (f"<p>{text(line)}</p>" for line in report.answer[1:])
+    if report.rates:
+        yield from _table(report.rates, text)
+    yield f"<p><strong>{text(report.meaning)}</strong></p>" if report.meaning else ""
+    yield f"<ul>{''.join(f'<li>{text(reason)}</li>' for reason in report.reasons)}</ul>"
+    yield "</main>"
+    if report.terms:
+        words = (
+            f'<dt id="{_anchor(term)}">{escape(term)}</dt><dd>{escape(told)}</dd>'
+            for term, told in report.terms.items()
+        )
+        yield f"<aside><details open><summary>Words used here</summary><dl>{''.join(words)}</dl></details></aside>"
+    yield "</div>"
+    if report.facts:
+        text = _Text(report.terms)
+        rows = (f"<dt>{escape(name)}</dt><dd>{text(value)}</dd>" for name, value in report.facts)
+        yield f'<div><h2>What was trained</h2><dl class="facts">{"".join(rows)}</dl>{_guide(report)}</div>'
+    yield "<nav></nav>\n<noscript>Figures need JavaScript. They are also pictures beside this page.</noscript>"
+    for section in report.sections:
+        yield from _section(section, _Text(report.terms))
+
+
+def _guide(report: Report) -> str:
+    name = "docs/transfer.md"
+    place = f'<a href="{escape(report.guide)}">{name}</a>' if report.guide else f"<code>{name}</code> of a checkout"
+    return f"<p>How all this is measured, and when not to trust it: {place}.</p>"
+
+
+def _section(section: Section, text: _Text) -> Iterator[str]:
+    yield f"<section><h2>{escape(section.title)}</h2>"
+    yield from (f"<p>{text(paragraph)}</p>" for paragraph in section.text)
+    for figure in section.figures:
+        yield f'<figure id="{escape(figure.name)}"><figcaption>{text(figure.caption)}</figcaption></figure>'
+    for table in section.tables:
+        yield from _table(table, text)
+    yield "</section>"
+
+
+def _table(table: Table, text: _Text) -> Iterator[str]:
+    folded = len(table.rows) > LONG
+    if folded:
+        yield f"<details><summary>{len(table.rows)} rows: {escape(', '.join(table.header))}</summary>"
+    head = "".join(f'<th scope="col">{text(title)}</th>' for title in table.header)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    label = escape(", ".join(table.header))
+    yield f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{head}</tr></thead>'
+    yield f"<tbody>{rows}</tbody></table></div>" + "</details>" * folded
+
+
+def _cell(cell: str) -> str:
+    word = cell.split(" ")[0]
+    return f'<td class="{word}">{escape(cell)}</td>' if word in VERDICTS else f"<td>{escape(cell)}</td>"
+
+
 def _plain(value: Any) -> Any:
     """The same in what strict JSON has: arrays and tuples as lists, numbers rounded, what is not finite as None."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(entry) for entry in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

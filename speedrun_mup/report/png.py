@@ -34,8 +34,8 @@ def draw(figure: Figure, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    columns = min(MOST_COLUMNS, len(figure.panels))
-    rows = math.ceil(len(figure.panels) / columns)
+    rows = math.ceil(len(figure.panels) / MOST_COLUMNS)
+    columns = math.ceil(len(figure.panels) / rows)
     width, height = figure.size
     with matplotlib.rc_context(_STYLE):
         legend = 0.5 + 0.062 * max(len(key.label) for key in figure.keys) if figure.keys else 0.0
@@ -68,6 +68,8 @@ def _draw_mark(drawn: Any, mark: Mark) -> None:
         for x in mark.x:
             drawn.axvline(x, linestyle=_DOTTED, linewidth=mark.size, zorder=1, **style)
     elif mark.kind == "line":
+        if mark.marked:
+            style |= {"marker": mark.symbol, "markersize": 3.2, "markeredgewidth": 0}
         drawn.plot(mark.x, mark.y, linestyle=_DOTTED if mark.dotted else "-", linewidth=mark.size, **style)
     elif mark.kind == "cross":
         height = [0.975 - 0.04 * row for row in mark.y]
@@ -115,9 +117,9 @@ def _handle(key: Key) -> Any:
     if key.kind == "band":
         return Patch(color=key.color[0], linewidth=0, label=key.label)
     if key.kind == "line":
-        return Line2D(
-            [], [], color=key.color[0], linestyle=_DOTTED if key.dotted else "-", linewidth=1.6, label=key.label
-        )
+        style: dict[str, Any] = {"marker": key.symbol, "markersize": 4, "markeredgewidth": 0} if key.marked else {}
+        style |= {"linestyle": _DOTTED if key.dotted else "-", "linewidth": 1.6}
+        return Line2D([], [], color=key.color[0], label=key.label, **style)
     symbol = "x" if key.kind == "cross" else key.symbol
     size = 4 if key.kind == "cross" else 5
     style = {} if key.kind == "cross" else _point_style(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +52,8 @@ def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential average, corrected for its start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(total / weight)
-    return smoothed
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Means over windows about each value: an eighth of what came before to either side, so that the steep start is kept."""
+    sums = [0.0, *itertools.accumulate(values)]
+    reach = [min(at // 8, len(values) - 1 - at) for at in range(len(values))]
+    return [(sums[at + by + 1] - sums[at - by]) / (2 * by + 1) for at, by in enumerate(reach)]

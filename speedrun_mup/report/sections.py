@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from speedrun_mup.plan import PLAN, Comparison, Prediction, compare, read_plan
+from speedrun_mup.report.answer import Measured, answer, facts, rates
 from speedrun_mup.report.checks import check_section
 from speedrun_mup.report.contents import GREY, Mark, Report, Section, Table
 from speedrun_mup.report.costs import cost_section
@@ -18,36 +18,54 @@ from speedrun_mup.report.figures import (
     drift,
     interval_text,
     lr_curves,
+    main_arm,
     signed,
     training_curves,
     width_colors,
 )
-from speedrun_mup.sweep import CellResult, read_results
+from speedrun_mup.report.words import TERMS, arm_words, verdict_words, wider_words
+from speedrun_mup.sweep import COLUMNS, read_results
 from speedrun_mup.sweep import training_curves as read_curves
 from speedrun_mup.transfer import TransferResult, is_rate, knob_name
 
-SHOWN = 40  # characters of a version or hash
-
 
 def make_report(
-    source: Path, result: TransferResult, checks: Sequence[Path] = (), target: Path | None = None
+    source: Path,
+    result: TransferResult,
+    checks: Sequence[Path] = (),
+    target: Path | None = None,
+    command: Sequence[str] = (),
+    guide: str | None = None,
 ) -> Report:
-    """The report on `result`, measured in `source`, a sweep's folder or a table of runs.
+    """The report on a measurement.
 
-    checks: files that `speedrun-mup coord-check` wrote. target: folder of the finished run that the plan in `source`
-    was made for. Raises ConfigError if any of these is not what it should be, TransferError if there is nothing to draw.
+    Args:
+        source: What was measured: a sweep's folder or a table of runs.
+        result: What came of it.
+        checks: Files that `speedrun-mup coord-check` wrote.
+        target: Folder of the finished run that the plan in `source` was made for.
+        command: What asked for the report, to be told in it.
+        guide: Where docs/transfer.md lies as seen from the report's folder, if it is there.
+
+    Raises:
+        ConfigError: One of these is not what it should be.
+        TransferError: There is nothing to draw.
     """
-    tested_first = sorted(result.arms.items(), key=lambda item: item[1].predicted is not None)
+    main = main_arm(result).arm
+    tested_first = sorted(result.arms.items(), key=lambda item: (item[0] != main, item[1].predicted is not None))
     result = replace(result, arms=dict(tested_first))
     swept = source.is_dir()
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
     cells = read_results(source) if swept else []
     knob = knob_name(result.knob)
+    factors = swept or _is_of_sweep(source)
     sections = [
         Section("In numbers", tables=[_arms(result)]),
         Section(
-            f"Loss against {knob}", figures=[lr_curves(result, _knob_label(result, swept))], tables=[_widths(result)]
+            f"Loss against {knob}",
+            figures=lr_curves(result, _knob_label(result, factors)),
+            tables=[_widths(result)],
         ),
         _drift(result),
         _best(source, result, prediction, comparison),
@@ -62,16 +80,34 @@ def make_report(
     if not checks:
         make = "`speedrun-mup coord-check` makes one; give its coord-check.json with `--coord-check`."
         sections.append(Section("Coordinate check", [f"None was given. {make}"]))
-    sections.append(_origin(source, result, cells))
-    switches = {"arm": list(result.arms), "width": [str(width) for width in width_colors(result)]}
-    return Report(source.resolve().stem, result.verdict.value, result.reasons, sections, switches)
+    sections.append(_rules(result))
+    seen = Measured(source, result, swept, factors, cells, planned, prediction, comparison)
+    return Report(
+        source.resolve().stem,
+        result.verdict.value,
+        result.reasons,
+        sections,
+        switches={"arm": list(result.arms), "width": [str(width) for width in width_colors(result)]},
+        meaning=verdict_words(result),
+        answer=answer(seen),
+        rates=rates(seen),
+        facts=facts(seen, command),
+        terms=TERMS,
+        guide=guide,
+    )
 
 
 def _knob_label(result: TransferResult, swept: bool) -> str:
     """Of the knob's axis. In a sweep it is a factor on what its settings say."""
     name = knob_name(result.knob)
-    factor = "all" if result.knob == "lr_scale" else result.knob
+    factor = "all" if result.knob in ("lr_scale", "lr") else result.knob
     return f"{name} (factor on {factor})" if swept and is_rate(result.knob) else name
+
+
+def _is_of_sweep(table: Path) -> bool:
+    """Whether `speedrun-mup sweep` wrote this table, so that its rates are factors."""
+    with open(table, encoding="utf-8", errors="replace") as file:
+        return file.readline(200).strip().split(",") == list(COLUMNS)
 
 
 def _arms(result: TransferResult) -> Table:
@@ -81,13 +117,15 @@ def _arms(result: TransferResult) -> Table:
         "drift, octaves per doubling",
         "regret at the widest, nats",
         "sd of one run",
-        "wider is better",
+        "wider has the lower loss",
     ]
     rows = []
     for name, arm in result.arms.items():
-        verdict = arm.verdict if arm.predicted is None else f"control, {signed(arm.predicted)} predicted: {arm.verdict}"
+        verdict = arm.verdict.value
+        if arm.predicted is not None:
+            verdict = f"control, {signed(arm.predicted)} predicted: {verdict}" + ", as it must" * (verdict == "FAIL")
         sigma = "unknown" if arm.noise.sigma is None else f"{arm.noise.sigma:.4f}"
-        wider = f"{arm.wider.verdict}, {arm.wider.share:.1%} of steps violate it" if arm.wider else "not known"
+        wider = wider_words(arm.wider, result.thresholds.max_violations)
         rows.append([name, verdict, interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma, wider])
     return Table(header, rows)
 
@@ -151,20 +189,22 @@ def _best(
 
 
 def _wider(result: TransferResult) -> list[str]:
-    return [f"{name}: {arm.wider}." for name, arm in result.arms.items() if arm.wider]
+    """Whether the curves lie in the order of the widths, in words."""
+    most, told = result.thresholds.max_violations, []
+    for name, arm in result.arms.items():
+        if arm.wider:
+            told.append(f"{arm_words(name)}: is the wider model the better one? {wider_words(arm.wider, most)}.")
+            if arm.wider.where:
+                narrow, wide, step = arm.wider.where
+                worst = f"by {arm.wider.largest:.3f} nats" if math.isfinite(arm.wider.largest) else "without limit"
+                told[-1] += f" The worst exception: width {wide} above {narrow} {worst} at step {step}."
+    return told
 
 
-def _origin(source: Path, result: TransferResult, cells: Sequence[CellResult]) -> Section:
-    """What was compared with what, and by which rules."""
-    made = [
-        [name, ", ".join(f"{value[:SHOWN]} ({count} runs)" for value, count in counts.most_common())]
-        for name in ("speedrun_mup", "source_sha256", "torch", "platform", "device")
-        if (counts := Counter(cell.made_with[name] for cell in cells if name in cell.made_with))
-    ]
-    corpora = [["corpus", corpus[:SHOWN]] for corpus in sorted({cell.corpus for cell in cells})]
+def _rules(result: TransferResult) -> Section:
+    """The thresholds of the verdict."""
     rules = [[name.replace("_", " "), f"{value:g}"] for name, value in asdict(result.thresholds).items()]
-    tables = [Table(["made from", source.name], corpora + made), Table(["threshold", "value"], rules)]
     text = (
         "A verdict counts if grid, controls and thresholds were fixed before the runs; a change afterwards is post hoc."
     )
-    return Section("Origin", [text], tables=tables)
+    return Section("Rules of the verdict", [text], tables=[Table(["threshold", "value"], rules)])

@@ -1,0 +1,204 @@
+"""What a report begins with: the learning rate to use, the loss to expect, what was measured; and what was trained."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.explain import explain
+from speedrun_mup.plan import Comparison, Prediction
+from speedrun_mup.report.contents import Table
+from speedrun_mup.report.costs import vocabulary
+from speedrun_mup.report.figures import main_arm
+from speedrun_mup.report.words import arm_words, within
+from speedrun_mup.sweep import CELLS, RESULT, CellResult, read_definition
+from speedrun_mup.transfer import ArmResult, TransferError, TransferResult, WidthFit, is_rate, knob_name, loss_forecast
+
+SHOWN = 16  # characters of a version or hash
+MADE_WITH = (("speedrun-mup", "speedrun_mup"), ("source", "source_sha256"), ("torch", "torch"), ("device", "device"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that a report is about.
+
+    Args:
+        swept: Whether `source` is a sweep's folder, not a table.
+        factors: Whether rates are factors on what was tuned.
+        target: What a plan was made for.
+    """
+
+    source: Path
+    result: TransferResult
+    swept: bool
+    factors: bool
+    cells: Sequence[CellResult] = ()
+    target: TrainConfig | None = None
+    prediction: Prediction | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def widest(self) -> CellResult:
+        """A run of the widest model of the arm that the report is about."""
+        name = main_arm(self.result).arm
+        return max((cell for cell in self.cells if cell.arm == name), key=lambda cell: (cell.width, not cell.diverged))
+
+
+def answer(seen: Measured) -> list[str]:
+    """The rate to use, the loss to expect and what came of it, a line each."""
+    return list(_of_plan(seen, seen.prediction) if seen.prediction else _of_sweep(seen))
+
+
+def _of_plan(seen: Measured, forecast: Prediction) -> Iterator[str]:
+    (slow, fast), (low, high) = forecast.lr_scale_interval, forecast.loss_interval
+    yield (
+        f"At width {forecast.width} use `--lr-scale {forecast.lr_scale:.4g}` (90 % interval {slow:.4g} to {fast:.4g}): all "
+        f"learning rates times {forecast.lr_scale:.4g}."
+    )
+    yield f"Expect a validation loss of {forecast.loss:.4f} nats per token (90 % interval {low:.4f} to {high:.4f})."
+    if seen.comparison is None:
+        yield "Measured: nothing yet. Train the target, then give its folder with `--target`."
+        return
+    apart = seen.comparison.measured - forecast.loss
+    where = (
+        "inside the interval: it came true" if seen.comparison.inside else "outside the interval: it did not come true"
+    )
+    side = "above" if apart > 0 else "below"
+    yield f"Measured: {seen.comparison.measured:.4f}, {abs(apart):.4f} {side} what was expected, {where}."
+    if abs(seen.comparison.octaves) > 0.01:
+        yield f"That run was trained with {2**seen.comparison.octaves:.3g} times the rate above."
+
+
+def _of_sweep(seen: Measured) -> Iterator[str]:
+    arm, knob = main_arm(seen.result), knob_name(seen.result.knob)
+    base = next((fit for fit in arm.usable if fit.width == arm.base_width), None)
+    if base is None:
+        yield f"No {knob} can be named yet: width {arm.base_width}, where it would be tuned, has no clear best one."
+    elif seen.result.verdict == "PASS":
+        reach = f"width {arm.fits[-1].width}, the widest here"
+        yield f"Use {_setting(seen, arm, base)}: the best of width {base.width}, which holds up to {reach}."
+    else:
+        held = "does not hold" if seen.result.verdict == "FAIL" else "is not known to hold"
+        yield f"Best at width {base.width}: {_setting(seen, arm, base)}. It {held} at other widths."
+        own = (f"width {fit.width}: {_setting(seen, arm, fit)}" for fit in arm.usable if fit is not base)
+        yield "Best of the other widths: " + ("; ".join(own) or "not known") + "."
+    if arm.usable:
+        widest = arm.usable[-1]
+        yield f"Loss at width {widest.width} with its best {knob}: {within(arm.best_loss(widest))} nats per token."
+        yield _expected(arm, 2 * widest.width)
+
+
+def _expected(arm: ArmResult, width: int) -> str:
+    try:
+        loss = loss_forecast(arm, width).loss
+    except TransferError as fault:
+        return f"What to expect of wider models is not known: {fault}."
+    return f"Expect {within(loss)} at width {width}, twice that; nothing so wide was trained here."
+
+
+def _setting(seen: Measured, arm: ArmResult, fit: WidthFit) -> str:
+    """The best of one width: a flag to paste, or a number for a reader's own code."""
+    value, error, knob = 2**fit.optimum, 2 ** (1.645 * fit.optimum_se), seen.result.knob
+    told = f"a {knob_name(knob)} of {value:.4g}"
+    if seen.factors:
+        told += " times what was tuned"
+    if seen.swept:
+        name, asked = knob.removesuffix("_factor"), read_definition(seen.source)
+        value *= (asked["base"] | asked["arms"][arm.arm]["settings"])[name]
+        told = f"`--{name.replace('_', '-')} {value:.4g}`"
+    return told if error != error else f"{told} (90 % interval {value / error:.4g} to {value * error:.4g})"
+
+
+def rates(seen: Measured) -> Table | None:
+    """What the answer's flag comes to: the learning rates that each optimizer gets, at base width and at the widest."""
+    if not seen.cells or not is_rate(seen.result.knob):
+        return None
+    cell, arm = seen.widest, main_arm(seen.result)
+    source = seen.source / CELLS / cell.id / RESULT
+    cfg = from_json(json.dumps(cell.config), source)
+    base = next((fit for fit in arm.usable if fit.width == arm.base_width), None)
+    if seen.target and seen.prediction:
+        cfg = replace(seen.target, lr_scale=seen.prediction.lr_scale, parametrization=cfg.parametrization)
+    elif base is None:
+        return None
+    else:
+        turned = getattr(cfg, seen.result.knob) * 2**base.optimum / cell.lr
+        cfg = replace(cfg, **{seen.result.knob: turned})
+    alike: dict[tuple[str, float, float], list[str]] = {}
+    for row in explain(cfg, vocabulary(cell, source)):
+        name = row.name.removesuffix(".weight").rsplit(".", 1)[-1]
+        names = alike.setdefault((row.optimizer, row.base.lr, row.here.lr), [])
+        names += [name] if name not in names and not name.isdigit() else []
+    header = [
+        "parameters",
+        "optimizer",
+        f"learning rate at width {cfg.base_width or cfg.width}",
+        f"at width {cfg.width}",
+    ]
+    return Table(header, [[", ".join(names), *_told(key)] for key, names in alike.items()])
+
+
+def _told(key: tuple[str, float, float]) -> tuple[str, str, str]:
+    optimizer, base, here = key
+    return {"muon": "Muon", "adam": "Adam"}.get(optimizer, optimizer), f"{base:.4g}", f"{here:.4g}"
+
+
+def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
+    """What was trained, on what, when and by what; name and value. command: what asked for the report."""
+    told = list(_facts_of_runs(seen)) if seen.cells else list(_facts_of_table(seen))
+    made = time.strftime("%Y-%m-%d")
+    return [*told, ("Report", f"{made}, by `{shlex.join(command)}`" if command else made)]
+
+
+def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
+    fits = [fit for arm in seen.result.arms.values() for fit in arm.fits]
+    yield "Runs", f"{sum(int(fit.cells.runs.sum()) for fit in fits)} runs of a table, {seen.source.name}"
+    yield "Arms", ", ".join(map(_arm, seen.result.arms.values()))
+    yield "Widths", ", ".join(map(str, sorted({fit.width for fit in fits})))
+    yield "Model and data", "not told by a table of losses"
+
+
+def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
+    cell = seen.widest
+    cfg = from_json(json.dumps(cell.config), seen.source / CELLS / cell.id / RESULT)
+    widths = sorted({one.width for one in seen.cells})
+    heads = ", ".join(f"{width} ({width // cfg.head_dim})" for width in widths)
+    target = f"; target {seen.target.width} ({seen.target.width // cfg.head_dim})" if seen.target else ""
+    yield "Model", f"GPT of record 26: {cfg.n_layer} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
+    yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.base_width or cfg.width}"
+    hidden = "Muon for hidden matrices, Adam for the rest" if cfg.hidden_optimizer == "muon" else "Adam for everything"
+    yield "Optimizer", f"{hidden} (of {arm_words(cell.arm)})"
+    steps, batch = cfg.iterations, cfg.batch_tokens
+    yield "Tokens", f"{steps * batch:,} a run: {steps:,} steps of {batch:,}"
+    data = f"{seen.target.data}; " if seen.target else ""
+    yield "Data", f"{data}fingerprint {', '.join(sorted({one.corpus[:12] for one in seen.cells}))}"
+    bad, seeds = sum(one.diverged for one in seen.cells), len({one.seed for one in seen.cells})
+    yield "Runs", f"{len(seen.cells)}, with {seeds} seeds or fewer; {bad} diverged"
+    yield "Trained", _dates(seen)
+    yield "Code", "; ".join(_versions(seen, *pair) for pair in MADE_WITH)
+
+
+def _versions(seen: Measured, title: str, key: str) -> str:
+    """What made the runs: one value, or how many runs each of several made."""
+    counts = Counter(str(one.made_with.get(key, "not known"))[:SHOWN] for one in seen.cells)
+    if len(counts) == 1:
+        return f"{title} {next(iter(counts))}"
+    return f"{title} " + " and ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
+
+
+def _arm(arm: ArmResult) -> str:
+    told = arm_words(arm.arm) + ("" if arm_words(arm.arm) == arm.arm else f" `{arm.arm}`")
+    return told if arm.predicted is None else f"{told} (control)"
+
+
+def _dates(seen: Measured) -> str:
+    """First and last day on which a run of the sweep was finished, by its file."""
+    files = [seen.source / CELLS / cell.id / RESULT for cell in seen.cells]
+    days = sorted({time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime)) for path in files if path.exists()})
+    return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "not known"
