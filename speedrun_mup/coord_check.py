@@ -51,6 +51,7 @@ from speedrun_mup.core.mup.scores import AttentionScores
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import train_batches
+from speedrun_mup.pictures import picture, plain
 from speedrun_mup.training import build_optimizers, model_config
 
 Array = NDArray[np.float64]
@@ -786,14 +787,11 @@ _EFFECT = "rms of $(W_t - W_0)\\, x_t$"
 
 def _plot(check: CoordCheck, path: Path) -> None:
     """Rows: effects, activations, and the last effects of the checked arm beside its controls. Columns: t."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     times = range(check.steps + 1)
     columns, rows = max(len(times), 1 + len(check.controls)), 2 + bool(check.controls)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(1.25 * columns + 0.4, 1.6 * rows + 0.7), layout="constrained")
+    with picture(path, (1.25 * columns + 0.4, 1.6 * rows + 0.7), _STYLE) as figure:
+        from matplotlib.lines import Line2D
+
         axes = figure.subplots(rows, columns, sharey="row", squeeze=False)
         for row, (quantity, label) in enumerate((("effect", _EFFECT), ("activation", "rms of activations"))):
             for t, panel in zip(times, axes[row]):
@@ -806,21 +804,26 @@ def _plot(check: CoordCheck, path: Path) -> None:
             axes[2, 0].set_ylabel(f"{_EFFECT}\nat $t = {check.steps}$, with controls")
             for c, panel in zip(check.controls, axes[2, 1:]):
                 slope = f"{c.slope:+.2f}".replace("-", "\N{MINUS SIGN}")
-                _draw(panel, c.arm, "effect", check.steps, f"{c.arm.name}\n{c.role.value if c.role else 'all'} {slope}")
+                _draw(
+                    panel,
+                    c.arm,
+                    "effect",
+                    check.steps,
+                    f"{plain(c.arm.name)}\n{c.role.value if c.role else 'all'} {slope}",
+                )
                 panel.set_facecolor("#f4f4f4")
         for panel in axes.flat:
             if panel.get_title():
                 panel.set_xlabel("width" if panel in axes[-1] else "")
             else:
                 panel.remove()
-        figure.suptitle(f"Coordinate check of {check.arm.name}: {check.verdict}", fontsize=10)
+        figure.suptitle(f"Coordinate check of {plain(check.arm.name)}: {check.verdict}", fontsize=10)
         style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2}
         drawn = {series.role for series in check.arm.series if series.quantity in ("effect", "activation")}
         handles = [
             Line2D([], [], color=c, label=label, **style) for role, (c, label) in _COLORS.items() if role in drawn
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
 
 
 def _draw(panel: Any, arm: ArmResult, quantity: str, t: int, title: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.errors import UserError
+from speedrun_mup.pictures import picture, plain
 from speedrun_mup.shards import (
     MAGIC,
     TOKENIZER_FILE,
@@ -59,29 +60,25 @@ class Inspection:
     def plot(self, out: Path) -> Path:
         """Draw how long the train documents are, and which share of the tokens they hold, as a PNG. Returns `out`.
 
-        Raises ConfigError if `out` cannot be written.
+        Raises PictureError if it cannot be drawn or written.
         """
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         lengths = np.maximum(self.lengths, 1)
         bins = np.geomspace(1, lengths.max() + 1, 60).tolist()
-        figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
-        axes.hist(lengths, bins, weights=np.full(len(lengths), 100 / len(lengths)), alpha=0.6, label="documents")
-        axes.hist(
-            lengths, bins, weights=100 * lengths / lengths.sum(), histtype="step", linewidth=1.5, label="their tokens"
-        )
-        axes.set(xscale="log", xlabel="tokens of a document", ylabel="share in %", title=self.corpus.directory.name)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        try:
-            figure.savefig(out, format="png")
-        except OSError as fault:
-            raise ConfigError(f"{out}: cannot write: {fault.strerror}; choose another place with --picture") from None
-        finally:
-            plt.close(figure)
+        with picture(out, (7, 4.2), {"savefig.dpi": 150}) as figure:
+            axes = figure.subplots()
+            axes.hist(lengths, bins, weights=np.full(len(lengths), 100 / len(lengths)), alpha=0.6, label="documents")
+            axes.hist(
+                lengths,
+                bins,
+                weights=100 * lengths / lengths.sum(),
+                histtype="step",
+                linewidth=1.5,
+                label="their tokens",
+            )
+            title = plain(self.corpus.directory.name)
+            axes.set(xscale="log", xlabel="tokens of a document", ylabel="share in %", title=title)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
         return out
 
 

@@ -128,7 +128,8 @@ def full_disk(code=errno.ENOSPC):
         yield
 
 
-def test_a_full_disk_costs_one_warning_and_tells_of_the_gap_when_it_has_room_again(log, tmp_path, capsys):
+def test_a_full_disk_costs_one_warning(log, tmp_path, capsys):
+    """Once there is room again, the gap is told."""
     run = log()
     run.tell_status("running")
     run.train(record(0, 1.0))

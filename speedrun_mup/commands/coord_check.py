@@ -7,6 +7,7 @@ from pathlib import Path
 
 from speedrun_mup.config import PRESETS, add_settings, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.files import printable, write_whole
 from speedrun_mup.flags import new_parser, parse, several
 
 LEFT_OUT = (  # a check has its own widths and steps, a constant learning rate, and runs on the CPU in float32
@@ -42,9 +43,9 @@ def run(argv: Sequence[str]) -> int:
 
     print(rules_in_force(cfg), flush=True)
     result = gpt_coord_check(cfg, **check, progress=cfg.progress)
-    result.plot(folder / "coord-check.png")
-    (folder / "coord-check.json").write_text(result.to_json() + "\n")
     print(result.summary())
-    print(f"picture  {folder / 'coord-check.png'}")
-    print(f"numbers  {folder / 'coord-check.json'}")
+    write_whole(folder / "coord-check.json", result.to_json() + "\n", "choose another with --out")
+    print(f"numbers  {printable(folder / 'coord-check.json')}")
+    result.plot(folder / "coord-check.png")
+    print(f"picture  {printable(folder / 'coord-check.png')}")
     return 0 if result.verdict is Verdict.PASS else 1

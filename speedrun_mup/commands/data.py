@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.files import printable
 from speedrun_mup.flags import new_parser, parse
 from speedrun_mup.synonyms import DATA_COMMANDS, command_meaning
 
@@ -135,9 +136,15 @@ def run_inspect(argv: Sequence[str]) -> int:
     corpus = open_corpus(arguments.directory)
     found = inspect_corpus(corpus)
     print(found.summary())
-    print(f"picture      {found.plot(arguments.picture or arguments.directory / 'document-lengths.png')}")
+    picture, undrawn = arguments.picture or arguments.directory / "document-lengths.png", None
+    try:
+        print(f"picture      {printable(found.plot(picture))}")
+    except UserError as fault:  # the rest can be told without it
+        undrawn = fault
     for text in first_documents(corpus, arguments.documents):
         print(f"\n{text}")
     if found.faults:
         raise ShardError(f"{arguments.directory}: {len(found.faults)} fault(s), the first: {found.faults[0]}")
+    if undrawn:
+        raise undrawn
     return 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands.transfer import add_source, measure
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.files import own_folder, printable
 from speedrun_mup.flags import new_parser, parse
 
 GUIDE = "docs/transfer.md"
@@ -34,20 +37,35 @@ def run(argv: Sequence[str]) -> int:
     result = measure(arguments)
     source = arguments.source
     beside = source / "report" if source.is_dir() else source.with_name(f"{source.stem}-report")
-    out = arguments.out or beside
+    out = arguments.out or own_output_folder(beside)
     command = ["speedrun-mup", "report", *argv]
     report = make_report(source, result, arguments.coord_check, arguments.target, command, _guide(out))
-    page, text, *pictures = write_report(report, out)
+    faults: list[str] = []
+    written = write_report(report, out, faults.append)
     for line in report.answer:
         print(line.replace("`", ""))
     print(f"verdict: {result.verdict}")
     for reason in result.reasons:
         print(f"- {reason}")
-    for picture in pictures:
-        print(f"picture  {picture}")
-    print(f"summary  {text}")
-    print(f"page     {page}, for any browser: {page.resolve().as_uri()}")
-    return 0
+    for path in sorted(written, key=lambda path: list(_LABELS).index(path.suffix)):
+        browser = f", for any browser: {path.resolve().as_uri()}" if path.suffix == ".html" else ""
+        print(f"{_LABELS[path.suffix]:<8} {printable(path)}{browser}")
+    if faults:
+        more = f" ({len(faults) - 1} more of the files have failed, too)" if len(faults) > 1 else ""
+        print(f"error: {faults[0]}{more}", file=sys.stderr)
+    return int(bool(faults))
+
+
+_LABELS = {".png": "picture", ".md": "summary", ".html": "page"}
+
+
+def own_output_folder(folder: Path) -> Path:
+    """Make a folder for output inside one that may be anybody's. ConfigError if a link stands in its place."""
+    try:
+        own_folder(folder)
+    except OSError as fault:
+        raise ConfigError(f"{printable(folder)} cannot be written ({fault.strerror}); choose another --out") from None
+    return folder
 
 
 def _guide(out: Path) -> str | None:

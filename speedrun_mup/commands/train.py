@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config
-from speedrun_mup.core.errors import ConfigError, Stopped
+from speedrun_mup.core.errors import ConfigError, Stopped, UserError
+from speedrun_mup.files import printable
 from speedrun_mup.flags import Parser, new_parser, parse
 
 if TYPE_CHECKING:
@@ -80,13 +82,20 @@ def train_and_tell(cfg: TrainConfig) -> TrainResult:
 
     result = train(cfg)
     if os.environ.get("RANK", "0") == "0":
-        curve = plot_loss_curve([result.folder], result.folder / "loss.png")
+        curve = result.folder / "loss.png"
+        try:
+            plot_loss_curve([result.folder], curve)
+            drawn = f"loss curve  {printable(curve)}"
+        except UserError as fault:  # the run is done, with or without a picture of it
+            drawn = ""
+            print(f"warning: {fault}", file=sys.stderr)
         print(f"{result.steps} steps, {result.tokens:,} tokens in {result.train_s:.1f} s of training")
         if result.finished:
             print(f"validation loss {result.val_loss:.4f}{_expected(cfg, result.corpus.tokenizer)}")
-        print(f"checkpoint  {result.folder / 'checkpoints' / f'step-{result.steps:08d}'}")
-        print(f"loss curve  {curve}")
-        print(f"metrics     {result.folder / 'metrics.jsonl'}")
+        print(f"checkpoint  {printable(result.folder / 'checkpoints' / f'step-{result.steps:08d}')}")
+        if drawn:
+            print(drawn)
+        print(f"metrics     {printable(result.folder / 'metrics.jsonl')}")
     return result
 
 

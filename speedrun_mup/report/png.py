@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from speedrun_mup.pictures import picture, plain
 from speedrun_mup.report.contents import Axis, Figure, Key, Mark
 
 MOST_COLUMNS = 3
@@ -24,22 +26,21 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "savefig.dpi": 200,
-    "svg.hashsalt": "speedrun-mup",
 }
 _DOTTED = (0, (1, 1.5))
 
 
 def draw(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path`, whose suffix names the format; the same figure gives the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
+    """Write `figure` to `path`, whose suffix names the format; the same figure gives the same bytes.
 
+    Raises:
+        PictureError: in one line, for whatever keeps it from being drawn or written.
+    """
     rows = math.ceil(len(figure.panels) / MOST_COLUMNS)
     columns = math.ceil(len(figure.panels) / rows)
     width, height = figure.size
-    with matplotlib.rc_context(_STYLE):
-        legend = 0.5 + 0.062 * max(len(key.label) for key in figure.keys) if figure.keys else 0.0
-        canvas = Canvas(figsize=(width * columns + 0.5 + legend, (height + 0.3) * rows), layout="constrained")
+    legend = 0.5 + 0.062 * min(80, max(len(key.label) for key in figure.keys)) if figure.keys else 0.0
+    with picture(path, (width * columns + 0.5 + legend, (height + 0.3) * rows), _STYLE) as canvas:
         axes = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for spare in axes.flat[len(figure.panels) :]:
             spare.remove()
@@ -47,17 +48,22 @@ def draw(figure: Figure, path: Path) -> None:
             for mark in panel.marks:
                 if not figure.choice or mark.tags.get(figure.choice.tag) in (None, figure.choice.options[0]):
                     _draw_mark(drawn, mark)
-            drawn.set_title(panel.title, loc="left")
-            drawn.set_xlabel(figure.x.label)
+            drawn.set_title(plain(panel.title), loc="left")
+            drawn.set_xlabel(plain(figure.x.label))
             drawn.tick_params(labelbottom=True)
         for name, axis in (("x", figure.x), ("y", figure.y)):
             _set_axis(axes[0, 0], name, axis)
         for drawn in axes[:, 0]:
-            drawn.set_ylabel(figure.y.label)
+            drawn.set_ylabel(plain(figure.y.label))
         if figure.keys:
-            canvas.legend(handles=[_handle(key) for key in figure.keys], loc="outside right center")
-        stamps = {".svg": ("Date",), ".pdf": ("CreationDate", "Creator", "Producer"), ".png": ("Software",)}
-        canvas.savefig(path, metadata={name: None for name in stamps.get(path.suffix.lower(), ())})
+            _draw_legend(canvas, figure.keys)
+
+
+def _draw_legend(canvas: Any, keys: Sequence[Key]) -> None:
+    """Labels are set afterwards, because matplotlib leaves out those that begin with an underscore."""
+    legend = canvas.legend([_handle(key) for key in keys], ["key"] * len(keys), loc="outside right center")
+    for key, text in zip(keys, legend.get_texts()):
+        text.set_text(plain(key.label))
 
 
 def _draw_mark(drawn: Any, mark: Mark) -> None:

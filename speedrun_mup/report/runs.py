@@ -5,51 +5,44 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from speedrun_mup.pictures import picture, plain
 from speedrun_mup.tracking import read_metrics
 
 
 def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
-    """Draw training and validation loss of the runs in `folders` against tokens, as a PNG. Returns `out`."""
-    import matplotlib
+    """Draw training and validation loss of the runs in `folders` against tokens, as a PNG. Returns `out`.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
-    for number, folder in enumerate(folders):
-        records = [r for r in read_metrics(folder) if r["loss"] is not None]  # null: was not finite
-        train = [r for r in records if r["kind"] == "train"]
-        tokens_at = {0: 0} | {r["step"] + 1: r["tokens"] for r in train}
-        val = [r for r in records if r["kind"] == "val" and r["step"] in tokens_at]
-        colour = f"C{number}"
-        losses = [r["loss"] for r in train]
-        axes.plot([r["tokens"] for r in train], losses, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot([r["tokens"] for r in train], _smooth(losses), color=colour, linewidth=1.5, label="train (smoothed)")
-        axes.plot(
-            [tokens_at[r["step"]] for r in val],
-            [r["loss"] for r in val],
-            "o",
-            color=colour,
-            markersize=5,
-            label="validation",
-        )
-        for record in val[-1:]:
-            axes.annotate(
-                f"{record['loss']:.3f}",
-                (tokens_at[record["step"]], record["loss"]),
-                textcoords="offset points",
-                xytext=(-4, 9),
-                ha="right",
-            )
-        axes.set_title(folder.name, fontsize=9)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(out)
-    plt.close(figure)
+    Raises:
+        ConfigError: for metrics that cannot be read.
+        PictureError: for a picture that cannot be drawn or written.
+    """
+    with picture(out, (7, 4.2), {"savefig.dpi": 150}) as figure:
+        axes = figure.subplots()
+        for number, folder in enumerate(folders):
+            _plot_run(axes, read_metrics(folder), f"C{number}")
+            axes.set_title(plain(folder.name), fontsize=9)
+        axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
     return out
+
+
+def _plot_run(axes: Any, records: Sequence[dict[str, Any]], colour: str) -> None:
+    records = [record for record in records if record["loss"] is not None]  # null: was not finite
+    train = [record for record in records if record["kind"] == "train"]
+    tokens_at = {0: 0} | {record["step"] + 1: record["tokens"] for record in train}
+    val = [record for record in records if record["kind"] == "val" and record["step"] in tokens_at]
+    tokens, losses = [record["tokens"] for record in train], [record["loss"] for record in train]
+    axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, _smooth(losses), color=colour, linewidth=1.5, label="train (smoothed)")
+    places = [tokens_at[record["step"]] for record in val]
+    axes.plot(places, [record["loss"] for record in val], "o", color=colour, markersize=5, label="validation")
+    for place, record in zip(places[-1:], val[-1:]):
+        near = {"textcoords": "offset points", "xytext": (-4, 9), "ha": "right"}
+        axes.annotate(f"{record['loss']:.3f}", (place, record["loss"]), **near)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -33,6 +33,7 @@ from test_training import assert_same_training, curve, poison, state_of
 from faults.harness import dice, fork, path_of, repeats, tapped, wait
 from faults.matrix import MATRIX
 from faults.torchrun import ROOT, Torchrun, is_alive, until
+from speedrun_mup import files
 from speedrun_mup.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
 from speedrun_mup.cli import main
 from speedrun_mup.config import TrainConfig
@@ -542,11 +543,10 @@ def test_row_53_names_that_lead_out(name, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_row_54_a_log_on_a_full_device(tiny, capsys):
-    cfg = tiny(name="a", iterations=6, save_every=3)
-    Run(cfg, World()).close()
-    (folder_of(cfg) / "log.txt").unlink()
-    (folder_of(cfg) / "log.txt").symlink_to("/dev/full")
-    assert train(dataclasses.replace(cfg, resume=str(folder_of(cfg)))).finished
+def test_row_54_a_log_on_a_full_device(tiny, capsys, monkeypatch):
+    cfg, opened = tiny(name="a", iterations=6, save_every=3), files._descriptor
+    on_full = lambda path, access: os.open("/dev/full", os.O_RDWR) if path.name == "log.txt" else opened(path, access)  # noqa: E731
+    monkeypatch.setattr(files, "_descriptor", on_full)
+    assert train(cfg).finished
     assert capsys.readouterr().err.count("No space left on device") == 1
     assert Loaded(folder_of(cfg) / "checkpoints" / "step-00000006").step == 6
