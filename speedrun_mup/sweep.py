@@ -376,7 +376,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         flops=cell.flops * len(curve) / cell.cfg.iterations,
         corpus=cell.corpus,
         config=computed_settings(cell.cfg),
-        made_with={name: made_with[name] for name in ("speedrun_mup", "source_sha256", "torch", "platform")}
+        made_with={name: made_with[name] for name in ("speedrun_mup", "revision", "source_sha256", "torch", "platform")}
         | {"device": _device_name(cell.cfg.device)},
     )
 

@@ -263,7 +263,9 @@ def test_a_report_says_what_was_trained_and_how(swept, whole):
     assert target.data in told["Data"] and re.match(r"\d{4}-\d\d-\d\d$", told["Trained"])
     assert "speedrun-mup 1;" in told["Code"] and told["Report"].endswith("by `speedrun-mup report 'a b'`")
     assert "Standard parametrization (Adam) `adam-sp` (control)" in told["Arms"]
-    assert {name for name, _ in whole.facts} == set(told)
+    assert "widths 16, 32, 64" in told["Asked for"]
+    ((name, run),) = set(whole.facts) - set(make_report(swept[0], measure_sweep(swept[0])).facts)
+    assert name == "Target run" and run.startswith(f"target, {told['Trained']}, by `") and "commit" in run
 
 
 def test_a_rate_that_does_not_hold_is_not_recommended():

@@ -6,9 +6,10 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.explain import explain
@@ -18,10 +19,17 @@ from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
 from speedrun_mup.sweep import CELLS, RESULT, CellResult, read_definition
+from speedrun_mup.tracking import CONFIG, lives
 from speedrun_mup.transfer import ArmResult, TransferError, TransferResult, WidthFit, is_rate, knob_name, loss_forecast
 
 SHOWN = 16  # characters of a version or hash
-MADE_WITH = (("speedrun-mup", "speedrun_mup"), ("source", "source_sha256"), ("torch", "torch"), ("device", "device"))
+MADE_WITH = (
+    ("speedrun-mup", "speedrun_mup"),
+    ("commit", "revision"),
+    ("source", "source_sha256"),
+    ("torch", "torch"),
+    ("device", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Measured:
 
     Args:
         swept: Whether `source` is a sweep's folder, not a table.
+        run: Folder of the finished target run, if it was given.
         factors: Whether rates are factors on what was tuned.
         target: What a plan was made for.
     """
@@ -42,6 +51,7 @@ class Measured:
     target: TrainConfig | None = None
     prediction: Prediction | None = None
     comparison: Comparison | None = None
+    run: Path | None = None
 
     @property
     def widest(self) -> CellResult:
@@ -132,16 +142,17 @@ def rates(seen: Measured) -> Table | None:
         cfg = replace(cfg, **{seen.result.knob: turned})
     alike: dict[tuple[str, float, float], list[str]] = {}
     for row in explain(cfg, vocabulary(cell, source)):
-        name = row.name.removesuffix(".weight").rsplit(".", 1)[-1]
+        name = [part for part in row.name.split(".") if part != "weight" and not part.isdigit()][-1]
         names = alike.setdefault((row.optimizer, row.base.lr, row.here.lr), [])
-        names += [name] if name not in names and not name.isdigit() else []
+        names += [name] if name not in names else []
     header = [
         "parameters",
         "optimizer",
         f"learning rate at width {cfg.base_width or cfg.width}",
         f"at width {cfg.width}",
     ]
-    return Table(header, [[", ".join(names), *_told(key)] for key, names in alike.items()])
+    title = "What each group of parameters gets, at the peak of the schedule:"
+    return Table(header, [[", ".join(names), *_told(key)] for key, names in alike.items()], title)
 
 
 def _told(key: tuple[str, float, float]) -> tuple[str, str, str]:
@@ -152,6 +163,8 @@ def _told(key: tuple[str, float, float]) -> tuple[str, str, str]:
 def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
     """What was trained, on what, when and by what; name and value. command: what asked for the report."""
     told = list(_facts_of_runs(seen)) if seen.cells else list(_facts_of_table(seen))
+    if seen.run:
+        told.append(("Target run", _target(seen.run)))
     made = time.strftime("%Y-%m-%d")
     return [*told, ("Report", f"{made}, by `{shlex.join(command)}`" if command else made)]
 
@@ -180,16 +193,39 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     yield "Data", f"{data}fingerprint {', '.join(sorted({one.corpus[:12] for one in seen.cells}))}"
     bad, seeds = sum(one.diverged for one in seen.cells), len({one.seed for one in seen.cells})
     yield "Runs", f"{len(seen.cells)}, with {seeds} seeds or fewer; {bad} diverged"
+    yield "Asked for", "; ".join(map(_request, read_definition(seen.source)["asked"]))
     yield "Trained", _dates(seen)
     yield "Code", "; ".join(_versions(seen, *pair) for pair in MADE_WITH)
 
 
+def _request(asked: Mapping[str, Any]) -> str:
+    """One request to a sweep, in the units of its flags."""
+    told = (f"{name} {', '.join(f'{value:g}' for value in asked[name])}" for name in ("widths", "octaves", "seeds"))
+    return ", ".join([f"arms {', '.join(asked['arms'])}", *told])
+
+
 def _versions(seen: Measured, title: str, key: str) -> str:
     """What made the runs: one value, or how many runs each of several made."""
-    counts = Counter(str(one.made_with.get(key, "not known"))[:SHOWN] for one in seen.cells)
+    counts = Counter(_short(one.made_with.get(key, "not known")) for one in seen.cells)
     if len(counts) == 1:
         return f"{title} {next(iter(counts))}"
     return f"{title} " + " and ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
+
+
+def _short(version: object) -> str:
+    """A version or a hash, without the reason for which it is not known."""
+    return str(version).split(":")[0][:SHOWN]
+
+
+def _target(run: Path) -> str:
+    """A finished run: its folder's name, its day, and its command as far as it is known."""
+    made = (lives(run) or [{}])[-1]
+    command, commit = made.get("command", "not known"), _short(made.get("revision", "not known"))
+    return f"{run.resolve().name}, {_day((run / CONFIG).stat().st_mtime)}, by `{command}`, commit {commit}"
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
 def _arm(arm: ArmResult) -> str:
@@ -200,5 +236,5 @@ def _arm(arm: ArmResult) -> str:
 def _dates(seen: Measured) -> str:
     """First and last day on which a run of the sweep was finished, by its file."""
     files = [seen.source / CELLS / cell.id / RESULT for cell in seen.cells]
-    days = sorted({time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime)) for path in files if path.exists()})
+    days = sorted({_day(path.stat().st_mtime) for path in files if path.exists()})
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "not known"

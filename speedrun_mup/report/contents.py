@@ -114,10 +114,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells below a header."""
+    """Rows of cells below a header, and a sentence above both."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    title: str = ""
 
 
 @dataclass(frozen=True)

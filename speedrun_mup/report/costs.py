@@ -42,7 +42,9 @@ def cost_section(
     if target:
         one = run_flops(target, vocab)
         told = ", ".join(f"{arm_words(cost.name)} {cost.flops / one:.1%}" for cost in shown)
-        text.append(f"The target, width {target.width}, takes {one:.3g} FLOPs. Cost over that: {told}.")
+        text.append(
+            f"The target, width {target.width}, takes {one:.3g} FLOPs. The sweep took, as shares of that: {told}."
+        )
         if everything.flops > one:
             text.append(_dear(everything.flops / one, target.width, widest.width))
         wide.add(target.width)
@@ -72,9 +74,8 @@ def cost_section(
     x = Axis("width of the run that is served", "log2", ticks=widths)
     y = Axis("cost of the sweep over one run", "log", percent=True)
     figure = Figure("cost", caption, x, y, [Panel("", marks)], keys, size=(4.4, 2.8))
-    rows = [
-        [arm_words(cost.name), str(len(cost.cells)), f"{cost.flops:.3g}", cost.time] for cost in [*arms, everything]
-    ]
+    listed = [*arms, everything] if len(arms) > 1 else [everything]
+    rows = [[arm_words(cost.name), str(len(cost.cells)), f"{cost.flops:.3g}", cost.time] for cost in listed]
     return Section("Cost", text, [figure], [Table(["arm", "runs", "FLOPs", "time of one worker"], rows)])
 
 

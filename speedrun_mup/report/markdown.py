@@ -45,6 +45,8 @@ def _words(report: Report) -> Iterator[str]:
 
 
 def _table(table: Table) -> Iterator[str]:
+    if table.title:
+        yield f"{table.title}\n"
     yield _row(table.header)
     yield _row(["---"] * len(table.header))
     yield from map(_row, table.rows)

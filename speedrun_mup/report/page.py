@@ -14,6 +14,7 @@ from typing import Any
 from speedrun_mup.report.contents import Report, Section, Table
 
 DIGITS = 6  # of a number on the page
+SHORT = 34  # characters
 LONG = 12  # rows; longer tables are folded
 VERDICTS = ("PASS", "WARN", "FAIL", "INCONCLUSIVE")
 _HERE = Path(__file__).parent
@@ -136,13 +137,17 @@ def _table(table: Table, text: _Text) -> Iterator[str]:
     head = "".join(f'<th scope="col">{text(title)}</th>' for title in table.header)
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
     label = escape(", ".join(table.header))
-    yield f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{head}</tr></thead>'
+    yield f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table>'
+    yield f"<caption>{text(table.title)}</caption>" if table.title else ""
+    yield f"<thead><tr>{head}</tr></thead>"
     yield f"<tbody>{rows}</tbody></table></div>" + "</details>" * folded
 
 
 def _cell(cell: str) -> str:
+    """A cell; a short one stays on one line, since a table may be wider than its page, and scrolls."""
     word = cell.split(" ")[0]
-    return f'<td class="{word}">{escape(cell)}</td>' if word in VERDICTS else f"<td>{escape(cell)}</td>"
+    names = ("short" if len(cell) <= SHORT else "long") + f" {word}" * (word in VERDICTS)
+    return f'<td class="{names}">{escape(cell)}</td>'
 
 
 def _plain(value: Any) -> Any:

@@ -81,7 +81,7 @@ def make_report(
         make = "`speedrun-mup coord-check` makes one; give its coord-check.json with `--coord-check`."
         sections.append(Section("Coordinate check", [f"None was given. {make}"]))
     sections.append(_rules(result))
-    seen = Measured(source, result, swept, factors, cells, planned, prediction, comparison)
+    seen = Measured(source, result, swept, factors, cells, planned, prediction, comparison, target)
     return Report(
         source.resolve().stem,
         result.verdict.value,
@@ -136,12 +136,12 @@ def _widths(result: TransferResult) -> Table:
         "arm",
         "width",
         "seeds",
-        "points",
+        "rates tried" if is_rate(result.knob) else "values tried",
         f"best log2 {rate}",
         f"best {rate}",
         "curvature",
         "loss",
-        "stable to",
+        "largest stable",
         "remark",
     ]
     rows = []
