@@ -1,6 +1,7 @@
 """muP: roles, the rule table, what a parameter is; and a library with microsoft/mup's names (docs/mup-library.md)."""
 
 from speedrun_mup.core.mup import coord_check, infshape, init, layer, optim, shape
+from speedrun_mup.core.mup.fold import fold
 from speedrun_mup.core.mup.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
 from speedrun_mup.core.mup.init import (
     calculate_gain,
@@ -17,7 +18,17 @@ from speedrun_mup.core.mup.init import (
 )
 from speedrun_mup.core.mup.layer import MuReadout, MuSharedReadout, rescale_linear_bias
 from speedrun_mup.core.mup.optim import MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
-from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Factors, Parametrization, Power, Role, Rule, Step, mup
+from speedrun_mup.core.mup.rules import (
+    PARAMETRIZATIONS,
+    Factors,
+    NoRuleError,
+    Parametrization,
+    Power,
+    Role,
+    Rule,
+    Step,
+    mup,
+)
 from speedrun_mup.core.mup.shape import (
     apply_infshapes,
     assert_hidden_size_inf,
@@ -44,6 +55,7 @@ __all__ = [
     "MuReadout",
     "MuSGD",
     "MuSharedReadout",
+    "NoRuleError",
     "ParamSpec",
     "Parametrization",
     "Power",
@@ -59,6 +71,7 @@ __all__ = [
     "coord_check",
     "declare",
     "eye_",
+    "fold",
     "get_infshapes",
     "get_shapes",
     "infshape",

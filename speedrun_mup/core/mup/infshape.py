@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from speedrun_mup.core.errors import UserError
+from speedrun_mup.core.mup.layers import layout_of
 from speedrun_mup.core.mup.rules import Role
 from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
 
@@ -50,6 +50,7 @@ class InfShape(tuple[InfDim, ...]):
     """
 
     _spec: ParamSpec | None = None
+    name: str = ""  # of the parameter, for messages
 
     def __new__(cls, dims: Iterable[InfDim] = (), spec: ParamSpec | None = None) -> InfShape:
         """From InfDims, with `spec` where the layout is known. Raises BaseShapeError for anything that is no InfDim."""
@@ -163,32 +164,49 @@ def zip_infshape(base_dims: Sequence[int | InfDim], dims: Sequence[int], fin_if_
             infdims.append(InfDim(None if b == d and fin_if_same else b, d))
         else:
             raise BaseShapeError(f"a base dimension is an int or an InfDim, not {type(b).__name__} ({b!r})")
+    if any(dim.isinf() and 0 in (dim.base_dim, dim.dim) for dim in infdims):
+        raise BaseShapeError(f"base {base}, target {sizes}: a size of 0 has no width multiplier")
     return InfShape(infdims)
 
 
-def infer_spec(infshape: InfShape, module: nn.Module | None = None) -> ParamSpec:
-    """Role and layout of a tensor of this shape, owned by `module`.
+def infer_spec(infshape: InfShape, module: nn.Module | None = None, tensor: str = "weight") -> ParamSpec:
+    """Role and layout of a `tensor` of this shape, owned by `module`.
 
-    No infinite dimension: SCALAR. One: OUTPUT if a linear or convolution layer reads from it, else INPUT. Two: HIDDEN,
-    (out, in) as torch stores weights, other dimensions being stacks or kernels. BaseShapeError for more: declare those.
+    No infinite dimension: SCALAR. Of torch's own layers it is known which dimensions are read from and written to. Else,
+    one: INPUT for a vector. Two: HIDDEN, (out, in) as torch stores weights, other dimensions being stacks or kernels.
+
+    Raises:
+        BaseShapeError: where that leaves a choice. A tensor without a module is taken for a vector or a matrix.
     """
     infinite = [i for i, dim in enumerate(infshape) if dim.isinf()]
+    words = layout_of(module, tensor, len(infshape)) if module is not None else None
+    if words is None:
+        words = _layout_by_shape(infshape, infinite, guess=module is None)
+    grown = frozenset(words[i] for i in infinite)
+    roles = {frozenset(sides): role for role, sides in GROWS.items()}
+    if grown not in roles:  # a vocabulary, for one
+        raise BaseShapeError(f"{infshape!r}: dimension {words.index('-')} must not grow with width")
+    sizes: Any = tuple(infshape.shape())
+    base: Any = tuple(dim.base_dim or dim.dim for dim in infshape)
+    return ParamSpec(roles[grown], base, sizes, tuple(words), inferred=True)
+
+
+def _layout_by_shape(infshape: InfShape, infinite: list[int], guess: bool) -> list[str]:
     words = ["-"] * len(infshape)
-    if isinstance(module, nn.Linear | _ConvNd) and len(words) >= 2:
-        words[:2] = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
+    if len(infinite) == 1:
+        others = [dim.dim for dim in infshape if not dim.isinf()]
+        # one row for all positions or examples, (1, 1, d) or (1, T, d); or one number for each channel, (d, 1, 1)
+        added = len(words) > 2 and (infshape[0] == InfDim(None, 1) or set(others) == {1})
+        if not (len(words) == 1 or added or guess):
+            raise BaseShapeError("one dimension grows with width, and the shape does not tell whether it is read from")
+        words[infinite[0]] = "out"
     elif len(infinite) == 2:
         words[infinite[0]], words[infinite[1]] = "out", "in"
-    elif len(infinite) == 1:
-        words[infinite[0]] = "out"
-    grown = {words[i] for i in infinite}
-    roles = {frozenset(sides): role for role, sides in GROWS.items()}
-    if len(infinite) > 2 or frozenset(grown) not in roles:
+    elif infinite:
         raise BaseShapeError(
             f"{infshape!r}: cannot tell in from out; say with mup.declare(module, name, role, base, layout)"
         )
-    sizes: Any = tuple(infshape.shape())
-    base: Any = tuple(dim.base_dim or dim.dim for dim in infshape)
-    return ParamSpec(roles[frozenset(grown)], base, sizes, tuple(words), inferred=True)
+    return words
 
 
 def spec_of(tensor: Tensor) -> ParamSpec:

@@ -6,18 +6,19 @@ optimizer (Lion, Adagrad) becomes a muP one by MuAdam(params, impl=...), an SGD-
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.mup.infshape import spec_of
-from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization
+from speedrun_mup.core.mup.infshape import InfShape, spec_of
+from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, NoRuleError, Parametrization
 from speedrun_mup.core.mup.spec import ParamSpec, named_specs
 
 Params = nn.Module | Iterable[Any]  # a model; or tensors, (name, tensor) pairs or group dicts, as torch takes them
@@ -44,41 +45,93 @@ def process_param_groups(params: Iterable[Any], **kwargs: Any) -> list[dict[str,
     return groups
 
 
-def _scaled(
-    params: Params,
-    optimizer: str,
-    impl: Callable[..., Optimizer],
-    kwargs: dict[str, Any],
-    table: Parametrization,
-    model: nn.Module | None,
-    scale_eps: bool = True,
-    compensate: Callable[[ParamSpec], float] = lambda spec: 1.0,
-) -> Optimizer:
-    """`impl` over groups in which lr, weight_decay and eps carry the table's factors, in the order of the parameters.
+@dataclass(frozen=True)
+class _Split:
+    """How groups of parameters become groups with factors from the table: at the start, and for what is added later.
 
-    compensate: what to multiply the LR by to undo what `impl` does to it; lr * weight_decay does not feel it.
+    compensate: what to multiply the LR by to undo what the optimizer does to it; lr * weight_decay does not feel it.
     """
+
+    optimizer: str
+    options: dict[str, Any]
+    table: Parametrization
+    model: nn.Module | None
+    scale_eps: bool = True
+    compensate: Callable[[ParamSpec], float] = lambda spec: 1.0
+
+    def __call__(self, params: Iterable[Any]) -> list[dict[str, Any]]:
+        """Groups in which lr, weight_decay and eps carry the factors, in the order of the parameters."""
+        known = {id(p): (name, spec) for name, p, spec in named_specs(self.model)} if self.model is not None else {}
+        groups = []
+        for group in process_param_groups(params, **self.options):
+            split: dict[tuple[float, float, float], list[Any]] = {}
+            for member in group["params"]:
+                name, p = member if isinstance(member, tuple) else ("", member)
+                if not isinstance(p, Tensor):
+                    raise ConfigError(
+                        f"an optimizer takes tensors, (name, tensor) pairs and groups, not {type(p).__name__}"
+                    )
+                found, spec = known.get(id(p)) or (getattr(p, "infshape", InfShape()).name, spec_of(p))
+                split.setdefault(self._factors(spec, found or name), []).append(member)
+            groups += [group | {"params": members} | _times(group, *key) for key, members in split.items()]
+        return groups
+
+    def _factors(self, spec: ParamSpec, name: str) -> tuple[float, float, float]:
+        try:
+            factors, undo = spec.factors(self.table, self.optimizer), self.compensate(spec)
+        except NoRuleError as fault:
+            raise NoRuleError(f"{name or 'a parameter'} {spec.shape}: {fault}") from None
+        return factors.lr * undo, factors.weight_decay / undo, factors.eps if self.scale_eps else 1.0
+
+
+def _times(group: dict[str, Any], lr: float, weight_decay: float, eps: float) -> dict[str, Any]:
+    """The group's values times the factors. An eps that is not one number (Adafactor's pair) is left as it is."""
+    scaled = {"lr": group["lr"] * lr, "weight_decay": group["weight_decay"] * weight_decay}
+    return scaled | ({"eps": group["eps"] * eps} if isinstance(group.get("eps"), float | int | Tensor) else {})
+
+
+@functools.cache
+def _scaling(kind: Any) -> Any:
+    """`kind`, but for add_param_group, which scales what it is given."""
+
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+        split = vars(self).get("mup_split")
+        if split is None:
+            raise ConfigError("a copied optimizer does not know how to scale another group; make a new one")
+        for group in split([param_group]):
+            kind.add_param_group(self, group)
+
+    def reduce(self: Any) -> Any:
+        state = kind.__getstate__(self) if hasattr(kind, "__getstate__") else vars(self)
+        return _revived, (kind,), {key: value for key, value in state.items() if key != "mup_split"}
+
+    body = {"add_param_group": add_param_group, "__reduce__": reduce, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body | {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def _revived(kind: Any) -> Any:
+    made = _scaling(kind)
+    return made.__new__(made)
+
+
+def _scaled(params: Params, impl: Callable[..., Optimizer], kwargs: dict[str, Any], split: _Split) -> Optimizer:
+    """`impl` over the groups that `split` makes of `params`, now and whenever it is given another group."""
     if isinstance(params, nn.Module):
-        model, params = params, params.named_parameters()
-    specs = {id(p): spec for _, p, spec in named_specs(model)} if model is not None else {}
+        split, params = replace(split, model=params), params.named_parameters()
     signature = inspect.signature(impl).parameters
     defaults = {k: signature[k].default for k in ("lr", "weight_decay", "eps") if k in signature}
     defaults = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
-    groups = []
-    for group in process_param_groups(params, **defaults | kwargs):
-        split: dict[tuple[float, float, float], list[Any]] = {}
-        for member in group["params"]:
-            p = member[1] if isinstance(member, tuple) else member
-            spec = specs.get(id(p)) or spec_of(p)
-            factors, undo = spec.factors(table, optimizer), compensate(spec)
-            key = (factors.lr * undo, factors.weight_decay / undo, factors.eps if scale_eps else 1.0)
-            split.setdefault(key, []).append(member)
-        for (lr, weight_decay, eps), members in split.items():
-            scaled = {"params": members, "lr": group["lr"] * lr, "weight_decay": group["weight_decay"] * weight_decay}
-            if "eps" in group:
-                scaled["eps"] = group["eps"] * eps
-            groups.append(group | scaled)
-    return impl(groups, **kwargs)
+    split = replace(split, options=defaults | kwargs)
+    made: Any = impl(split(params), **kwargs)
+    if isinstance(made, Adafactor) or getattr(made, "defaults", {}).get("scale_parameter"):
+        raise ConfigError(
+            f"{type(made).__name__} multiplies its step by each parameter's size, and its eps is a pair: the table has "
+            "factors for steps of fixed size; take AdamW, or another Adafactor with scale_parameter=False"
+        )
+    kind: Any = type(made)
+    made.__class__ = _scaling(kind)
+    vars(made)["mup_split"] = split
+    return made
 
 
 def _table(parametrization: Parametrization, decoupled_wd: bool) -> Parametrization:
@@ -103,7 +156,7 @@ def MuAdam(
     as the table says. kwargs: for `impl`, whose defaults hold. As in torch, weight_decay is an L2 penalty here; MuAdamW
     decays weights. Raises UndeclaredParameterError.
     """
-    return _scaled(params, "adam", impl, kwargs, _table(parametrization, decoupled_wd), model, scale_eps)
+    return _scaled(params, impl, kwargs, _Split("adam", {}, _table(parametrization, decoupled_wd), model, scale_eps))
 
 
 def MuAdamW(params: Params, **kwargs: Any) -> Optimizer:
@@ -121,7 +174,7 @@ def MuSGD(
     **kwargs: Any,
 ) -> Optimizer:
     """SGD, or another `impl` whose update is proportional to the gradient, with muP. Arguments as for MuAdam."""
-    return _scaled(params, "sgd", impl, kwargs, _table(parametrization, decoupled_wd), model)
+    return _scaled(params, impl, kwargs, _Split("sgd", {}, _table(parametrization, decoupled_wd), model))
 
 
 def _original(rows: int, columns: int) -> float:
@@ -146,7 +199,7 @@ def MuMuon(
     The step is lr * shape_factor(base shape) * sqrt(m_out / m_in), whatever shape factor `impl` applies: torch's Muon
     at base width, and the spectral rule elsewhere, also with adjust_lr_fn="match_rms_adamw". shape_factor: what another
     `impl` multiplies the update of a (rows, columns) matrix by. Other arguments as for MuAdam.
-    Raises ValueError for parameters that are not HIDDEN.
+    Raises NoRuleError for parameters that are not HIDDEN.
     """
     if shape_factor is None:
         if impl is not Muon:
@@ -154,6 +207,8 @@ def MuMuon(
         shape_factor = _match_rms_adamw if kwargs.get("adjust_lr_fn") == "match_rms_adamw" else _original
 
     def compensate(spec: ParamSpec) -> float:
+        if impl is Muon and len(spec.shape) != 2:
+            raise NoRuleError("torch's muon must not own what is no matrix of two dimensions: use adam for it")
         return shape_factor(*spec.base_shape[-2:]) / shape_factor(*spec.shape[-2:])
 
-    return _scaled(params, "muon", impl, kwargs, parametrization, model, compensate=compensate)
+    return _scaled(params, impl, kwargs, _Split("muon", {}, parametrization, model, compensate=compensate))

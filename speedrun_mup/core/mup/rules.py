@@ -14,6 +14,12 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from speedrun_mup.core.errors import ConfigError
+
+
+class NoRuleError(ConfigError, ValueError):
+    """The table has no rule for this: an optimizer that must not own a role, an unknown optimizer or regime."""
+
 
 class Role(enum.Enum):
     """Which sides of a parameter grow with width."""
@@ -92,7 +98,7 @@ class Parametrization:
 
     def __post_init__(self) -> None:
         if self.weight_decay not in WEIGHT_DECAY_REGIMES:
-            raise ValueError(
+            raise NoRuleError(
                 f"weight_decay={self.weight_decay!r} is not a regime; choose {' or '.join(WEIGHT_DECAY_REGIMES)}"
             )
 
@@ -101,16 +107,16 @@ class Parametrization:
     ) -> Factors:
         """The factors for a parameter of this role and these multipliers under `optimizer` (adam, sgd or muon).
 
-        Raises ValueError for an optimizer that must not own the role, and for a combination without a known rule.
+        Raises NoRuleError for an optimizer that must not own the role, and for a combination without a known rule.
         """
         rule = self.rules[role]
         if optimizer not in ("adam", "sgd", "muon"):
-            raise ValueError(f"optimizer {optimizer!r} has no rule; choose adam, sgd or muon")
+            raise NoRuleError(f"optimizer {optimizer!r} has no rule; choose adam, sgd or muon")
         step: Step | None = getattr(rule, optimizer)
         if step is None:
-            raise ValueError(f"{optimizer} must not own {role.value} parameters: use adam or sgd for them")
+            raise NoRuleError(f"{optimizer} must not own {role.value} parameters: use adam or sgd for them")
         if optimizer == "sgd" and m_depth != 1:
-            raise ValueError("sgd has no depth rule (it is not scale-invariant); use adam or muon")
+            raise NoRuleError("sgd has no depth rule (it is not scale-invariant); use adam or muon")
         lr = step.lr * self.lr_by_group.get(group, ONE)
         decay = self._decay(role, lr, optimizer)
         return Factors(*(power(m_in, m_out, m_depth) for power in (rule.init, rule.forward, lr, step.eps, decay)))
@@ -122,7 +128,7 @@ class Parametrization:
             return lr.inverse() * PER_WIDTH[role]
         if self.weight_decay == "steady-state" and role is Role.HIDDEN:
             if optimizer != "adam":
-                raise ValueError(f"weight_decay='steady-state' is derived for adam, not for {optimizer}")
+                raise NoRuleError(f"weight_decay='steady-state' is derived for adam, not for {optimizer}")
             return ROOT_IN
         return ONE
 

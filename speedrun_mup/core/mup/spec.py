@@ -6,8 +6,10 @@ keep theirs. So a spec lives in its module's `mup_specs`, under the parameter's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -27,6 +29,7 @@ class ParamSpec:
     """Role, shape at base width, shape here, and which dimensions are the fan-in and fan-out.
 
     layout: one word per dimension: "in", "out", or anything else for a dimension that is neither (a stack, a kernel).
+    A side may have several dimensions ("in in out"); its size is their product.
     group: the learning-rate group that the parameter belongs to (embed, value_embed, matrix, head, scalar, ...).
     m_depth: depth multiplier, for a parameter that writes a residual branch into the stream; see rules.py.
     inferred: whether set_base_shapes worked out role and layout by itself; if so, it may do that again.
@@ -48,7 +51,7 @@ class ParamSpec:
             )
 
     def _dim(self, word: str, shape: tuple[int, ...]) -> int:
-        return shape[self.layout.index(word)] if word in self.layout else 1
+        return math.prod([size for size, its_word in zip(shape, self.layout) if its_word == word])
 
     @property
     def fan_in(self) -> int:
@@ -96,26 +99,77 @@ def declare(
 ) -> ParamSpec:
     """Record what `module`'s own parameter `name` is. Call it right after creating the parameter.
 
-    layout: one word per dimension, "3 out in" for three stacked matrices. The other arguments are ParamSpec's fields.
+    Args:
+        name: of a parameter of `module`, or of one of its submodules ("parametrizations.weight.original").
+        layout: one word per dimension, "3 out in" for three stacked matrices.
+        role, base_shape, group, m_depth: ParamSpec's fields.
     """
     parameter = module.get_parameter(name)
+    owner, _, local = name.rpartition(".")
     spec = ParamSpec(role, tuple(base_shape), tuple(parameter.shape), tuple(layout.split()), group, m_depth)
     vars(parameter).pop("infshape", None)  # a convenience of set_base_shapes that says something else now
-    vars(module).setdefault("mup_specs", {})[name] = spec
+    vars(module.get_submodule(owner)).setdefault("mup_specs", {})[local] = spec
     return spec
+
+
+class Place(NamedTuple):
+    """Where a parameter is registered: the module's path, the module, and the parameter's name there."""
+
+    path: str
+    module: nn.Module
+    local: str
+
+    @property
+    def name(self) -> str:
+        """As named_parameters says it."""
+        return f"{self.path}.{self.local}" if self.path else self.local
+
+    @property
+    def spec(self) -> ParamSpec | None:
+        """What was declared or inferred there."""
+        return vars(self.module).get("mup_specs", {}).get(self.local)
+
+
+def places(model: nn.Module) -> dict[int, list[Place]]:
+    """{id of a parameter: where it is registered, in named_modules() order}: more than one place if it is tied.
+
+    Unlike names, modules are the same under wrappers that change how parameters are called.
+    """
+    found: dict[int, list[Place]] = {}
+    for path, module in model.named_modules():
+        for local, parameter in module.named_parameters("", recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), []).append(Place(path, module, local))
+    return found
+
+
+def main_place(where: list[Place]) -> Place | None:
+    """The place that says what a tied parameter is: of an embedding and a readout that share one, the embedding's."""
+    known = [place for place in where if place.spec is not None]
+    return min(known, key=lambda place: place.spec.role is Role.OUTPUT, default=None)  # type: ignore[union-attr]
 
 
 def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
     """(name, parameter, spec) of every parameter of `model`, in named_parameters() order.
 
-    Raises UndeclaredParameterError for a parameter without a spec.
+    Raises:
+        UndeclaredParameterError: for a parameter without a spec.
     """
-    modules = dict(model.named_modules())
+    found = places(model)
     for name, parameter in model.named_parameters():
-        owner, _, local = name.rpartition(".")
-        specs: dict[str, ParamSpec] = getattr(modules[owner], "mup_specs", {})
-        if local not in specs:
-            raise UndeclaredParameterError(
-                f"parameter {name} {tuple(parameter.shape)} has no declared role; call mup.declare or set_base_shapes"
+        place = main_place(found.get(id(parameter), []))
+        if place is None or place.spec is None:
+            size = "" if isinstance(parameter, nn.parameter.UninitializedParameter) else f" {tuple(parameter.shape)}"
+            raise UndeclaredParameterError(f"parameter {name}{size} has no declared role; {_advice(model, name)}")
+        yield name, parameter, place.spec
+
+
+def _advice(model: nn.Module, name: str) -> str:
+    """What to do about the parameter: an adapter around a readout is no parameter of the model that was given shapes."""
+    for path, module in model.named_modules():
+        inner = getattr(module, "base_layer", None)  # where PEFT keeps the layer that it adapts
+        if name.startswith(f"{path}.") and hasattr(type(inner), "multiplier"):
+            return (
+                f"it belongs to an adapter around the readout {path}, which misses the readout's multiplier: "
+                "put adapters on mup.fold(model)"
             )
-        yield name, parameter, specs[local]
+    return "call mup.declare or set_base_shapes"
