@@ -19,6 +19,7 @@ from typing import Any
 from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.files import printable, write_whole
 
+COLORS = 256  # of a PNG
 _NAMED_FONTS = (
     "Noto Sans CJK",
     "Noto Sans",
@@ -72,13 +73,23 @@ def picture(path: Path, size: tuple[float, float], style: Mapping[str, Any] | No
             buffer = io.BytesIO()
             kind = path.suffix.lower() or ".png"
             figure.savefig(buffer, format=kind[1:], metadata={name: None for name in _STAMPS.get(kind, ())})
+            content = _with_few_colors(buffer) if kind == ".png" else buffer.getvalue()
     except UserError:
         raise
     except Exception as fault:  # of matplotlib, its fonts, its caches: whatever it is, it is about a picture only
         raise PictureError(
             f"{printable(path)} cannot be drawn ({printable(in_a_line(fault))}); all else is there"
         ) from fault
-    write_whole(path, buffer.getvalue(), "all else is there; make room to have it", PictureError)
+    write_whole(path, content, "all else is there; make room to have it", PictureError)
+
+
+def _with_few_colors(png: io.BytesIO) -> bytes:
+    """The same picture with a palette, a third of the size."""
+    from PIL import Image  # which matplotlib writes PNG with
+
+    small = io.BytesIO()
+    Image.open(png).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 @contextlib.contextmanager

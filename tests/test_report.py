@@ -12,6 +12,7 @@ import pytest
 import torch
 from browser import Browser, find_browser
 from conftest import TINY
+from PIL import Image
 from test_transfer import control, sweep
 from torch import nn
 
@@ -136,6 +137,19 @@ def test_pictures_have_the_same_bytes_every_time(tmp_path, result, figure, suffi
         drawn = figure(result)
         png.draw(drawn[0] if isinstance(drawn, list) else drawn, path)
     assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
+
+
+def test_titles_of_two_lines_and_the_colors_survive_into_the_file(tmp_path, result, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **style: titles.append(text))
+    figure = figures.drift(result)
+    png.draw(figure, tmp_path / "drift.png")
+    assert titles == [panel.title for panel in figure.panels] and all("\n" in title for title in titles)
+    with Image.open(tmp_path / "drift.png") as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
+    for wanted in (figures.ARM_COLORS[0][0], figures.ARM_COLORS[1][0]):
+        red, green, blue = bytes.fromhex(wanted[1:])
+        assert min(abs(r - red) + abs(g - green) + abs(b - blue) for r, g, b in colors) < 12
 
 
 def test_no_picture_of_nothing():

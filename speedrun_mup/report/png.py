@@ -11,6 +11,7 @@ from speedrun_mup.pictures import picture, plain
 from speedrun_mup.report.contents import Axis, Figure, Key, Mark
 
 MOST_COLUMNS = 3
+LEAST_WIDTH = 5.0  # inches
 _STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -39,8 +40,10 @@ def draw(figure: Figure, path: Path) -> None:
     rows = math.ceil(len(figure.panels) / MOST_COLUMNS)
     columns = math.ceil(len(figure.panels) / rows)
     width, height = figure.size
-    legend = 0.5 + 0.062 * min(80, max(len(key.label) for key in figure.keys)) if figure.keys else 0.0
-    with picture(path, (width * columns + 0.5 + legend, (height + 0.3) * rows), _STYLE) as canvas:
+    wide = max(width * columns, LEAST_WIDTH) + 0.5
+    legend = _columns(figure.keys, wide)
+    below = 0.18 * math.ceil(len(figure.keys) / legend)
+    with picture(path, (wide, (height + 0.3) * rows + below), _STYLE) as canvas:
         axes = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for spare in axes.flat[len(figure.panels) :]:
             spare.remove()
@@ -48,7 +51,7 @@ def draw(figure: Figure, path: Path) -> None:
             for mark in panel.marks:
                 if not figure.choice or mark.tags.get(figure.choice.tag) in (None, figure.choice.options[0]):
                     _draw_mark(drawn, mark)
-            drawn.set_title(plain(panel.title), loc="left")
+            drawn.set_title("\n".join(map(plain, panel.title.split("\n"))), loc="left")
             drawn.set_xlabel(plain(figure.x.label))
             drawn.tick_params(labelbottom=True)
         for name, axis in (("x", figure.x), ("y", figure.y)):
@@ -56,12 +59,20 @@ def draw(figure: Figure, path: Path) -> None:
         for drawn in axes[:, 0]:
             drawn.set_ylabel(plain(figure.y.label))
         if figure.keys:
-            _draw_legend(canvas, figure.keys)
+            _draw_legend(canvas, figure.keys, legend)
 
 
-def _draw_legend(canvas: Any, keys: Sequence[Key]) -> None:
+def _columns(keys: Sequence[Key], width: float) -> int:
+    """Of a legend that lies under a picture so many inches wide."""
+    longest = 0.55 + 0.062 * min(80, max((len(key.label) for key in keys), default=0))
+    return max(1, min(len(keys), int(width / longest)))
+
+
+def _draw_legend(canvas: Any, keys: Sequence[Key], columns: int) -> None:
     """Labels are set afterwards, because matplotlib leaves out those that begin with an underscore."""
-    legend = canvas.legend([_handle(key) for key in keys], ["key"] * len(keys), loc="outside right center")
+    legend = canvas.legend(
+        [_handle(key) for key in keys], ["key"] * len(keys), loc="outside lower center", ncols=columns
+    )
     for key, text in zip(keys, legend.get_texts()):
         text.set_text(plain(key.label))
 
