@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
-import importlib
 import io
 import itertools
 import json
 import os
 import re
+import stat
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
+from speedrun_mup.files import kind_of, open_regular, printable
+from speedrun_mup.packages import import_extra
 
 STDIN, HUB = "-", "hf://"
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+LARGEST_DOCUMENT = 2**26  # bytes of a line of JSON or a value in a table, characters of a text taken whole
+LARGEST_PASSAGE = 2**20  # characters
 _LONGEST_LINE = 8  # passages
+_PAGE_BYTES, _SUSPICIOUS = 2**28, 1000  # of a column in parquet: what is never too much, and bytes out of one byte
+_HEAD_BYTES = 2**16  # of standard input, in which records show that they are records
+_SKIP = "or leave such documents out with --on-bad-document skip"
 
 
 class SourceError(UserError):
@@ -41,7 +50,7 @@ class Source:
 
 def format_of(name: str) -> str:
     """The format of a file, such as ".jsonl", by its name without the compression; "" where that does not tell."""
-    path = Path(name)
+    path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
@@ -55,38 +64,169 @@ class Position(NamedTuple):
 START = Position()
 
 
-def find_sources(paths: Sequence[str]) -> list[Source]:
+class Document(NamedTuple):
+    """A document as it was read.
+
+    end: the position after it. place: file and line, for people. fault: why it is no document, and then `text` is "".
+    """
+
+    end: Position
+    text: str
+    place: str
+    fault: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding files
+
+
+@dataclass
+class Found:
+    """What `find_sources` found. left_out: how many files and folders of each kind are not read, with one for example."""
+
+    sources: list[Source] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, kind: str, name: str | Path) -> None:
+        """Count one that is not read."""
+        self.left_out[kind] += 1
+        self.examples.setdefault(kind, printable(name))
+
+    def told(self) -> str:
+        """One line about all that was left out, "" if nothing was."""
+        kinds = [f"{count:,} {kind} ({self.examples[kind]})" for kind, count in self.left_out.most_common(8)]
+        rest = self.left_out.total() - sum(count for _, count in self.left_out.most_common(8))
+        return ", ".join([*kinds, *([f"{rest:,} more"] if rest else [])])
+
+
+def find_sources(paths: Sequence[str], out: Path | None = None, skip_bad: bool = False) -> Found:
     """The sources that `paths` name, in their order; a folder stands for its text files, sorted, hidden ones left out.
 
-    SourceError for a path that is missing, a file of another kind, or a folder without any text.
+    Links that a folder holds are followed only inside it, and nothing is found twice; what they lead to outside is left
+    out and counted, as are files of other kinds. A path that is named is followed wherever it leads.
+
+    Args:
+        paths: files, folders, "-" or "hf://...".
+        out: a folder that is not looked into, because it is going to be written.
+        skip_bad: leave out and count what may not be read, instead of raising.
+
+    Raises:
+        SourceError: a path is missing, may not be read or is of another kind, or a folder is without any text.
     """
-    sources = []
+    found = Found()
     for path in paths:
         if path == STDIN or path.startswith(HUB):
-            sources.append(Source(path))
+            found.sources.append(Source(path))
         elif os.path.isdir(path):
-            inside = sorted(file for file in Path(path).rglob("*") if _is_text(file.relative_to(path)))
-            if not inside:
-                raise SourceError(f"{path}: no {', '.join(FORMATS)} file (or {'/'.join(COMPRESSIONS)} of one) in there")
-            sources += [_file(file) for file in inside if file.is_file()]
+            before = len(found.sources)
+            _Walk(Path(path), found, out, skip_bad).walk()
+            if len(found.sources) == before:
+                told = f"; left out: {found.told()}" if found.left_out else ""
+                raise SourceError(
+                    f"{printable(path)}: no {', '.join(FORMATS)} file (or {'/'.join(COMPRESSIONS)} of one) in there{told}"
+                )
         else:
-            sources.append(_file(Path(path)))
-    return sources
+            found.sources.append(_file(Path(path)))
+    return found
 
 
-def _is_text(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts) and format_of(path.name) in FORMATS
+class _Walk:
+    """Finds the text files in one folder. Every real file and folder is taken at most once, so links cannot loop."""
+
+    def __init__(self, root: Path, found: Found, out: Path | None, skip_bad: bool):
+        self.root, self.found, self.skip_bad = root, found, skip_bad
+        self._real_root, self._out = os.path.realpath(root), os.path.realpath(out) if out else None
+        self._seen: set[str] = set()
+        self._links: list[Path] = []
+
+    def walk(self) -> None:
+        """Add what is there to `found`."""
+        before = len(self.found.sources)
+        self._folder(self.root)
+        while self._links:  # after the rest: a link to what was found under its own name adds nothing
+            links, self._links = sorted(self._links), []
+            for link in links:
+                self._link(link)
+        self.found.sources[before:] = sorted(self.found.sources[before:], key=lambda source: Path(source.name))
+
+    def _folder(self, folder: Path) -> None:
+        real = os.path.realpath(folder)
+        if real in self._seen or real == self._out:
+            return
+        self._seen.add(real)
+        try:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as fault:
+            self._unreadable(folder, fault)
+            return
+        for name in names:
+            self._entry(folder / name)
+
+    def _entry(self, path: Path) -> None:
+        if path.name.startswith("."):
+            return
+        try:
+            mode = path.lstat().st_mode
+        except OSError as fault:
+            self._unreadable(path, fault)
+            return
+        if stat.S_ISLNK(mode):
+            self._links.append(path)
+        elif stat.S_ISDIR(mode):
+            self._folder(path)
+        elif not stat.S_ISREG(mode):
+            self.found.leave_out(f"that are {kind_of(mode).removeprefix('a ')}s", path)
+        elif format_of(path.name) not in FORMATS:
+            self.found.leave_out(f"*{printable(path.suffix.lower(), 12)}" if path.suffix else "without a suffix", path)
+        else:
+            self._take(path)
+
+    def _link(self, path: Path) -> None:
+        real = os.path.realpath(path)
+        if not os.path.exists(real):
+            self.found.leave_out("broken or circular links", path)
+        elif os.path.commonpath([real, self._real_root]) != self._real_root:
+            self.found.leave_out("links that lead out of the folder", path)
+        elif os.path.isdir(real):
+            self._folder(path)
+        elif real not in self._seen and format_of(path.name) in FORMATS and os.path.isfile(real):
+            self._take(path)
+
+    def _take(self, path: Path) -> None:
+        self._seen.add(os.path.realpath(path))
+        try:
+            if not os.access(path, os.R_OK):
+                raise PermissionError(0, "Permission denied")
+            self.found.sources.append(_file(path))
+        except OSError as fault:
+            self._unreadable(path, fault)
+
+    def _unreadable(self, path: Path, fault: OSError) -> None:
+        if not self.skip_bad:
+            raise SourceError(f"{printable(path)}: cannot read: {fault.strerror}; check its permissions, {_SKIP}")
+        self.found.leave_out("that cannot be read", path)
 
 
 def _file(path: Path) -> Source:
     try:
         found = path.stat()
-    except OSError as fault:
-        raise SourceError(f"{path}: cannot read: {fault.strerror}; check the path") from None
+    except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise SourceError(f"{printable(path)}: cannot read: {reason}; check the path") from None
     source = Source(str(path), found.st_size, found.st_mtime_ns)
     if format_of(source.name) not in FORMATS:
-        raise SourceError(f"{path}: not a {', '.join(FORMATS)} file (or {'/'.join(COMPRESSIONS)} of one); rename it")
+        raise SourceError(
+            f"{printable(path)}: not a {', '.join(FORMATS)} file (or {'/'.join(COMPRESSIONS)} of one); rename it"
+        )
+    if not stat.S_ISREG(found.st_mode):
+        raise SourceError(f"{printable(path)}: cannot read: it is {kind_of(found.st_mode)}; use - for a stream")
     return source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading them
 
 
 def split_passages(lines: Iterable[str], chars: int) -> Iterator[str]:
@@ -109,15 +249,23 @@ def split_passages(lines: Iterable[str], chars: int) -> Iterator[str]:
 
 
 class DocumentReader:
-    """Iterates over (position after it, document) of `sources` from `start` on, holding one document at a time.
+    """Iterates over the documents of `sources` from `start` on, holding one at a time.
 
     field: of a record in .jsonl, .parquet and datasets. passage_chars: text files are cut by `split_passages`; 0 takes
-    them whole. bytes_read: how far it has come in the files, compressed bytes as they are.
-    Raises SourceError naming the file and the line.
+    them whole. skip_bad: yield what is no document with its `fault`, instead of raising. bytes_read: how far it has come
+    in the files, compressed bytes as they are. Raises SourceError naming the file and the line.
     """
 
-    def __init__(self, sources: Sequence[Source], field: str, passage_chars: int, start: Position = START):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        field: str,
+        passage_chars: int,
+        start: Position = START,
+        skip_bad: bool = False,
+    ):
         self.sources, self.field, self.passage_chars, self.start = sources, field, passage_chars, start
+        self.skip_bad = skip_bad
         self._bytes_before = sum(source.size for source in sources[: start.source])
         self._tell: Callable[[], int] = lambda: 0
 
@@ -126,109 +274,218 @@ class DocumentReader:
         """Bytes of the files up to here."""
         return self._bytes_before + self._tell()
 
-    def __iter__(self) -> Iterator[tuple[Position, str]]:
+    def __iter__(self) -> Iterator[Document]:
         for number in range(self.start.source, len(self.sources)):
             source = self.sources[number]
-            done = self.start.documents if number == self.start.source else 0
-            try:
-                with contextlib.ExitStack() as stack:
-                    for text in itertools.islice(self._documents(source.name, stack), done, None):
-                        done += 1
-                        yield Position(number, done), text
-            except UserError:
-                raise
-            except Exception as fault:  # every format's library has kinds of its own
-                reason = in_a_line(fault, 200)
-                raise SourceError(
-                    f"{source.name}: cannot be read on after {done:,} documents ({reason}); is it whole, and UTF-8?"
-                ) from None
+            for document in self._of_source(number, self.start.documents if number == self.start.source else 0):
+                if document.fault and not self.skip_bad:
+                    self._tell = lambda: 0
+                    raise SourceError(f"{document.place}: {document.fault}")
+                yield document
             self._tell = lambda: 0
             self._bytes_before += source.size
 
-    def _documents(self, name: str, stack: contextlib.ExitStack) -> Iterator[str]:
+    def _of_source(self, number: int, done: int) -> Iterator[Document]:
+        """The documents of one source after the first `done`; damage that ends it comes as the last one."""
+        name = self.sources[number].name
+        try:
+            with contextlib.ExitStack() as stack:
+                for place, text, fault in itertools.islice(self._documents(name, stack), done, None):
+                    done += 1
+                    yield Document(Position(number, done), text, place, fault)
+        except ConfigError:
+            raise
+        except Exception as fault:  # every format's library has kinds of its own
+            said = (
+                str(fault).removeprefix(f"{printable(name)}: ")
+                if isinstance(fault, UserError)
+                else (f"cannot be read on after {done:,} documents ({in_a_line(fault, 200)}); is it whole, and UTF-8?")
+            )
+            self._tell = lambda: 0
+            yield Document(Position(number + 1, 0), "", printable(name), said)
+
+    def _documents(self, name: str, stack: contextlib.ExitStack) -> Iterator[tuple[str, str, str]]:
+        """Place, text and fault of each; one of the last two is empty."""
         if name.startswith(HUB):
             return self._of_dataset(name)
         if name == STDIN:
-            stream: Any = sys.stdin.buffer
-            is_jsonl = stream.peek(1)[:1] == b"{"
+            stream, is_jsonl = _with_head(sys.stdin.buffer)
         else:
             file = stack.enter_context(_opening(name))
             self._tell = file.tell
             if format_of(name) == ".parquet":
                 return self._of_parquet(file, name)
             stream, is_jsonl = stack.enter_context(_decompressed(file, name)), format_of(name) == ".jsonl"
-        return self._of_jsonl(stream, name) if is_jsonl else self._of_text(stream)
+        if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise SourceError(f"{printable(name)}: UTF-16; write it as UTF-8 (iconv -f utf-16 -t utf-8)")
+        return self._of_jsonl(stream, name) if is_jsonl else self._of_text(stream, name)
 
-    def _of_text(self, stream: BinaryIO) -> Iterator[str]:
-        file = io.TextIOWrapper(stream, encoding="utf-8")
+    def _of_text(self, stream: BinaryIO, name: str) -> Iterator[tuple[str, str, str]]:
+        file = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+        number, name = 1, printable(name)
         try:
             if self.passage_chars:
                 lines = iter(lambda: file.readline(_LONGEST_LINE * self.passage_chars), "")
-                yield from split_passages(lines, self.passage_chars)
+                texts = split_passages(lines, self.passage_chars)
             else:
-                yield file.read()
+                texts = iter([file.read(LARGEST_DOCUMENT + 1)])
+            for text in texts:
+                if len(text) > LARGEST_DOCUMENT:
+                    raise SourceError(f"{name}: more than {LARGEST_DOCUMENT:,} characters; cut it, with --passage")
+                try:
+                    text.isascii() or text.encode()
+                    yield f"{name}:{number}", text, ""
+                except UnicodeEncodeError as fault:
+                    yield f"{name}:{number + text.count(chr(10), 0, fault.start)}", "", f"not UTF-8; fix it, {_SKIP}"
+                number += text.count("\n")
         finally:
             file.detach()  # the stream is not ours to close
 
-    def _of_jsonl(self, lines: Iterable[bytes], name: str) -> Iterator[str]:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise SourceError(f"{name}:{number}: not a line of JSON; is the file whole?") from None
-                yield self._field_of(record, f"{name}:{number}")
+    def _of_jsonl(self, stream: BinaryIO, name: str) -> Iterator[tuple[str, str, str]]:
+        name = printable(name)
+        for number in itertools.count(1):
+            line = stream.readline(LARGEST_DOCUMENT)
+            if not line:
+                return
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if len(line) == LARGEST_DOCUMENT:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(2**20)
+                yield f"{name}:{number}", "", f"a line of more than {LARGEST_DOCUMENT:,} bytes; cut it, {_SKIP}"
+            elif line.strip():
+                yield f"{name}:{number}", *self._of_line(line)
 
-    def _of_parquet(self, file: BinaryIO, name: str) -> Iterator[str]:
-        table = _import_extra("pyarrow.parquet").ParquetFile(file)
+    def _of_line(self, line: bytes) -> tuple[str, str]:
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            return "", f"not UTF-8; fix it, {_SKIP}"
+        except (ValueError, RecursionError):
+            return "", f"not a line of JSON; is the file whole? Fix it, {_SKIP}"
+        return self._field_of(record)
+
+    def _of_parquet(self, file: BinaryIO, name: str) -> Iterator[tuple[str, str, str]]:
+        parquet = import_extra("pyarrow.parquet", "ParquetFile", "this source", "text")
+        name = printable(name)
+        table = parquet.ParquetFile(file)
         columns = table.schema_arrow.names
         if self.field not in columns:
-            raise SourceError(
-                f"{name}: no column {self.field!r} (found: {', '.join(columns):.200}); choose with --field"
-            )
+            found = printable(", ".join(columns))
+            raise SourceError(f"{name}: no column {self.field!r} (found: {found}); choose with --field")
+        _refuse_bombs(table.metadata, self.field, name)
+        if str(table.schema_arrow.field(self.field).type) in ("string", "large_string"):
+            # Dictionaries are kept as they are: spelled out, a kilobyte of them can be gigabytes of rows.
+            table = parquet.ParquetFile(file, read_dictionary=[self.field], metadata=table.metadata)
+        number = 0
         for batch in table.iter_batches(batch_size=256, columns=[self.field]):
-            yield from (self._field_of({self.field: text}, name) for text in batch.column(0).to_pylist())
+            for value in _values(batch.column(0)):
+                number += 1
+                yield f"{name}, row {number:,}", *self._of_value(value)
 
-    def _of_dataset(self, name: str) -> Iterator[str]:
+    def _of_value(self, value: Any) -> tuple[str, str]:
+        """The text of a value as Python has it, or of one of Arrow's scalars, which may be too large to take out."""
+        if hasattr(value, "as_py"):
+            value = getattr(value, "value", value) if hasattr(value, "dictionary") else value
+            if hasattr(value, "as_buffer") and value.is_valid and value.as_buffer().size > LARGEST_DOCUMENT:
+                return "", f"more than {LARGEST_DOCUMENT:,} bytes; cut it, {_SKIP}"
+            try:
+                value = value.as_py()
+            except UnicodeDecodeError:
+                return "", f"not UTF-8; fix it, {_SKIP}"
+        return self._field_of({self.field: value})
+
+    def _of_dataset(self, name: str) -> Iterator[tuple[str, str, str]]:
         matched = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?", name)
         if not matched:
             raise ConfigError(
-                f"{name}: expected hf://OWNER/NAME, hf://OWNER/NAME/CONFIG or hf://OWNER/NAME/CONFIG/SPLIT"
+                f"{printable(name)}: expected hf://OWNER/NAME, hf://OWNER/NAME/CONFIG or hf://OWNER/NAME/CONFIG/SPLIT"
             )
         repo, config, split = matched.groups()
-        rows = _import_extra("datasets").load_dataset(repo, config, split=split or "train", streaming=True)
-        yield from (self._field_of(row, name) for row in rows)
+        datasets = import_extra("datasets", "load_dataset", "this source", "text")
+        rows = datasets.load_dataset(repo, config, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{printable(name)}, row {number:,}", *self._field_of(row)
 
-    def _field_of(self, record: Any, where: str) -> str:
+    def _field_of(self, record: Any) -> tuple[str, str]:
+        """The text of a record, and why it has none."""
         if not isinstance(record, dict) or self.field not in record:
             found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise SourceError(f"{where}: no field {self.field!r} (found: {found:.200}); choose it with --field")
+            return "", f"no field {self.field!r} (found: {printable(found)}); choose it with --field, {_SKIP}"
         text = record[self.field]
         if not isinstance(text, str):
-            raise SourceError(f"{where}: field {self.field!r} is {type(text).__name__}, expected text")
-        return text
+            return "", f"field {self.field!r} is {type(text).__name__}, expected text; fix it, {_SKIP}"
+        return text, ""
 
 
 def _opening(name: str) -> BinaryIO:
     try:
-        return open(name, "rb")
+        return open_regular(Path(name))
     except OSError as fault:
-        raise SourceError(f"{name}: cannot read: {fault.strerror}; check the path and its permissions") from None
+        raise SourceError(
+            f"{printable(name)}: cannot read: {fault.strerror}; check the path and its permissions, {_SKIP}"
+        ) from None
 
 
 def _decompressed(file: BinaryIO, name: str) -> Any:
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         return gzip.open(file)
-    if name.endswith(".zst"):
-        return io.BufferedReader(_import_extra("pyarrow").CompressedInputStream(file, "zstd"), 2**20)
+    if name.lower().endswith(".zst"):
+        arrow = import_extra("pyarrow", "CompressedInputStream", "this source", "text")
+        return io.BufferedReader(arrow.CompressedInputStream(file, "zstd"), 2**20)
     return file
 
 
-def _import_extra(name: str) -> Any:
+def _refuse_bombs(metadata: Any, field: str, name: str) -> None:
+    """SourceError for a column that would decode to very much more than it takes: a page is decoded whole."""
+    for group in range(metadata.num_row_groups):
+        columns = metadata.row_group(group)
+        for column in map(columns.column, range(columns.num_columns)):
+            if column.path_in_schema == field:
+                packed, whole = column.total_compressed_size, column.total_uncompressed_size
+                if whole > _PAGE_BYTES and whole > _SUSPICIOUS * packed:
+                    raise SourceError(
+                        f"{name}: {packed:,} bytes that decode to {whole:,}; if that is right, write it with smaller row groups"
+                    )
+
+
+def _values(column: Any) -> Iterable[Any]:
+    """The values of a column of Arrow's: all at once where that is little, else one after the other, as its scalars."""
+    if hasattr(column, "dictionary"):
+        sizes = import_extra("pyarrow.compute", "binary_length", "this source", "text").binary_length(column.dictionary)
+        size = sum(sizes.take(column.indices.drop_null()).to_pylist())
+        column = column.dictionary_decode() if size < LARGEST_DOCUMENT else column
+    if hasattr(column, "dictionary") or column.nbytes > LARGEST_DOCUMENT:
+        return column
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise ConfigError(
-            f"this source needs {package}, which is not installed; pip install 'speedrun-mup[text]'"
-        ) from None
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column
+
+
+class _Rewound(io.RawIOBase):
+    """A stream with bytes that were taken from it put back in front."""
+
+    def __init__(self, head: bytes, stream: Any):
+        self._head, self._stream = head, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._head:
+            return self._stream.readinto1(buffer)
+        taken = min(len(buffer), len(self._head))
+        buffer[:taken], self._head = self._head[:taken], self._head[taken:]
+        return taken
+
+
+def _with_head(stream: Any) -> tuple[Any, bool]:
+    """A stream that may be text or records, and whether it is records: its first line that is not blank starts with "{"."""
+    head = b""
+    while len(head) < _HEAD_BYTES and not head.removeprefix(codecs.BOM_UTF8).strip():
+        line = stream.readline(_HEAD_BYTES)
+        if not line:
+            break
+        head += line
+    return io.BufferedReader(_Rewound(head, stream)), head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")

@@ -282,8 +282,8 @@ class Corpus:
     tokenizer: "byte", "bpe:1024", "gpt2", ...; its ids are below `vocab_size`, and `bos_token` opens every document.
     tokenizer_sha256: of its tokenizer.json, "" without one. fingerprint: equal only for equal tokens, so that runs on
     different data are never compared. source: for reports. recipe: of sources and settings, "" where nobody repeats it.
-    facts: of every shard by file name; FineWeb's without a manifest have none. tally: how many documents of the text were
-    left out or mended, by what for; where nobody counted, nothing.
+    order: of its documents, "" where nobody says. facts: of every shard by file name; FineWeb's without a manifest have
+    none. tally: how many documents of the text were left out or mended, by what for; where nobody counted, nothing.
     """
 
     directory: Path
@@ -296,6 +296,7 @@ class Corpus:
     source: str
     tokenizer_sha256: str = ""
     recipe: str = ""
+    order: str = ""
     facts: Mapping[str, ShardFacts] = field(default_factory=dict)
     tally: Mapping[str, int] = field(default_factory=dict)
 
@@ -434,6 +435,7 @@ def write_manifest(
     val: Mapping[str, ShardFacts],
     source: str,
     recipe: str = "",
+    order: str = "",
     tally: Mapping[str, int] | None = None,
 ) -> Corpus:
     """Describe the shards `train` and `val` (by file name inside `directory`) in corpus.json, and open the result."""
@@ -448,6 +450,7 @@ def write_manifest(
         "vocab_size": vocab_size,
         "bos_token": bos_token,
         "fingerprint": fingerprint_of(tokenizer, vocab_size, bos_token, train, val),
+        **({"order": order} if order else {}),
         **({"tally": dict(tally)} if tally else {}),
         **{part: {name: asdict(facts) for name, facts in shards.items()} for part, shards in parts.items()},
     }
@@ -499,6 +502,8 @@ def _open_manifest(path: Path) -> Corpus:
     tally = manifest.get("tally", {})
     if not isinstance(tally, dict) or not all(type(count) is int for count in tally.values()):
         raise fault(f"tally is {tally!r:.80}, expected counts of documents")
+    if not isinstance(order := manifest.get("order", ""), str):
+        raise fault(f"order is {order!r:.40}, expected text")
     vocab_size, bos_token = manifest["vocab_size"], manifest["bos_token"]
     if not 0 <= bos_token < vocab_size <= 65536:
         raise fault(f"bos_token {bos_token}, vocab_size {vocab_size}; expected 0 <= bos_token < vocab_size <= 65536")
@@ -520,6 +525,7 @@ def _open_manifest(path: Path) -> Corpus:
         train=tuple(path.parent / name for name in manifest["train"]),
         val=tuple(path.parent / name for name in manifest["val"]),
         facts=facts,
+        order=order,
         tally=tally,
         **{key: manifest[key] for key in _MANIFEST_FIELDS if key not in ("train", "val")},
     )

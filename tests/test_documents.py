@@ -36,8 +36,8 @@ def jsonl(texts: list[str]) -> bytes:
 
 
 def read(*paths: object, field: str = "text", passage: int = 64, start: Position = Position()) -> list[str]:  # noqa: B008
-    sources = find_sources([str(path) for path in paths])
-    return [text for _, text in DocumentReader(sources, field, passage, start)]
+    sources = find_sources([str(path) for path in paths]).sources
+    return [document.text for document in DocumentReader(sources, field, passage, start)]
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def test_folder_in_order(folder: Path) -> None:
 
 
 def test_reading_goes_on_from_any_position(folder: Path) -> None:
-    sources = find_sources([str(folder)])
+    sources = find_sources([str(folder)]).sources
     whole = list(DocumentReader(sources, "text", 64))
     total = sum(source.size for source in sources)
     for cut in (0, 1, 5, len(whole) // 2, len(whole) - 1, len(whole)):
-        start = whole[cut - 1][0] if cut else Position()
+        start = whole[cut - 1].end if cut else Position()
         reader = DocumentReader(sources, "text", 64, start)
         assert list(reader) == whole[cut:] and reader.bytes_read == total
 
@@ -126,8 +126,8 @@ def test_dataset_streamed_from_a_hub(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     readme = b"---\nconfigs:\n- config_name: small\n  data_files: a.parquet\n---\n"
     files = {"a.parquet": (tmp_path / "a.parquet").read_bytes(), "README.md": readme}
-    command = "import json; from speedrun_mup.documents import *; reader = DocumentReader(find_sources(['hf://me/mine/small']),"
-    command += " 'text', 0); print(json.dumps([text for _, text in reader]))"
+    command = "import json; from speedrun_mup.documents import *; reader = DocumentReader(find_sources(['hf://me/mine/small']).sources,"
+    command += " 'text', 0); print(json.dumps([document.text for document in reader]))"
     with LoopbackHub("me/mine", files) as hub:
         known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
         root = Path(documents.__file__).parents[1]
@@ -159,8 +159,11 @@ FAULTS = {
     "a.jsonl: no record": (b"[1]\n", r"a\.jsonl:1: no field 'text' \(found: list\)"),
     "a.jsonl: no text": (b'{"text": 1}\n', r"a\.jsonl:1: field 'text' is int"),
     "a.jsonl: deep": (b"[" * 100_000, r"a\.jsonl:1: not a line of JSON"),
-    "a.txt: not UTF-8": (b"caf\xe9\n", r"a\.txt: cannot be read on after 0 documents .*UTF-8"),
-    "a.txt.gz: cut": (gzip.compress(random.Random(0).randbytes(999))[:-9], r"a\.txt\.gz: cannot be read on.*whole"),
+    "a.txt: not UTF-8": (b"tea\nand\ncaf\xe9\n", r"a\.txt:3: not UTF-8"),
+    "a.txt.gz: cut": (
+        gzip.compress(random.Random(0).randbytes(999).hex().encode())[:-9],
+        r"a\.txt\.gz: cannot be read on.*whole",
+    ),
     "a.txt.gz: no gzip": (b"hello", r"a\.txt\.gz: cannot be read on"),
     "a.png: other": (b"", r"a\.png: not a \.txt, \.md, \.jsonl, \.parquet file"),
 }
@@ -182,6 +185,6 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no \.txt"):
         find_sources([str(tmp_path)])
     (tmp_path / "a.txt").write_text("x")
-    (source,) = find_sources([str(tmp_path / "a.txt")])
+    (source,) = find_sources([str(tmp_path / "a.txt")]).sources
     assert source == Source(str(tmp_path / "a.txt"), 1, (tmp_path / "a.txt").stat().st_mtime_ns)
     assert [format_of(name) for name in ("a.txt", "a.b.jsonl.gz", "a.zst", "a")] == [".txt", ".jsonl", "", ""]

@@ -14,7 +14,7 @@ FLOORS = [
     ["core.mup", "core.triton_kernels", "core.utils", "files", "packages", "pictures", "schedules", "terminal"],
     ["core.attention", "core.fp8", "core.optimizers"],
     ["core.model", "synonyms", "flags", "config"],
-    ["shards", "documents", "checkpoint", "flops", "hardware", "numerics", "tracking"],
+    ["shards", "documents", "external_sort", "checkpoint", "flops", "hardware", "numerics", "tracking"],
     ["data", "tokenizers"],
     ["corpus", "tokenize_text", "inspect_corpus", "fineweb"],
     ["training"],

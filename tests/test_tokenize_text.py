@@ -27,6 +27,7 @@ from speedrun_mup.tokenizers import load_tokenizer
 
 TEXTS = [f"document {i}: " + "spam and naïve eggs, " * (i % 17) for i in range(400)]
 BYTES = TextSettings(tokenizer="byte", val_share=0.1, shard_tokens=20_000)
+GIVEN = dataclasses.replace(BYTES, order="given")
 
 
 def records(texts: list[str]) -> str:
@@ -49,6 +50,22 @@ def expected(texts: list[str], val: bool) -> list[list[int]]:
     return [[256, *text.encode()] for text in texts if text and (share(text) < 0.1) == val]
 
 
+def shuffled(texts: list[str], seed: int = 0) -> list[str]:
+    """Texts in the order that docs/data.md says, in plain whole numbers."""
+
+    def mixed(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def key(number: int) -> int:
+        half = hashlib.blake2b(texts[number].encode(), digest_size=16).digest()[8:]
+        return mixed(mixed((int.from_bytes(half, "little") + mixed(seed)) % 2**64) + number + 1)
+
+    return [texts[number] for number in sorted(range(len(texts)), key=key)]
+
+
 def held(corpus: Corpus, part: str) -> list[list[int]]:
     return [naive_read(path) for path in getattr(corpus, part)]
 
@@ -61,10 +78,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_every_document_once_in_order(text: Path, tmp_path: Path) -> None:
-    corpus = tokenize_text([str(text)], tmp_path / "out", BYTES)
+ALL = [*TEXTS[:100], "", *TEXTS[100:], "", *TEXTS[:50]]
+
+
+@pytest.mark.parametrize("order", ["given", 0, 1])
+def test_every_document_once_in_order(text: Path, tmp_path: Path, order: str | int) -> None:
+    settings = GIVEN if order == "given" else dataclasses.replace(BYTES, shuffle_seed=order)
+    corpus = tokenize_text([str(text)], tmp_path / "out", settings)
+    assert corpus.order == ("given" if order == "given" else f"shuffled by seed {order}")
     for part in "train", "val":
-        documents = expected([*TEXTS, *TEXTS[:50]], part == "val")
+        in_order = ALL if order == "given" else shuffled(ALL, int(order))
+        documents = expected(in_order, part == "val")
         shards = held(corpus, part)
         assert flat(shards) == flat(documents)
         assert all(shard[0] == 256 and len(shard) >= 20_000 for shard in shards[:-1]) and shards[-1][0] == 256
@@ -84,9 +108,9 @@ def test_workers_do_not_matter(text: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_duplicates_are_dropped_on_request(text: Path, tmp_path: Path) -> None:
-    corpus = tokenize_text([str(text), str(text)], tmp_path / "out", dataclasses.replace(BYTES, drop_duplicates=True))
+    corpus = tokenize_text([str(text), str(text)], tmp_path / "out", dataclasses.replace(GIVEN, drop_duplicates=True))
     assert flat(held(corpus, "train")) == flat(expected(TEXTS, val=False))
-    assert corpus.tally == {"empty": 4, "duplicate": 500, "mended": 0}
+    assert corpus.tally == {"empty": 4, "duplicate": 500, "mended": 0, "bad": 0, "files": 0}
 
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
@@ -96,37 +120,44 @@ def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     corpus = tokenize_text([str(path)], tmp_path / "out", dataclasses.replace(BYTES, val_share=0.5))
     documents = "".join(map(chr, flat(held(corpus, "train") + held(corpus, "val")))).split(chr(256))
     assert {"a?b", "\U0001f600".encode().decode("latin-1")} <= set(documents)
-    assert corpus.tally == {"empty": 0, "duplicate": 0, "mended": 1}
+    assert corpus.tally == {"empty": 0, "duplicate": 0, "mended": 1, "bad": 0, "files": 0}
 
 
-@pytest.mark.parametrize("drop_duplicates", [False, True])
+def breaking_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, left: list[int]) -> None:
+    """Raise KeyboardInterrupt in place of the `left[0]`-th call of a method."""
+    real = getattr(owner, name)
+
+    def call(*arguments: object, **more: object) -> object:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("settings", [BYTES, GIVEN, dataclasses.replace(BYTES, drop_duplicates=True)])
+@pytest.mark.parametrize("place", ["chunk", "piece", "note", "shard"])
 def test_broken_off_anywhere(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop_duplicates: bool
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: TextSettings, place: str
 ) -> None:
-    """Stopped before each write of a document in turn, and gone on with: the same bytes."""
-    settings = dataclasses.replace(BYTES, drop_duplicates=drop_duplicates)
+    """Stopped before each third of the steps of one kind in turn, and gone on with: the same bytes."""
     tokenize_text([str(text)], tmp_path / "whole", settings)
     monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
     monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
-    real, left = module.PartWriter.add, 0
-
-    def add(self: module.PartWriter, ids: object) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        real(self, ids)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module.PartWriter, "add", add)
+    owner = {"chunk": module._Writer, "piece": module, "note": module._Work, "shard": module.ShardWriter}[place]
+    name = {"chunk": "add", "piece": "write_piece", "note": "note", "shard": "finish"}[place]
+    left = [0]
+    breaking_at(monkeypatch, owner, name, left)
     starts = 0
-    while not (tmp_path / "out").exists():
-        starts, left = starts + 1, 41
+    while not (tmp_path / "out" / "corpus.json").exists():
+        starts, left[0] = starts + 1, 3
         assert starts < 100
         try:
             tokenize_text([str(text)], tmp_path / "out", settings)
         except KeyboardInterrupt:
-            assert not (tmp_path / "out").exists()
-    assert starts > 5 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+            assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".unfinished"]
+    assert starts > 2 and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -139,14 +170,14 @@ def test_other_text_or_settings_are_not_mixed_in(text: Path, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.PartWriter, "add", stop)
+        patch.setattr(module._Writer, "add", stop)
         tokenize_text([str(text)], tmp_path / "out", BYTES)
     other = dataclasses.replace(BYTES, val_share=0.2)
-    with pytest.raises(ConfigError, match=r"out\.unfinished comes from other text or settings"):
+    with pytest.raises(ConfigError, match=r"out.\.unfinished comes from other text or settings"):
         tokenize_text([str(text)], tmp_path / "out", other)
     first = tokenize_text([str(text)], tmp_path / "out", BYTES)
     with monkeypatch.context() as patch:
-        patch.setattr(module.PartWriter, "add", stop)
+        patch.setattr(module._Writer, "add", stop)
         assert tokenize_text([str(text)], tmp_path / "out", BYTES) == first  # there already
     with pytest.raises(ConfigError, match="out comes from other text or settings"):
         tokenize_text([str(text)], tmp_path / "out", other)
@@ -177,7 +208,7 @@ def test_no_text_at_all(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(records(["", ""]))
     with pytest.raises(SourceError, match="a.txt, b.jsonl, 0.0 MB: no text in there"):
         tokenize_text([str(tmp_path)], tmp_path / "out", BYTES)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_fault_in_the_text_keeps_what_is_done(text: Path, tmp_path: Path) -> None:
@@ -185,19 +216,20 @@ def test_fault_in_the_text_keeps_what_is_done(text: Path, tmp_path: Path) -> Non
     bad.write_text('{"text": 1}\n')
     with pytest.raises(SourceError, match="z.jsonl:1"):
         tokenize_text([str(text), str(bad)], tmp_path / "out", BYTES)
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.unfinished").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".unfinished"]
+    assert len(list((tmp_path / "out" / ".unfinished").glob("*.piece"))) == 2
 
 
 def test_trained_tokenizer(text: Path, tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     pytest.importorskip("rustbpe")
-    settings = dataclasses.replace(BYTES, tokenizer="train:300")
+    settings = dataclasses.replace(GIVEN, tokenizer="train:300")
     corpus = tokenize_text([str(text)], tmp_path / "out", settings)
     assert (corpus.tokenizer, corpus.vocab_size, corpus.bos_token) == ("bpe:300", 300, 299)
     tokenizer = load_tokenizer(corpus)
     decoded = tokenizer.decode(flat(held(corpus, "val")))
     assert decoded == "".join("<|bos|>" + bytes(ids[1:]).decode() for ids in expected([*TEXTS, *TEXTS[:50]], val=True))
-    again = tokenize_text([str(text)], tmp_path / "again", dataclasses.replace(BYTES, tokenizer=str(tmp_path / "out")))
+    again = tokenize_text([str(text)], tmp_path / "again", dataclasses.replace(GIVEN, tokenizer=str(tmp_path / "out")))
     assert (again.fingerprint, again.tokenizer_sha256) == (corpus.fingerprint, corpus.tokenizer_sha256)
     with pytest.raises(ConfigError, match="reads the text twice"):
         tokenize_text(["-"], tmp_path / "stdin", settings)
@@ -216,6 +248,7 @@ def test_impossible_settings(change: dict[str, float], word: str) -> None:
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second text is three times as long."""
     monkeypatch.setattr(module, "_CHUNK_CHARS", 10_000)
+    monkeypatch.setattr(module, "_PIECE_BYTES", 100_000)
     peaks = []
     for size in 2, 6:
         path = tmp_path / f"{size}.txt"
@@ -284,29 +317,21 @@ def test_standard_input_is_never_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Callable[[str], None], drop_duplicates: bool
 ) -> None:
     """Broken off after a note of progress, it would lose documents or splice two texts."""
-    settings = dataclasses.replace(BYTES, drop_duplicates=drop_duplicates)
+    settings = dataclasses.replace(GIVEN, drop_duplicates=drop_duplicates)
     monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
     monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
-    real, left = module.PartWriter.add, 100
-
-    def add(self: module.PartWriter, ids: object) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        real(self, ids)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module.PartWriter, "add", add)
+    left = [5]
+    breaking_at(monkeypatch, module._Writer, "add", left)
     pipe(records(TEXTS))
     with pytest.raises(KeyboardInterrupt):
         tokenize_text(["-"], tmp_path / "out", settings)
-    before = contents(tmp_path / "out.unfinished")
+    before = contents(tmp_path / "out" / ".unfinished")
     pipe(records(TEXTS))
-    with pytest.raises(ConfigError, match=r"out\.unfinished exists, and standard input cannot be resumed"):
+    with pytest.raises(ConfigError, match=r"progress\.json exists, and standard input cannot be resumed"):
         tokenize_text(["-"], tmp_path / "out", settings)
-    assert contents(tmp_path / "out.unfinished") == before and sys.stdin.read() == records(TEXTS)
+    assert contents(tmp_path / "out" / ".unfinished") == before and sys.stdin.read() == records(TEXTS)
     pipe(records(TEXTS))
-    left = 0
+    left[0] = 0
     corpus = tokenize_text(["-"], tmp_path / "new", settings)
     assert flat(held(corpus, "train")) == flat(expected(TEXTS, val=False))
 
@@ -345,11 +370,11 @@ def test_picture_that_cannot_be_written(text: Path, tmp_path: Path, capsys: pyte
 
 
 def test_inspect_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = tokenize_text([str(text)], tmp_path / "out", BYTES)
+    corpus = tokenize_text([str(text)], tmp_path / "out", GIVEN)
     command = ["data", "inspect", str(tmp_path / "out"), "--documents", "2"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    documents = [ids[1:] for ids in expected([*TEXTS, *TEXTS[:50]], val=False)]
+    documents = [ids[1:] for ids in expected(ALL, val=False)]
     assert f"{len(documents):,} for training" in said and f"longest {max(map(len, documents)):,}" in said
     assert f"[{len(documents[0]):,} tokens] {TEXTS[0]}" in said and "all right" in said
     assert (tmp_path / "out" / "document-lengths.png").read_bytes().startswith(b"\x89PNG")

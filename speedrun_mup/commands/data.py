@@ -92,24 +92,43 @@ def run_text(argv: Sequence[str]) -> int:
         "--shard-tokens", type=int, default=100_000_000, metavar="TOKENS", help="where a shard ends; %(default)s"
     )
     parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of equal documents")
+    parser.add_argument(
+        "--order",
+        choices=("shuffled", "given"),
+        default="shuffled",
+        help="of the documents in the shards; in the given one, a short training run sees the first files only; %(default)s",
+    )
+    parser.add_argument("--shuffle-seed", type=int, default=0, metavar="N", help="another shuffled order; %(default)s")
+    parser.add_argument(
+        "--on-bad-document",
+        choices=("stop", "skip"),
+        default="stop",
+        help="that cannot be read or encoded: stop (mend it, and the same command goes on), or name, count and leave it out;"
+        " %(default)s",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     flags = vars(parse(parser, argv))
     paths, out, workers = flags.pop("paths"), flags.pop("out"), flags.pop("workers")
+    skip_bad = flags.pop("on_bad_document") == "skip"
 
     from speedrun_mup.tokenize_text import TextSettings, tokenize_text
 
-    corpus = tokenize_text(paths, out, TextSettings(**flags), workers, progress=sys.stderr.isatty())
+    settings = TextSettings(**flags)
+    corpus = tokenize_text(paths, out, settings, workers, progress=sys.stderr.isatty(), skip_bad=skip_bad)
     print_parts(corpus)
     told = [f"{text}: {corpus.tally[why]:,}" for why, text in _TALLY.items() if corpus.tally.get(why)]
     if told:
         print("; ".join(told))
-    print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {out}")
+    print(f"order: {corpus.order}")
+    print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {printable(out)}")
     return 0
 
 
 _TALLY = {
     "empty": "left out as empty",
     "duplicate": "left out as duplicates",
+    "bad": "left out as bad",
+    "files": "files and folders left out",
     "mended": "documents with half a surrogate pair, now a question mark",
 }
 
