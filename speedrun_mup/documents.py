@@ -470,9 +470,11 @@ class _Rewound(io.RawIOBase):
         self._head, self._stream = head, stream
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, or a part of it; 0 at the end."""
         if not self._head:
             return self._stream.readinto1(buffer)
         taken = min(len(buffer), len(self._head))

@@ -44,7 +44,9 @@ def import_extra(name: str, needed: str, need: str, extra: str) -> ModuleType:
         module = import_package(name)
         if hasattr(module, needed):
             return module
-    except Exception as fault:  # a package may raise anything while it is imported, if another one of its own is missing
+    except (
+        Exception
+    ) as fault:  # a package may raise anything while it is imported, if another one of its own is missing
         if not (place := _place(package)):
             raise ConfigError(f"{need} needs {package}, which is not installed; {install}") from None
         if not isinstance(fault, ImportError) or fault.name not in (package, name):
@@ -63,4 +65,6 @@ def _place(package: str) -> str | None:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # ValueError: it is in sys.modules, without a place
         return None
-    return next(iter((spec.submodule_search_locations if spec else None) or ()), spec and spec.origin)
+    if spec is None:
+        return None
+    return next(iter(spec.submodule_search_locations or ()), spec.origin)
