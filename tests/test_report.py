@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from speedrun_mup.config import make_config
 from speedrun_mup.coord_check import coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.pictures import PictureError
 from speedrun_mup.plan import compare, make_plan, predict, read_plan
 from speedrun_mup.report import figures, png
 from speedrun_mup.report.contents import Axis, Figure, Mark, Panel, Report, Section, Table
 from speedrun_mup.report.costs import vocabulary
-from speedrun_mup.report.markdown import to_markdown
+from speedrun_mup.report.markdown import escape, to_markdown
 from speedrun_mup.report.page import to_html
 from speedrun_mup.report.runs import _smooth
 from speedrun_mup.report.sections import make_report
@@ -392,7 +394,29 @@ def test_names_from_a_table_stay_text():
     assert "<img" not in page and page.count("</script>") == 2
     data = json.loads(re.search(r'id="report">(.*?)</script>', page, re.S)[1])
     assert data["title"] == NASTY and data["figures"][0]["panels"][0]["marks"][0]["y"] == [None]
-    assert "| </script><img src=x onerror=alert(1)>\\|a |" in to_markdown(report)
+    text = to_markdown(report)
+    assert "| &lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;\\|a |" in text and "<" not in text
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("[click](http://evil.example)", r"\[click\]\(http:&#47;/evil.example)"),
+        ("![t](x.png)", r"!\[t\]\(x.png)"),
+        ("a\n# title\n- b", "a # title - b"),
+        ("# title", r"\# title"),
+        ("- item", r"\- item"),
+        ("1. item", r"1\. item"),
+        ("---", r"\---"),
+        ("a|b `<b>` &lt;", r"a\|b \`&lt;b&gt;\` &amp;lt;"),
+        ("*b* _i_ ~~s~~ $m$", r"\*b\* \_i\_ \~\~s\~\~ \$m\$"),
+        ("\x1b[31mred\u202e", r"\\x1b\[31mred\\u202e"),
+        ("lr_scale -2 to 3.5", "lr_scale -2 to 3.5"),
+        ("use `--lr-scale 1.5`, not ``x``", r"use `--lr-scale 1.5`, not \`\`x\`\`"),
+    ],
+)
+def test_no_name_acts_as_markdown(name, shown):
+    assert escape(name) == shown
 
 
 def test_the_command_says_where_everything_is(tmp_path, capsys):
@@ -593,3 +617,34 @@ def test_names_from_a_table_stay_text_in_the_browser(browser, tmp_path):
     browser.open((tmp_path / "nasty.html").as_uri())
     assert browser.run("document.querySelectorAll('img').length") == 0 and browser.complaints == []
     assert browser.run("document.querySelector('h2').textContent") == NASTY
+
+
+def test_what_can_be_written_is_written_and_the_rest_is_one_line(tmp_path, capsys, monkeypatch):
+    def broken(figure, path):
+        raise PictureError(f"{path} cannot be drawn (no reason); all else is there")
+
+    monkeypatch.setattr("speedrun_mup.report.write.draw", broken)
+    assert main(["report", str(CSV), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and "cannot be drawn (no reason)" in told.err and "more of the files" in told.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
+    assert "verdict:" in told.out and "picture" not in told.out
+
+
+def test_a_report_follows_no_link_inside_a_folder_that_may_be_anybody_s(tmp_path, capsys):
+    table = tmp_path / "mine.csv"
+    shutil.copy(CSV, table)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "report.md").write_text("precious")
+    (tmp_path / "mine-report").symlink_to(victim)
+    assert main(["report", str(table)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "it is a symbolic link, not a folder" in told
+    (tmp_path / "mine-report").unlink()
+    (tmp_path / "mine-report").mkdir()
+    for name in ("report.md", "report.html", "drift.png"):
+        (tmp_path / "mine-report" / name).symlink_to(victim / "report.md")
+    assert main(["report", str(table)]) == 0
+    assert (victim / "report.md").read_text() == "precious"
+    assert not any(path.is_symlink() for path in (tmp_path / "mine-report").iterdir())
