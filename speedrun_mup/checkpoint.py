@@ -39,6 +39,7 @@ from speedrun_mup import __version__
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
+from speedrun_mup.files import open_regular, printable, read_bytes, sync_folder, whole_file
 
 SCHEMA = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
@@ -136,11 +137,15 @@ class Checkpoints:
             self._writer.shutdown()
 
     def clean(self) -> None:
-        """Remove what a killed process left behind. Call it once at start, when no other run writes here."""
+        """Remove what a killed process left behind. Call it once at start, when no other run writes here.
+
+        Raises CheckpointError if a link stands in place of the folder: what lies there may be another run's.
+        """
 
         def remove() -> None:
+            self._refuse_link()
             for leftover in [*self.root.glob(".tmp-step-*"), *self.root.glob(".trash-step-*")]:
-                shutil.rmtree(leftover)
+                _remove(leftover)
 
         _together(self.world.gather_objects, lambda: remove() if self.world.is_main else None)
 
@@ -212,16 +217,21 @@ class Checkpoints:
 
     def _prepare(self, final: Path, temp: Path) -> bool:
         """Make an empty `temp`. True if `final` is there already, and intact; a damaged one goes away."""
-        if final.exists():
+        if os.path.lexists(final):
             try:
                 _verify(final)
                 return True
             except DamagedCheckpoint:
                 _discard(final)
-        if temp.exists():
-            shutil.rmtree(temp)
+        if os.path.lexists(temp):
+            _remove(temp)
+        self._refuse_link()
         temp.mkdir(parents=True)
         return False
+
+    def _refuse_link(self) -> None:
+        if self.root.is_symlink():
+            raise CheckpointError(f"{printable(self.root)} is a symbolic link; put the folder itself in its place")
 
     def _commit(
         self,
@@ -240,9 +250,9 @@ class Checkpoints:
             "slices": _tile(holders),
         }
         _write_file(temp / MANIFEST, _seal(body))
-        _fsync_folder(temp)
+        sync_folder(temp)
         os.rename(temp, self._folder(step))
-        _fsync_folder(self.root)
+        sync_folder(self.root)
         self._intact.add(self._folder(step))
 
     def _purge(self, saved: int) -> None:
@@ -301,26 +311,35 @@ class Loaded:
     def _part(self, rank: int, key: str) -> Tensor:
         if rank not in self._optim:
             self._optim[rank] = self._tensors(_optim_name(rank, self._manifest.ranks))
-        return self._optim[rank][key]
+        tensor = self._optim[rank].get(key)
+        size = next(hi - lo for owner, lo, hi in self._manifest.slices[key] if owner == rank)
+        if tensor is None or tensor.shape != (size,):
+            raise DamagedCheckpoint(
+                f"{printable(self.path)}: rank {rank} does not hold {size} elements of {printable(key)}"
+            )
+        return tensor
 
     def _bytes(self, name: str) -> bytes:
         path = self.path / name
-        with _os_faults(path, DamagedCheckpoint):
-            data = path.read_bytes()
+        with _os_faults(path, DamagedCheckpoint), open_regular(path) as file:
+            data = file.read(self._manifest.files[name][0] + 1)  # no more than would be right
         self._manifest.check(path, len(data), hashlib.sha256(data).hexdigest())
         return data
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads(self._bytes(name))
-        except (ValueError, RecursionError) as fault:
-            raise DamagedCheckpoint(f"{self.path / name}: {in_a_line(fault)}") from fault
+            content = json.loads(self._bytes(name))
+            if not isinstance(content, dict):
+                raise TypeError("not an object")
+            return content
+        except (ValueError, TypeError, RecursionError) as fault:
+            raise DamagedCheckpoint(f"{printable(self.path / name)}: {printable(in_a_line(fault))}") from fault
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load(self._bytes(name))
-        except SafetensorError as fault:
-            raise DamagedCheckpoint(f"{self.path / name}: {in_a_line(fault)}") from fault
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as fault:  # a header of strange types
+            raise DamagedCheckpoint(f"{printable(self.path / name)}: {printable(in_a_line(fault))}") from fault
 
 
 def inspect(root: Path) -> list[tuple[Path, str | None]]:
@@ -352,22 +371,20 @@ def export_pt(path: Path, out: Path) -> None:
     """Write the model of checkpoint `path` as {"model": state_dict} to the file `out`, as the speedrun itself saves."""
     buffer = io.BytesIO()
     torch.save({"model": Loaded(path).model}, buffer)
-    temp = out.with_name(f".tmp-{out.name}")
-    with _os_faults(out, CheckpointError):
-        temp.unlink(missing_ok=True)
-        _write_file(temp, buffer.getvalue())
-        os.replace(temp, out)
-        _fsync_folder(out.parent)
+    with _os_faults(out, CheckpointError), whole_file(out) as file:
+        file.write(buffer.getvalue())
 
 
 def import_pt(path: Path) -> dict[str, Tensor]:
     """The state dict under "model" in a .pt file, without torch.compile's "_orig_mod." prefix. Executes no code."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as fault:  # a bad file can make the parser raise anything
-        raise CheckpointError(f"{path} is not a .pt file of plain tensors: {in_a_line(fault)}") from fault
+        why = printable(in_a_line(fault))
+        raise CheckpointError(f"{printable(path)} is not a .pt file of plain tensors: {why}") from fault
     model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(value, Tensor) for value in model.values()):
+    if not isinstance(model, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in model.items()):
         raise CheckpointError(f'{path} has no state dict under "model"; save {{"model": model.state_dict()}}')
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in model.items()}
 
@@ -376,9 +393,14 @@ def export_dcp(path: Path, out_dir: Path) -> None:
     """Write the model of checkpoint `path` to a new folder as "model.<name>", for torch.distributed.checkpoint."""
     import torch.distributed.checkpoint as dcp  # takes seconds to import
 
-    if out_dir.exists():
-        raise CheckpointError(f"{out_dir} exists, and DCP would overwrite it in place; name a new folder")
-    dcp.save({"model": Loaded(path).model}, checkpoint_id=out_dir, no_dist=True)
+    if os.path.lexists(out_dir):
+        raise CheckpointError(f"{printable(out_dir)} exists, and DCP would overwrite it in place; name a new folder")
+    content = {"model": Loaded(path).model}
+    try:
+        dcp.save(content, checkpoint_id=out_dir, no_dist=True)
+    except Exception as fault:  # of torch, which wraps those of the disk in several ways
+        why = printable(in_a_line(fault.__cause__ or fault))
+        raise CheckpointError(f"{printable(out_dir)} is not whole: {why}; remove it, and make room") from fault
 
 
 def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
@@ -389,14 +411,18 @@ def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
         )
     import torch.distributed.checkpoint as dcp  # takes seconds to import
 
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    try:
+        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        }
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    except Exception as fault:  # of a damaged folder, anything
+        why = printable(in_a_line(fault.__cause__ or fault))
+        raise CheckpointError(f"{printable(folder)} is no folder of torch.distributed.checkpoint: {why}") from fault
 
 
 @dataclass(frozen=True)
@@ -414,25 +440,25 @@ class _Manifest:
         """Parse and check the seal. Raises DamagedCheckpoint, or CheckpointError for a newer schema."""
         path = folder / MANIFEST
         with _os_faults(path, DamagedCheckpoint):
-            data = path.read_bytes()
+            data = read_bytes(path)
         try:
             body = json.loads(data)
             seal = body.pop("sha256")
             if _seal(body) != data:
                 raise ValueError("its own SHA-256 is wrong")
-            if body["schema"] > SCHEMA:
+            if _count(body["schema"]) > SCHEMA:
                 raise CheckpointError(
                     f"{path}: written by {body['written_by']} in schema {body['schema']}, "
                     f"this is {_this_version()} with schema {SCHEMA}; update to read it"
                 )
-            files = {name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()}
-            slices = {key: [(rank, begin, end) for rank, begin, end in parts] for key, parts in body["slices"].items()}
+            files = {name: (_count(entry["size"]), entry["sha256"]) for name, entry in body["files"].items()}
+            slices = {key: _parts(parts, _count(body["ranks"])) for key, parts in body["slices"].items()}
             optim = [_optim_name(rank, body["ranks"]) for rank in range(len(files) - 2)]
             if sorted(files) != sorted([MODEL, STATE, *optim]) or len(optim) != body["ranks"]:
                 raise ValueError(f"the files are not those of {body['ranks']} ranks")
-            return cls(body["step"], body["ranks"], files, slices, seal)
+            return cls(_count(body["step"]), body["ranks"], files, slices, seal)
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as fault:
-            raise DamagedCheckpoint(f"{path}: {_explain(fault)}") from fault
+            raise DamagedCheckpoint(f"{printable(path)}: {printable(_explain(fault))}") from fault
 
     def check(self, path: Path, size: int, sha256: str) -> None:
         """Raise DamagedCheckpoint unless the file of that name is to have that size and hash."""
@@ -443,6 +469,23 @@ class _Manifest:
             raise DamagedCheckpoint(f"{path}: its SHA-256 is not the one in the manifest")
 
 
+def _count(value: Any) -> int:
+    """A whole number from a stranger's JSON. ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _parts(parts: Any, ranks: int) -> list[Part]:
+    """(rank, begin, end) of each part of one state, which tile it. ValueError for anything else."""
+    checked = [(_count(rank), _count(begin), _count(end)) for rank, begin, end in parts]
+    ends = [0, *(end for _, _, end in checked)]
+    owners = {rank for rank, _, _ in checked if rank < ranks}
+    if not checked or len(owners) < len(checked) or any(b != e or b > f for (_, b, f), e in zip(checked, ends)):
+        raise ValueError("its ranges do not follow each other")
+    return checked
+
+
 def _newest_first(root: Path) -> list[int]:
     matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in root.glob("step-*")]
     return sorted((int(match[1]) for match in matches if match), reverse=True)
@@ -450,15 +493,18 @@ def _newest_first(root: Path) -> list[int]:
 
 def _verify(folder: Path) -> _Manifest:
     """The manifest, after every file was hashed (in parallel). Raises as `_Manifest.read` does."""
+    if folder.is_symlink():
+        raise DamagedCheckpoint(f"{printable(folder)}: is a symbolic link, not a folder")
     manifest = _Manifest.read(folder)
     if folder.name != f"step-{manifest.step:08d}":
-        raise DamagedCheckpoint(f"{folder}: holds step {manifest.step}")
+        raise DamagedCheckpoint(f"{printable(folder)}: holds step {manifest.step}")
 
     def check(name: str) -> None:
         path = folder / name
-        with _os_faults(path, DamagedCheckpoint), path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+        with _os_faults(path, DamagedCheckpoint), open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            right = size == manifest.files[name][0]
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if right else ""
         manifest.check(path, size, sha256)
 
     with ThreadPoolExecutor() as pool:
@@ -565,21 +611,21 @@ def _write_file(path: Path, content: Content) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _discard(folder: Path) -> None:
     """Delete, but first take the name away: a folder half deleted must not look like a checkpoint."""
     trash = folder.with_name(f".trash-{folder.name}")
-    if trash.exists():
-        shutil.rmtree(trash)
+    if os.path.lexists(trash):
+        _remove(trash)
     os.rename(folder, trash)
-    shutil.rmtree(trash)
+    _remove(trash)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder and what is in it; of a link, the link only."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager

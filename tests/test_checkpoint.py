@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -987,3 +988,99 @@ def test_dcp_round_trip(tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in model_of(3).items())
     with pytest.raises(CheckpointError, match="would overwrite"):
         export_dcp(path, tmp_path / "dcp")
+
+
+# --- folders that somebody else made ---
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MODEL, STATE, "optim-0000-of-0001.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder", "sparse"])
+def test_what_is_no_regular_file_is_damage_and_no_wait(name, kind, tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / name
+    path.unlink()
+    make = {"fifo": os.mkfifo, "zero": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}
+    make.get(kind, lambda path: path.touch() or os.truncate(path, 2**40))(path)
+    assert newest(tmp_path).name == "step-00000001"
+    with pytest.raises(DamagedCheckpoint) as caught:
+        Loaded(path.parent).slice("head/momentum", 0, 12)
+    assert "\n" not in str(caught.value)
+    assert [fault is None for _, fault in checkpoint.inspect(tmp_path)] == [False, True]
+
+
+def test_nothing_is_written_or_removed_through_a_link(tmp_path):
+    mine, evil = tmp_path / "mine", tmp_path / "evil"
+    for step in (1, 2):
+        save(mine, step)
+    (mine / ".tmp-step-00000003").mkdir()
+    before = sorted(mine.rglob("*"))
+    evil.symlink_to(mine)
+    for work in (Checkpoints(evil, World()).clean, lambda: save(evil, 4)):
+        with pytest.raises(CheckpointError, match="evil is a symbolic link; put the folder itself in its place"):
+            work()
+    evil.unlink()
+    save(evil, 1)
+    for name in (".tmp-step-00000007", ".trash-step-00000007", "step-00000002", ".tmp-step-00000003"):
+        (evil / name).symlink_to(mine / "step-00000002")
+    checkpoints, said = Checkpoints(evil, World()), []
+    assert checkpoints.newest(said.append).name == "step-00000001" and "is a symbolic link" in said[0]
+    checkpoints.clean()
+    (evil / ".trash-step-00000002").symlink_to(mine / "step-00000001")
+    for step in (3, 4):
+        save(evil, step)
+    assert names(evil) == ["step-00000003", "step-00000004"]
+    assert sorted(mine.rglob("*")) == before
+
+
+ODD = [None, True, -1, 1.5, "x", [], {}, 10**30, [[0, 0]], [["x", 0, 1]], [[0, 5, 1]], [[9, 0, 35]], [[0, 0, 99]]]
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_a_sealed_manifest_of_any_types_is_one_line(value, tmp_path):
+    save(tmp_path, 1)
+    first = newest(tmp_path)
+    places: list[tuple[str, ...]] = [("step",), ("ranks",), ("files",), ("slices",), ("schema",), ("files", MODEL)]
+    places += [("files", MODEL, "size"), ("files", MODEL, "sha256"), ("slices", "embed/exp_avg")]
+    for place in places:
+        shutil.rmtree(tmp_path / "step-00000002", ignore_errors=True)
+        folder = shutil.copytree(first, tmp_path / "step-00000002")
+
+        def change(body: dict[str, Any], place: tuple[str, ...] = place) -> None:
+            body["step"] = 2
+            for key in place[:-1]:
+                body = body[key]
+            body[place[-1]] = value
+
+        reseal(folder, change)
+        found = dict(checkpoint.inspect(tmp_path))[folder]
+        if found is None:  # its bytes are right, but who holds what is a lie: told when it is asked for
+            with pytest.raises(CheckpointError) as caught:
+                Loaded(folder).slice("embed/exp_avg", 0, 35)
+            found = str(caught.value)
+        assert "\n" not in found and len(found) < 600
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"[" * 10**5, b"\xff", b'{"a": NaN'])
+def test_a_sealed_state_of_any_type_is_one_line(content, tmp_path):
+    folder = save(tmp_path, 1)
+    (folder / STATE).write_bytes(content)
+    reseal(folder, lambda body: body["files"][STATE].update(size=len(content), sha256=sha256(content).hexdigest()))
+    with pytest.raises(DamagedCheckpoint, match="state.json") as caught:
+        Loaded(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pt_file_and_a_dcp_folder_of_any_kind_are_one_line(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="it is a FIFO"):
+        import_pt(tmp_path / "a.pt")
+    torch.save({"model": {3: torch.ones(1)}}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="has no state dict"):
+        import_pt(tmp_path / "b.pt")
+    (tmp_path / "dcp").mkdir()
+    with pytest.raises(CheckpointError, match="is no folder of torch.distributed.checkpoint") as caught:
+        import_dcp(tmp_path / "dcp", trusted=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="is not whole") as caught:
+        export_dcp(save(tmp_path / "c", 1), tmp_path / "a.pt" / "x")
+    assert "\n" not in str(caught.value)
