@@ -57,10 +57,19 @@ def _forecasts(result: TransferResult, width: int, tested: Collection[str] | Non
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The flags that say what was measured."""
     parser.add_argument(
-        "source", type=Path, metavar="FOLDER|CSV", help="of a sweep; or a table: width,lr,seed,loss and, if any, arm"
+        "source",
+        type=Path,
+        metavar="FOLDER|CSV",
+        help="of a sweep; or a table: width,lr,loss and, if any, seed and arm",
     )
     parser.add_argument(
         "--knob", metavar="NAME", help="column of the table that takes lr's place, a hyperparameter above zero"
+    )
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="width=NAME,...",
+        help="what the table calls its columns: width=n_embd,lr=learning_rate,loss=val/loss; also seed and arm",
     )
     parser.add_argument(
         "--controls",
@@ -83,28 +92,55 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="of the loss between seeds; only if every run of the table has one seed",
     )
+    parser.add_argument(
+        "--initial-loss",
+        type=float,
+        metavar="NATS",
+        help="a run that ends at or above it has diverged (default: far above the lowest loss)",
+    )
+    parser.add_argument(
+        "--accept",
+        nargs="+",
+        default=(),
+        metavar="DOUBT",
+        help="judge although the runs differ in this, or are missing: what the verdict names, such as missing or torch",
+    )
 
 
 def measure(arguments: argparse.Namespace) -> TransferResult:
     """What `add_source` names, measured. Raises ConfigError, TransferError."""
-    from speedrun_mup.sweep import measure_sweep
-    from speedrun_mup.transfer import measure_transfer, read_runs
+    from speedrun_mup.transfer import measure_transfer, read_table
 
     source = arguments.source
-    options: dict[str, Any] = {"sigma": arguments.sigma, "tested": arguments.tested}
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("sigma", "tested", "accept", "initial_loss")}
     if arguments.base_width is not None:
         options["base_width"] = arguments.base_width
     controls = _controls(arguments.controls)
     if not source.is_dir():
         knob = (arguments.knob or "lr").strip().lower()
-        return measure_transfer(read_runs(source, knob), controls=controls, knob=knob, **options)
+        table = read_table(source, knob, _columns(arguments.columns))
+        options |= {"doubts": table.doubts, "notes": table.notes}
+        return measure_transfer(table.runs, controls=controls, knob=knob, **options)
+    if arguments.columns:
+        raise ConfigError(f"--columns {arguments.columns}: {source} is a sweep, which has no columns; leave it out")
     if arguments.knob:
         raise ConfigError(f"--knob {arguments.knob}: {source} is a sweep, which knows what it turned; leave it out")
     if controls:
         raise ConfigError(
             f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out"
         )
+    from speedrun_mup.sweep import measure_sweep  # needs torch, which a table does not
+
     return measure_sweep(source, **options)
+
+
+def _columns(text: str) -> dict[str, str]:
+    """meaning -> column, from width=NAME,lr=NAME."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    columns = {role.strip().lower(): name.strip() for role, _, name in pairs}
+    if len(columns) < len(pairs) or not all(role and name for role, name in columns.items()):
+        raise ConfigError(f"--columns {text}: give width=NAME,lr=NAME,loss=NAME, each once; also seed and arm")
+    return columns
 
 
 def _controls(text: str) -> dict[str, float]:

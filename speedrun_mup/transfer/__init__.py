@@ -16,34 +16,42 @@ Arrays named draws, and the rows of `Bowls`, hold the estimate from the data in 
 Shapes: S seeds, K stable learning rates, W widths, R = 1 + B rows.
 """
 
+from speedrun_mup.transfer.claims import MADE_WITH, Doubt, differing, missing
 from speedrun_mup.transfer.fits import Array, Bowls, Cells, Estimate, WidthFit, fit_bowls
 from speedrun_mup.transfer.forecast import Forecast, loss_forecast
 from speedrun_mup.transfer.measure import measure_transfer
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, is_rate, knob_name, read_runs
+from speedrun_mup.transfer.runs import CurveKey, Run, TransferError, is_rate, knob_name
+from speedrun_mup.transfer.table import Table, read_runs, read_table
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import WiderIsBetter, wider_is_better
 
 __all__ = [
+    "MADE_WITH",
     "ArmResult",
     "Array",
     "Bowls",
     "Cells",
     "CurveKey",
+    "Doubt",
     "Estimate",
     "Forecast",
     "Run",
+    "Table",
     "Thresholds",
     "TransferError",
     "TransferResult",
     "Verdict",
     "WiderIsBetter",
     "WidthFit",
+    "differing",
     "fit_bowls",
     "is_rate",
     "knob_name",
     "loss_forecast",
     "measure_transfer",
+    "missing",
     "read_runs",
+    "read_table",
     "wider_is_better",
 ]

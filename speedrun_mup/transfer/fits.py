@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from speedrun_mup.transfer.runs import Run, TransferError, lr_text
 from speedrun_mup.transfer.thresholds import Thresholds
 
 Array = NDArray[np.float64]
+MOST_SEEDS, MOST_POINTS = 100, 200  # at one width
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ class Cells:
     log2_lr: (K,) ascending. losses: (S, K), nan where that seed was not run. filled: the same with the gaps filled so
     that their residual from seed effect + learning-rate effect is zero (Yates 1933); its column means are then those of
     the additive fit, so a seed that misses a learning rate does not tilt the curve. diverged: log2 lr of unstable
-    points; one diverged seed makes the point unstable, since the mean of the survivors would flatter it.
+    points; one diverged seed makes the point unstable, since the mean of the survivors would flatter it. seeds: of the rows.
     """
 
     width: int
@@ -119,6 +120,7 @@ class Cells:
     losses: Array
     filled: Array
     diverged: tuple[float, ...]
+    seeds: tuple[int, ...] = ()
 
     @property
     def runs(self) -> Array:
@@ -162,24 +164,52 @@ class Cells:
 
 def table_of(width: int, runs: Sequence[Run], initial_loss: float) -> Cells | str:
     """One width's runs as a table, or the sentence that says why they make none."""
-    ok = {run: math.isfinite(run.loss) and run.loss < initial_loss for run in runs}
-    diverged = tuple(sorted({run.log2_lr for run in runs if not ok[run]}))
-    grid = sorted({run.log2_lr for run in runs} - set(diverged))
-    seeds = sorted({run.seed for run in runs if run.log2_lr in grid})
+    placed = [(run.log2_lr, run.seed, run.loss) for run in runs]
+    diverged = {at for at, _, loss in placed if not (math.isfinite(loss) and loss < initial_loss)}
+    stable = [run for run in placed if run[0] not in diverged]
+    grid, seeds = sorted({at for at, _, _ in stable}), sorted({seed for _, seed, _ in stable})
     if len(grid) < 3:
         downwards = " downwards" if diverged else ""
         return f"width {width}: {len(grid)} stable points, at least 3 are needed; extend the sweep{downwards}"
-    losses = np.full((len(seeds), len(grid)), np.nan)
-    for run in runs:
-        if run.log2_lr in grid:
-            losses[seeds.index(run.seed), grid.index(run.log2_lr)] = run.loss
-    row, column = np.nonzero(np.isfinite(losses))
-    design = np.concatenate([np.eye(len(seeds))[row], np.eye(len(grid))[column]], axis=1)
-    effects, _, rank, _ = np.linalg.lstsq(design, losses[row, column], rcond=None)
-    if rank < len(seeds) + len(grid) - 1:
+    column, row = ({value: number for number, value in enumerate(values)} for values in (grid, seeds))
+    if not _connected(len(seeds), len(grid), ((row[seed], column[at]) for at, seed, _ in stable)):
         return f"width {width}: its seeds share too few points to be compared; run one seed on the whole grid"
-    additive = effects[: len(seeds), None] + effects[None, len(seeds) :]
-    return Cells(width, np.array(grid), losses, np.where(np.isfinite(losses), losses, additive), diverged)
+    if len(seeds) > MOST_SEEDS or len(grid) > MOST_POINTS:
+        have = f"{len(seeds)} seeds and {len(grid)} learning rates"
+        return f"width {width}: {have}; give at most {MOST_SEEDS} and {MOST_POINTS}"
+    losses = np.full((len(seeds), len(grid)), np.nan)
+    for at, seed, loss in stable:
+        losses[row[seed], column[at]] = loss
+    return Cells(width, np.array(grid), losses, _filled(losses), tuple(sorted(diverged)), tuple(seeds))
+
+
+def _connected(rows: int, columns: int, cells: Iterable[tuple[int, int]]) -> bool:
+    """Whether a path through `cells` leads from every row and column to every other, so that an additive fit is unique."""
+    parent = list(range(rows + columns))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    parts = rows + columns
+    for row, column in cells:
+        one, other = root(row), root(rows + column)
+        if one != other:
+            parent[one] = other
+            parts -= 1
+    return parts == 1
+
+
+def _filled(losses: Array) -> Array:
+    """`losses` (S, K) with gaps filled from the additive fit of seed and learning-rate effects."""
+    seen = np.isfinite(losses)
+    if seen.all():
+        return losses
+    row, column = np.nonzero(seen)
+    design = np.concatenate([np.eye(len(losses))[row], np.eye(losses.shape[1])[column]], axis=1)
+    effects = np.linalg.lstsq(design, losses[row, column], rcond=None)[0]
+    return np.where(seen, losses, effects[: len(losses), None] + effects[None, len(losses) :])
 
 
 @dataclass(frozen=True)
@@ -221,10 +251,8 @@ class Noise:
         if freedom[0] == 0:
             return Noise(given, given or 0.0, math.inf, math.inf, own, own_total)
         pooled, total = (float(value) for value in np.sqrt(squares / freedom))
-        if pooled < 1e-9 * max(abs(float(cells.mean.max())) for cells in source):
-            raise TransferError(
-                "all seeds have the same losses, up to an offset; see if the seed reaches the runs, or give more digits"
-            )
+        if pooled < 1e-9 * max(abs(float(cells.mean.min())) for cells in source):
+            raise TransferError("all seeds have the same losses near the optimum; give more digits")
         if given is not None:
             raise TransferError(f"sigma={given:g}: runs with several seeds tell the noise already; leave it out")
         seeds = sum(len(cells.filled) - 1 for cells in source)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from speedrun_mup.files import printable
+from speedrun_mup.transfer.claims import Doubt, open_doubts, refuse_copies
 from speedrun_mup.transfer.fits import (
     Array,
     Cells,
@@ -25,6 +28,11 @@ from speedrun_mup.transfer.runs import LR, CurveKey, Run, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 from speedrun_mup.transfer.wider import wider_is_better
 
+MOST_WIDTHS = 600  # curves of one width and one arm, of all arms together
+# Of a table that does not say where its runs began: a loss that lies further above the lowest than this many times that, or
+# than so many nats, whichever is more, was no model any more.
+EXPLODED = 10.0
+HUGE = 1e30  # a loss beyond this is no number, whatever the others are
 MOST_SEEDS_WORTH = 10  # times those there are; beyond, the sweep is wrong and not small
 TOO_NOISY = "far too noisy for more seeds to settle it: train longer, or on a wider span of widths"
 
@@ -36,7 +44,10 @@ def measure_transfer(
     tested: Collection[str] | None = None,
     base_width: int | None = None,
     sigma: float | None = None,
-    initial_loss: float = math.inf,
+    initial_loss: float | None = None,
+    doubts: Sequence[Doubt] = (),
+    accept: Collection[str] = (),
+    notes: Sequence[str] = (),
     curves: Mapping[CurveKey, Array] | None = None,
     thresholds: Thresholds | None = None,
     resamples: int = 2000,
@@ -49,33 +60,27 @@ def measure_transfer(
     tested: arms that the verdict is about, by default all but the controls; any others are measured for comparison.
     base_width: where the learning rate would be tuned; default: the narrowest. sigma: standard deviation of the loss
     between runs that differ only in chance; for where no point was run with two seeds, refused where one was.
-    initial_loss: runs that end at or above it count as diverged. curves: (arm, width, lr, seed) -> (T, 2) step and
+    initial_loss: runs that end at or above it count as diverged; if it is not known, those far above the lowest loss.
+    doubts: whether the runs are what they claim; any that is not in `accept`, by its kind, makes INCONCLUSIVE of a verdict.
+    notes: what else there is to say of the runs. curves: (arm, width, lr, seed) -> (T, 2) step and
     training loss, for "wider is better". knob: what was turned, for the words. The same arguments give
     the same numbers. Raises TransferError.
     """
     controls, curves, thresholds = controls or {}, curves or {}, thresholds or Thresholds()
-    table: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        table[run.arm][run.width].append(run)
-    if not table:
-        raise TransferError("no runs: give one Run per finished run")
+    table = _by_width(runs)
     tested = set(table) - set(controls) if tested is None else set(tested)
-    for arm in sorted(tested - set(table)):
-        raise TransferError(f"arm {arm!r} is to be tested but was not run; there are {', '.join(table)}")
-    for arm, predicted in controls.items():
-        if arm not in table:
-            raise TransferError(f"control {arm!r} is not among the arms ({', '.join(table)}); run it or do not name it")
-        if not predicted:
-            raise TransferError(f"control {arm!r}: a predicted drift of 0 cannot fail; give the drift its error causes")
+    _check_arms(table, tested, controls, base_width)
+    losses = [run.loss for widths in table.values() for some in widths.values() for run in some]
+    initial_loss = min(_beyond_any_start(losses) if initial_loss is None else initial_loss, HUGE)
+    if exploded := sum(initial_loss <= loss < math.inf for loss in losses):
+        notes = [*notes, f"{exploded} runs ended at a loss of {initial_loss:.4g} or more: counted as diverged"]
     cells, problems = {}, {}
     for arm, widths in table.items():
-        if base_width is not None and base_width not in widths:
-            have = ", ".join(map(str, sorted(widths)))
-            raise TransferError(f"base_width={base_width} was not run in arm {arm}; it has {have}")
         sorted_cells = [table_of(width, widths[width], initial_loss) for width in sorted(widths)]
         cells[arm] = [cell for cell in sorted_cells if isinstance(cell, Cells)]
         problems[arm] = [cell for cell in sorted_cells if isinstance(cell, str)]
     everywhere = [cell for arm in cells.values() for cell in arm]
+    refuse_copies(cells, sigma is not None or any(len(cell.seeds) > 1 for cell in everywhere), thresholds)
     arms = {}
     for arm in table:
         noise = Noise.of(cells[arm], everywhere, sigma, thresholds)
@@ -85,7 +90,77 @@ def measure_transfer(
         arms[arm] = _measure_arm(
             arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng, knob
         )
-    return TransferResult(arms, *_overall(arms, tested, thresholds), thresholds)
+    counted = [doubt for doubt in doubts if doubt.arm is None or doubt.arm in tested | set(controls)]
+    return _doubting(arms, tested, thresholds, counted, accept, tuple(notes))
+
+
+def _by_width(runs: Iterable[Run]) -> dict[str, dict[int, list[Run]]]:
+    """arm -> width -> runs. Raises TransferError for none, for one that is there twice, and for more than can be measured."""
+    table: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    places = set()
+    for run in runs:
+        place = run.arm, run.width, run.log2_lr, run.seed
+        if place in places:
+            same = f"arm {printable(run.arm, 60)}, width {run.width}, lr {run.lr:g}, seed {run.seed}"
+            raise TransferError(f"two runs of {same}; drop one, as all other settings must be the same")
+        places.add(place)
+        table[run.arm][run.width].append(run)
+    if not table:
+        raise TransferError("no runs: give one Run per finished run")
+    if (count := sum(map(len, table.values()))) > MOST_WIDTHS:
+        have = f"{len(table)} arms with {count} widths in all"
+        raise TransferError(f"{have}; at most {MOST_WIDTHS} are measured at a time: split the table")
+    return table
+
+
+def _check_arms(
+    table: Mapping[str, Mapping[int, Sequence[Run]]],
+    tested: Collection[str],
+    controls: Mapping[str, float],
+    base_width: int | None,
+) -> None:
+    """Raises TransferError if arms or widths that are named were not run."""
+    have = ", ".join(printable(arm, 60) for arm in list(table)[:20])
+    for arm in sorted(set(tested) - set(table)):
+        raise TransferError(f"arm {printable(arm, 60)!r} is to be tested but was not run; there are {have}")
+    for arm, predicted in controls.items():
+        if arm not in table:
+            raise TransferError(
+                f"control {printable(arm, 60)!r} is not among the arms ({have}); run it or do not name it"
+            )
+        if not predicted:
+            raise TransferError(f"control {arm!r}: a predicted drift of 0 cannot fail; give the drift its error causes")
+    for arm, widths in table.items():
+        if base_width is not None and base_width not in widths:
+            there = ", ".join(map(str, sorted(widths)[:20]))
+            raise TransferError(f"base_width={base_width:.20g} was not run in arm {printable(arm, 60)}; it has {there}")
+
+
+def _beyond_any_start(losses: Sequence[float]) -> float:
+    """The loss from which on a run has exploded, though it is finite, in a table that does not say where runs began."""
+    lowest = min((loss for loss in losses if abs(loss) < HUGE), default=HUGE)
+    return lowest + EXPLODED * max(abs(lowest), 1.0)
+
+
+def _doubting(
+    arms: Mapping[str, ArmResult],
+    tested: Collection[str],
+    thresholds: Thresholds,
+    doubts: Sequence[Doubt],
+    accept: Collection[str],
+    notes: tuple[str, ...],
+) -> TransferResult:
+    """The result over all arms; where a doubt is open, nothing passes or fails, and the doubt comes first."""
+    left = open_doubts(doubts, accept)
+    about = {arm: [doubt.text for doubt in left if doubt.arm in (None, arm)] for arm in arms}
+    judged = {arm: replace(one, verdict=Verdict.INCONCLUSIVE) if about[arm] else one for arm, one in arms.items()}
+    verdict, reasons = _overall(judged, tested, thresholds)
+    told = {arm: replace(one, reasons=(*about[arm], *one.reasons)) for arm, one in judged.items()}
+    texts = tuple(f"arm {doubt.arm}: {doubt.text}" if doubt.arm else doubt.text for doubt in left)
+    notes += tuple(f"accepted: {doubt.text}" for doubt in doubts if doubt not in left)
+    return TransferResult(
+        told, Verdict.INCONCLUSIVE if left else verdict, (*texts, *reasons), thresholds, tuple(left), notes
+    )
 
 
 def _measure_arm(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from speedrun_mup.transfer.claims import Doubt
 from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit, student_t
 from speedrun_mup.transfer.runs import LR, is_rate, lr_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
@@ -64,12 +65,18 @@ class ArmResult:
 
 @dataclass(frozen=True, eq=False)
 class TransferResult:
-    """All arms and the verdict over them, with reasons in words."""
+    """All arms and the verdict over them, with reasons in words.
+
+    doubts: why the runs may not be what they claim; any of them makes the verdict INCONCLUSIVE, and is among the reasons.
+    notes: what else there is to know of the runs, such as columns of the table that were not used.
+    """
 
     arms: dict[str, ArmResult]
     verdict: Verdict
     reasons: tuple[str, ...]
     thresholds: Thresholds
+    doubts: tuple[Doubt, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def knob(self) -> str:
@@ -116,12 +123,15 @@ def _summary_lines(result: TransferResult) -> Iterator[str]:
         yield ""
     yield f"verdict: {result.verdict}"
     yield from (f"- {text}" for text in result.reasons)
+    yield from (f"note: {text}" for text in result.notes)
 
 
 def _as_dict(result: TransferResult) -> dict[str, Any]:
     return {
         "verdict": result.verdict,
         "reasons": result.reasons,
+        "doubts": [asdict(doubt) for doubt in result.doubts],
+        "notes": result.notes,
         "thresholds": asdict(result.thresholds),
         "knob": result.knob,
         "arms": {

@@ -1,0 +1,259 @@
+"""Runs from somebody's CSV: which column means what, what is left out, and bounds on all of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from speedrun_mup.files import SMALL, printable, read_bytes
+from speedrun_mup.transfer.claims import HELD_EQUAL, Doubt, differing
+from speedrun_mup.transfer.runs import LR, Run, TransferError
+
+ROLES = ("width", "seed", "loss", "arm")  # and the knob's
+OPTIONAL = ("seed", "arm")
+# How other programs call them: a name that is or ends with one of these is a candidate.
+ALIKE = {
+    "width": "width n_embd d_model hidden_size hidden_dim embed_dim embedding_dim model_dim n_embed dim",
+    LR: "lr learning_rate max_lr peak_lr base_lr lr_scale",
+    "seed": "seed",
+    "loss": "loss nll cross_entropy",
+    "arm": "arm parametrization parameterization method",
+}
+MOST_RUNS, MOST_COLUMNS, MOST_BYTES = 200_000, 10_000, SMALL
+MOST_NAME = 100  # characters of an arm
+WIDEST = 2**31
+LEAST_RATE, MOST_RATE = 1e-30, 1e30
+FEW = 8  # values of a column that is left out which are worth telling
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds. notes: what was left out; doubts: see `claims`."""
+
+    runs: list[Run]
+    notes: tuple[str, ...]
+    doubts: tuple[Doubt, ...]
+
+
+def read_runs(path: str | Path, knob: str = LR, columns: Mapping[str, str] | None = None) -> list[Run]:
+    """The runs of `read_table`."""
+    return read_table(path, knob, columns).runs
+
+
+def read_table(path: str | Path, knob: str = LR, columns: Mapping[str, str] | None = None) -> Table:
+    """Runs from a CSV with columns width, lr, loss and, if you like, seed (else one run at every point) and arm (else the
+    name of the file).
+
+    Case and empty lines do not matter. A loss of nan, inf or "diverged" marks a diverged run.
+
+    Args:
+        path: of the file.
+        knob: another column in the place of lr, a hyperparameter above zero; it becomes `Run.lr`.
+        columns: what the columns are called in the file, for instance {"width": "n_embd", "loss": "val/loss"}.
+
+    Raises:
+        TransferError: in one line that names row (1 is the file's first line) and column.
+    """
+    path = Path(path)
+    if knob in ROLES:
+        raise TransferError(f"knob {knob} is a column with another meaning; name that of what was turned, such as lr")
+    rows = _rows(path)
+    header = next(rows, (1, []))[1]
+    place = _find_columns(path, header, knob, columns or {})
+    left_out = [number for number in range(len(header)) if number not in place.values()]
+    names = [header[number].strip() for number in left_out]
+    seen: list[set[str]] = [set() for _ in left_out]
+    held = [number for number in left_out if header[number].strip().lower() in HELD_EQUAL]
+    values: dict[int, list[tuple[str, Run]]] = defaultdict(list)
+    runs: dict[tuple[str, int, float, int], tuple[Run, int]] = {}
+    for line, cells in rows:
+        where = f"{printable(path)} row {line}"
+        if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
+            raise TransferError(
+                f"{where}: {len(cells)} cells below a header of {len(header)}; quote a cell with a comma"
+            )
+        run = _run({role: cells[number].strip() for role, number in place.items()}, knob, where, path.stem)
+        key = (run.arm, run.width, run.log2_lr, run.seed)
+        if key in runs:
+            same = f"arm {run.arm}, width {run.width}, {knob} {run.lr:g}" + f", seed {run.seed}" * ("seed" in place)
+            first = next(cells for number, cells in _rows(path) if number == runs[key][1])
+            differ = [name for name, number in zip(names, left_out) if first[number].strip() != cells[number].strip()]
+            raise TransferError(f"{where}: {same} is there twice{_twice(differ, 'seed' in place)}")
+        if len(runs) == MOST_RUNS:
+            raise TransferError(f"{where}: more than {MOST_RUNS:,} runs; split the table")
+        runs[key] = run, line
+        for values_seen, number in zip(seen, left_out):
+            if len(values_seen) <= FEW:
+                values_seen.add(cells[number].strip()[:MOST_NAME])
+        for number in held:
+            values[number].append((cells[number].strip()[:MOST_NAME], run))
+    if not runs:
+        raise TransferError(f"{printable(path)}: a header but no rows; give one row per finished run")
+    doubts = [doubt for number in held for doubt in differing(header[number].strip().lower(), values[number])]
+    notes = tuple(_left_out(names, seen))
+    return Table([run for run, _ in runs.values()], notes, tuple(doubts))
+
+
+def _run(cells: Mapping[str, str], knob: str, where: str, default_arm: str) -> Run:
+    width = _whole(cells["width"], f"{where}, column width", positive=True)
+    if width > WIDEST:
+        raise TransferError(f"{where}, column width: {width:.3g} should be at most {WIDEST}")
+    lr = _number(cells[knob], f"{where}, column {knob}", "a positive number")
+    if not lr > 0:
+        raise TransferError(f"{where}, column {knob}: {printable(cells[knob], 40)!r} should be a positive number")
+    if not LEAST_RATE <= lr <= MOST_RATE:
+        raise TransferError(f"{where}, column {knob}: {lr:g} should be from {LEAST_RATE:g} to {MOST_RATE:g}")
+    seed = _whole(cells["seed"], f"{where}, column seed") if "seed" in cells else 0
+    hint = "a number (write nan or diverged for a run that blew up)"
+    lost = cells["loss"].lower() == "diverged"
+    loss = math.nan if lost else _number(cells["loss"], f"{where}, column loss", hint, finite=False)
+    arm = cells.get("arm") or printable(default_arm, MOST_NAME)
+    if arm != printable(arm, MOST_NAME):
+        kind = f"a name of at most {MOST_NAME} characters, none of them a control character"
+        raise TransferError(f"{where}, column arm: {printable(arm, 40)!r} should be {kind}")
+    return Run(width, lr, seed, loss, arm)
+
+
+def _number(text: str, where: str, kind: str, *, finite: bool = True) -> float:
+    """The number in a cell, or a TransferError that says what should stand there."""
+    try:
+        value = float(text) if "_" not in text else math.inf
+        good = "_" not in text and (math.isfinite(value) or not finite)
+    except ValueError:
+        value, good = math.nan, False
+    if not good:
+        raise TransferError(f"{where}: {printable(text, 40)!r} should be {kind}")
+    return value
+
+
+def _whole(text: str, where: str, positive: bool = False) -> int:
+    """The whole number in a cell, to the last digit, as 2**53 and 2**53 + 1 are one float."""
+    kind = f"a {'positive ' if positive else ''}whole number"
+    exact = re.fullmatch(r"[+-]?[0-9]{1,40}", text)
+    number = int(text) if exact else _number(text, where, kind)
+    if number != int(number) or (positive and number <= 0) or (not exact and abs(number) >= 2**53):
+        raise TransferError(f"{where}: {printable(text, 40)!r} should be {kind}")
+    return int(number)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of every row that is not empty, the header first. What is ambiguous is an error: a quote
+    that is not closed swallows rows."""
+    try:
+        content = read_bytes(path, MOST_BYTES)
+    except OSError as fault:
+        raise TransferError(f"{printable(path)}: cannot be read ({fault.strerror}); give a CSV file in UTF-8") from None
+    if b"\0" in content:
+        raise TransferError(f"{printable(path)}: holds NUL bytes; give a CSV file in UTF-8")
+    lines = csv.reader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig"), strict=True)
+    try:
+        for cells in lines:
+            if any(cell.strip() for cell in cells):
+                yield lines.line_num, cells
+    except UnicodeDecodeError as fault:
+        raise TransferError(f"{printable(path)}: cannot be read ({fault}); give a CSV file in UTF-8") from None
+    except csv.Error as fault:
+        where = f"{printable(path)} row {lines.line_num}"
+        raise TransferError(f"{where}: {fault}; look for a quote that is not closed") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _find_columns(path: Path, header: Sequence[str], knob: str, columns: Mapping[str, str]) -> dict[str, int]:
+    """role -> number of its column; the knob's role is its name. TransferError for what is missing or ambiguous."""
+    if len(header) > MOST_COLUMNS:
+        raise TransferError(f"{printable(path)}: {len(header):,} columns; give a table of at most {MOST_COLUMNS:,}")
+    names = [name.strip().lower() for name in header]
+    shown = printable(",".join(names), 120)
+    roles = ("width", knob, "seed", "loss", "arm")
+    called = {(knob if role == LR else role): name for role, name in columns.items()}
+    if unknown := [role for role in called if role not in roles]:
+        raise TransferError(
+            f"columns {printable(unknown[0], 40)}=...: give {', '.join(roles)}, each the name of a column"
+        )
+    place, absent = {}, []
+    for role in roles:
+        name = called.get(role, role).strip().lower()
+        found = [number for number, other in enumerate(names) if other == name]
+        if len(found) > 1:
+            raise TransferError(f"{printable(path)}: more than one column {name!r} in the header ({shown}); drop one")
+        if found:
+            place[role] = found[0]
+        elif role in called:
+            raise TransferError(f"{printable(path)}: no column {printable(name, 60)} in the header ({shown})")
+        elif role not in OPTIONAL:
+            absent.append(role)
+    if absent:
+        missing = absent if len(names) > 1 else roles[:4]
+        raise TransferError(
+            f"{printable(path)}: no column {', '.join(missing)} in the header ({shown}); {_advice(absent, names)}"
+        )
+    if len(set(place.values())) < len(place):
+        raise TransferError(f"{printable(path)}: one column for two meanings; give each of {', '.join(place)} its own")
+    return place
+
+
+def _advice(absent: Sequence[str], names: Sequence[str]) -> str:
+    """Which --columns to give instead, as far as names tell."""
+    if len(names) <= 1:
+        return "separate columns with commas"
+    found = {role: _candidates(role, names) for role in absent}
+    if not any(found.values()):
+        return (
+            "name each once, or say what they are called, such as --columns width=n_embd,lr=learning_rate,loss=val/loss"
+        )
+    given = ",".join(f"{role}={printable(some[0], 60) if some else '...'}" for role, some in found.items())
+    choices = [
+        f"; {role} may be any of {', '.join(printable(name, 60) for name in some[:6])}"
+        for role, some in found.items()
+        if len(some) > 1
+    ]
+    return f"give --columns {given}" + "".join(choices)
+
+
+def _candidates(role: str, names: Sequence[str]) -> list[str]:
+    """Names that may be meant by a role, the likeliest first: validation before training, the shortest before longer ones."""
+
+    def worth(name: str) -> tuple[bool, int]:
+        return not re.search("val|eval|test", name), len(name)
+
+    kinds = ALIKE.get(role, role).split()
+    plain = {name: re.sub("[^a-z0-9]+", "_", name).strip("_") for name in names if "," not in name and "=" not in name}
+    return sorted(
+        (name for name, bare in plain.items() if any(bare == kind or bare.endswith(f"_{kind}") for kind in kinds)),
+        key=worth,
+    )
+
+
+def _twice(differ: Sequence[str], seeds: bool) -> str:
+    """What to do about a second run of one place: the columns that it differs in may be meant for something."""
+    if not differ:
+        return "; drop one, as all other settings must be the same"
+    names = ", ".join(printable(name, 40) for name in differ[:6]) + (" and others" if len(differ) > 6 else "")
+    arm = f"--columns arm={printable(differ[0], 40)}"
+    or_seed = "" if seeds else ", or say which column is the seed with --columns seed=NAME"
+    return f", and differs in {names}: keep the rows with one value, or make it the arm with {arm}{or_seed}"
+
+
+def _left_out(names: Sequence[str], seen: Sequence[set[str]]) -> Iterator[str]:
+    """One line on the columns that were not used, and on those of them that take a few values, as a setting does."""
+    if names:
+        listed = ", ".join(printable(name, 40) or "(no name)" for name in names[:12])
+        text = f"columns not used: {listed}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+        vary = [(name, some) for name, some in zip(names, seen) if 1 < len(some) <= FEW]
+        told = [
+            f"{printable(name, 40)} ({', '.join(printable(value, 20) for value in sorted(some))})"
+            for name, some in vary
+        ]
+        if told:
+            text += f"; of these vary {', '.join(told[:4])}" + (" and others" if len(told) > 4 else "")
+        yield text
