@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ FULL = ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5))
 LEAN = ((-1.0, 0.0, 1.0), (2.0,))
 SEEDS, MOST_SEEDS = (1, 2, 3, 5), 5  # of the widest proxy; every narrower one has twice as many, up to the most
 PROBE_STEPS, PROBE_S = 3, 60.0  # steps to time at each width, unless they would take longer than this
+PROBE_VAL_TOKENS = 8192  # to validate on then; the rest of a validation is reckoned from the speed of training
+MORE_SHOWN = 4  # designs that cost more than the one chosen
+FORWARD_SHARE = 1 / 3  # of a training step's FLOPs
 # Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
 # per octave squared is usual for small language models. It only serves to say in advance what a plan will achieve.
 NOISE_OVER_CURVATURE = 0.25
@@ -101,17 +104,30 @@ class Plan:
     def summary(self) -> str:
         """For a terminal."""
         target = self.target
-        proxies = ", ".join(f"{width} ({seeds})" for width, seeds in zip(self.widths, self.seeds, strict=True))
-        return "\n".join(
-            [
-                f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
-                f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
-                f"proxies: widths (seeds) {proxies}, about {self.points} learning rates each: about {self.runs} runs",
-                f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run; "
-                f"about {clock(self.sweep_s)} with {self.workers} workers",
-                f"the learning rate will be known to about +- {self.lr_error:.2f} octaves (standard error)",
-            ]
-        )
+        lines = [
+            f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
+            f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
+            f"proxies: widths (seeds) {self.proxies}, about {self.points} learning rates each: about {self.runs} runs",
+            f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run; "
+            f"about {clock(self.sweep_s)} with {self.workers} workers",
+            f"the learning rate will be known within a factor of about {2**self.lr_error:.2f} (standard error)",
+        ]
+        if self.is_short:
+            lines.append(
+                f"a short ladder: no other fits the budget. {self.widths[0]} to {self.widths[-1]} is less than a factor of "
+                f"{Thresholds.min_span:g}, so the verdict on transfer will be INCONCLUSIVE and the forecast of the loss rough"
+            )
+        return "\n".join(lines)
+
+    @property
+    def proxies(self) -> str:
+        """Widths, each with its number of seeds."""
+        return ", ".join(f"{width} ({seeds})" for width, seeds in zip(self.widths, self.seeds, strict=True))
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the widths span too little for a verdict on transfer."""
+        return self.widths[-1] < Thresholds.min_span * self.widths[0]
 
 
 def _proxy_base(target: TrainConfig) -> TrainConfig:
@@ -126,6 +142,43 @@ def _arm(target: TrainConfig) -> Arm:
     return Arm(name, {"parametrization": table, "hidden_optimizer": target.hidden_optimizer})
 
 
+class NoPlanFits(ConfigError):
+    """The budget is too small for any design. enough: the --budget that the cheapest one needs."""
+
+    def __init__(self, text: str, enough: str):
+        super().__init__(text)
+        self.enough = enough
+
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may cost. share: of the target run's FLOPs. The tightest one counts."""
+
+    minutes: float | None = None
+    flops: float | None = None
+    share: float | None = None
+
+    def most_flops(self, target_flops: float) -> float:
+        """FLOPs that may be used."""
+        return min(self.flops or math.inf, (self.share or math.inf) * target_flops)
+
+    @property
+    def most_s(self) -> float:
+        """Seconds that may be used."""
+        return 60 * (self.minutes or math.inf)
+
+    def enough_for(self, plan: Plan) -> str:
+        """A value of --budget that `plan` fits into, in the unit of this budget."""
+        if self.minutes is not None and plan.sweep_s > self.most_s:
+            return f"{math.ceil(1.1 * plan.sweep_s / 60)}m"  # the next timing differs a little
+        if self.share is not None:
+            return f"{math.ceil(1000 * plan.flops / plan.target_flops) / 10:g}%"
+        return f"{1.01 * plan.flops:.3g}"
+
+
 def make_plan(
     target: TrainConfig,
     out: Path,
@@ -134,46 +187,105 @@ def make_plan(
     budget_minutes: float | None = None,
     budget_flops: float | None = None,
     budget_share: float | None = None,
+    tell: Tell = lambda line: None,
 ) -> Plan:
-    """Choose the sweep for `target` and write it to plan.json in `out`, the folder of the sweep.
+    """Choose the sweep for `target` and write it to plan.json in `out`, the folder of the sweep. See `choose_plan`."""
+    budget = Budget(budget_minutes, budget_flops, budget_share)
+    plan, _ = choose_plan(target, out, engine, budget, tell)
+    save_plan(plan, out, budget)
+    return plan
 
-    budget_share: of the target run's FLOPs. The tightest of the budgets counts.
+
+def save_plan(plan: Plan, out: Path, budget: Budget) -> None:
+    """Write plan.json in the folder `out`, for `planned` and `run_plan`."""
+    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
+    asked = {f"budget_{name}": value for name, value in asdict(budget).items() if value is not None}
+    content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "budget": asked, "prediction": None}
+    write_whole(out / PLAN, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def choose_plan(
+    target: TrainConfig, out: Path, engine: Engine, budget: Budget, tell: Tell = lambda line: None
+) -> tuple[Plan, list[Plan]]:
+    """The sweep that finds the target's learning rate most exactly within the budget, and what else there is for its price.
 
     Considered are head_dim times powers of two below the target's width, at least as many neighbouring ones as a
     verdict needs, with few seeds or many; chosen is what fits the budget with the smallest expected error of the
-    learning rate extrapolated to the target's width. Times come from finished cells in `out`, else from a few steps
-    per width. Raises ConfigError if no design is possible or none fits.
+    learning rate extrapolated to the target's width. If none fits, ladders too short for a verdict are considered. Times
+    come from finished cells in `out`, else from a few steps per width, and where the budget is FLOPs only of the widths
+    that were chosen.
+
+    Args:
+        out: Folder of the sweep; only finished cells are read.
+        tell: Told what is being timed, line by line.
+
+    Returns:
+        The plan, and the designs of which none is both cheaper and more exact than another, cheapest first.
+
+    Raises:
+        NoPlanFits: No design fits; it says what the smallest costs.
+        ConfigError: No budget, or a target without room for proxies.
     """
-    if budget_minutes is budget_flops is budget_share is None:
+    if budget == Budget():
         raise ConfigError(
             "a plan needs a budget; give --budget, for instance 30m, 1e18 FLOPs, or 10% of the target run"
         )
     corpus, _ = find_corpus(target.data, target.tokenizer)
-    candidates = _candidates(target)
-    pace = Pace(read_results(out))
-    if not pace.known:
-        pace = _probe(target, candidates, engine, corpus)
-    designs = [
-        _design(target, widths, seeds, grid, engine.workers, pace, corpus)
-        for widths, seeds in _choices(candidates)
-        for grid in (FULL, LEAN)
-    ]
-    most_s = math.inf if budget_minutes is None else 60 * budget_minutes
-    most_flops = math.inf if budget_flops is None else budget_flops
-    if budget_share is not None:
-        most_flops = min(most_flops, budget_share * run_flops(target, corpus.vocab_size))
-    fitting = [plan for plan in designs if plan.flops <= most_flops and plan.sweep_s <= most_s]
-    if not fitting:
-        least = min(designs, key=lambda plan: plan.flops)
-        share = least.flops / least.target_flops
-        cost = f"{least.flops:.3g} FLOPs ({share:.1%} of the target run) and {least.sweep_s / 60:.1f} minutes"
-        raise ConfigError(f"no plan fits the budget: the smallest takes {cost} here; allow that much")
-    plan = min(fitting, key=lambda plan: (plan.lr_error, plan.flops))
-    budget = {"budget_minutes": budget_minutes, "budget_flops": budget_flops, "budget_share": budget_share}
-    asked = {name: value for name, value in budget.items() if value is not None}
-    content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "budget": asked, "prediction": None}
-    write_whole(out / PLAN, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    return plan
+    candidates, pace = _candidates(target), Pace(read_results(out))
+
+    def designs() -> list[Plan]:
+        whole = [(*choice, grid) for choice in _choices(candidates) for grid in (FULL, LEAN)]
+        short = [(*choice, LEAN) for choice in _short_ladders(target)]
+        return [_design(target, *choice, engine.workers, pace, corpus) for choice in (*whole, *short)]
+
+    def best() -> Plan | None:
+        fitting = [plan for plan in designs() if plan.flops <= most_flops and plan.sweep_s <= budget.most_s]
+        return min(fitting, key=lambda plan: (plan.is_short, plan.lr_error, plan.flops), default=None)
+
+    most_flops = budget.most_flops(run_flops(target, corpus.vocab_size))
+    plan = best()  # where nothing is known of time, it costs none
+    if plan and not pace.known:
+        _probe(target, candidates if budget.minutes else plan.widths, engine, corpus, pace, tell)
+        plan = best()
+    every = designs()
+    if not plan:
+        in_flops = [plan for plan in every if plan.flops <= most_flops]
+        least = min(in_flops, key=lambda plan: plan.sweep_s) if in_flops else min(every, key=lambda plan: plan.flops)
+        raise NoPlanFits(f"no plan fits the budget: the smallest takes {_cost(least)}", budget.enough_for(least))
+    return plan, _worth_their_price(every)
+
+
+def _cost(plan: Plan) -> str:
+    time = f" and {plan.sweep_s / 60:.1f} minutes here" if plan.sweep_s else ""
+    return f"{plan.flops:.3g} FLOPs ({plan.flops / plan.target_flops:.1%} of the target run){time}"
+
+
+def design_table(plans: Iterable[Plan], chosen: Plan) -> str:
+    """For a terminal, a line each: `chosen`, marked, the designs that cost less, and the next few that cost more."""
+    by_cost = sorted({_shape(plan): plan for plan in (*plans, chosen)}.values(), key=lambda plan: plan.flops)
+    dearer = [plan for plan in by_cost if plan.flops > chosen.flops]
+    plans = [plan for plan in by_cost if plan.flops <= chosen.flops] + dearer[:MORE_SHOWN]
+    rows = [("", "widths (seeds)", "rates", "runs", "of the target", "time here", "rate known within a factor of")]
+    for plan in plans:
+        mark, share = "*" if _shape(plan) == _shape(chosen) else "", f"{plan.flops / plan.target_flops:.1%}"
+        short = ", no verdict" if plan.is_short else ""
+        cost = (str(plan.points), str(plan.runs), share, clock(plan.sweep_s))
+        rows.append((mark, plan.proxies, *cost, f"{2**plan.lr_error:.2f}{short}"))
+    wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(size) for cell, size in zip(row, wide, strict=True)).rstrip() for row in rows)
+
+
+def _shape(plan: Plan) -> tuple[object, ...]:
+    return plan.widths, plan.seeds, plan.octaves
+
+
+def _worth_their_price(plans: Iterable[Plan]) -> list[Plan]:
+    """Those that no cheaper one equals within a tenth of its error, cheapest first."""
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.flops, plan.lr_error)):
+        if not kept or plan.lr_error < 0.9 * kept[-1].lr_error:
+            kept.append(plan)
+    return kept
 
 
 def _candidates(target: TrainConfig) -> list[int]:
@@ -184,7 +296,7 @@ def _candidates(target: TrainConfig) -> list[int]:
         least = target.head_dim * 2**Thresholds.min_widths
         raise ConfigError(
             f"width={target.width} leaves no room for {Thresholds.min_widths} proxy widths from head_dim="
-            f"{target.head_dim} up, each twice the one before; plan for a width of {least} or more"
+            f"{target.head_dim} up, each twice the one before; plan for a width of {least} or more, or with a smaller --head-dim"
         )
     return widths
 
@@ -198,6 +310,14 @@ def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int
                 seeds = tuple(min(MOST_SEEDS, widest * 2**narrower) for narrower in reversed(range(count)))
                 yield tuple(candidates[first:last]), seeds
             yield tuple(candidates[first:last]), (2,) + (1,) * (count - 1)  # the cheapest that shows its noise
+
+
+def _short_ladders(target: TrainConfig) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cheaper than any of `_choices`: widths of one, two and three heads, which span too little for a verdict."""
+    widths = tuple(target.head_dim * count for count in (1, 2, 3))
+    if widths[-1] < target.width:
+        yield widths, (4, 2, 1)
+        yield widths, (2, 1, 1)
 
 
 def _design(
@@ -226,7 +346,7 @@ def _design(
         target_flops=whole,
         workers=workers,
         sweep_s=max(sum(count * each for count, each in zip(runs, seconds, strict=True)) / workers, *seconds),
-        target_s=whole / (workers * pace.flops_per_s(widths[-1])),
+        target_s=whole / (workers * pace.flops_per_s(widths[-1])) if pace.known else 0.0,
         lr_error=expected_lr_error(widths, seeds, octaves + added, target.width),
     )
 
@@ -246,26 +366,31 @@ def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], octaves: Sequ
     return math.sqrt(1 / sum(weights) + mean**2 / spread)
 
 
-def _probe(target: TrainConfig, widths: list[int], engine: Engine, corpus: Corpus) -> Pace:
-    """Time a few steps and one validation per width, on all workers at once, as a sweep would run them."""
-    pace = Pace()
+def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: Corpus, pace: Pace, tell: Tell) -> None:
+    """Teach `pace` how long runs take: a few steps per width, on all workers at once, as a sweep would run them."""
     base, arm = _proxy_base(target), _arm(target)
-    base = replace(base, iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1))
+    chunk = target.val_chunk_tokens
+    val_tokens = min(target.val_tokens, max(chunk, PROBE_VAL_TOKENS // chunk * chunk))
+    base = replace(base, iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1), val_tokens=val_tokens)
+    left_out = (target.val_tokens - val_tokens) / (PROBE_STEPS * target.batch_tokens) * FORWARD_SHARE
     with tempfile.TemporaryDirectory() as scratch:
         for width in widths:
             sweep = Sweep(base, (width,), (arm,))
             cells = [sweep.cell(arm, width, 0.0, seed, corpus) for seed in range(engine.workers)]
             if pace.seconds(width, cells[0].flops) > PROBE_S:
                 break
+            tell(f"timing: {PROBE_STEPS} steps of width {width}, {engine.workers} at a time")
             for cell, outcome in engine.run(iter(cells), Path(scratch)):
                 if isinstance(outcome, Failure):
                     raise ConfigError(f"timing {cell} failed: {outcome.why}; mend that first")
-                pace.learn(outcome)
-    return pace
+                pace.learn(replace(outcome, seconds=outcome.seconds + left_out * outcome.train_s))
 
 
 def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
-    """The plan in `out`, if one was made for this budget, or none is given. ConfigError for another target or other data."""
+    """The plan in `out`, if one was made for this budget, or none is given.
+
+    ConfigError for another target or other data, if any of its runs were made; a plan alone may be replaced.
+    """
     if not (out / PLAN).exists():
         return None
     content = _read_plan(out)
@@ -274,8 +399,10 @@ def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan
     differ = [f"{key} was {theirs[key]}, is {mine[key]}" for key in mine if mine[key] != theirs[key]]
     if find_corpus(target.data, target.tokenizer)[0].fingerprint != content["corpus"]:
         differ.append(f"data={target.data} is not the corpus that it was made on")
+    if differ and not read_results(out):
+        return None
     if differ:
-        raise ConfigError(f"{out} holds another plan: {'; '.join(differ)}; choose another --out")
+        raise ConfigError(f"{out} holds another plan, and runs of it: {'; '.join(differ)}; choose another --out")
     if budget and dict(budget) != content["budget"]:
         return None
     values: dict[str, Any] = {entry.name: content[entry.name] for entry in fields(Plan)}

@@ -1,26 +1,36 @@
 """Plans: the cheapest sweep that answers the question, what it promises, and whether that came true."""
 
 import dataclasses
+import itertools
 import json
 import random
+import subprocess
+import sys
 from contextlib import closing
 
 import numpy as np
 import pytest
 
 from speedrun_mup import plan as plan_module
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.cli import main
+from speedrun_mup.commands.sweep import budget_of
+from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flops import run_flops
 from speedrun_mup.plan import (
+    Budget,
+    NoPlanFits,
     Plan,
     Prediction,
     advised,
+    choose_plan,
     compare,
+    design_table,
     expected_lr_error,
     make_plan,
     planned,
     predict,
+    read_plan,
     run_plan,
 )
 from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_sweep
@@ -123,10 +133,13 @@ def test_a_plan_is_found_again_and_not_taken_for_another(target, out):
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
     assert planned(dataclasses.replace(target, out="elsewhere", progress=True), out, {}).summary() == plan.summary()
     assert planned(target, out, {"budget_minutes": 20}).sweeps == plan.sweeps
-    with pytest.raises(ConfigError, match=r"another plan: iterations was 6, is 7"):
-        planned(dataclasses.replace(target, iterations=7), out, {})
+    deeper = dataclasses.replace(target, n_layer=8)
+    assert planned(deeper, out, {}) is None  # nothing was run, so nothing is lost with it
+    run_plan(plan, out, FakeEngine(), progress=False)
+    with pytest.raises(ConfigError, match=r"another plan, and runs of it: n_layer was 6, is 8"):
+        planned(deeper, out, {})
     assert planned(target, out, {"budget_minutes": 21}) is None  # it is made anew, and finished cells count
-    with pytest.raises(ConfigError, match=r"another plan: data=embedded is not the corpus"):
+    with pytest.raises(ConfigError, match=r"another plan, and runs of it: data=embedded is not the corpus"):
         planned(dataclasses.replace(target, data="embedded"), out, {})
     content = json.loads((out / "plan.json").read_text())
     del content["seeds"]
@@ -174,6 +187,95 @@ def test_impossible_plans_are_refused_in_one_line(target, out):
     broken.run = lambda cells, scratch: ((cell, Failure("no power")) for cell in cells)
     with pytest.raises(ConfigError, match=r"timing mup width 16 .* no power"):
         make_plan(target, out, broken, budget_minutes=1)
+
+
+def test_the_plan_of_the_readme_fits_its_budget(cache_folder, out):
+    """10 % buy no ladder of a factor of four; the short one is offered, with what it loses."""
+    target = make_config("laptop", {"width": 512, "base_width": 64, "head_dim": 16})
+    engine = FakeEngine()
+    plan, designs = choose_plan(target, out, engine, Budget(share=0.1))
+    assert plan.widths == (16, 32, 48) and plan.is_short and plan.flops < 0.1 * plan.target_flops
+    assert "less than a factor of 4" in plan.summary() and "INCONCLUSIVE" in plan.summary()
+    assert {cell.width for cell in engine.ran} == {16, 32, 48} and not out.exists()
+    whole, _ = choose_plan(target, out, FakeEngine(), Budget(share=0.12))
+    assert whole.widths == (16, 32, 64) and not whole.is_short and "INCONCLUSIVE" not in whole.summary()
+    table = design_table(designs, plan)
+    assert table.count("*") == 1 and "no verdict" in table and "16 (2), 32 (1), 64 (1)" in table
+    costs = [(design.flops, -design.lr_error) for design in designs]
+    assert costs == sorted(costs) and all(less[1] < more[1] for less, more in itertools.pairwise(costs))
+
+
+@pytest.mark.parametrize("budget", [Budget(minutes=0.2), Budget(flops=1e6 + 1), Budget(share=0.001)])
+def test_a_budget_that_is_too_small_is_told_what_is_enough(target, out, budget):
+    engine = FakeEngine()
+    with pytest.raises(NoPlanFits, match="the smallest takes") as refusal:
+        choose_plan(target, out, engine, budget)
+    assert bool(engine.ran) == bool(budget.minutes)  # FLOPs need no timing
+    amounts = {name.removeprefix("budget_"): amount for name, amount in budget_of(refusal.value.enough).items()}
+    assert amounts.keys() == {name for name, value in vars(budget).items() if value}
+    plan, _ = choose_plan(target, out, engine, Budget(**amounts))
+    assert plan.flops <= Budget(**amounts).most_flops(plan.target_flops)
+
+
+def test_a_long_validation_is_reckoned_and_not_waited_for(target, out):
+    engine = FakeEngine()
+    long = dataclasses.replace(target, val_tokens=1024 * 1024)
+    plan, short = (
+        make_plan(long, out, engine, budget_flops=1e18),
+        make_plan(target, out, FakeEngine(), budget_flops=1e18),
+    )
+    assert max(cell.cfg.val_tokens for cell in engine.ran) == 8192
+    a_step = run_flops(target, 65) / target.iterations / target.batch_tokens  # FLOPs per token of the target
+    assert a_step * (2**20 - 8192) / 3 / SPEED * plan.runs / 2 > plan.sweep_s - short.sweep_s > 0
+
+
+@pytest.fixture
+def no_workers(monkeypatch, tmp_path):
+    """The plan command, with an engine that trains nothing, in an empty folder."""
+    engine = FakeEngine()
+    monkeypatch.setattr("speedrun_mup.sweep.open_engine", lambda **options: engine)
+    monkeypatch.chdir(tmp_path)
+    return engine
+
+
+def test_what_if_leaves_nothing_behind(no_workers, tmp_path, capsys):
+    words = ["plan", "--width", "512", "--base-width", "64", "--head-dim", "16", "--data", "synthetic"]
+    for more in (["--budget", "10%"], ["--budget", "40%", "--n-layer", "8"]):
+        assert main([*words, *more]) == 0
+        told = capsys.readouterr()
+        assert "proxies: widths" in told.out and "* " in told.out and "rules: muP from base width 64" in told.err
+        assert "timing: 3 steps of width 16, 2 at a time" in told.err
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--budget", "40%", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["plan"] in told["designs"] and told["target"]["width"] == 512
+    assert main([*words, "--budget", "1%"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"enough is: speedrun-mup {' '.join(words)} --budget 7.6%")
+    assert main([*words, "--budget", "7.6%"]) == 0 and main([*words, "--json", "--run"]) == 2
+
+
+def test_a_plan_that_is_kept_gives_way_until_it_has_runs(no_workers, tmp_path, capsys):
+    words = ["plan", "--width", "128", "--base-width", "32", "--head-dim", "16", "--data", "synthetic", "--out", "p"]
+    assert main([*words, "--budget", "400%"]) == 0 and main([*words, "--budget", "400%", "--n-layer", "8"]) == 0
+    assert read_plan(tmp_path / "p")[0].n_layer == 8
+    assert main([*words, "--n-layer", "8"]) == 0 and "proxies: widths" in capsys.readouterr().out
+    assert main([*words, "--budget", "400%", "--n-layer", "8", "--run", "--no-progress"]) == 0
+    assert main([*words, "--budget", "400%", "--n-layer", "10"]) == 2
+    assert "runs of it: n_layer was 8, is 10; choose another --out" in capsys.readouterr().err
+
+
+def test_the_first_line_comes_before_torch():
+    script = """if True:
+        import sys
+        from speedrun_mup.commands import plan
+        def say(*lines):
+            print(*lines, "torch" in sys.modules)
+            sys.exit(0)
+        plan.say = say
+        plan.run(["--width", "512", "--base-width", "64", "--budget", "1h"])"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("rules: muP from base width 64") and said.endswith("False\n")
 
 
 def test_the_error_in_advance_is_that_of_a_line_through_measured_optima():
