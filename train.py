@@ -8,7 +8,7 @@ torchrun --nproc_per_node=8 train.py --mup --width 1024 --base-width 768
 
 import sys
 
-from speedrun_mup.cli import main
+from speedrun_mup.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

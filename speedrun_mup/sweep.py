@@ -17,7 +17,6 @@ import csv
 import functools
 import gc
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -45,6 +44,7 @@ from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError, in_
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import model_shape, run_flops
+from speedrun_mup.packages import import_package
 from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
 from speedrun_mup.training import FREE_TO_CHANGE, FolderLock, train
@@ -546,7 +546,7 @@ class RayEngine:
     def __init__(self, workers: int | None = None, device: str = "auto"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray: Any = importlib.import_module("ray")
+            ray: Any = import_package("ray")
         except ImportError:
             raise ConfigError("engine=ray needs a package: pip install 'speedrun-mup[ray]'") from None
         self._ray = ray

@@ -1,12 +1,15 @@
 """The commands of the README, started as a user starts them."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from speedrun_mup import __main__ as entry
 from speedrun_mup.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -92,3 +95,53 @@ def test_a_wheel_installs_and_trains_from_any_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout and (elsewhere / "runs").is_dir()
+
+
+COUNTED = """if True:
+    import os, runpy, signal, sys, warnings
+    class Counting:  # sends Ctrl-C while the module number LAST is being looked for
+        last = int(sys.argv.pop(1))
+        def find_spec(self, name, path, target=None):
+            Counting.last -= 1
+            if Counting.last == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+    sys.meta_path.insert(0, Counting())
+    sys.argv[0] = "speedrun-mup"
+    runpy.run_module("speedrun_mup", run_name="__main__")"""
+TRAIN = ["train", "--data", "synthetic", "--device", "cpu", "--iterations", "1", "--val-tokens", "4096"]
+
+
+@pytest.mark.parametrize(
+    "number", [7, 40, 120, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in range(400, 2000, 100))]
+)
+def test_ctrl_c_while_modules_are_imported_is_one_line(number, tmp_path):
+    """Libraries catch KeyboardInterrupt, pass it on as ImportError, or abort; torch alone imports 1,500 modules."""
+    words = [sys.executable, "-c", COUNTED, str(number), *TRAIN]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n"), (number, done.stderr[-500:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [TRAIN, ["explain"], ["transfer", "x.csv"], ["coord-check"], ["plan", "--budget", "1h"]]
+)
+def test_ctrl_c_at_any_moment_is_one_line(words, tmp_path):
+    for tenth in range(4, 34, 3):
+        command = [sys.executable, "-m", "speedrun_mup", *words]
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as run:
+            time.sleep(tenth / 10)
+            run.send_signal(signal.SIGINT)
+            said = run.stderr.read()
+        if run.returncode in (0, 2):  # it was over before
+            continue
+        assert run.returncode in (75, 130) and "Traceback" not in said, (tenth, run.returncode, said)
+
+
+def test_in_the_background_of_a_shell_ctrl_c_is_not_for_us():
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert entry.main(["--version"]) == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
