@@ -604,3 +604,97 @@ def test_what_is_no_file_of_base_shapes_is_one_line(tmp_path):
         assert one_line(fault)
     with pytest.raises(mup.BaseShapeError, match="not int"):
         mup.set_base_shapes(nn.Linear(2, 2), 5)
+
+
+# Adapters, distributed checkpoints, one optimizer made of several
+
+
+class Adapter(nn.Module):
+    """As PEFT wraps a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.lora_A = layer, nn.Linear(layer.in_features, 4, bias=False)
+        self.lora_B = nn.Linear(4, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    def merged(self):
+        layer = copy.deepcopy(self.base_layer)
+        layer.weight.data += self.lora_B.weight @ self.lora_A.weight
+        return layer
+
+
+def test_an_adapter_around_a_readout_is_told_to_go_on_a_folded_model():
+    model = shaped(mlp)
+    model[2] = Adapter(model[2])
+    for attempt in (
+        lambda: mup.MuAdam(model, lr=1.0),
+        lambda: shaped(lambda w: nn.Sequential(nn.Linear(20, w), Adapter(mup.MuReadout(w, 5)))),
+    ):
+        with pytest.raises(UserError, match=r"adapter around the readout .*mup\.fold") as fault:
+            attempt()
+        assert one_line(fault)
+    x = torch.randn(3, 20)
+    folded, wanted = mup.fold(model), model(x)
+    torch.testing.assert_close(folded(x), wanted)
+    folded[2] = folded[2].merged()
+    torch.testing.assert_close(folded(x), wanted)
+    model[2] = model[2].merged()
+    assert not torch.allclose(model(x), wanted)  # which is why
+
+
+def test_distributed_state_dicts_are_checked_too():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, twin = shaped(mlp), shaped(mlp)
+    model[2].weight.data.mul_(1.1)
+    set_model_state_dict(twin, get_model_state_dict(model))
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(twin(x), model(x))
+    torch.testing.assert_close(torch.func.functional_call(twin, dict(model.state_dict()), x), model(x))
+    with pytest.raises(mup.BaseShapeError, match="over base size 16"):
+        set_model_state_dict(shaped(mlp, base=32), get_model_state_dict(model))
+
+
+def muon_and_adam(model):
+    specs = list(mup.named_specs(model))
+    hidden = [p for _, p, spec in specs if spec.role is Role.HIDDEN]
+    others = [p for _, p, spec in specs if spec.role is not Role.HIDDEN]
+    return mup.MuMuon(hidden, lr=0.02), mup.MuAdamW(others, lr=1e-3)
+
+
+def test_combined_optimizers_are_one():
+    apart, joined = shaped(mlp), shaped(mlp)
+    two, one = muon_and_adam(apart), mup.Combined(*muon_and_adam(joined))
+    schedules = [torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=4) for optimizer in (*two, one)]
+    x, y = torch.randn(8, 20), torch.randint(5, (8,))
+
+    def closure():
+        one.zero_grad()
+        loss = F.cross_entropy(joined(x), y)
+        loss.backward()
+        return loss
+
+    for step in range(4):
+        for optimizer in two:
+            optimizer.zero_grad()
+        loss = F.cross_entropy(apart(x), y)
+        loss.backward()
+        for optimizer in two:
+            optimizer.step()
+        assert one.step(closure) == loss
+        for schedule in schedules:
+            schedule.step()
+        if step == 1:  # as after a restart, and as a copy
+            state = copy.deepcopy(one.state_dict())
+            one.load_state_dict(state)
+            assert [g["lr"] for g in one.param_groups] == [g["lr"] for o in two for g in o.param_groups]
+            assert one.param_groups[0] is one.optimizers[0].param_groups[0]
+    assert all(torch.equal(p, q) for p, q in zip(apart.parameters(), joined.parameters()))
+    assert copy.deepcopy(one).param_groups[0]["lr"] == one.param_groups[0]["lr"]
+    with pytest.raises(ConfigError, match="one of the optimizers"):
+        one.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ConfigError, match="2 combined"):
+        one.load_state_dict({"state": {}, "param_groups": []})

@@ -17,7 +17,7 @@ from speedrun_mup.core.mup.init import (
     xavier_uniform_,
 )
 from speedrun_mup.core.mup.layer import MuReadout, MuSharedReadout, rescale_linear_bias
-from speedrun_mup.core.mup.optim import MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
+from speedrun_mup.core.mup.optim import Combined, MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
 from speedrun_mup.core.mup.rules import (
     PARAMETRIZATIONS,
     Factors,
@@ -46,6 +46,7 @@ from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError, decl
 __all__ = [
     "PARAMETRIZATIONS",
     "BaseShapeError",
+    "Combined",
     "Factors",
     "InfDim",
     "InfShape",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.mup.infshape import BaseShapeError
 from speedrun_mup.core.mup.layer import MuReadout
 from speedrun_mup.core.mup.spec import places
@@ -27,7 +28,12 @@ def fold(model: Model) -> Model:
         UndeclaredParameterError: if set_base_shapes was not called.
         BaseShapeError: for a readout of a class of yours with a forward of its own.
     """
-    plain = copy.deepcopy(model)
+    try:
+        plain = copy.deepcopy(model)
+    except (RuntimeError, TypeError, AssertionError) as fault:  # sharded, for one
+        raise BaseShapeError(
+            f"cannot copy the model ({in_a_line(fault)}): load its full state dict into one that is not sharded, fold that"
+        ) from None
     owners, untied = places(plain), False
     for path, module in plain.named_modules():
         if isinstance(module, MuReadout):

@@ -66,6 +66,8 @@ class MuReadout(nn.Linear):
         UndeclaredParameterError: in forward, until set_base_shapes or declare.
     """
 
+    mup_multiplier = None  # what walks along the names of a state dict finds this one too
+
     def __init__(
         self,
         *args: Any,
@@ -198,6 +200,8 @@ class MuSharedReadout(MuReadout):
 def rescale_linear_bias(linear: nn.Module) -> None:
     """Turn torch's init of a linear or convolution bias, std 1/sqrt(fan_in), into muP's constant. Safe to repeat."""
     spec = tensor_spec(linear, "weight") or weight_spec(linear)
+    if len(spec.shape) < 2:
+        raise BaseShapeError(f"a {type(linear).__name__} is no linear or convolution layer: nothing to rescale")
     m_in = spec.shape[1] / spec.base_shape[1]  # torch takes the fan-in from here, also for transposed convolutions
     _rescale(linear, {"bias": ROOT_PER_IN.inverse()(m_in, 1.0)})
 

@@ -24,7 +24,7 @@ from speedrun_mup.core.mup.infshape import BaseShapeError, InfDim, InfShape, inf
 from speedrun_mup.core.mup.layer import MuReadout, rescale_start
 from speedrun_mup.core.mup.layers import Source, sources
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Role
-from speedrun_mup.core.mup.spec import ParamSpec, Place, main_place, named_specs, places
+from speedrun_mup.core.mup.spec import ParamSpec, Place, adapter_advice, main_place, named_specs, places
 
 Dims = Sequence[int | InfDim]
 Shapes = nn.Module | Mapping[str, Dims] | str | Path  # a model, {parameter name: sizes} or a .bsh file
@@ -171,7 +171,7 @@ def _mismatch(base: Mapping[str, str], target: Mapping[str, str]) -> str:
     few_base, few_target = (f"{names[:4]}{' ...' if len(names) > 4 else ''}" for names in (only_base, only_target))
     hint = ""
     if any("_flat_param" in name for name in only_target):
-        hint = "; call set_base_shapes before sharding"
+        hint = "; call set_base_shapes before sharding, or shard with use_orig_params=True"
     elif any("parametrizations." in name or name.endswith(("_orig", "_v")) for name in [*only_base, *only_target]):
         hint = "; build the base with the same parametrizations (weight_norm and others)"
     return f"parameters differ: only in the base {few_base}, only in the target {few_target}{hint}"
@@ -402,13 +402,13 @@ def assert_hidden_size_inf(model: nn.Module) -> None:
             tables = [other.name for other in where if isinstance(other.module, nn.Embedding)]
             raise BaseShapeError(
                 f"{place.name} {spec.shape} reads from a dimension that grows with width, writes to one that does "
-                f"not: {_remedy(place, spec, tables)}"
+                f"not: {adapter_advice(model, place.name) or _remedy(place, spec, tables)}"
             )
 
 
 def _remedy(place: Place, spec: ParamSpec, tables: list[str]) -> str:
     if tables:
-        return f"it shares {tables[0]}, and no MuReadout may own that alone; {_share(tables[0])}"
+        return f"it is the embedding {tables[0]} too. Untie it and make it a MuReadout, or keep it: {_share(tables[0])}"
     owner = f'model.get_submodule("{place.path}")' if place.path else "model"
     inside = f'mup.declare({owner}, "{place.local}", mup.Role.HIDDEN, {spec.base_shape}, "{" ".join(spec.layout)}")'
     last = "make the last layer of the model a mup.MuReadout" if isinstance(place.module, nn.Linear) else ""

@@ -163,13 +163,19 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec
         yield name, parameter, place.spec
 
 
-def _advice(model: nn.Module, name: str) -> str:
-    """What to do about the parameter: an adapter around a readout is no parameter of the model that was given shapes."""
+def adapter_advice(model: nn.Module, name: str) -> str:
+    """What to do if the parameter belongs to an adapter around a readout; else empty."""
     for path, module in model.named_modules():
         inner = getattr(module, "base_layer", None)  # where PEFT keeps the layer that it adapts
-        if name.startswith(f"{path}.") and hasattr(type(inner), "multiplier"):
+        if name.startswith(f"{path}.") and hasattr(type(inner), "mup_multiplier"):
             return (
-                f"it belongs to an adapter around the readout {path}, which misses the readout's multiplier: "
-                "put adapters on mup.fold(model)"
+                f"it belongs to an adapter around the readout {path}, which misses the readout's multiplier, also when "
+                "it is merged: put adapters on mup.fold(model)"
             )
-    return "call mup.declare or set_base_shapes"
+    return ""
+
+
+def _advice(model: nn.Module, name: str) -> str:
+    if "_flat_param" in name:
+        return "shard with use_orig_params=True, or with fully_shard"
+    return adapter_advice(model, name) or "call mup.declare or set_base_shapes"
