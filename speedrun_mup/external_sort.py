@@ -54,6 +54,10 @@ class Piece:
         """Where these records end in the piece's data, in bytes."""
         return np.frombuffer(self._read(8 * (self.facts.records + start), 8 * (stop - start)), "<i8")
 
+    def bounds(self, start: int, stop: int) -> np.ndarray:
+        """Where record `start` begins, and where it and all others before `stop` end."""
+        return self.ends(start - 1, stop) if start else np.concatenate([[0], self.ends(0, stop)])
+
     def tags(self) -> Iterator[bytes]:
         """The tag of every record."""
         step = 2**16
@@ -64,7 +68,7 @@ class Piece:
 
     def records(self, start: int, stop: int) -> tuple[np.ndarray, list[memoryview]]:
         """Sizes and bytes of the records from `start` to `stop`, in one read."""
-        bounds = self.ends(start - 1, stop) if start else np.concatenate([[0], self.ends(0, stop)])
+        bounds = self.bounds(start, stop)
         begin, cuts = int(bounds[0]), (bounds - bounds[0]).tolist()
         view = memoryview(self._read(_HEAD_BYTES * self.facts.records + begin, cuts[-1]))
         return np.diff(bounds), [view[a:b] for a, b in itertools.pairwise(cuts)]
@@ -81,7 +85,7 @@ class Piece:
         return data
 
 
-def write_piece(path: Path, keys: np.ndarray, tags: Sequence[bytes], records: Sequence[bytes]) -> Piece:
+def write_piece(path: Path, keys: np.ndarray, tags: Sequence[bytes], records: Sequence[bytes | memoryview]) -> Piece:
     """Write records with a key (uint64) and a tag each as one piece, and bring it to the disk. OSError if that fails."""
     order = np.argsort(keys, kind="stable")
     places = order.tolist()
@@ -105,26 +109,49 @@ class Block(NamedTuple):
     data: bytes
 
 
-def merged(pieces: Sequence[Piece], skip: int, block_bytes: int) -> Iterator[Block]:
-    """The records of all pieces in the order of their keys, equal ones in the order of the pieces.
+class Merge:
+    """The records of several pieces in the order of their keys, equal ones in the order of the pieces.
 
-    Args:
-        pieces: any number of them.
-        skip: leave out so many of the first records, without reading them.
-        block_bytes: about what is read and held at a time.
+    block_bytes: about what is read and held at a time.
     """
-    edges = _edges(pieces, block_bytes)
-    # bounds[b, p]: the first record of piece p that belongs to block b or a later one
-    bounds = np.zeros((len(edges) + 2, len(pieces)), np.int64)
-    for number, piece in enumerate(pieces):
-        bounds[1:-1, number] = np.searchsorted(piece.keys(0, piece.facts.records), edges, side="right")
-        bounds[-1, number] = piece.facts.records
-    for first, last in itertools.pairwise(bounds):
-        count = int((last - first).sum())
-        if count > skip:
-            slices = [part for part in zip(pieces, first.tolist(), last.tolist()) if part[1] < part[2]]
-            yield _block(slices, skip)
-        skip = max(0, skip - count)
+
+    def __init__(self, pieces: Sequence[Piece], block_bytes: int):
+        self._pieces = pieces
+        edges = _edges(pieces, block_bytes)
+        # bounds[b, p]: the first record of piece p that belongs to block b or a later one
+        self._bounds = np.zeros((len(edges) + 2, len(pieces)), np.int64)
+        for number, piece in enumerate(pieces):
+            self._bounds[1:-1, number] = np.searchsorted(piece.keys(0, piece.facts.records), edges, side="right")
+            self._bounds[-1, number] = piece.facts.records
+
+    def sizes(self, skip: int) -> Iterator[np.ndarray]:
+        """How long the records after the first `skip` are, in bytes, block by block, without reading them."""
+        for slices, left in self._slices(skip):
+            sizes = [np.diff(piece.bounds(start, stop)) for piece, start, stop in slices]
+            yield np.concatenate(sizes)[_order(slices)[left:]]
+
+    def blocks(self, skip: int) -> Iterator[Block]:
+        """The records after the first `skip`."""
+        for slices, left in self._slices(skip):
+            sizes, records = [], []
+            for piece, start, stop in slices:
+                lengths, views = piece.records(start, stop)
+                sizes.append(lengths)
+                records += views
+            order = _order(slices)[left:]
+            yield Block(np.concatenate(sizes)[order], b"".join([records[k] for k in order.tolist()]))
+
+    def _slices(self, skip: int) -> Iterator[tuple[list[tuple[Piece, int, int]], int]]:
+        """What a block has of each piece, and how many of its records are to be left out."""
+        for first, last in itertools.pairwise(self._bounds):
+            count = int((last - first).sum())
+            if count > skip:
+                yield [part for part in zip(self._pieces, first.tolist(), last.tolist()) if part[1] < part[2]], skip
+            skip = max(0, skip - count)
+
+
+def _order(slices: Sequence[tuple[Piece, int, int]]) -> np.ndarray:
+    return np.argsort(np.concatenate([piece.keys(start, stop) for piece, start, stop in slices]), kind="stable")
 
 
 def _edges(pieces: Sequence[Piece], block_bytes: int) -> np.ndarray:
@@ -136,14 +163,3 @@ def _edges(pieces: Sequence[Piece], block_bytes: int) -> np.ndarray:
         samples.append(np.repeat(piece.keys(0, piece.facts.records), np.diff(ends // step, prepend=0)))
         carried = int(ends[-1]) % step
     return np.unique(np.sort(np.concatenate(samples))[_SAMPLES - 1 :: _SAMPLES])
-
-
-def _block(slices: Sequence[tuple[Piece, int, int]], skip: int) -> Block:
-    keys = np.concatenate([piece.keys(start, stop) for piece, start, stop in slices])
-    sizes, records = [], []
-    for piece, start, stop in slices:
-        lengths, views = piece.records(start, stop)
-        sizes.append(lengths)
-        records += views
-    order = np.argsort(keys, kind="stable")[skip:]
-    return Block(np.concatenate(sizes)[order], b"".join([records[k] for k in order.tolist()]))

@@ -40,16 +40,14 @@ from speedrun_mup.documents import (
     SourceError,
     find_sources,
 )
-from speedrun_mup.external_sort import Block, Piece, PieceFacts, merged, write_piece
+from speedrun_mup.external_sort import Block, Merge, Piece, PieceFacts, write_piece
 from speedrun_mup.files import printable, read_json, sync_folder, write_whole
 from speedrun_mup.shards import (
-    HEADER_BYTES,
     MANIFEST,
     TOKENIZER_FILE,
     Corpus,
     ShardFacts,
     file_sha256,
-    measure_shard,
     open_corpus,
     shard_header,
     sole_writer,
@@ -70,7 +68,8 @@ ORDERS = ("shuffled", "given")
 COMMIT_EVERY_S = 10.0
 MOST_WORKERS = 1024
 _CHUNK_CHARS, _CHUNK_DOCUMENTS = 2**19, 1000  # what one thread encodes at a time
-_PIECE_BYTES = 2**25  # of tokens that are sorted in memory
+_PIECE_BYTES = 2**24  # of tokens that are sorted in memory
+_BLOCK_BYTES, _SLICE_BYTES = 2**22, 2**14  # of tokens that are merged at a time, at least; and from each piece, if many
 _TRAINING_CHARS = 50_000_000  # of text, from its start, for train:N
 _NAMED = 20  # bad documents, each with a line of its own
 _NOT_FOREIGN = ("lost+found",)  # what an empty folder may hold, beside hidden files
@@ -376,7 +375,7 @@ def _training_digest(job: _Job) -> str:
 
 
 class Tally(NamedTuple):
-    """Documents that do not come out as they went in: left out because empty, duplicate or bad, or mended (`_mended`)."""
+    """Documents that do not come out as they went in: left out because empty, duplicate or bad, or mended (`_hashed`)."""
 
     empty: int = 0
     duplicate: int = 0
@@ -523,11 +522,11 @@ class _Work:
         """Write what was read as pieces, and note it."""
         pieces = {}
         for part in PARTS:
-            rows = [row for one in read for row in one.rows if row[0].is_val == (part == "val")]
+            rows = [row for one in read for row in one.rows if row.is_val == (part == "val")]
             if rows:
-                keys = _keys([document for document, _ in rows], settings)
-                tags, records = [document.digest for document, _ in rows], [ids for _, ids in rows]
-                pieces[part] = write_piece(self._piece(len(self.steps), part), keys, tags, records).facts
+                _, digests, numbers, records = zip(*rows)
+                path = self._piece(len(self.steps), part)
+                pieces[part] = write_piece(path, _keys(digests, numbers, settings), digests, records).facts
         if read:
             last = read[-1].chunk
             self.steps.append(Step(last.end, last.read, last.chain, read[-1].tally, pieces))
@@ -576,8 +575,7 @@ def _chunks(
 
     try:
         for end, raw, place, fault in documents:
-            text = _mended(raw)
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            text, digest = _hashed(raw)
             start = int.from_bytes(digest[:8])
             chain = _chained(chain if end.source == position.source else 0, start) if end.documents else 0
             position, read = end, read + 1
@@ -615,25 +613,26 @@ def _name_bad(what: str, number: int) -> None:
         tqdm.write(f"left out: {what}{more}", file=sys.stdout)
 
 
-def _mended(text: str) -> str:
-    """`text` with "?" for every half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+def _hashed(text: str) -> tuple[str, bytes]:
+    """`text` with "?" for every half of a surrogate pair, which JSON can spell and UTF-8 cannot; and its BLAKE2b-128."""
     try:
-        text.encode()
+        encoded = text.encode()
     except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
+        encoded = text.encode(errors="replace")
+        text = encoded.decode()
+    return text, hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def _keys(documents: Sequence[_Document], settings: TextSettings) -> np.ndarray:
-    """What the documents are sorted by: their numbers, or hashes of text, number and seed.
+def _keys(digests: Sequence[bytes], numbers: Sequence[int], settings: TextSettings) -> np.ndarray:
+    """What documents are sorted by: their numbers, or hashes of text, number and seed.
 
     The number keeps equal documents apart, which would otherwise all come in a row.
     """
-    numbers = np.array([document.number for document in documents], np.uint64)
+    given = np.array(numbers, np.uint64)
     if settings.order == "given":
-        return numbers
-    halves = np.frombuffer(b"".join([document.digest for document in documents]), "<u8").reshape(-1, 2)
-    return _mixed(_mixed(halves[:, 1] + _mixed(np.array([settings.shuffle_seed], np.uint64))) + numbers)
+        return given
+    halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+    return _mixed(_mixed(halves[:, 1] + _mixed(np.array([settings.shuffle_seed], np.uint64))) + given)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -644,38 +643,54 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+class _Row(NamedTuple):
+    """A document whose tokens are known: `ids` are the bytes of them all, BOS first."""
+
+    is_val: bool
+    digest: bytes
+    number: int
+    ids: memoryview
+
+
 class _Encoded(NamedTuple):
-    """A chunk whose documents have become bytes of ids, BOS first; those that could not are counted as bad."""
+    """A chunk whose documents have become ids. tally: with those that could not, as bad."""
 
     chunk: Chunk
-    rows: list[tuple[_Document, bytes]]
+    rows: list[_Row]
     tally: Tally
 
 
-def _encode(chunk: Chunk, tokenizer: Tokenizer) -> list[bytes | ValueError]:
-    """Every document of a chunk as bytes of ids, BOS first, or what the tokenizer says against it."""
+_Ids = list[memoryview | ValueError]
+
+
+def _encode(chunk: Chunk, tokenizer: Tokenizer) -> _Ids:
+    """Every document of a chunk as bytes of ids, BOS first, or what the tokenizer's library says against it."""
     texts = [document.text for document in chunk.documents]
-    bos = np.array([tokenizer.bos_token], "<u2").tobytes()
     try:
         with panics_as_faults():
-            return [bos + ids.astype("<u2").tobytes() for ids in tokenizer.encode_batch(texts)]
+            encoded = tokenizer.encode_batch(texts)
     except UserError:
         raise
-    except Exception as fault:  # of the tokenizer's library
+    except Exception as fault:
         if len(texts) == 1:
             return [ValueError(in_a_line(fault))]
-    return [_encode(chunk._replace(documents=[document]), tokenizer)[0] for document in chunk.documents]
+        return [_encode(chunk._replace(documents=[document]), tokenizer)[0] for document in chunk.documents]
+    cuts = [0, *itertools.accumulate(len(ids) + 1 for ids in encoded)]
+    row = np.empty(cuts[-1], "<u2")
+    row[cuts[:-1]] = tokenizer.bos_token
+    for begin, end, ids in zip(cuts, cuts[1:], encoded):
+        row[begin + 1 : end] = ids
+    view = row.data.cast("B")
+    return [view[2 * begin : 2 * end] for begin, end in itertools.pairwise(cuts)]
 
 
-def _encode_in_order(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Chunk, list[bytes | ValueError]]]:
+def _encode_in_order(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Chunk, _Ids]]:
     """Every chunk with its documents' ids, in order; `workers` threads encode, and few chunks wait at any time.
 
     A fault in reading is raised after the chunks before it.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
-    waiting: deque[tuple[Chunk, Future[list[bytes | ValueError]]]] = deque()
+    waiting: deque[tuple[Chunk, Future[_Ids]]] = deque()
     try:
         try:
             for chunk in chunks:
@@ -711,8 +726,8 @@ def _read(job: _Job, work: _Work, tokenizer: Tokenizer) -> None:
         for chunk, encoded in _encode_in_order(chunks, tokenizer, job.workers):
             rows = []
             for document, ids in zip(chunk.documents, encoded):
-                if isinstance(ids, bytes):
-                    rows.append((document._replace(text=""), ids))
+                if isinstance(ids, memoryview):
+                    rows.append(_Row(document.is_val, document.digest, document.number, ids))
                     tokens += len(ids) // 2
                     continue
                 fault = f"{document.place}: {tokenizer.name} cannot encode this document ({ids})"
@@ -740,7 +755,7 @@ def _go_on(job: _Job, work: _Work) -> tuple[DocumentReader, Iterator[Document]]:
             for document in itertools.islice(documents, until - count):
                 if document.end.source != source:
                     break
-                digest = hashlib.blake2b(_mended(document.text).encode(), digest_size=16).digest()
+                _, digest = _hashed(document.text)
                 chain, count = _chained(chain, int.from_bytes(digest[:8])), count + 1
             if (count, chain) != (until, noted):
                 break
@@ -776,7 +791,7 @@ class _Writer:
     def add(self, encoded: _Encoded) -> None:
         """Take one chunk."""
         self._collected.append(encoded)
-        self._bytes += sum(len(ids) for _, ids in encoded.rows)
+        self._bytes += sum(len(row.ids) for row in encoded.rows)
         if self._bytes >= _PIECE_BYTES or time.monotonic() - self._since > COMMIT_EVERY_S:
             self._write(is_end=False)
 
@@ -824,26 +839,48 @@ def _write_shards(job: _Job, work: _Work, part: str, tokenizer: Tokenizer) -> No
     pieces = work.pieces(part)
     written = sum(documents for _, documents in work.shards[part].values())
     total = sum(piece.facts.records for piece in pieces)
-    writer = ShardWriter(work, part, tokenizer, job.settings.shard_tokens)
+    merge = Merge(pieces, max(_BLOCK_BYTES, len(pieces) * _SLICE_BYTES))
+    plan = deque(plan_shards(merge.sizes(written), job.settings.shard_tokens))
     bar = tqdm(total=total, initial=written, unit=" documents", desc=f"{part} shards", disable=not job.progress)
-    with bar, contextlib.closing(writer):
-        for block in merged(pieces, written, _PIECE_BYTES):
+    with bar, contextlib.closing(ShardWriter(work, part, tokenizer, plan)) as writer:
+        for block in merge.blocks(written):
             writer.add(block)
             bar.update(len(block.sizes))
-        writer.finish()
+
+
+class Planned(NamedTuple):
+    """What a shard is going to hold."""
+
+    documents: int
+    tokens: int
+
+
+def plan_shards(sizes: Iterable[np.ndarray], shard_tokens: int) -> Iterator[Planned]:
+    """The shards for documents of these sizes in bytes, in a row: each is ended by the first document that fills it."""
+    documents = tokens = 0
+    for some in sizes:
+        ends = np.cumsum(some) // 2
+        first, begin = 0, 0
+        while (filling := int(np.searchsorted(ends, begin + shard_tokens - tokens))) < len(ends):
+            yield Planned(documents + filling + 1 - first, tokens + int(ends[filling]) - begin)
+            documents, tokens, first, begin = 0, 0, filling + 1, int(ends[filling])
+        documents, tokens = documents + len(ends) - first, tokens + int(ends[-1]) - begin
+    if documents:
+        yield Planned(documents, tokens)
 
 
 class ShardWriter:
-    """Writes the shards of one part ("train" or "val"), each ended by the first document that fills it.
+    """Writes the shards of one part ("train" or "val") as planned.
 
-    A shard is begun anew unless it was finished: a part of one is never taken up.
+    A shard is begun anew unless it was finished: a part of one is never taken up. Its facts are those of what is written,
+    checked before it is, so nothing is read back.
     """
 
-    def __init__(self, work: _Work, part: str, tokenizer: Tokenizer, shard_tokens: int):
-        self._work, self._part, self._shard_tokens = work, part, shard_tokens
+    def __init__(self, work: _Work, part: str, tokenizer: Tokenizer, plan: deque[Planned]):
+        self._work, self._part, self._plan = work, part, plan
         self._vocab_size, self._bos_token = tokenizer.vocab_size, tokenizer.bos_token
         self._file: BinaryIO | None = None
-        self._tokens = self._documents = 0
+        self._sha256, self._left, self._bos_count = hashlib.sha256(), 0, 0
 
     @property
     def _path(self) -> Path:
@@ -851,34 +888,40 @@ class ShardWriter:
 
     def add(self, block: Block) -> None:
         """Write some documents."""
-        ends = np.cumsum(block.sizes) // 2
-        data, first, begin = memoryview(block.data), 0, 0
+        ends, first, begin = np.cumsum(block.sizes), 0, 0
         while first < len(ends):
-            filling = int(np.searchsorted(ends, begin + self._shard_tokens - self._tokens))
-            last = min(filling, len(ends) - 1)
-            end = int(ends[last])
             if self._file is None:
                 self._file = open(self._path, "wb")
-                self._file.write(bytes(HEADER_BYTES))
-            self._file.write(data[2 * begin : 2 * end])
-            self._tokens, self._documents = self._tokens + end - begin, self._documents + last + 1 - first
-            first, begin = last + 1, end
-            if self._tokens >= self._shard_tokens:
+                self._sha256, self._left, self._bos_count = hashlib.sha256(), self._plan[0].documents, 0
+                self._write(memoryview(shard_header(self._plan[0].tokens)))
+            last = min(len(ends), first + self._left)
+            end = int(ends[last - 1])
+            data = memoryview(block.data)[begin:end]
+            ids = np.frombuffer(data, "<u2")
+            if ids.max() >= self._vocab_size:
+                raise ConfigError(f"the tokenizer gave id {ids.max()}, but has {self._vocab_size}; choose another one")
+            self._bos_count += int(np.count_nonzero(ids == self._bos_token))
+            self._write(data)
+            self._left -= last - first
+            first, begin = last, end
+            if self._left == 0:
                 self.finish()
 
+    def _write(self, data: memoryview) -> None:
+        if self._file:
+            self._file.write(data)
+            self._sha256.update(data)
+
     def finish(self) -> None:
-        """End the shard that grows, if there is one, and note it."""
-        if self._file is None:
-            return
-        self._file.seek(0)
-        self._file.write(shard_header(self._tokens))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """End the shard that grows and note it."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.close()
-        facts = measure_shard(self._path, self._vocab_size, self._bos_token)
-        self._work.shards[self._part][self._path.name] = facts, self._documents
+        planned = self._plan.popleft()
+        facts = ShardFacts(planned.tokens, self._bos_count, self._sha256.hexdigest())
+        self._work.shards[self._part][self._path.name] = facts, planned.documents
         self._work.note()
-        self._tokens = self._documents = 0
 
     def close(self) -> None:
         """Let go of the file."""

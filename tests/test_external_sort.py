@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speedrun_mup.external_sort import Block, Piece, merged, write_piece
+from speedrun_mup.external_sort import Block, Merge, Piece, write_piece
 
 
 def make(folder: Path, rows: list[tuple[int, bytes]], cuts: list[int]) -> list[Piece]:
@@ -47,11 +47,13 @@ def test_as_sorted_would(tmp_path: Path, kind: str) -> None:
     pieces = make(tmp_path, rows, [3, 200, 333])
     right = [record for _, record in sorted(rows, key=lambda row: row[0])]
     for block_bytes in 1, 5000, 10**7:
-        blocks = list(merged(pieces, 0, block_bytes))
+        blocks = list(Merge(pieces, block_bytes).blocks(0))
         assert unpacked(blocks) == right
         assert len(blocks) == 1 or block_bytes < 10**7
         for skip in 1, 77, 499, 500:
-            assert unpacked(list(merged(pieces, skip, block_bytes))) == right[skip:]
+            assert unpacked(list(Merge(pieces, block_bytes).blocks(skip))) == right[skip:]
+            sizes = [size for some in Merge(pieces, block_bytes).sizes(skip) for size in some.tolist()]
+            assert sizes == list(map(len, right[skip:]))
     assert all(piece.is_whole() for piece in pieces)
     assert list(pieces[0].tags()) == [bytes([key % 251]) * 16 for key, _ in sorted(rows[:3], key=lambda row: row[0])]
 
@@ -62,7 +64,7 @@ def test_blocks_stay_near_their_size(tmp_path: Path, kind: str) -> None:
     rng = random.Random(1)
     keys = [rng.getrandbits(64) for _ in range(4000)] if kind == "random" else list(range(4000))
     rows = [(key, bytes(10 if number < 3000 else 1000)) for number, key in enumerate(keys)]
-    blocks = list(merged(make(tmp_path, rows, list(range(200, 4000, 200))), 0, 50_000))
+    blocks = list(Merge(make(tmp_path, rows, list(range(200, 4000, 200))), 50_000).blocks(0))
     assert len(blocks) > 15 and max(len(block.data) for block in blocks) < 75_000
 
 
@@ -83,7 +85,7 @@ def test_many_pieces_need_few_open_files(tmp_path: Path) -> None:
     used = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, hard))
     try:
-        found = unpacked(list(merged(pieces, 0, 10**6)))
+        found = unpacked(list(Merge(pieces, 10**6).blocks(0)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found == [record for _, record in sorted(rows)]
