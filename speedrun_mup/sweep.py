@@ -44,6 +44,7 @@ from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError, in_
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import model_shape, run_flops
+from speedrun_mup.interrupts import after_imports
 from speedrun_mup.packages import import_package
 from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
@@ -890,7 +891,10 @@ def _signals_interrupt() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 raise KeyboardInterrupt with their name, but in other threads than the main one."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        def stop() -> None:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+
+        after_imports(stop, frame)
 
     previous = {}
     try:

@@ -52,6 +52,7 @@ from speedrun_mup.hardware import (
     pick_pack,
     use_compile_cache,
 )
+from speedrun_mup.interrupts import after_imports
 from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
@@ -135,13 +136,17 @@ def stop_signals() -> Iterator[StopSignals]:
     """
     received = StopSignals()
 
+    def stop_early() -> None:
+        if not received.something_to_save:
+            raise StoppedEarly(received[0])  # whoever drops this, as a finalizer does, stops after the step
+
     def on_signal(number: int, frame: Any) -> None:
         name = "the end of torchrun or SIGUSR2" if number == PARENT_DIED else signal.Signals(number).name
         if number == PARENT_DIED and received:
             return
         received.append(name)
-        if not received.something_to_save and len(received) == 1:  # a second would interrupt what the first has begun;
-            raise StoppedEarly(name)  # whoever drops this, as a finalizer does, stops after the step
+        if len(received) == 1:  # a second would interrupt what the first has begun
+            after_imports(stop_early, frame)
         if len(received) == 2 and received.something_to_save:
             print(f"{received[-1]} again: still saving; once more quits without", file=sys.stderr)
         if len(received) >= 3:

@@ -118,7 +118,8 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(number, tmp_path):
     """Libraries catch KeyboardInterrupt, pass it on as ImportError, or abort; torch alone imports 1,500 modules."""
     words = [sys.executable, "-c", COUNTED, str(number), *TRAIN]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (130, "error: interrupted\n"), (number, done.stderr[-500:])
+    early = "error: stopped by SIGINT before there was a run; start the same command again\n"
+    assert (done.returncode, done.stderr) in ((130, "error: interrupted\n"), (75, early)), (number, done.stderr[-500:])
 
 
 @pytest.mark.slow

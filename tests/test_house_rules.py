@@ -11,7 +11,17 @@ PACKAGE = ROOT / "speedrun_mup"
 # Lowest first. A module may import from its own floor's members only if it is listed after them, and from any floor below.
 FLOORS = [
     ["core.errors"],
-    ["core.mup", "core.triton_kernels", "core.utils", "files", "packages", "pictures", "schedules", "terminal"],
+    [
+        "core.mup",
+        "core.triton_kernels",
+        "core.utils",
+        "files",
+        "interrupts",
+        "packages",
+        "pictures",
+        "schedules",
+        "terminal",
+    ],
     ["core.attention", "core.fp8", "core.optimizers"],
     ["core.model", "synonyms", "flags", "config"],
     ["shards", "documents", "external_sort", "checkpoint", "flops", "hardware", "numerics", "tracking"],
