@@ -56,6 +56,8 @@ def test_examples_run(capsys):
     assert len(printed) == 6
     assert "2.weight  hidden  Factors(init=0.5, forward=1.0, lr=0.25, eps=0.25, weight_decay=4.0)" in printed
     assert names["loss"] < 1.4 and [o.param_groups[0]["lr"] for o in names["optimizers"]] == [0.02, 1e-3]
+    assert names["experts"].mup_specs["router"].factors(mup.mup(), "adam").lr == 1 / 4
+    assert [len(o.param_groups[0]["params"]) for o in names["both"].optimizers] == [1, 2]
     assert names["gpt"].lm_head.weight is names["gpt"].wte.weight and names["gpt_loss"] < 3.5
     assert {p: group["lr"] for group in names["adam"].param_groups for p in group["params"]} == {
         names["gpt"].wte.weight: 1e-2,
@@ -73,7 +75,7 @@ def test_examples_run(capsys):
     ],
 )
 def test_the_ported_model_passes_the_coordinate_check_and_lines_of_nanogpt_in_it_fail(ported, original, failed):
-    first, port, _ = blocks()
+    first, port, *_ = blocks()
     assert ported in port
     names: dict = {}
     exec(first.split("\n\n\n")[0] + "\n" + port.split("learning_rate =")[0].replace(ported, original), names)

@@ -257,6 +257,61 @@ def test_a_lazy_module_is_told_to_run_first():
         list(mup.named_specs(nn.LazyLinear(3)))
 
 
+# An initialisation of one's own
+
+
+class Own(nn.Module):
+    """One std for all widths, another for the matrix that closes a branch."""
+
+    def __init__(self, width, tie=False):
+        super().__init__()
+        self.emb, self.fc, self.proj = nn.Embedding(50, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.head = mup.MuReadout(width, 50, bias=False)
+        if tie:
+            self.head.weight = self.emb.weight
+        self.start()
+
+    def start(self):
+        for p, std in (
+            (self.emb.weight, 0.02),
+            (self.fc.weight, 0.02),
+            (self.proj.weight, 0.01),
+            (self.head.weight, 0.02),
+        ):
+            nn.init.normal_(p, std=std)
+        nn.init.zeros_(self.fc.bias)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_an_initialisation_with_one_std_is_turned_into_that_of_mup(tie, again):
+    build = functools.partial(Own, tie=tie)
+    model = shaped(build, width=256, rescale_params=False)
+    if again:
+        model.start()
+    for _ in range(2):
+        mup.rescale_init(model)
+        mup.set_base_shapes(model, build(16), delta=build(32))
+    for p, std in (
+        (model.emb.weight, 0.02),
+        (model.fc.weight, 0.005),
+        (model.proj.weight, 0.0025),
+        (model.head.weight, 0.02),
+    ):
+        assert p.std().item() == pytest.approx(std, rel=0.05)
+    mup.set_base_shapes(model, build(64), delta=build(32))
+    mup.rescale_init(model)
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_an_initialisation_that_was_rescaled_before_is_refused():
+    with pytest.raises(mup.BaseShapeError, match="rescale_params=False"):
+        mup.rescale_init(shaped(Own))
+    model = shaped(functools.partial(mlp, wrap=NEW["weight_norm"]), rescale_params=False)
+    with pytest.raises(mup.BaseShapeError, match="weight_norm"):
+        mup.rescale_init(model)
+
+
 # Parametrized layers
 
 

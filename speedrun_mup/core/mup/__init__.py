@@ -16,7 +16,7 @@ from speedrun_mup.core.mup.init import (
     xavier_normal_,
     xavier_uniform_,
 )
-from speedrun_mup.core.mup.layer import MuReadout, MuSharedReadout, rescale_linear_bias
+from speedrun_mup.core.mup.layer import MuReadout, MuSharedReadout, rescale_init, rescale_linear_bias
 from speedrun_mup.core.mup.optim import Combined, MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
 from speedrun_mup.core.mup.rules import (
     PARAMETRIZATIONS,
@@ -88,6 +88,7 @@ __all__ = [
     "ones_",
     "optim",
     "process_param_groups",
+    "rescale_init",
     "rescale_linear_bias",
     "save_base_shapes",
     "set_base_shapes",

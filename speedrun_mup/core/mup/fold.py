@@ -45,8 +45,8 @@ def fold(model: Model) -> Model:
             module.weight = folded
             module.__class__ = nn.Linear  # type: ignore[assignment]
     for module in plain.modules():
-        for kept in [name for name in vars(module) if name.startswith("mup_")]:
-            del vars(module)[kept]
+        for name in ("mup_specs", "mup_shared", "mup_rescaled", "mup_loaded", "mup_own_start"):
+            vars(module).pop(name, None)
     for parameter in plain.parameters():
         vars(parameter).pop("infshape", None)
     config: Any = getattr(plain, "config", None)

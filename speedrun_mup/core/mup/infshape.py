@@ -98,9 +98,9 @@ class InfShape(tuple[InfDim, ...]):
         if len(self) < 2:
             raise BaseShapeError(f"fan-in and fan-out need two dimensions, {self!r} has {len(self)}")
         layout = self.spec.layout
-        if "in" in layout and "out" in layout:
-            return self[layout.index("in")], self[layout.index("out")]
-        return self[1], self[0]
+        sides = [[dim for dim, its_word in zip(self, layout) if its_word == word] for word in ("in", "out")]
+        fan_in, fan_out = (max(side, key=InfDim.isinf, default=None) for side in sides)
+        return (fan_in, fan_out) if fan_in and fan_out else (self[1], self[0])
 
     def fanin_fanout_mult_ratio(self) -> float:
         """Width multiplier of the fan-in over that of the fan-out."""

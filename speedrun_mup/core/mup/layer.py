@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.mup.infshape import BaseShapeError
-from speedrun_mup.core.mup.layers import tensor_spec, torch_start
+from speedrun_mup.core.mup.layers import sources, tensor_spec, torch_start
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, ROOT_PER_IN, Parametrization, Role
 from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
 
@@ -208,6 +208,8 @@ def rescale_linear_bias(linear: nn.Module) -> None:
 
 def rescale_start(module: nn.Module) -> None:
     """Turn the start that torch gives a module of its own into muP's, for all of its parameters. Safe to repeat."""
+    if "mup_own_start" in vars(module):  # rescale_init's
+        return
     if isinstance(module, MuReadout):
         module._rescale_parameters()
         return
@@ -221,3 +223,23 @@ def rescale_start(module: nn.Module) -> None:
         if start is not None and local in module._parameters and local not in vars(module).get("mup_rescaled", {}):
             factors[local] = spec.factors(PARAMETRIZATIONS["mup"], "adam").init / start
     _rescale(module, factors)
+
+
+def rescale_init(model: nn.Module) -> None:
+    """Turn an initialisation of your own, with one std for all widths, into muP's. Safe to repeat.
+
+    Hidden matrices shrink by 1/sqrt(width multiplier), whatever std each has; the rest is as it was. Call it after
+    set_base_shapes(..., rescale_params=False) and after your initialisation.
+
+    Raises:
+        BaseShapeError: if set_base_shapes has rescaled already, and for weight_norm, whose magnitude is drawn by itself.
+    """
+    modules = list(model.modules())
+    if any(vars(module).get("mup_rescaled") and "mup_own_start" not in vars(module) for module in modules):
+        raise BaseShapeError("set_base_shapes took the values for torch's start: call it with rescale_params=False")
+    if any(source.how == "magnitude" for source in sources(model).values()):
+        raise BaseShapeError("the magnitude of weight_norm has its own start: initialise before weight_norm is applied")
+    for module in modules:
+        specs: dict[str, ParamSpec] = vars(module).get("mup_specs", {})
+        vars(module)["mup_own_start"] = True
+        _rescale(module, {name: spec.factors(PARAMETRIZATIONS["mup"], "adam").init for name, spec in specs.items()})
