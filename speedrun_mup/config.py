@@ -113,6 +113,9 @@ class TrainConfig:
     out: str = setting("run", "folder that holds run folders", "runs")
     name: str | None = setting("run", "run folder's name (default: made from the settings and the time)", None)
     resume: str | None = setting("run", "go on with a run: its folder, or auto for the newest unfinished one", None)
+    init_from: str | None = setting(
+        "run", "begin a new run with the weights of another: its folder, or that of one of its checkpoints", None
+    )
     save: bool = setting("run", "write checkpoints; the sweep's many small runs do without", True)
     save_every: int = setting("run", "steps between checkpoints; 0 is only at the end", 0)
     keep_last: int = setting("run", "checkpoints to keep, at least 2", 2)

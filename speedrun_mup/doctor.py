@@ -24,9 +24,9 @@ from speedrun_mup.data import ValBatches, train_batches
 from speedrun_mup.explain import explain
 from speedrun_mup.hardware import pick_attention, pick_compile, pick_dtype
 from speedrun_mup.inspect_corpus import inspect_corpus
+from speedrun_mup.run_folder import FolderLock
 from speedrun_mup.shards import Corpus, Mixture
 from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
-from speedrun_mup.training import FolderLock
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))  # from, and before, as pyproject.toml has it
 SLACK = 1.1  # of free space over need, below which it is called tight
@@ -198,8 +198,8 @@ def _state_of_run(folder: Path) -> Iterator[Finding]:
         yield Finding(Level.GOOD, "run", f"{folder} is in use by process {holder}")
     elif status == "running":
         yield Finding(Level.WARNING, "run", f"{folder}: died without a word", f"go on with --resume {folder}")
-    elif status == "failed":
-        yield Finding(Level.WARNING, "run", f"{folder}: failed: {why}", f"mend it, then go on with --resume {folder}")
+    elif status in ("failed", "diverged"):
+        yield Finding(Level.WARNING, "run", f"{folder}: {status}: {why}", f"mend it, then go on with --resume {folder}")
     else:
         yield Finding(Level.GOOD, "run", f"{folder}: {status}")
 

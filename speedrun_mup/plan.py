@@ -23,6 +23,7 @@ from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import run_flops
+from speedrun_mup.run_folder import saved_config
 from speedrun_mup.shards import Corpus
 from speedrun_mup.sweep import (
     Arm,
@@ -38,7 +39,6 @@ from speedrun_mup.sweep import (
     write_whole,
 )
 from speedrun_mup.tracking import clock, read_metrics
-from speedrun_mup.training import saved_config
 from speedrun_mup.transfer import Thresholds, TransferError, loss_forecast
 
 PLAN, VERSION = "plan.json", 1

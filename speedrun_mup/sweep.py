@@ -40,15 +40,16 @@ import torch
 from tqdm import tqdm
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError, in_a_line
+from speedrun_mup.core.errors import ConfigError, Diverged, UserError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import model_shape, run_flops
 from speedrun_mup.interrupts import after_imports
 from speedrun_mup.packages import import_package
+from speedrun_mup.run_folder import FREE_TO_CHANGE, FolderLock
 from speedrun_mup.shards import Corpus
 from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
-from speedrun_mup.training import FREE_TO_CHANGE, FolderLock, train
+from speedrun_mup.training import train
 from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, is_rate, measure_transfer
 
 SCHEMA = 1  # of result.json; part of every id
@@ -60,7 +61,7 @@ MOST_OCTAVES = 32.0  # either way that a grid may go
 MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
 TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
 # Settings without a part in an id. The corpus has a fingerprint; what happens to a diverging run is part of the result.
-NOT_COMPUTED = FREE_TO_CHANGE - {"on_nonfinite"} | {"data", "tokenizer"}
+NOT_COMPUTED = FREE_TO_CHANGE - {"on_nonfinite"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked for
@@ -344,7 +345,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 result = train(replace(cell.cfg, out=str(scratch), name=folder.name))
-            except NonFiniteError as fault:
+            except Diverged as fault:
                 reason = str(fault)
             else:
                 if not result.finished:

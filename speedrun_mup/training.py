@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun_mup.checkpoint import CheckpointError, Checkpoints, check_match
-from speedrun_mup.config import TrainConfig, from_json, rules_in_force, to_json
+from speedrun_mup.checkpoint import CheckpointError, Checkpoints, Loaded, check_match
+from speedrun_mup.config import TrainConfig, rules_in_force, to_json
 from speedrun_mup.core.attention import Window
-from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, OutOfMemory, Stopped, UserError
+from speedrun_mup.core.errors import (
+    CollectiveError,
+    ConfigError,
+    Diverged,
+    NonFiniteError,
+    OutOfMemory,
+    Stopped,
+    UserError,
+)
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, FetchSlice, Muon, ShardedOptimizer, Slice, Tuned, param_groups
 from speedrun_mup.core.utils import (
@@ -40,7 +49,7 @@ from speedrun_mup.core.utils import (
 )
 from speedrun_mup.corpus import cache_folder, find_corpus
 from speedrun_mup.data import Batch, ValBatches, train_batches
-from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_bytes, write_whole
+from speedrun_mup.files import open_to_append, printable, write_whole
 from speedrun_mup.hardware import (
     fit_micro_batch,
     fit_val_chunk,
@@ -53,10 +62,19 @@ from speedrun_mup.hardware import (
     use_compile_cache,
 )
 from speedrun_mup.interrupts import after_imports
-from speedrun_mup.numerics import SpikeWatch, Vote, not_finite
+from speedrun_mup.numerics import SpikeWatch, Vote, exploded_weights, failed_to_learn, not_finite
+from speedrun_mup.run_folder import (
+    LASTING,
+    FolderLock,
+    check_resumable,
+    is_longer,
+    saved_config,
+    told_of_extension,
+)
 from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
 from speedrun_mup.shards import Corpus
-from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, launch, lives, provenance, read_status, source_sha256
+from speedrun_mup.tokenizers import bytes_of_tokens
+from speedrun_mup.tracking import CONFIG, PROVENANCE, RunLog, lives, provenance, source_sha256
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up
 BAD_STEPS = 10  # skipped or rolled back before the run gives up
@@ -78,10 +96,11 @@ class TrainResult:
     finished: bool
 
 
-def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
+def train(cfg: TrainConfig, observe: Observer | None = None, lock: FolderLock | None = None) -> TrainResult:
     """Train, validate and checkpoint as `cfg` says; under torchrun, with all its ranks.
 
-    observe(step, model, micro_batches): called with this rank's micro-batches before every optimizer step.
+    observe(step, model, micro_batches): called with this rank's micro-batches before every optimizer step. lock: rank 0's
+    of the folder to resume, if it holds it already; it is closed at the end.
     Raises a UserError whose text is one line. SIGINT, SIGTERM and SIGUSR1 finish the step, save, and return with
     finished=False; before the first step is done they end this rank at once, with Stopped.
     """
@@ -91,7 +110,7 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
     world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
     try:
         with stop_signals() as signals, deterministic(cfg.strict):
-            run = Run(cfg, world)
+            run = Run(cfg, world, lock)
             try:
                 if run.start < cfg.iterations:
                     run.tell_status("running")
@@ -99,7 +118,8 @@ def train(cfg: TrainConfig, observe: Observer | None = None) -> TrainResult:
             except BaseException as fault:
                 stopped = isinstance(fault, StoppedEarly)
                 if not stopped:
-                    run.tell_status("failed", f"{type(fault).__name__}: {fault}")
+                    status = "diverged" if isinstance(fault, Diverged) else "failed"
+                    run.tell_status(status, f"{type(fault).__name__}: {fault}")
                 elif run.start < cfg.iterations:
                     run.tell_status("stopped")
                 with suppress(UserError):  # a save that fails now is not what ended the run
@@ -175,7 +195,7 @@ class RollBack(Exception):
 class Run:
     """All that a run is made of, built from its config. `train` is the story."""
 
-    def __init__(self, cfg: TrainConfig, world: World):
+    def __init__(self, cfg: TrainConfig, world: World, lock: FolderLock | None = None):
         self.cfg, self.world = cfg, world
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # a benchmark puts a stopwatch here
         self.corpus, source = prepare_corpus(cfg, world)
@@ -198,7 +218,11 @@ class Run:
             cfg = fit_val_chunk(fit_micro_batch(cfg, self.pack, self.fits), self.val_fits)
             self.use(cfg)
 
-        self.folder, self.lock = open_folder(cfg, world)
+        notes = []
+        if cfg.init_from and not cfg.resume:
+            notes = self.take_weights(Path(cfg.init_from))
+        cfg = self.cfg
+        self.folder, self.lock = open_folder(cfg, world, lock)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", world, cfg.keep_last, cfg.keep_every)
         self.checkpoints.clean()
         self.start, self.train_s = 0, 0.0
@@ -209,7 +233,10 @@ class Run:
         self.votes: deque[Vote] = deque()  # not acted on yet: so many wait for the device to get there
         self.vote_lag = 1 if world.device.type == "cuda" else 0
         self.stopping, self.failed_saves, self.bad_steps = False, 0, 0
-        notes = self.resume() if cfg.resume else []
+        self.last_grad_norm = math.nan
+        self.untrained_loss = math.log(self.model.cfg.padded_vocab)  # the head begins at zero
+        if cfg.resume:
+            notes = self.resume()
         self.log = open_log(cfg, world, self.folder, self.start)
 
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -264,6 +291,8 @@ class Run:
                 save_due = bool(cfg.save_every) and (step + 1) % cfg.save_every == 0
                 self.act_on_votes(at_once=save_due or step + 1 == cfg.iterations)
                 self.hear_of_saves()
+                if step + 1 == cfg.iterations:
+                    self.refuse_diverged(step + 1)  # before it is saved
                 last = self.stopping or step + 1 == cfg.iterations
                 if cfg.save and (last or save_due):
                     self.save(step + 1, last)
@@ -282,8 +311,31 @@ class Run:
         )
 
     def tell_status(self, status: str, why: str | None = None) -> None:
-        """Write status.json, because torchrun hides the exit codes of its ranks. status: running, finished, stopped, failed."""
-        self.log.tell_status(status, why)
+        """Write status.json, because torchrun hides the exit codes of its ranks.
+
+        status: running, finished, stopped, diverged, failed.
+        """
+        if self.in_its_folder():
+            self.log.tell_status(status, why)
+
+    def in_its_folder(self) -> bool:
+        """Have rank 0's log write where the folder is now. False if that is not known, so that another's is left alone."""
+        if self.lock:
+            try:
+                self.log.move(self.lock.find())
+            except UserError:
+                return False
+        return True
+
+    def follow_folder(self) -> None:
+        """Go on in the folder under its new name, if somebody renamed it. UserError on all ranks if it is lost."""
+        found = self.world.from_main(_attempt(self.lock.find) if self.lock else None)
+        if isinstance(found, UserError):
+            raise found
+        if found != self.folder:
+            self.log.move(found)
+            self.log.say(f"{printable(self.folder)} was renamed to {printable(found)}; the run goes on there")
+            self.folder, self.checkpoints.root = found, found / "checkpoints"
 
     def take_step(self, micro_batches: list[Batch], step: int, stop: bool = False) -> None:
         """Gradients, a vote on them, and the update. stop: whether this rank was asked to."""
@@ -294,6 +346,9 @@ class Run:
         with self.phase("optimizer"), self.telling_of_memory(step, "update"):
             for optimizer in self.optimizers:
                 optimizer.step(vote.good)  # sums gradients over ranks itself; there is no DDP wrapper
+            vote.sum_norms(
+                (square for optimizer in self.optimizers for square in optimizer.gradient_squares), self.world
+            )
             self.model.zero_grad(set_to_none=True)
 
     def use(self, cfg: TrainConfig) -> None:
@@ -467,12 +522,14 @@ class Run:
             if verdict.bad:
                 self.handle_bad_step(vote)
             else:
-                self.log_step(vote.step, verdict.loss / self.cfg.batch_tokens)
+                self.log_step(vote.step, verdict.loss / self.cfg.batch_tokens, verdict.grad_norm)
 
-    def log_step(self, step: int, loss: float) -> None:
-        """Record a step that counted."""
-        self.train_loss, tokens = loss, (step + 1) * self.cfg.batch_tokens
-        self.log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s})
+    def log_step(self, step: int, loss: float, grad_norm: float) -> None:
+        """Record a step that counted. lr: the hidden matrices' at base width, the others keep their ratios to it."""
+        cfg, tokens = self.cfg, (step + 1) * self.cfg.batch_tokens
+        self.train_loss, self.last_grad_norm = loss, grad_norm
+        rates = {"lr": cfg.matrix_lr * cfg.lr_scale * self.lr_factor(step), "grad_norm": grad_norm}
+        self.log.train({"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s} | rates)
         if spike := self.spikes.see(loss):
             self.log.say(f"warning: step {step}: {spike}")
 
@@ -485,7 +542,8 @@ class Run:
         named = {rank: not_finite(values) for rank, values in enumerate(evidence)}
         where = "; ".join(f"rank {rank}: {', '.join(names[:3])}" for rank, names in named.items() if names)
         what = f"step {vote.step}: not finite on {where}"
-        self.log.dump(f"bad-step-{vote.step:08d}.json", self.describe_bad_step(vote.step, evidence))
+        if self.in_its_folder():
+            self.log.dump(f"bad-step-{vote.step:08d}.json", self.describe_bad_step(vote.step, evidence))
         self.bad_steps += 1
         if self.cfg.on_nonfinite == "stop" or self.bad_steps > BAD_STEPS:
             raise NonFiniteError(
@@ -521,6 +579,7 @@ class Run:
         self.votes.clear()
         self.model.zero_grad(set_to_none=True)
         self.hear_of_saves(wait=True)
+        self.follow_folder()
         used, train_s = bad_step + 1 + self.data_offset, self.train_s
         found = self.checkpoints.newest(self.log.say)
         if found is None:
@@ -533,12 +592,50 @@ class Run:
     def validate(self, step: int) -> None:
         """Evaluate the weights before `step`, and record what comes out."""
         self.act_on_votes()
+        self.refuse_exploded(step)
         self.val_loss = self.evaluate(step)
-        self.log.val({"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s})
+        bits = {"bits_per_byte": self.val_loss * self.tokens_per_byte / math.log(2) if self.tokens_per_byte else None}
+        self.log.val({"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s} | bits)
         if not math.isfinite(self.val_loss):
             raise NonFiniteError(
                 f"step {step}: the validation loss is {self.val_loss}; lower --lr-scale, or see the data"
             )
+
+    def refuse_exploded(self, step: int) -> None:
+        """Raise Diverged if a weight is beyond any sane size after `step` steps."""
+        if said := exploded_weights(dict(self.model.named_parameters())):
+            raise Diverged(self.told_of_divergence(step, said))
+
+    def told_of_divergence(self, step: int, said: str) -> str:
+        """What to do about it."""
+        kept = "the checkpoints before are kept" if self.cfg.save else "nothing was saved"
+        return f"step {step}: diverged: {said}; {kept}. Lower --lr-scale (it was {self.cfg.lr_scale:g})"
+
+    def refuse_diverged(self, step: int) -> None:
+        """Raise Diverged if a run that is at its end is worse than untrained."""
+        self.refuse_exploded(step)
+        if said := self.failure_to_learn(step):
+            raise Diverged(self.told_of_divergence(step, said))
+
+    def failure_to_learn(self, step: int) -> str:
+        """What there is to say, after `step` steps, about losses above that of the untrained model."""
+        return failed_to_learn(self.spikes.history, self.untrained_loss, step, self.last_grad_norm)
+
+    @functools.cached_property
+    def tokens_per_byte(self) -> float | None:
+        """Validation tokens for each byte of their text; None if the tokenizer does not tell bytes.
+
+        BOS tokens have no bytes, and their loss counts all the same.
+        """
+        lengths = bytes_of_tokens(self.corpus) if self.world.is_main else None
+        if lengths is None:
+            return None
+        size = sum(int(lengths[self.val_batches[i][1].numpy()].sum()) for i in range(len(self.val_batches)))
+        return len(self.val_batches) * self.cfg.val_chunk_tokens / size if size else None
+
+    def lr_factor(self, step: int) -> float:
+        """What the schedule leaves of the learning rates at `step`."""
+        return lr_factor(step / self.cfg.iterations, self.cfg.cooldown, self.cfg.lr_floor)
 
     def tell_of_epoch(self, step: int) -> None:
         """Say so where the data repeats."""
@@ -550,7 +647,7 @@ class Run:
     def set_schedule(self, step: int) -> None:
         """Learning rates and Muon's momentum for this step."""
         cfg = self.cfg
-        factor = lr_factor(step / cfg.iterations, cfg.cooldown, cfg.lr_floor)
+        factor = self.lr_factor(step)
         momentum = muon_momentum(step, cfg.momentum_warmup, cfg.momentum_start, cfg.momentum)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -600,7 +697,16 @@ class Run:
         self.log.say(f"kernel warmup: {self.cfg.kernel_warmup} steps in {took:.1f} s, not part of the train time")
 
     def save(self, step: int, last: bool) -> None:
-        """Checkpoint after `step` steps. A failed save costs a warning; the last one, or SAVE_ATTEMPTS, cost the run."""
+        """Checkpoint after `step` steps. A failed save costs a warning; the last one, or SAVE_ATTEMPTS, cost the run.
+
+        Weights that exploded are not saved, so that the last good checkpoint stays; nor is, unless it is to stop, a run
+        that is worse than untrained, though it may recover.
+        """
+        self.refuse_exploded(step)
+        said = "" if last else self.failure_to_learn(step)
+        if said:
+            self.log.say(f"warning: step {step}: {said}; not saved, so that the checkpoint before stays")
+            return
         slices = {key: part for optimizer in self.optimizers for key, part in optimizer.slices().items()}
         state = {
             "step": step,
@@ -613,6 +719,7 @@ class Run:
             "config": dataclasses.asdict(self.cfg),
         }
         self.hear_of_saves(wait=True)
+        self.follow_folder()
         with self.tolerating_failed_saves(last):
             self.checkpoints.save(step, self.model.state_dict(), slices, state, wait=last)
 
@@ -635,32 +742,108 @@ class Run:
 
     def resume(self) -> list[str]:
         """Continue from the newest intact checkpoint, if the folder has one; returns what there is to say about it."""
-        notes: list[str] = []
+        notes = _told_of_other_code(self.folder) if self.world.is_main else []
         path = self.checkpoints.newest(notes.append)
         if path is None:
-            before = {"config": dataclasses.asdict(saved_config(self.folder)), "corpus": self.corpus.fingerprint}
+            saved = saved_config(self.folder)
+            before = {"config": dataclasses.asdict(saved), "corpus": self.corpus.fingerprint}
             check_resumable(self.cfg, self.corpus, before, self.folder)
-            return [*notes, f"{self.folder} has no checkpoint yet; starting at step 0"]
-        self.load(path)
+            weights = self.take_weights(Path(saved.init_from)) if saved.init_from else []
+            return [*notes, f"{self.folder} has no checkpoint yet; starting at step 0", *weights]
+        notes += self.load(path)
         done = "; already complete" if self.start == self.cfg.iterations else ""
         return [*notes, f"resumed from {path}, step {self.start} of {self.cfg.iterations}{done}"]
 
-    def load(self, path: Path) -> None:
-        """Take model, optimizers and position from a checkpoint of this run. Nothing changes if it does not fit."""
+    def load(self, path: Path) -> list[str]:
+        """Take model, optimizers and position from a checkpoint of this run; returns what changes with it.
+
+        Nothing changes if it does not fit. With --dtype auto, the type may be another one on this device.
+        """
         loaded = self.checkpoints.load(path)
         state = STATE_BEFORE | loaded.state
         check_resumable(self.cfg, self.corpus, state, path)
-        check_match(loaded.model, self.model.state_dict())
-        self.model.load_state_dict(loaded.model)
+        own, notes = self.model.state_dict(), list[str]()
+        model = loaded.model
+        if self.cfg.dtype == "auto" and (types := _other_type(model, own)):
+            notes.append(f"--dtype auto: this device takes {types}, so from here on numbers are rounded otherwise")
+            model = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in model.items()}
+        check_match(model, own)
+        self.model.load_state_dict(model)
         for optimizer in self.optimizers:
             optimizer.load_slices(loaded.slice, state["optimizer_steps"][type(optimizer).__name__])
         self.start, self.train_s, self.data_offset = state["step"], state["train_s"], state["data_offset"]
         self.val_loss = state["val_loss"]
         self.spikes = SpikeWatch(state["losses"])
+        before = state["config"]["iterations"]
+        if is_longer(before, self.cfg.iterations):
+            notes.append(told_of_extension(before, self.cfg, self.start))
+        return notes
+
+    def take_weights(self, source: Path) -> list[str]:
+        """Begin with the weights in `source`, the folder of a run or of a checkpoint; returns a line about it."""
+        notes: list[str] = []
+        path = source
+        if not re.fullmatch(r"step-\d+", source.name):
+            root = Checkpoints(source / "checkpoints", self.world)
+            found = root.newest(notes.append)
+            root.close()
+            if found is None:
+                raise CheckpointError(
+                    f"--init-from {source}: no checkpoint there; give a run's folder or a step-N in it"
+                )
+            path = found
+        faults = self.world.gather_objects(_attempt(lambda: self.start_from(Loaded(path), path)))
+        if fault := next((fault for fault in faults if fault), None):
+            raise fault
+        self.cfg = dataclasses.replace(self.cfg, init_from=str(path.absolute()))
+        return [*notes, f"starting at step 0 with the weights of {path}"]
+
+    def start_from(self, loaded: Loaded, path: Path) -> None:
+        """Take the weights of `loaded`. CheckpointError if they are another model's, or mean another function here."""
+        own = self.model.state_dict()
+        shapes = {name: (tuple(loaded.model[name].shape) if name in loaded.model else None) for name in own}
+        differ = [name for name, tensor in own.items() if shapes[name] != tuple(tensor.shape)]
+        differ += [name for name in loaded.model if name not in own]
+        if differ:
+            first = differ[0]
+            raise CheckpointError(
+                f"--init-from {path}: another model, {len(differ)} of its parameters do not fit; {first} is "
+                f"{shapes.get(first) or 'missing or unexpected'}, not {tuple(own[first].shape) if first in own else 'known'};"
+                " give the same --width, --n-layer and tokens"
+            )
+        saved = loaded.state["config"].items()
+        theirs = TrainConfig(**{key: value for key, value in saved if key in TrainConfig.__dataclass_fields__})
+        with torch.device("meta"):
+            scale = GPT(model_config(theirs, self.corpus, "dense", torch.float32)).logit_scale
+        if theirs.head_dim != self.cfg.head_dim or not math.isclose(scale, self.model.logit_scale):
+            raise CheckpointError(
+                f"--init-from {path}: the same weights give other predictions with these settings; keep its --parametrization "
+                f"{theirs.parametrization} --base-width {theirs.base_width or theirs.width} --head-dim {theirs.head_dim}"
+            )
+        self.model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in loaded.model.items()})
 
 
 # What a checkpoint of version 0.1.0 does not tell.
 STATE_BEFORE: dict[str, Any] = {"data_offset": 0, "losses": []}
+
+
+def _other_type(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Which type a tensor has instead of which, if one of them has another; else nothing."""
+    for name in found.keys() & expected.keys():
+        now, before = (str(tensors[name].dtype).removeprefix("torch.") for tensors in (expected, found))
+        if now != before:
+            return f"{now} instead of {before}"
+    return ""
+
+
+def _told_of_other_code(folder: Path) -> list[str]:
+    """A line if the last life of the run in `folder` had other code than this one."""
+    before, now = next((life.get("source_sha256") for life in lives(folder)[-1:]), None), source_sha256()
+    if before in (None, now):
+        return []
+    return [
+        f"the code changed since this run's last life: its hash was {printable(before)[:12]}, is {now[:12]}; going on"
+    ]
 
 
 def _own_slices(slices: dict[str, Slice]) -> FetchSlice:
@@ -735,43 +918,22 @@ def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
             )
 
 
-# What a resumed run may change: where it runs and what it shows, not what it computes.
-FREE_TO_CHANGE = {
-    *("out", "name", "resume", "save", "save_every", "keep_last", "keep_every", "track", "progress", "val_every"),
-    *("on_nonfinite", "timeout_s", "device", "attention", "compile", "kernel_warmup", "pack"),
-}
-
-
-def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
-    """CheckpointError listing every setting that differs from those that `path` was made with."""
-    now = dataclasses.asdict(cfg)
-    before = dataclasses.asdict(TrainConfig()) | state["config"]  # a setting that is newer than the run has its default
-    fixed = [key for key in now if key not in FREE_TO_CHANGE and before[key] != now[key]]
-    differ = [f"{key} was {before[key]}, is {now[key]}" for key in fixed]
-    if state["corpus"] != corpus.fingerprint:
-        differ.append("the corpus is not the same")
-    if differ:
-        raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
-
-
-def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None]:
-    """Make (or, to resume, reopen) the run's folder, and add to its provenance. Rank 0 holds its lock."""
-    lock: FolderLock | None = None
+def open_folder(cfg: TrainConfig, world: World, lock: FolderLock | None = None) -> tuple[Path, FolderLock | None]:
+    """Make (or, to resume, reopen) the run's folder. Rank 0 holds its lock, from before if it is given."""
 
     def open_it() -> Path:
         nonlocal lock
+        if lock:
+            return lock.find()
         made = f"{cfg.parametrization}-w{cfg.width}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder = Path(cfg.resume) if cfg.resume else Path(cfg.out) / (cfg.name or made)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(folder)
-            if not cfg.resume and (folder / CONFIG).exists():
-                raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
-            with open_to_append(folder / PROVENANCE) as file:
-                file.write(json.dumps(provenance(sys.argv)) + "\n")
         except OSError as fault:
-            where = printable(fault.filename or folder)
-            raise ConfigError(f"{where} cannot be written ({fault.strerror}); choose another with --out") from None
+            raise _cannot_write(folder, fault) from None
+        if not cfg.resume and os.path.lexists(folder / CONFIG):
+            raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
         return folder
 
     outcome = world.from_main(_attempt(open_it) if world.is_main else None)
@@ -781,13 +943,29 @@ def open_folder(cfg: TrainConfig, world: World) -> tuple[Path, FolderLock | None
 
 
 def open_log(cfg: TrainConfig, world: World, folder: Path, start: int) -> RunLog:
-    """The log of a run in `folder` from step `start`; then config.json, with which a run exists: nothing failed before."""
+    """The log of a run in `folder` from step `start`; then its provenance and config.json, with which a run exists.
+
+    A resumed run's config.json is told what the resume changed for good.
+    """
 
     def open_it() -> RunLog:
-        config = dataclasses.asdict(cfg)
-        log = RunLog(folder, cfg.iterations, start, world.is_main, cfg.progress, cfg.track, config)
-        if world.is_main and not cfg.resume:
-            write_whole(folder / CONFIG, to_json(cfg) + "\n", "choose another with --out")
+        log = RunLog(folder, cfg.iterations, start, world.is_main, cfg.progress, cfg.track, dataclasses.asdict(cfg))
+        if not world.is_main:
+            return log
+        before = saved_config(folder) if cfg.resume else None
+        now = dataclasses.replace(before, **{name: getattr(cfg, name) for name in LASTING}) if before else cfg
+        changed = {name: [getattr(before, name), getattr(now, name)] for name in LASTING if before and before != now}
+        life = provenance(sys.argv) | {
+            "from_step": start,
+            "changed": {k: v for k, v in changed.items() if v[0] != v[1]},
+        }
+        try:
+            with open_to_append(folder / PROVENANCE) as file:
+                file.write(json.dumps(life) + "\n")
+        except OSError as fault:
+            raise _cannot_write(folder, fault) from None
+        if now != before:
+            write_whole(folder / CONFIG, to_json(now) + "\n", "choose another folder with --out")
         return log
 
     log = _attempt(open_it)
@@ -797,84 +975,14 @@ def open_log(cfg: TrainConfig, world: World, folder: Path, start: int) -> RunLog
     return log
 
 
+def _cannot_write(folder: Path, fault: OSError) -> ConfigError:
+    where = printable(fault.filename or folder)
+    return ConfigError(f"{where} cannot be written ({fault.strerror}); choose another with --out")
+
+
 def _attempt(work: Callable[[], Any]) -> Any:
     """The result of `work`, or its UserError as a value: rank 0's outcome, for all ranks to hear of."""
     try:
         return work()
     except UserError as fault:
         return fault
-
-
-class FolderLock:
-    """Keeps other processes out of a run's folder until it is closed or its process ends, however it ends.
-
-    Raises ConfigError naming the process that holds the folder.
-    """
-
-    def __init__(self, folder: Path):
-        self._file = open_lock(folder / ".lock")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(self._file, 32).decode(errors="replace")
-            raise ConfigError(f"{folder} is in use by process {owner}; stop it or choose another --name") from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, str(os.getpid()).encode())
-
-    @staticmethod
-    def holder(folder: Path) -> str | None:
-        """The process that holds `folder`, or None; nothing is written."""
-        try:
-            with open_regular(folder / ".lock") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return file.read(32).decode(errors="replace")
-        except OSError:  # not there, or nothing that can be held
-            pass
-        return None
-
-    def close(self) -> None:
-        """Let others in."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
-
-    __del__ = close
-
-
-def newest_unfinished(out: Path) -> Path | None:
-    """The run folder in `out` that was started last and is not at its end; what `--resume auto` takes."""
-    return _newest(out, lambda folder: not is_finished(folder))
-
-
-def run_of_launch(out: Path) -> Path | None:
-    """The run folder in `out` that this torchrun was the last to work in; what its ranks resume after a restart."""
-
-    def is_ours(folder: Path) -> bool:
-        known = lives(folder)
-        return bool(known) and known[-1].get("launch") == launch()
-
-    return _newest(out, is_ours)
-
-
-def _newest(out: Path, wanted: Callable[[Path], bool]) -> Path | None:
-    """The `wanted` run folder in `out` that was started last."""
-    candidates = [folder for folder in out.glob("*") if (folder / CONFIG).is_file() and wanted(folder)]
-    return max(candidates, key=lambda folder: (folder / CONFIG).stat().st_mtime, default=None)
-
-
-def saved_config(folder: Path) -> TrainConfig:
-    """The settings that the run in `folder` was started with. ConfigError if there are none."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no run (no {CONFIG}); give --resume a run's folder")
-    try:
-        return from_json(read_bytes(path).decode(errors="replace"), path)
-    except OSError as fault:
-        raise ConfigError(f"{printable(path)} cannot be read ({fault.strerror}); restore it") from None
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` came to its end, the last validation included."""
-    return read_status(folder)["status"] == "finished"

@@ -25,7 +25,7 @@ FLOORS = [
     ["core.attention", "core.fp8", "core.optimizers"],
     ["core.model", "synonyms", "flags", "config"],
     ["shards", "documents", "external_sort", "checkpoint", "flops", "hardware", "numerics", "tracking"],
-    ["data", "tokenizers"],
+    ["data", "run_folder", "tokenizers"],
     ["corpus", "tokenize_text", "inspect_corpus", "fineweb"],
     ["training"],
     ["bench", "coord_check", "doctor", "explain", "plan", "report", "sweep", "transfer"],

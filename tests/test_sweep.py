@@ -29,6 +29,7 @@ from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import flops_per_token, run_flops
+from speedrun_mup.run_folder import FolderLock
 from speedrun_mup.schedules import window_blocks
 from speedrun_mup.sweep import (
     ARMS,
@@ -54,7 +55,7 @@ from speedrun_mup.sweep import (
     write_csv,
     write_whole,
 )
-from speedrun_mup.training import FolderLock, train
+from speedrun_mup.training import train
 from speedrun_mup.transfer import TransferError, Verdict, read_runs
 
 GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)

@@ -25,9 +25,10 @@ from speedrun_mup.core.utils import PARENT_DIED, World, stop_with_parent
 from speedrun_mup.corpus import write_synthetic
 from speedrun_mup.numerics import SpikeWatch, Vote
 from speedrun_mup.report import plot_loss_curve
+from speedrun_mup.run_folder import newest_unfinished
 from speedrun_mup.shards import read_shard
 from speedrun_mup.tracking import read_metrics
-from speedrun_mup.training import Run, newest_unfinished, pick_pack, stop_signals, train
+from speedrun_mup.training import Run, pick_pack, stop_signals, train
 
 
 def weights(result):
@@ -421,7 +422,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(tiny, mon
     with pytest.raises(NonFiniteError, match="step 3: the validation loss is nan") as fault:
         train(tiny(name="a", save_every=1))
     folder = Path(tiny().out) / "a"
-    assert "\n" not in str(fault.value) and json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert "\n" not in str(fault.value) and json.loads((folder / "status.json").read_text())["status"] == "diverged"
     assert curve(folder, "val") == [(0, 3.0), (3, None)]
     assert plot_loss_curve([folder], tmp_path / "loss.png").stat().st_size > 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from speedrun_mup.files import printable
 from speedrun_mup.flags import Parser, new_parser, parse
 
 if TYPE_CHECKING:
+    from speedrun_mup.run_folder import FolderLock
     from speedrun_mup.training import TrainResult
 
 STOPPED_BY_SIGNAL = Stopped.exit_code
@@ -33,17 +34,26 @@ def train_parser(prog: str = "speedrun-mup train", about: str = ABOUT) -> Parser
 
 def config_of(flags: dict[str, object]) -> TrainConfig:
     """The settings that the flags ask for: those of the run to resume, or of the preset, with the given ones on top."""
-    from speedrun_mup.core.utils import pick_device
-    from speedrun_mup.tracking import CONFIG
-    from speedrun_mup.training import newest_unfinished, run_of_launch, saved_config
+    return settle(flags)[0]
 
-    preset = str(flags.pop("preset"))
+
+def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
+    """The same; with `--resume auto`, rank 0 also holds the lock of the run that it took, so that no other job takes it."""
+    from speedrun_mup.core.utils import pick_device
+    from speedrun_mup.run_folder import run_of_launch, saved_config
+    from speedrun_mup.tracking import CONFIG
+
+    preset, lock = str(flags.pop("preset")), None
     out, name = Path(str(flags.get("out", TrainConfig.out))), flags.get("name")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun lost a rank, began anew
+    if flags.get("resume") and "init_from" in flags:
+        raise ConfigError("--init-from begins a new run, --resume goes on with one; leave out one of them")
     if restarted and flags.get("resume", "auto") == "auto" and (own := run_of_launch(out)):
         flags["resume"] = str(own)
     elif flags.get("resume") == "auto":
-        found = out / str(name) if name else newest_unfinished(out)
+        found: Path | None = out / str(name)
+        if not name:
+            found, lock = _claim(out, flags)
         if found and (found / CONFIG).is_file():
             flags["resume"] = str(found)
         else:
@@ -62,25 +72,43 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
         if any(flags.get(name, size) != size for name, size in kept.items()) and os.environ.get("RANK", "0") == "0":
             told = ", ".join(f"{name}={size}" for name, size in kept.items())
             print(f"--micro-batch auto: the run keeps what it found at its start: {told}")
-        return TrainConfig(**(saved | flags | kept))
+        return TrainConfig(**(saved | flags | kept)), lock
     if preset == "auto":
         device = pick_device(str(flags.get("device", "auto")))
         preset = "record26" if device.type == "cuda" else "laptop"
-    return make_config(preset, flags)
+    return make_config(preset, flags), None
+
+
+def _claim(out: Path, flags: Mapping[str, object]) -> tuple[Path | None, FolderLock | None]:
+    """The folder that `--resume auto` takes, which rank 0 chooses for all, and its lock on rank 0.
+
+    A run belongs to the flags that were given; sizes that it found itself are its own.
+    """
+    from speedrun_mup.core.utils import join_world
+    from speedrun_mup.run_folder import claim_unfinished
+
+    own = ("micro_batch", *SIZES) if flags.get("micro_batch") == "auto" else ()
+    wanted = {key: value for key, value in flags.items() if key not in own}
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    shared = {key: flags[key] for key in ("device", "timeout_s", "strict") if key in flags}
+    world = join_world(**shared) if several else None  # type: ignore[arg-type]
+    lock = claim_unfinished(out, wanted, print) if world is None or world.is_main else None
+    folder = lock.folder if lock else None
+    return (world.from_main(folder) if world else folder), lock
 
 
 def run(argv: Sequence[str]) -> int:
     """Train, draw the loss curve, and say where everything is."""
-    result = train_and_tell(config_of(vars(parse(train_parser(), argv))))
+    result = train_and_tell(*settle(vars(parse(train_parser(), argv))))
     return 0 if result.finished else STOPPED_BY_SIGNAL
 
 
-def train_and_tell(cfg: TrainConfig) -> TrainResult:
+def train_and_tell(cfg: TrainConfig, lock: FolderLock | None = None) -> TrainResult:
     """Train, draw the loss curve, and print where everything is."""
     from speedrun_mup.report import plot_loss_curve
     from speedrun_mup.training import train
 
-    result = train(cfg)
+    result = train(cfg, lock=lock)
     if os.environ.get("RANK", "0") == "0":
         curve = result.folder / "loss.png"
         try:

@@ -19,10 +19,14 @@ class ConfigError(UserError):
     exit_code = 2
 
 
-class NonFiniteError(UserError):
-    """The loss or a gradient stopped being a number."""
+class Diverged(UserError):
+    """Training diverged: its numbers are not finite, its weights exploded, or its loss ended above where it began."""
 
     exit_code = 5
+
+
+class NonFiniteError(Diverged):
+    """The loss or a gradient stopped being a number."""
 
 
 class Stopped(UserError):

@@ -118,6 +118,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.world = world
         self.steps_taken = 0
+        self.gradient_squares: list[Tensor] = []  # squared norms of this rank's share of the summed gradient
+
+    def _squares(self, parts: list[Tensor]) -> list[Tensor]:
+        """The squared norms of parts of the summed gradient; nothing for a world of one, whose trainer has all of it."""
+        return [norm.float().square() for norm in torch._foreach_norm(parts)] if self.world.size > 1 and parts else []
 
     def named_groups(self) -> Iterable[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) of every parameter."""
@@ -196,13 +201,15 @@ class DistAdam(ShardedOptimizer):
                 padded = _padded(parameter.grad.flatten(), self._range(parameter)[2] * self.world.size)
                 active.append((parameter, group))
                 reductions.append(self.world.reduce_scatter(padded))
-        gathers = []
+        gathers, parts = [], []
         for (parameter, group), (gradient, reduction) in zip(active, reductions, strict=True):
             begin, end, share = self._range(parameter)
             reduction.wait()
+            parts.append(gradient[: end - begin])
             mine = parameter.data.view(-1)[begin:end]
             self._update(mine, gradient[: end - begin], *self._moments(parameter), group, good)
             gathers.append(self.world.all_gather(_padded(mine, share)))
+        self.gradient_squares = self._squares(parts)
         for (parameter, _), (full, gather) in zip(active, gathers, strict=True):
             gather.wait()
             if self.world.size > 1:
@@ -380,15 +387,17 @@ class Muon(ShardedOptimizer):
         """One update of every matrix."""
         self.steps_taken += 1
         reductions = [stack.reduce_gradients() for stack in self._stacks]
-        gathers = []
+        gathers, squares = [], []
         for stack, (gradient, reduction) in zip(self._stacks, reductions, strict=True):
             mu = stack.owners[0][2]["momentum"]
             reduction.wait()
+            squares += self._squares([gradient])  # before it is changed in place
             momentum = stack.momentum_buffer()
             momentum.copy_(_where(good, momentum.lerp(gradient.float(), 1 - mu), momentum))
             ahead = gradient.float().lerp_(momentum, mu)
             update = self._orthogonalized(ahead.bfloat16() if ahead.is_cuda else ahead)
             gathers.append(self.world.all_gather(update))
+        self.gradient_squares = squares
         for stack, (updates, gather) in zip(self._stacks, gathers, strict=True):
             gather.wait()
             per_owner = updates[: sum(stack.counts)].split(stack.counts)

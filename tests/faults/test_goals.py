@@ -198,18 +198,20 @@ def test_fuzzed_configs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_corrupt_config_does_not_end_the_search_for_a_run(tiny, tmp_path):
-    """--resume auto meets a folder whose config cannot be read: the fault names it."""
-    from speedrun_mup.training import newest_unfinished, saved_config
+def test_a_corrupt_config_does_not_end_the_search_for_a_run(tiny):
+    """--resume auto meets a folder whose config cannot be read: it goes on to the next, with a line."""
+    from speedrun_mup.run_folder import claim_unfinished, newest_unfinished
 
-    train(tiny(name="a", iterations=1))
-    shutil.copytree(Path(tiny().out) / "a", Path(tiny().out) / "b")
-    (Path(tiny().out) / "b" / "status.json").write_bytes(b"\xff{")
-    (Path(tiny().out) / "b" / "config.json").write_bytes(b"\xff{")
-    found = newest_unfinished(Path(tiny().out))
-    assert found == Path(tiny().out) / "b"
-    with pytest.raises(ConfigError, match=r"b/config\.json is not a valid config"):
-        saved_config(found)
+    out, said = Path(tiny().out), list[str]()
+    with closing(Run(tiny(name="a", iterations=1), World())):
+        pass
+    shutil.copytree(out / "a", out / "b")
+    (out / "b" / "status.json").write_bytes(b"\xff{")
+    (out / "b" / "config.json").write_bytes(b"\xff{")
+    assert newest_unfinished(out) == out / "a"
+    lock = claim_unfinished(out, say=said.append)
+    assert lock and lock.folder == out / "a"
+    assert len(said) == 1 and "config.json is not a valid config" in said[0] and str(out / "b") in said[0]
 
 
 def test_this_machine_gives_the_same_bits_every_time(tiny):

@@ -42,9 +42,10 @@ from speedrun_mup.core.model import SoftcapCrossEntropy
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
 from speedrun_mup.corpus import find_corpus
+from speedrun_mup.run_folder import FREE_TO_CHANGE, check_resumable
 from speedrun_mup.shards import ShardError, measure_shard, read_shard, write_manifest, write_shard
 from speedrun_mup.tracking import read_metrics
-from speedrun_mup.training import FREE_TO_CHANGE, STATE_BEFORE, Run, check_resumable, train
+from speedrun_mup.training import STATE_BEFORE, Run, train
 
 SIGNALS = repeats(6)  # at random times
 CYCLES = repeats(5)  # of a scheduler that preempts
