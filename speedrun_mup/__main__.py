@@ -1,5 +1,7 @@
 """Where the process begins: `python -m speedrun_mup`, the script speedrun-mup, train.py."""
 
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     from speedrun_mup.cli import main
 
-    return main(argv)
+    code = main(argv)
+    tracking = sys.modules.get("speedrun_mup.tracking")  # not imported: there was no tracker
+    if tracking and tracking.Tracker.abandoned:  # it is not asked to clean up: that may hang, or end in a traceback
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or None
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -249,6 +249,8 @@ class Tracker:
         ConfigError: if the package is not installed.
     """
 
+    abandoned = False  # whether any tracker of this process failed, so that it may not end by itself
+
     def __init__(
         self, kind: str, folder: Path, config: dict[str, Any], start_step: int = 0, warn: Callable[[str], None] = print
     ):
@@ -279,7 +281,7 @@ class Tracker:
 
     def _fail(self, why: str) -> None:
         if not self.failed:
-            self.failed = True
+            self.failed = Tracker.abandoned = True
             fix = TRACKER_FIXES[self.kind]
             self._warn(f"warning: {self.kind} failed ({printable(why)}); going on without it, {METRICS} has all; {fix}")
 
