@@ -57,7 +57,7 @@ def test_examples_run(capsys):
     assert "2.weight  hidden  Factors(init=0.5, forward=1.0, lr=0.25, eps=0.25, weight_decay=4.0)" in printed
     assert names["loss"] < 1.4 and [o.param_groups[0]["lr"] for o in names["optimizers"]] == [0.02, 1e-3]
     assert names["experts"].mup_specs["router"].factors(mup.mup(), "adam").lr == 1 / 4
-    assert [len(o.param_groups[0]["params"]) for o in names["both"].optimizers] == [1, 2]
+    assert [len(o.param_groups[0]["params"]) for o in names["both"].optimizers] == [1, 4]
     assert names["gpt"].lm_head.weight is names["gpt"].wte.weight and names["gpt_loss"] < 3.5
     assert {p: group["lr"] for group in names["adam"].param_groups for p in group["params"]} == {
         names["gpt"].wte.weight: 1e-2,
