@@ -20,6 +20,7 @@ from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.files import printable, write_whole
 
 COLORS = 256  # of a PNG
+_BOXES = "Last Resort"  # comes with matplotlib and has a box for every character there is
 _NAMED_FONTS = (
     "Noto Sans CJK",
     "Noto Sans",
@@ -152,7 +153,8 @@ def _family_with(characters: frozenset[str]) -> str | None:
     from matplotlib.font_manager import fontManager
 
     wanted = {ord(character) for character in characters}
-    for font in sorted(fontManager.ttflist, key=lambda font: _rank(font.name)):
+    fonts = (font for font in fontManager.ttflist if not font.name.startswith(_BOXES))
+    for font in sorted(fonts, key=lambda font: _rank(font.name)):
         with contextlib.suppress(Exception):  # a damaged font file is no font
             if wanted <= _characters(font.fname):
                 return str(font.name)

@@ -98,3 +98,15 @@ def test_no_setting_of_the_user_s_matplotlib_breaks_a_picture(backend, tmp_path)
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("Traceback") == 0, done.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_font_of_boxes_is_no_font(monkeypatch):
+    from matplotlib.font_manager import fontManager
+
+    boxes = [font for font in fontManager.ttflist if font.name.startswith("Last Resort")]
+    if not boxes:
+        pytest.skip("this matplotlib has none")
+    monkeypatch.setattr(fontManager, "ttflist", boxes)
+    pictures._family_with.cache_clear()
+    assert pictures._family_with(frozenset("\u5b66")) is None
+    pictures._family_with.cache_clear()

@@ -211,7 +211,7 @@ def test_a_smoothed_curve_begins_and_stays_among_the_data():
     noise = random.Random(0)
     losses = [2.5 + 3 * math.exp(-step / 15) + noise.gauss(0, 0.05) for step in range(400)]
     smooth = _smooth(losses)
-    assert smooth[0] == losses[0] and smooth[-1] == pytest.approx(losses[-1])
+    assert smooth[0] == losses[0] and abs(smooth[-1] - 2.5) < 0.03
     assert max(abs(one - 2.5 - 3 * math.exp(-step / 15)) for step, one in enumerate(smooth)) < 0.2
     assert np.std(np.diff(smooth[100:300])) < 0.2 * np.std(np.diff(losses[100:300]))
 

@@ -87,15 +87,16 @@ def _of_plan(seen: Measured, forecast: Prediction) -> Iterator[str]:
 
 def _of_sweep(seen: Measured) -> Iterator[str]:
     arm, knob = main_arm(seen.result), knob_name(seen.result.knob)
+    whose = f" with {arm_words(arm.arm)}" if len(seen.result.arms) > 1 else ""
     base = next((fit for fit in arm.usable if fit.width == arm.base_width), None)
     if base is None:
-        yield f"No {knob} can be named yet: width {arm.base_width}, where it would be tuned, has no clear best one."
+        yield f"No {knob} can be named yet{whose}: width {arm.base_width}, where it would be tuned, has no clear best one."
     elif seen.result.verdict == "PASS":
         reach = f"width {arm.fits[-1].width}, the widest here"
-        yield f"Use {_setting(seen, arm, base)}: the best of width {base.width}, which holds up to {reach}."
+        yield f"Use {_setting(seen, arm, base)}{whose}: the best of width {base.width}, which holds up to {reach}."
     else:
         held = "does not hold" if seen.result.verdict == "FAIL" else "is not known to hold"
-        yield f"Best at width {base.width}: {_setting(seen, arm, base)}. It {held} at other widths."
+        yield f"Best at width {base.width}{whose}: {_setting(seen, arm, base)}. It {held} at other widths."
         own = (f"width {fit.width}: {_setting(seen, arm, fit)}" for fit in arm.usable if fit is not base)
         yield "Best of the other widths: " + ("; ".join(own) or "not known") + "."
     if arm.usable:

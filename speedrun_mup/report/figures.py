@@ -24,7 +24,7 @@ from speedrun_mup.transfer import (
 
 SYMBOLS = ("o", "s", "^", "v")
 MOST_STEPS = 120  # points of a training curve; longer ones are averaged over neighbouring steps
-ASIDE = 0.06  # octaves between arms
+ASIDE, ASIDE_ALL = 0.06, 0.4  # octaves between two arms, and between the first and the last
 BAND: Color = ("#dcdcdc", "#3a3a3a")
 
 
@@ -237,8 +237,9 @@ def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure
     marks: list[Mark] = []
     colors = arm_colors(result)
     symbols = dict(zip(result.arms, cycle(SYMBOLS)))
+    apart = min(ASIDE, ASIDE_ALL / len(result.arms))
     for place, (name, arm) in enumerate(result.arms.items()):
-        aside = 2 ** (ASIDE * (place - (len(result.arms) - 1) / 2))  # so that arms that agree do not hide one another
+        aside = 2 ** (apart * (place - (len(result.arms) - 1) / 2))  # so that arms that agree do not hide one another
         tags = {"arm": name}
         losses = [arm.best_loss(fit) for fit in arm.usable]
         widths, values = [fit.width * aside for fit in arm.usable], [loss.value for loss in losses]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from speedrun_mup.report.contents import Axis, Figure, Key, Mark
 
 MOST_COLUMNS = 3
 LEAST_WIDTH = 5.0  # inches
+LETTER = 0.062  # inches
 _STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -51,7 +53,7 @@ def draw(figure: Figure, path: Path) -> None:
             for mark in panel.marks:
                 if not figure.choice or mark.tags.get(figure.choice.tag) in (None, figure.choice.options[0]):
                     _draw_mark(drawn, mark)
-            drawn.set_title("\n".join(map(plain, panel.title.split("\n"))), loc="left")
+            drawn.set_title(_title(panel.title, width), loc="left")
             drawn.set_xlabel(plain(figure.x.label))
             drawn.tick_params(labelbottom=True)
         for name, axis in (("x", figure.x), ("y", figure.y)):
@@ -62,9 +64,15 @@ def draw(figure: Figure, path: Path) -> None:
             _draw_legend(canvas, figure.keys, legend)
 
 
+def _title(text: str, width: float) -> str:
+    """Lines no longer than a panel so many inches wide, so that names do not run into the next one."""
+    lines = (line for part in text.split("\n") for line in textwrap.wrap(part, int(0.88 * width / LETTER)))
+    return "\n".join(map(plain, lines))
+
+
 def _columns(keys: Sequence[Key], width: float) -> int:
     """Of a legend that lies under a picture so many inches wide."""
-    longest = 0.55 + 0.062 * min(80, max((len(key.label) for key in keys), default=0))
+    longest = 0.55 + LETTER * min(80, max((len(key.label) for key in keys), default=0))
     return max(1, min(len(keys), int(width / longest)))
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.pictures import picture, plain
+from speedrun_mup.report.contents import ARM_COLORS
 from speedrun_mup.tracking import read_metrics
+
+DARK = ARM_COLORS[-1][0]
 
 
 def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
@@ -19,11 +22,14 @@ def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
         PictureError: for a picture that cannot be drawn or written.
     """
     with picture(out, (7, 4.2), {"savefig.dpi": 150}) as figure:
+        from matplotlib.ticker import EngFormatter
+
         axes = figure.subplots()
         for number, folder in enumerate(folders):
-            _plot_run(axes, read_metrics(folder), f"C{number}")
+            _plot_run(axes, read_metrics(folder), ARM_COLORS[number % len(ARM_COLORS)][0])
             axes.set_title(plain(folder.name), fontsize=9)
         axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
@@ -39,14 +45,14 @@ def _plot_run(axes: Any, records: Sequence[dict[str, Any]], colour: str) -> None
     axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(tokens, _smooth(losses), color=colour, linewidth=1.5, label="train (smoothed)")
     places = [tokens_at[record["step"]] for record in val]
-    axes.plot(places, [record["loss"] for record in val], "o", color=colour, markersize=5, label="validation")
+    axes.plot(places, [record["loss"] for record in val], "D", color=DARK, markersize=5, label="validation")
     for place, record in zip(places[-1:], val[-1:]):
-        near = {"textcoords": "offset points", "xytext": (-4, 9), "ha": "right"}
+        near = {"textcoords": "offset points", "xytext": (-4, 9), "ha": "right", "bbox": {"color": "white", "pad": 1}}
         axes.annotate(f"{record['loss']:.3f}", (place, record["loss"]), **near)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Means over windows about each value: an eighth of what came before to either side, so that the steep start is kept."""
-    sums = [0.0, *itertools.accumulate(values)]
-    reach = [min(at // 8, len(values) - 1 - at) for at in range(len(values))]
-    return [(sums[at + by + 1] - sums[at - by]) / (2 * by + 1) for at, by in enumerate(reach)]
+    sums, last = [0.0, *itertools.accumulate(values)], len(values)
+    windows = ((at - at // 8, min(at + at // 8 + 1, last)) for at in range(last))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
