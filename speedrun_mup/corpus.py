@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from speedrun_mup.bound import cache_folder
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import seed_for
 from speedrun_mup.documents import split_passages
@@ -36,7 +37,7 @@ from speedrun_mup.shards import (
 )
 from speedrun_mup.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 
-FINEWEB_COMMAND = "python scripts/data/fineweb.py --tokens 900M"
+FINEWEB_COMMAND = "speedrun-mup data fineweb --tokens 900M"
 
 _RECIPE = 2  # raise it when the embedded or synthetic tokens change, so that older caches are left alone
 
@@ -181,13 +182,6 @@ def _speak(successors: list[list[list[int]]], draws: np.ndarray) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding one
-
-
-def cache_folder() -> Path:
-    """Where corpora are kept that this package writes by itself."""
-    if folder := os.environ.get("SPEEDRUN_MUP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "speedrun-mup")
 
 
 def _cached(name: str, build: Callable[[Path], object]) -> Corpus:

@@ -95,6 +95,10 @@ class Batches(ABC):
     def describe(self) -> str:
         """The order, and which share of the tokens one epoch uses, for the log. Indexes no shard."""
 
+    @abstractmethod
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+
     def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
         """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
 
@@ -180,6 +184,11 @@ class TrainBatches(Batches):
         judged = "" if indexed == total else f", judged by {indexed} of {total} shards"
         return f"the record's; an epoch trains on {share:.1%} of the tokens, the rest lies between sequences{judged}"
 
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+        for shard in list(self._shards):
+            shard.confirm()
+
     def epoch_of(self, step: int) -> int:
         """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
         return self._locate(step)[0]
@@ -223,7 +232,7 @@ class TrainBatches(Batches):
         """Open, check and index one more shard. False if there is none left."""
         if len(self._shards) == len(self.corpus.train):
             return False
-        shard = Shard(self.corpus.train[len(self._shards)])
+        shard = self.corpus.open(self.corpus.train[len(self._shards)])
         bos = shard.find(self.corpus.bos_token, self.corpus.vocab_size)
         if len(bos) == 0:
             raise ShardError(
@@ -314,6 +323,10 @@ class ShuffledBatches(Batches):
         """The order, and which share of the tokens one epoch uses."""
         return f"shuffled by seed {self.seed}; an epoch trains on {self.usage().share:.1%} of the tokens"
 
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+        self._row.confirm()
+
     def epoch_of(self, step: int) -> int:
         """Which epoch `step` ends in, from 0. ShardError if the data has run out by then."""
         return self._locate(step * self.N + self.N - 1)[0]
@@ -386,6 +399,11 @@ class MixedBatches(Batches):
         """The order, and which share of its tokens one epoch of each part uses."""
         return "; ".join(f"{part.corpus.directory.name}: {part.describe()}" for part in self.parts)
 
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+        for part in self.parts:
+            part.confirm()
+
     def micro_batch(self, index: int) -> Batch:
         """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
         part, own = self._turn(index)
@@ -457,6 +475,11 @@ class ValBatches:
     def __len__(self) -> int:
         return len(self._chunks)
 
+    def confirm(self) -> None:
+        """Wait until all shards that are read are known to be what the manifest says. ShardError if one is not."""
+        for shard in {id(shard): shard for shard, _ in self._chunks}.values():
+            shard.confirm()
+
     def __getitem__(self, i: int) -> Batch:
         shard, start = self._chunks[i]
         return _to_batch(shard.take(start, start + self.chunk_tokens + 1))
@@ -471,7 +494,7 @@ def _val_chunks(corpus: Corpus, count: int, chunk_tokens: int) -> list[tuple[Sha
         while len(chunks) < count and (chunk := next(waiting[turns.part_of(len(chunks))], None)):
             chunks.append(chunk)
         return chunks
-    for shard in map(Shard, corpus.val):
+    for shard in map(corpus.open, corpus.val):
         fitting = min((len(shard) - 1) // chunk_tokens, count - len(chunks))
         if fitting > 0:
             shard.find(corpus.bos_token, corpus.vocab_size, stop=fitting * chunk_tokens + 1)

@@ -147,7 +147,7 @@ def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], pat
     if is_longer(before["iterations"], cfg.iterations):
         fixed.remove("iterations")
     differ = [f"{key} was {printable(before[key])}, is {now[key]}" for key in fixed]
-    if state["corpus"] != corpus.fingerprint:
+    if not corpus.is_known_as(state["corpus"]):
         differ.append("the corpus is not the same")
     if differ:
         raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")

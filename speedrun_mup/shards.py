@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,8 +23,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from speedrun_mup.bound import Check, Identity
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.files import open_regular, printable
+from speedrun_mup.files import open_regular, printable, read_json, whole_file
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
@@ -48,19 +49,14 @@ class ShardError(UserError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk, then rename it to `path`. Raises ShardError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """Let `write` fill a file that takes the place of `path`, on the disk when this returns. Raises ShardError."""
     try:
-        with open(temporary, "xb") as file:
+        with whole_file(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as fault:
-        raise ShardError(f"{path}: cannot write: {fault.strerror}; free some space or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone, unless something failed
-            temporary.unlink()
+        raise ShardError(
+            f"{printable(path)}: cannot write: {fault.strerror}; free some space or choose another folder"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -189,13 +185,32 @@ class Shard:
 
     It is read, not mapped: a mapped file that is cut kills the process that touches it (SIGBUS), however short a time ago
     its size was right. Raises ShardError naming the file, what was found, what was expected and the likely cause.
+
+    Args:
+        path: of the file.
+        sha256: that it must have, if anybody knows. A large file is hashed in the background while it is read; what is
+            read after it was found to be wrong is a ShardError.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, sha256: str = ""):
         self.path = path
         self.handle: _Handle | None = None
         self._known: tuple[int, int] | None = None  # size and time of change, when it was first opened
-        _OPEN.handle(self)
+        handle = _OPEN.handle(self)
+        self._check: Check | None = None
+        if sha256:
+            self._check = Check(path, Identity.of(os.fstat(handle.number)), sha256, self._wrong)
+            self.confirm(wait=False)
+
+    def _wrong(self, found: str) -> ShardError:
+        return ShardError(
+            f"{printable(self.path)}: not what the manifest says: its SHA-256 is {found:.40}; prepare or fetch it again"
+        )
+
+    def confirm(self, wait: bool = True) -> None:
+        """ShardError if the file is known not to be the one that its SHA-256 belongs to. wait: until it is known."""
+        if self._check and self._check.verdict(wait):
+            self._check = None
 
     def open(self) -> _Handle:
         """Open the file and check its header; ShardError if it is not the one that was opened before."""
@@ -220,6 +235,8 @@ class Shard:
 
     def take(self, start: int, stop: int) -> np.ndarray:
         """A copy of tokens start to stop. ShardError if the file has another size than it had when it was opened."""
+        if self._check:
+            self.confirm(wait=False)
         handle = _OPEN.handle(self)
         data = os.pread(handle.number, 2 * (stop - start), HEADER_BYTES + 2 * start)
         size = os.fstat(handle.number).st_size
@@ -284,6 +301,7 @@ class Corpus:
     different data are never compared. source: for reports. recipe: of sources and settings, "" where nobody repeats it.
     order: of its documents, "" where nobody says. facts: of every shard by file name; FineWeb's without a manifest have
     none. tally: how many documents of the text were left out or mended, by what for; where nobody counted, nothing.
+    former_fingerprint: what earlier versions gave it. told_fingerprint: what its manifest gives, which nobody believes.
     """
 
     directory: Path
@@ -299,11 +317,25 @@ class Corpus:
     order: str = ""
     facts: Mapping[str, ShardFacts] = field(default_factory=dict)
     tally: Mapping[str, int] = field(default_factory=dict)
+    former_fingerprint: str = ""
+    told_fingerprint: str = field(default="", compare=False)
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Whether a fingerprint that was written down earlier, maybe by an earlier version, is that of these tokens."""
+        return fingerprint in {self.fingerprint, self.former_fingerprint} - {""}
 
     @property
     def data(self) -> str:
         """What --data takes to find this corpus from any folder."""
         return str(self.directory.resolve())
+
+    def open(self, path: Path) -> Shard:
+        """One of its shards, bound to what the manifest says about it, if there is one. Raises ShardError."""
+        told = self.facts.get(path.name)
+        shard = Shard(path, told.sha256 if told else "")
+        if told and len(shard) != told.tokens:
+            raise ShardError(f"{printable(path)}: holds {len(shard):,} tokens, not {told.tokens:,}; prepare it again")
+        return shard
 
     def tokens_in(self, path: Path) -> int:
         """How many tokens one of its shards holds, by the manifest, else by the file's size."""
@@ -346,12 +378,14 @@ class TokenRow:
         number = bisect.bisect_right(self._ends, at)
         return number, self._ends[number - 1] if number else 0
 
+    def confirm(self) -> None:
+        """Wait until the shards that were read are known to be what the manifest says. ShardError if one is not."""
+        for shard in list(self._shards.values()):
+            shard.confirm()
+
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            path = self._paths[number]
-            shard = self._shards[number] = Shard(path)
-            if len(shard) != (told := self._corpus.tokens_in(path)):
-                raise ShardError(f"{printable(path)}: holds {len(shard):,} tokens, not {told:,}; prepare it again")
+            self._shards[number] = self._corpus.open(self._paths[number])
         return self._shards[number]
 
 
@@ -397,6 +431,9 @@ def mix(parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
         vocab_size=first.vocab_size,
         bos_token=first.bos_token,
         fingerprint=_digest("mixture", [(part.fingerprint, share) for part, share in zip(parts, shares)]),
+        former_fingerprint=_digest(
+            "mixture", [(part.former_fingerprint or part.fingerprint, share) for part, share in zip(parts, shares)]
+        ),
         train=tuple(path for part in parts for path in part.train),
         val=tuple(path for part in parts for path in part.val),
         source=" + ".join(f"{share / MIXTURE_PERIOD:.1%} {part.source}" for part, share in zip(parts, shares)),
@@ -462,7 +499,8 @@ def write_manifest(
 def open_corpus(directory: Path) -> Corpus:
     """The corpus in `directory`: by its corpus.json, or by upstream's FineWeb names (GPT-2 tokens) where there is none.
 
-    Every shard's header is checked. FineWeb's fingerprint covers names and sizes only. Raises ShardError.
+    Every shard's header is checked. FineWeb's fingerprint covers names, sizes and samples of the tokens. A manifest's is
+    computed from its entries, to which the files are bound when they are first read. Raises ShardError.
     """
     if not directory.is_dir():
         raise ShardError(f"{directory}: no such folder; write or download a corpus there first")
@@ -484,66 +522,101 @@ _MANIFEST_FIELDS = {
 
 
 def _open_manifest(path: Path) -> Corpus:
-    def fault(text: str) -> ShardError:
-        return ShardError(f"{path}: {text}; delete this folder and prepare the corpus again")
+    advice = "delete this folder and prepare the corpus again"
 
-    try:
-        manifest = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read: {error.strerror}; check its permissions") from None
-    except (ValueError, RecursionError):
-        raise fault("not JSON") from None
+    def fault(text: str) -> ShardError:
+        return ShardError(f"{printable(path)}: {text}; {advice}")
+
+    manifest = read_json(path, advice, ShardError)
     found = manifest.get("version") if isinstance(manifest, dict) else None
     if found != MANIFEST_VERSION:
-        raise fault(f"manifest version {found}, expected {MANIFEST_VERSION}")
+        raise fault(f"manifest version {_shown(found)}, expected {MANIFEST_VERSION}")
     for key, kind in _MANIFEST_FIELDS.items():
         if type(manifest.get(key)) is not kind:
-            raise fault(f"{key} is {manifest.get(key)!r:.40}, expected {kind.__name__}")
+            raise fault(f"{key} is {_shown(manifest.get(key))}, expected {kind.__name__}")
     tally = manifest.get("tally", {})
     if not isinstance(tally, dict) or not all(type(count) is int for count in tally.values()):
-        raise fault(f"tally is {tally!r:.80}, expected counts of documents")
+        raise fault(f"tally is {_shown(tally)}, expected counts of documents")
     if not isinstance(order := manifest.get("order", ""), str):
-        raise fault(f"order is {order!r:.40}, expected text")
+        raise fault(f"order is {_shown(order)}, expected text")
     vocab_size, bos_token = manifest["vocab_size"], manifest["bos_token"]
     if not 0 <= bos_token < vocab_size <= 65536:
-        raise fault(f"bos_token {bos_token}, vocab_size {vocab_size}; expected 0 <= bos_token < vocab_size <= 65536")
-    facts = {}
-    for part in "train", "val":
+        raise fault(
+            f"bos_token {_shown(bos_token)}, vocab_size {_shown(vocab_size)}; expected 0 <= bos_token < vocab_size <= 65536"
+        )
+    facts: dict[str, dict[str, ShardFacts]] = {"train": {}, "val": {}}
+    for part, listed in facts.items():
         if not manifest[part]:
             raise fault(f"lists no {part} shard")
         for name, entry in manifest[part].items():
             if Path(name).name != name or name == "..":
-                raise fault(f"lists {name!r:.80}, which is not a plain file name")
-            try:
-                facts[name] = ShardFacts(**entry)
-            except TypeError:
-                raise fault(f"{name} has {entry!r:.80}, expected tokens, documents and sha256") from None
-            if (held := len(Shard(path.parent / name))) != facts[name].tokens:
-                raise fault(f"{name} holds {held:,} tokens, not {facts[name].tokens}")
+                raise fault(f"lists {_shown(name)}, which is not a plain file name")
+            listed[name] = _facts_of(name, entry, fault)
+            if (held := len(Shard(path.parent / name))) != listed[name].tokens:
+                raise fault(f"{printable(name)} holds {held:,} tokens, not {_shown(listed[name].tokens)}")
+    if twice := facts["train"].keys() & facts["val"]:
+        raise fault(f"lists {_shown(min(twice))} for training and for validation")
+    told = {key: manifest[key] for key in _MANIFEST_FIELDS if key not in ("train", "val")}
+    told["told_fingerprint"] = told["fingerprint"]
+    told["fingerprint"] = fingerprint_of(told["tokenizer"], vocab_size, bos_token, facts["train"], facts["val"])
     return Corpus(
         directory=path.parent,
-        train=tuple(path.parent / name for name in manifest["train"]),
-        val=tuple(path.parent / name for name in manifest["val"]),
-        facts=facts,
+        train=tuple(path.parent / name for name in facts["train"]),
+        val=tuple(path.parent / name for name in facts["val"]),
+        facts=facts["train"] | facts["val"],
         order=order,
         tally=tally,
-        **{key: manifest[key] for key in _MANIFEST_FIELDS if key not in ("train", "val")},
+        **told,
     )
 
 
+def _shown(value: object) -> str:
+    """A value of somebody's JSON, for a message."""
+    try:
+        return printable(repr(value), 80)
+    except RecursionError:
+        return "nested too deeply"
+
+
+def _facts_of(name: str, entry: object, fault: Callable[[str], ShardError]) -> ShardFacts:
+    """What a manifest says about one shard, its types checked."""
+    kinds = {"tokens": int, "documents": int, "sha256": str}
+    fits = isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == kinds
+    if not isinstance(entry, dict) or not fits or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+        raise fault(f"{printable(name)} has {_shown(entry)}, expected tokens, documents and sha256")
+    return ShardFacts(**entry)
+
+
+_SAMPLES, _SAMPLE_BYTES = 8, 4096
+
+
+def _sample(path: Path) -> tuple[int, str]:
+    """The tokens of a shard, and a hash of blocks spread over its file: cheap, and another one in another file."""
+    shard = Shard(path)
+    tokens, block = len(shard), _SAMPLE_BYTES // 2
+    starts = (
+        range(0, tokens, block) if tokens <= _SAMPLES * block else np.linspace(0, tokens - block, _SAMPLES, dtype=int)
+    )
+    digest = hashlib.sha256()
+    for start in starts:
+        digest.update(shard.take(int(start), min(int(start) + block, tokens)).tobytes())
+    return tokens, digest.hexdigest()
+
+
 def _open_fineweb(directory: Path) -> Corpus:
-    fetch = "download some with `python scripts/data/fineweb.py --tokens 900M`"
+    fetch = "download some with `speedrun-mup data fineweb --tokens 900M`"
     train, val = (tuple(sorted(directory.glob(f"*_{part}_*.bin"))) for part in ("train", "val"))
     for part, shards in ("train", train), ("val", val):
         if not shards:
-            raise ShardError(f"{directory}: no {MANIFEST} and no *_{part}_*.bin shard; {fetch}")
-    sizes = [(path.name, len(Shard(path))) for path in (*train, *val)]
+            raise ShardError(f"{printable(directory)}: no {MANIFEST} and no *_{part}_*.bin shard; {fetch}")
+    samples = [(path.name, *_sample(path)) for path in (*train, *val)]
     return Corpus(
         directory=directory,
         tokenizer="gpt2",
         vocab_size=GPT2_VOCAB,
         bos_token=GPT2_BOS,
-        fingerprint=_digest("gpt2", GPT2_VOCAB, GPT2_BOS, sizes),
+        fingerprint=_digest("gpt2", GPT2_VOCAB, GPT2_BOS, samples),
+        former_fingerprint=_digest("gpt2", GPT2_VOCAB, GPT2_BOS, [(name, tokens) for name, tokens, _ in samples]),
         train=train,
         val=val,
         source=f"FineWeb shards in {directory}",

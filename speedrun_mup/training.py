@@ -276,6 +276,9 @@ class Run:
             for step in range(self.start, cfg.iterations + 1):
                 if self.stopping:
                     break
+                if step == cfg.iterations:
+                    self.batches.confirm()
+                    self.val_batches.confirm()
                 if step == cfg.iterations or (cfg.val_every and step % cfg.val_every == 0):
                     self.validate(step)
                 if step == cfg.iterations:

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "speedrun_mup"
 FLOORS = [
     ["core.errors"],
     [
+        "bound",
         "core.mup",
         "core.triton_kernels",
         "core.utils",

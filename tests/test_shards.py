@@ -7,7 +7,9 @@ import inspect
 import json
 import os
 import random
+import shutil
 import struct
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 
-from speedrun_mup import shards
+from speedrun_mup import bound, shards
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable
 from speedrun_mup.shards import (
@@ -27,7 +29,9 @@ from speedrun_mup.shards import (
     Corpus,
     Shard,
     ShardError,
+    TokenRow,
     measure_shard,
+    mix,
     open_corpus,
     read_shard,
     sole_writer,
@@ -35,7 +39,7 @@ from speedrun_mup.shards import (
 )
 
 FUZZED_FILES = int(os.environ.get("FUZZED_FILES", 2000))
-FACTS = {"tokens": 5000, "documents": 1, "sha256": ""}
+FACTS = {"tokens": 5000, "documents": 1, "sha256": "0" * 64}
 
 
 @pytest.fixture
@@ -109,6 +113,14 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert naive_read(path) == [1, 2] and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ShardError, match="cannot write"):
         write_shard(path / "below_a_file.bin", [1])
+
+
+def nested(depth: int) -> list[object]:
+    """Lists in lists."""
+    value: list[object] = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def header(magic: int = 20240520, version: int = 1, count: int = 3, order: str = "<") -> bytes:
@@ -298,6 +310,84 @@ def test_shard_replaced_while_its_file_was_closed(tmp_path: Path) -> None:
     one_line(error, "a.bin", "do not change it during a run")
 
 
+# --- Files bound to their hashes ---
+
+
+def changed(path: Path, at: int = -2) -> None:
+    """Another token in a shard, at the same size and, as the file tells, at the same time."""
+    facts = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_small_shard_is_bound_before_its_first_token(small: Corpus) -> None:
+    changed(small.train[1])
+    assert len(small.open(small.train[0]))
+    with pytest.raises(ShardError) as error:
+        small.open(small.train[1])
+    one_line(error, small.train[1], "not what the manifest says", "again")
+    row = TokenRow(small, small.train)
+    assert len(row.take(0, 5000)) == 5000
+    with pytest.raises(ShardError, match="not what the manifest says"):
+        row.take(4999, 5001)
+
+
+@pytest.fixture
+def background(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every file is large; where notes about right ones are kept."""
+    monkeypatch.setattr(bound, "AT_ONCE", 0)
+    monkeypatch.setattr(bound, "_SETTLED_NS", -(10**18))
+    folder = bound.cache_folder() / "checked"
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def test_large_shard_is_bound_while_it_is_read(
+    small: Corpus, background: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, real = threading.Event(), bound.Check.compare
+    monkeypatch.setattr(bound.Check, "compare", lambda check: hold.wait() and real(check))
+    changed(small.train[0])
+    shard = small.open(small.train[0])
+    assert len(shard.take(0, 10)) == 10  # nobody knows yet
+    hold.set()
+    with pytest.raises(ShardError) as error:
+        shard.confirm()
+    one_line(error, small.train[0], "not what the manifest says")
+    with pytest.raises(ShardError, match="not what the manifest says"):
+        shard.take(0, 10)
+    assert not background.exists()
+
+
+def test_file_that_was_right_is_hashed_once(small: Corpus, background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, real = [], bound.Check.compare
+    monkeypatch.setattr(bound.Check, "compare", lambda check: (hashed.append(check), real(check)))
+    for _ in range(3):
+        small.open(small.train[0]).confirm()
+    assert len(hashed) == 1 and len(list(background.iterdir())) == 1
+    changed(small.train[0])  # the time of its last change of any kind tells
+    with pytest.raises(ShardError, match="not what the manifest says"):
+        small.open(small.train[0]).confirm()
+    assert len(hashed) == 2
+
+
+def test_file_of_this_moment_is_not_noted(small: Corpus, background: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound, "_SETTLED_NS", 10**18)
+    small.open(small.train[0]).confirm()
+    assert not background.exists()
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch, small: Corpus, background: Path) -> None:
+    for name in "SPEEDRUN_MUP_CACHE", "XDG_CACHE_HOME", "HOME":
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(ConfigError, match="no home folder; set SPEEDRUN_MUP_CACHE"):
+        bound.cache_folder()
+    small.open(small.train[0]).confirm()
+
+
 # --- Corpora ---
 
 
@@ -328,16 +418,58 @@ def test_upstream_layout(tmp_path: Path) -> None:
     assert corpus.fingerprint != open_corpus(tmp_path / "b").fingerprint
 
 
+def test_upstream_shard_replaced_by_another_of_its_size(tmp_path: Path) -> None:
+    """Long enough that only blocks of it are looked at."""
+    directory = write_fineweb(tmp_path / "a")
+    path = directory / "fineweb_train_000001.bin"
+    tokens = np.random.default_rng(0).integers(0, 50256, 100_000)
+    seen = set()
+    for shift in range(3):
+        write_shard(path, np.roll(tokens, shift))
+        corpus = open_corpus(directory)
+        assert corpus.is_known_as(corpus.fingerprint) and not corpus.is_known_as("")
+        seen.add(corpus.fingerprint)
+    assert len(seen) == 3 and corpus == open_corpus(directory)
+    sizes = [("fineweb_train_000001.bin", 100_000), ("fineweb_train_000002.bin", 101), ("fineweb_val_000000.bin", 101)]
+    former = hashlib.sha256(json.dumps(["gpt2", GPT2_VOCAB, GPT2_BOS, sizes]).encode()).hexdigest()
+    assert corpus.is_known_as(former)
+    mixture = mix([corpus, corpus], [1, 3])
+    assert mixture.is_known_as(mixture.fingerprint) and mixture.former_fingerprint != mixture.fingerprint
+
+
+def test_fingerprint_in_a_manifest_is_not_believed(small: Corpus) -> None:
+    path = small.directory / "corpus.json"
+    path.write_text(path.read_text().replace(small.fingerprint, "0" * 64))
+    found = open_corpus(small.directory)
+    assert found.fingerprint == small.fingerprint and found.told_fingerprint == "0" * 64
+    manifest = json.loads(path.read_text())
+    manifest["train"]["train_000000.bin"]["sha256"] = "1" * 64
+    path.write_text(json.dumps(manifest))
+    assert open_corpus(small.directory).fingerprint != small.fingerprint
+
+
+def test_special_files_in_a_received_folder(small: Corpus) -> None:
+    for path in small.train[0], small.directory / "corpus.json":
+        kept = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(ShardError) as error:
+            open_corpus(small.directory)
+        one_line(error, path, "a FIFO, not a regular file")
+        path.unlink()
+        path.write_bytes(kept)
+
+
 def test_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(ShardError) as error:
         open_corpus(tmp_path / "missing")
     one_line(error, "no such folder")
     with pytest.raises(ShardError) as error:
         open_corpus(tmp_path)
-    one_line(error, "_train_", "fineweb.py")
+    one_line(error, "_train_", "data fineweb")
     with pytest.raises(ShardError) as error:
         open_corpus(write_fineweb(tmp_path / "a", val="fineweb_other_000000.bin"))
-    one_line(error, "_val_", "fineweb.py")
+    one_line(error, "_val_", "data fineweb")
 
 
 @pytest.mark.parametrize(
@@ -354,6 +486,16 @@ def test_folder_without_shards(tmp_path: Path) -> None:
         ({"val": {}}, "no val shard"),
         ({"train": {"../train_000000.bin": 5000}}, "plain file name"),
         ({"train": {"/absolute.bin": 5000}}, "plain file name"),
+        ({"train": {"\x1b]0;x\x07/..": 5000}}, "plain file name"),
+        ({"train": {"\x1b[2J.bin": FACTS}}, "No such file"),
+        ({"train": {"train_000000.bin": FACTS | {"sha256": 5}}}, "expected tokens, documents and sha256"),
+        ({"train": {"train_000000.bin": FACTS | {"sha256": "x"}}}, "expected tokens, documents and sha256"),
+        ({"train": {"train_000000.bin": FACTS | {"tokens": 5000.0}}}, "expected tokens, documents and sha256"),
+        ({"train": {"train_000000.bin": FACTS | {"more": 1}}}, "expected tokens, documents and sha256"),
+        ({"train": {"val_000000.bin": FACTS | {"tokens": 100}}}, "for training and for validation"),
+        ({"vocab_size": 10**4000}, "1000"),
+        ({"tally": nested(950)}, "expected counts of documents"),
+        ({"tokenizer": ["\x1b[2J"] * 9}, "expected str"),
         ({"train": {"train_000000.bin": FACTS | {"tokens": 4999}}}, "5,000 tokens, not 4999"),
         ({"train": {"missing.bin": FACTS}}, "No such file"),
         ({"train": {"..": FACTS}}, "plain file name"),
@@ -367,6 +509,7 @@ def test_bad_manifest(small: Corpus, change: dict[str, object], word: str) -> No
     with pytest.raises(ShardError) as error:
         open_corpus(small.directory)
     one_line(error, small.directory, word)
+    assert "\x1b" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\xff", "[" * 100_000, '{"version": 1}'])
