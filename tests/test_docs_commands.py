@@ -1,0 +1,219 @@
+"""Every command in README.md and docs/*.md, as the reader pastes it: run here, or marked in the page with the reason why not.
+
+A mark stands right before the block and names how the command begins:
+
+    <!-- not run: make demo: takes minutes; the same job is run small by test_cli -->
+"""
+
+import gzip
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speedrun_mup.cli import COMMANDS, main
+from speedrun_mup.core.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("make", "git", "pip", "python", "torchrun", "srun", "speedrun-mup")
+SCRIPTS = {
+    "train.py": ["train"],
+    "scripts/train.py": ["train"],
+    "scripts/data/fineweb.py": ["data", "fineweb"],
+    "scripts/data/text.py": ["data", "text"],
+}
+
+# How commands are made short: the first pattern that fits appends its flags, which win over those before them.
+SHAPE = "--head-dim 16 --block-size 32 --window-tokens 96 --micro-batch-tokens 128"
+SMALL = f"{SHAPE} --micro-batches 2 --iterations 2 --val-tokens 1024 --val-chunk-tokens 256 --no-progress"
+CHECK = (
+    "--data synthetic --head-dim 16 --block-size 32 --widths 16 32 64 --seeds 1 --tokens 128 --steps 3 --no-progress"
+)
+SHORT = (
+    (r"^train .*--data ", f"--preset laptop --device cpu --width 64 {SMALL}"),
+    (r"^train .*--resume ", "--no-progress"),
+    (r"^train", f"--preset laptop --device cpu --data synthetic --width 64 {SMALL}"),
+    (r"^plan .*--preset record26", "--data synthetic --iterations 3"),
+    (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
+    (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
+    (r"^coord-check", CHECK),
+    (r"^bench", f"--preset laptop --device cpu --data synthetic --width 64 {SHAPE} --micro-batches 1 --steps 2"),
+    (r"^doctor( -|$)", "--preset laptop --data synthetic --device cpu"),
+    (r"^data text", "--tokenizer byte --val-share 0.2"),
+)
+VERDICTS = ("transfer", "coord-check")  # 1 is an answer of theirs
+
+
+def commands_of(page: Path):
+    """(line, words of the command, reason why it is not run) for each command in a block of the page."""
+    marks, fence, used = [], None, set()
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            fence = None if fence is not None else line[3:].strip()
+            if fence is None:
+                unused = [begin for begin, _ in marks if begin not in used]
+                assert not unused, f"{page.name}:{number}: nothing in this block begins with {unused}"
+                marks, used = [], set()
+        elif fence is None and (mark := re.fullmatch(r"<!-- not run: (.+?): (.+) -->", line)):
+            marks.append((mark[1], mark[2]))
+        elif (fence in ("", "bash", "sh", "console")) or (fence is None and line.startswith("    ")):
+            for part in line.split("#")[0].strip().removeprefix("$ ").split(" && "):
+                if (part.split() or [""])[0] in PROGRAMS:
+                    words = shlex.split(part)
+                    reason = next((why for begin, why in marks if part.strip().startswith(begin)), None)
+                    used |= {begin for begin, _ in marks if part.strip().startswith(begin)}
+                    yield number, words, reason
+
+
+def argv_of(words: list[str]) -> list[str] | None:
+    """The words after speedrun-mup, if the command is one of ours."""
+    while words and words[0] in ("srun", "torchrun", "python", "-m", "speedrun-mup", "speedrun_mup"):
+        skipped, words = words[0], words[1:]
+        if skipped == "torchrun":
+            while words[0].startswith("-"):
+                words = words[1:] if "=" in words[0] else words[2:]
+        if skipped in ("speedrun-mup", "speedrun_mup"):
+            return words
+        if words[0] in SCRIPTS:
+            return [*SCRIPTS[words[0]], *words[1:]]
+    return None
+
+
+EVERY = [(page, *command) for page in PAGES for command in commands_of(page)]
+
+
+def test_there_are_commands_and_those_that_are_not_run_say_why():
+    ours = [words for _, _, words, _ in EVERY if argv_of(words)]
+    assert len(ours) > 20
+    for page, number, words, reason in EVERY:
+        known = argv_of(words) or words[:2] == ["python", "benchmarks/reliability.py"]
+        assert known or reason, f"{page.name}:{number}: {shlex.join(words)} is neither run nor marked"
+        assert reason is None or len(reason) > 10, f"{page.name}:{number}: {reason} is no reason"
+
+
+class _Parsed(Exception):
+    pass
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Commands end where their flags are parsed."""
+
+    def stop(module):
+        parse = module.parse
+
+        def parse_and_stop(parser, argv):
+            parsed = parse(parser, argv)
+            if module.__name__.endswith(".data") and getattr(parsed, "command", None):
+                return parsed
+            raise _Parsed
+
+        monkeypatch.setattr(module, "parse", parse_and_stop)
+
+    for name in COMMANDS:
+        stop(importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}"))
+
+
+def test_every_command_parses_as_it_is_written(only_parse, capsys):
+    for page, number, words, _ in EVERY:
+        argv = argv_of(words)
+        if argv:
+            with pytest.raises(_Parsed):
+                code = main(argv)
+                pytest.fail(f"{page.name}:{number}: {shlex.join(words)}: {code} {capsys.readouterr().err}")
+
+
+# Flags of torchrun, sbatch and the scripts in benchmarks/, which the pages also name.
+FOREIGN = """--nproc_per_node --max-restarts --signals-to-handle --rdzv-id --requeue --signal
+--count --kills --publish --quick --all --no-deps"""
+
+
+def test_every_flag_that_a_page_names_exists(monkeypatch):
+    flags = set(FOREIGN.split())
+
+    def remember(parser, argv):
+        flags.update(flag for action in parser._actions for flag in action.option_strings)
+        raise ConfigError("seen")
+
+    for name in COMMANDS:
+        module = importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "parse", remember)
+        parts = ("run_text", "run_fineweb", "run_inspect") if name == "data" else ()
+        for command in (module.run, *(getattr(module, part) for part in parts)):
+            with pytest.raises(ConfigError):
+                command([])
+    for page in PAGES:
+        if page.name != "LOG.md":  # which tells of days when flags had other names
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()):
+                assert flag in flags, f"{page.name} names {flag}, which no command has"
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Text to make shards from."""
+    return "\n\n".join((ROOT / "docs" / name).read_text() for name in ("mup.md", "transfer.md", "reliability.md"))
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch, texts):
+    """A folder that looks like a clone, with the reader's own files in it."""
+    for name in ("train.py", "scripts", "benchmarks", "tests", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("notes", "my_texts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.md").write_text(texts)
+    for name in ("books.jsonl.gz", "more.jsonl.gz"):
+        lines = [json.dumps({"text": part}) for part in texts.split("\n\n")]
+        (tmp_path / name).write_bytes(gzip.compress("\n".join(lines).encode()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_table(path: Path, knob: str) -> None:
+    """The reader's own runs: an arm that transfers and one that drifts by an octave per doubling."""
+    rows = [f"arm,width,{knob},seed,loss"]
+    for arm, drift in (("mup", 0.0), ("sp", -1.0)):
+        for doubling, width in enumerate((64, 128, 256)):
+            for octave in range(-4, 4):
+                for seed in range(3):
+                    noise = 0.001 * ((7 * seed + 3 * octave + doubling) % 5 - 2)
+                    loss = 3 - 0.2 * doubling + 0.05 * (octave - drift * doubling) ** 2 + noise
+                    rows.append(f"{arm},{width},{0.01 * 2.0**octave:.8g},{seed},{loss:.6f}")
+    path.write_text("\n".join(rows) + "\n")
+
+
+def short(argv: list[str]) -> list[str]:
+    """The command with its short settings."""
+    line = " ".join(argv)
+    return [*argv, *next((more.split() for pattern, more in SHORT if re.search(pattern, line)), [])]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "page", sorted({page for page, _, _, reason in EVERY if not reason}), ids=lambda page: page.name
+)
+def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd):
+    for number, words, reason in commands_of(page):
+        if reason:
+            continue
+        if "mine.csv" in words:
+            write_table(workspace / "mine.csv", words[words.index("--knob") + 1] if "--knob" in words else "lr")
+        argv = argv_of(words)
+        if words[0] == "torchrun":
+            program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
+            done = subprocess.run([*program, *short(argv)[1:]], capture_output=True, text=True, timeout=300)
+            code, said = done.returncode, done.stdout + done.stderr
+        elif argv is None:
+            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=300)
+            code, said = done.returncode, done.stdout + done.stderr
+        else:
+            code = main(short(argv))
+            said = "".join(capfd.readouterr())
+        assert code in ((0, 1) if argv and argv[0] in VERDICTS else (0,)), f"{page.name}:{number}: {words}\n{said}"
