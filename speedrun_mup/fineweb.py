@@ -2,30 +2,38 @@
 
 A shard is fetched into DIR/.download, where a later run goes on with it, and moved beside the others only when its size,
 header, ids and SHA-256 are right. So a file that has a shard's name is whole. The hub's address, token and proxies are what
-huggingface_hub makes of HF_ENDPOINT, HF_TOKEN and the rest.
+huggingface_hub makes of HF_ENDPOINT, HF_TOKEN and the rest. A mirror is not trusted: names, sizes and hashes of its listing are
+checked, no body may be longer than it was said to be, and one that trickles is given up.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
+from speedrun_mup.files import own_folder, printable, sync_folder
+from speedrun_mup.packages import import_extra
 from speedrun_mup.shards import (
     GPT2_BOS,
     GPT2_VOCAB,
     HEADER_BYTES,
     MANIFEST,
+    MAX_TOKENS,
     Corpus,
     ShardError,
     ShardFacts,
@@ -42,7 +50,10 @@ REPOSITORIES = {
 }
 ATTEMPTS = 4
 FIRST_WAIT_S = 2.0  # doubled after every failed attempt
+SLOWEST_BYTES_S, STALL_S = 1000, 6.0  # a connection that brings less than that, for so long, is a stalled one
 _FINAL = (401, 403, 404, 410)  # answers that asking again does not change
+_ENOUGH_BYTES = 2**20  # that an attempt has brought if it was worth it, although it failed
+_LISTING_BYTES, _LISTING_PAGES = 2**26, 1000
 
 _T = TypeVar("_T")
 
@@ -84,15 +95,15 @@ def download_fineweb(
         raise ConfigError(f"workers={workers} must be at least 1")
     repository = REPOSITORIES[dataset]
     with _quiet_hub():
-        print(f"asking {_hub('constants').ENDPOINT} for the shards of {repository}")
+        print(f"asking {printable(_hub('constants').ENDPOINT)} for the shards of {repository}")
         commit, available = _attempt(lambda: list_shards(repository, revision), repository)
         chosen = choose_shards(available, tokens, repository)
         with sole_writer(out):
             facts = _known_facts(out, chosen)
             missing = [shard for shard in chosen if shard.name not in facts]
             print(
-                f"{len(chosen)} shards, {sum(shard.size for shard in chosen) / 1e9:.2f} GB, at {commit[:12]}, in {out}; "
-                f"{len(missing)} to fetch"
+                f"{len(chosen)} shards, {sum(shard.size for shard in chosen) / 1e9:.2f} GB, at {commit[:12]}, in "
+                f"{printable(out)}; {len(missing)} to fetch"
             )
             facts |= _fetch_all(missing, out, lambda name: _url(repository, name, commit), workers, progress)
             train, val = ({s.name: facts[s.name] for s in chosen if s.part == part} for part in ("train", "val"))
@@ -126,16 +137,61 @@ def parse_tokens(text: str) -> int:
 
 
 def list_shards(repository: str, revision: str) -> tuple[str, list[RemoteShard]]:
-    """The commit that `revision` names now, and the shards it has, sorted. Raises what huggingface_hub raises."""
-    api = _hub().HfApi()
-    commit = api.dataset_info(repository, revision=revision).sha
-    files = api.list_repo_tree(repository, repo_type="dataset", revision=commit)
-    shards = [
-        RemoteShard(file.path, file.size, file.lfs.sha256 if file.lfs else "")
-        for file in files
-        if re.fullmatch(r"[^/]*_(train|val)_\d+\.bin", file.path)
-    ]
-    return commit, sorted(shards, key=lambda shard: shard.name)
+    """The commit that `revision` names now, and the shards it has, sorted.
+
+    Raises FetchError for a listing that is damaged, and what huggingface_hub and its HTTP library raise.
+    """
+    api = f"{_hub('constants').ENDPOINT}/api/datasets/{repository}"
+    about, _ = _get_json(f"{api}/revision/{quote(revision, safe='')}")
+    commit = about.get("sha") if isinstance(about, dict) else None
+    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise _damaged(repository, f"its commit is {printable(repr(commit), 60)}")
+    shards: dict[str, RemoteShard] = {}
+    url: str | None = f"{api}/tree/{commit}"
+    for _ in range(_LISTING_PAGES):
+        files, url = _get_json(url or "")
+        for shard in _listed(repository, files):
+            if shard.name in shards:
+                raise _damaged(repository, f"{shard.name} is in it twice")
+            shards[shard.name] = shard
+        if url is None:
+            return commit, [shards[name] for name in sorted(shards)]
+    raise _damaged(repository, f"it has more than {_LISTING_PAGES:,} pages")
+
+
+def _listed(repository: str, files: Any) -> Iterator[RemoteShard]:
+    """The shards among the files of a listing. What it says of other files does not matter."""
+    if not isinstance(files, list):
+        raise _damaged(repository, "it is no list")
+    for file in files:
+        name = file.get("path") if isinstance(file, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*_(train|val)_\d+\.bin", name, re.ASCII):
+            continue
+        lfs, size = file.get("lfs"), file.get("size")
+        sha256 = lfs.get("oid") if isinstance(lfs, dict) else ""
+        if type(size) is not int or not HEADER_BYTES < size <= HEADER_BYTES + 2 * MAX_TOKENS or len(name) > 200:
+            raise _damaged(repository, f"{name[:200]} has size {printable(repr(size), 40)}")
+        if not isinstance(sha256, str) or not re.fullmatch("([0-9a-f]{64})?", sha256):
+            raise _damaged(repository, f"{name} has SHA-256 {printable(repr(sha256), 80)}")
+        yield RemoteShard(name, size, sha256)
+
+
+def _damaged(repository: str, how: str) -> FetchError:
+    endpoint = printable(_hub("constants").ENDPOINT)
+    return FetchError(f"{repository}: the listing from {endpoint} is damaged: {how}; check HF_ENDPOINT")
+
+
+def _get_json(url: str) -> tuple[Any, str | None]:
+    """What the hub answers, and the address of the next page."""
+    with _answer(url) as response:
+        body = b"".join(_pieces(response, _LISTING_BYTES))
+        following = response.links.get("next", {}).get("url")
+    if following is not None and urlsplit(following)[:2] != urlsplit(url)[:2]:
+        raise FetchError(f"{printable(url)}: its next page is on another server; check HF_ENDPOINT")
+    try:
+        return json.loads(body), following
+    except (ValueError, RecursionError):
+        raise FetchError(f"{printable(url)}: the answer is not JSON; check HF_ENDPOINT") from None
 
 
 def choose_shards(available: Sequence[RemoteShard], tokens: int, repository: str) -> list[RemoteShard]:
@@ -196,7 +252,7 @@ def _fetch_all(
     if not shards:
         return {}
     staging = out / ".download"
-    staging.mkdir(exist_ok=True)
+    own_folder(staging)
     total, have = sum(shard.size for shard in shards), _bytes_in(staging)
     if (free := shutil.disk_usage(out).free) < total - have:
         raise FetchError(f"{out}: needs {(total - have) / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; make room")
@@ -229,59 +285,95 @@ def _fetch(shard: RemoteShard, url: str, staging: Path, out: Path, stop: threadi
     path = staging / shard.name
 
     def fetch() -> ShardFacts:
-        if path.exists() and path.stat().st_size > shard.size:
+        if path.is_symlink() or (path.exists() and path.stat().st_size > shard.size):
             path.unlink()
         try:
-            with open(path, "ab") as file:
-                _hub("file_download").http_get(
-                    url,
-                    file,
-                    resume_size=file.tell(),
-                    headers=_hub("utils").build_hf_headers(),
-                    expected_size=shard.size,
-                    tqdm_class=_stoppable_bar(stop),
-                )
+            _download(url, path, shard.size, stop)
             return _verify(path, shard)
         except (OSError, ShardError) as fault:
             if not isinstance(fault, ConnectionError) and _status(fault) is None:  # whole, but not what it should be
                 path.unlink(missing_ok=True)
             raise
 
-    facts = _attempt(fetch, shard.name, stop)
+    facts = _attempt(fetch, shard.name, stop, lambda: path.stat().st_size if path.exists() else 0)
     path.replace(out / shard.name)
+    sync_folder(out)
     return facts
 
 
-def _stoppable_bar(stop: threading.Event) -> type[tqdm]:
-    """A bar that shows nothing and ends its download once `stop` is set."""
+def _download(url: str, path: Path, size: int, stop: threading.Event) -> None:
+    """Bring what is missing of a file of `size` bytes, and put it on the disk. OSError for a body of another size."""
+    have = path.stat().st_size if path.exists() else 0
+    if have < size:
+        with _answer(url, have) as response, open(path, "ab") as file:
+            if have and response.status_code == 200:  # the server knows no ranges
+                file.truncate(0)
+                have = 0
+            for piece in _pieces(response, size - have, stop):
+                file.write(piece)
+            have = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+    if have < size:
+        raise ConnectionError(f"it ended after {have:,} of {size:,} bytes")
 
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(disable=True)
 
-        def update(self, n: float | None = 1) -> None:
-            if stop.is_set():
-                raise _Stopped
+@contextmanager
+def _answer(url: str, start: int = 0) -> Iterator[Any]:
+    """The hub's answer, from byte `start` on, its body not read yet."""
+    hub = _hub("utils")
+    headers = hub.build_hf_headers() | {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    patience = {"timeout": _hub("constants").HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}
+    with _hub("utils._http").http_stream_backoff(
+        "GET", url, headers=headers, retry_on_status_codes=(408, 429), **patience
+    ) as response:
+        hub.hf_raise_for_status(response)
+        yield response
 
-    return Bar
+
+def _pieces(response: Any, most: int, stop: threading.Event | None = None) -> Iterator[bytes]:
+    """The body, piece by piece. OSError once it is more than `most` bytes, ConnectionError if it trickles."""
+    got, since, since_then = 0, time.monotonic(), 0
+    for piece in response.iter_raw():
+        if stop is not None and stop.is_set():
+            raise _Stopped
+        got, since_then = got + len(piece), since_then + len(piece)
+        if got > most:
+            raise OSError(f"it sends more than the {most:,} bytes that there should be")
+        if (passed := time.monotonic() - since) > STALL_S:
+            if since_then < SLOWEST_BYTES_S * passed:
+                raise ConnectionError(f"stalled: {since_then:,} bytes in {passed:.0f} s")
+            since, since_then = time.monotonic(), 0
+        yield piece
 
 
-def _attempt(work: Callable[[], _T], what: str, stop: threading.Event | None = None) -> _T:
-    """The result of `work`, tried up to ATTEMPTS times; FetchError for the last failure, or at once for a final one."""
-    for attempt in range(ATTEMPTS):
+def _attempt(
+    work: Callable[[], _T],
+    what: str,
+    stop: threading.Event | None = None,
+    progress: Callable[[], int] = lambda: 0,
+) -> _T:
+    """The result of `work`, tried up to ATTEMPTS times in a row without progress; FetchError for the last failure.
+
+    progress: bytes that are there. A failure that asking again does not change ends it at once.
+    """
+    failures, before = 0, progress()
+    while True:
         try:
             return work()
-        except _Stopped:
-            raise
-        except (
-            Exception
-        ) as fault:  # huggingface_hub's, its HTTP library's, the operating system's, or a damaged shard's
+        except (_Stopped, UserError) as fault:
+            if not isinstance(fault, ShardError):
+                raise
+            last: Exception = fault
+        except Exception as fault:  # huggingface_hub's, its HTTP library's or the operating system's
             last = fault
-        if _status(last) in _FINAL or isinstance(last, PermissionError) or _is_offline(last):
-            break
-        if attempt < ATTEMPTS - 1:
-            (stop or threading.Event()).wait(FIRST_WAIT_S * 2**attempt)
-    raise FetchError(_explain(last, what)) from None
+        there = progress()
+        failures, before = (1 if there > before + _ENOUGH_BYTES else failures + 1), max(there, before)
+        if _status(last) in _FINAL or isinstance(last, PermissionError) or _is_offline(last) or failures == ATTEMPTS:
+            raise FetchError(_explain(last, what)) from None
+        (stop or threading.Event()).wait(FIRST_WAIT_S * 2 ** (failures - 1))
 
 
 def _status(fault: BaseException) -> int | None:
@@ -302,11 +394,11 @@ def _explain(fault: BaseException, what: str) -> str:
         return f"{what}: the hub does not have it (HTTP {status}); check --revision and HF_ENDPOINT"
     if status in (401, 403):
         return f"{what}: the hub does not let us have it (HTTP {status}); check HF_TOKEN, or the mirror in HF_ENDPOINT"
-    reason = f"HTTP {status}" if status else in_a_line(fault)
+    reason = f"HTTP {status}" if status else printable(in_a_line(fault))
     return (
-        f"{what}: cannot be fetched from {_hub('constants').ENDPOINT} ({reason}); check the network, proxy or HF_ENDPOINT and "
-        "run this again, or do without: train with --data embedded, or make shards of your own text with "
-        "`python scripts/data/text.py`"
+        f"{what}: cannot be fetched from {printable(_hub('constants').ENDPOINT)} ({reason}); check the network, "
+        "proxy or HF_ENDPOINT and run this again, or do without: train with --data embedded, or make shards of your own "
+        "text with `python scripts/data/text.py`"
     )
 
 
@@ -315,10 +407,8 @@ def _explain(fault: BaseException, what: str) -> str:
 
 
 def _hub(module: str = "") -> Any:
-    try:
-        return importlib.import_module(f"huggingface_hub.{module}".rstrip("."))
-    except ImportError:
-        raise ConfigError("downloading needs huggingface_hub; pip install 'speedrun-mup[data]'") from None
+    import_extra("huggingface_hub", "hf_hub_url", "downloading", "data")
+    return importlib.import_module(f"huggingface_hub.{module}".rstrip("."))
 
 
 def _url(repository: str, name: str, commit: str) -> str:

@@ -7,6 +7,7 @@ at `resolve`, redirected to another path as the real hub redirects to its CDN, w
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,10 @@ class LoopbackHub:
 
     faults[name]: what goes wrong at the next GETs of that file ("tree" is the listing), one after the other: a status,
     "cut" (half of what is left, then the connection is lost), "short" and "long" (another length, and closed properly),
-    "flip" (one byte is another), "no range" (answers 200 to a range). requests: (method, path, range) of all requests.
+    "flip" (one byte is another), "no range" (answers 200 to a range), "trickle" (a byte now and then, for ever), "endless" (no
+    length, and no end), "around" (redirected to itself), "file" (redirected to a local file). listing: what is told in place
+    of the true listing, and `commit` of the true commit. sent: bytes of endless bodies. requests: (method, path, range) of
+    all requests.
     """
 
     def __init__(self, repository: str, files: dict[str, bytes]):
@@ -31,6 +35,10 @@ class LoopbackHub:
         self.tokens: set[str | None] = set()
         self.slow_s = 0.0  # before every 64 KiB
         self.pause = threading.Event()
+        self.commit: object = COMMIT
+        self.listing: bytes | None = None
+        self.next_page: str | None = None
+        self.sent = 0
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,7 +53,13 @@ class LoopbackHub:
             def do_GET(self) -> None:
                 hub.answer(self)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: object, client_address: object) -> None:
+                """A client that leaves in the middle is none."""
+                if not isinstance(sys.exc_info()[1], OSError):
+                    super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -75,8 +89,14 @@ class LoopbackHub:
             revision = path.removeprefix(api).split("/")[2]
             if revision not in ("main", COMMIT):
                 return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
-            found = self.tree() if path.startswith(f"{api}/tree/") else {"id": self.repository, "sha": COMMIT}
-            return self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(found).encode())
+            headers = {"Content-Type": "application/json"}
+            if not path.startswith(f"{api}/tree/"):
+                about = {"id": self.repository, "sha": self.commit}
+                return self.send(request, 200, headers, json.dumps(about).encode())
+            if self.next_page:
+                headers["Link"] = f'<{self.next_page}>; rel="next"'
+            listing = json.dumps(self.tree()).encode() if self.listing is None else self.listing
+            return self.send(request, 200, headers, listing)
         name = path.rpartition("/")[2]
         if path.startswith("/api/"):
             return self.send(request, 404, {"X-Error-Code": "RepoNotFound"})
@@ -108,6 +128,10 @@ class LoopbackHub:
         fault = self.faults[name].pop(0) if request.command == "GET" and self.faults[name] else None
         if isinstance(fault, int):
             return self.send(request, fault, {"Retry-After": "0"} if fault == 429 else {})
+        if fault in ("around", "file"):
+            return self.send(request, 302, {"Location": "file:///etc/passwd" if fault == "file" else f"/cdn/{name}"})
+        if fault in ("trickle", "endless"):
+            return self.send_for_ever(request, *((b"x", 0.05) if fault == "trickle" else (bytes(2**16), 0.0)))
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", span or "") if fault != "no range" else None
         start, stop = (int(asked[1]), int(asked[2] or len(content)) + 1) if asked else (0, len(content))
         if start >= len(content):
@@ -120,6 +144,19 @@ class LoopbackHub:
         if asked:
             headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
         self.send(request, 206 if asked else 200, headers, part, cut=fault == "cut")
+
+    def send_for_ever(self, request: BaseHTTPRequestHandler, piece: bytes, wait_s: float) -> None:
+        """In chunks, up to 64 MiB, so that a client without bounds ends too."""
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.close_connection = True
+        try:
+            while self.sent < 2**26 and not self.pause.wait(wait_s):
+                request.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.sent += len(piece)
+        except OSError:
+            pass  # the client left
 
     def send(
         self,

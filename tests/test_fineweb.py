@@ -1,5 +1,6 @@
 """Downloading FineWeb's shards: from a hub on the loopback, with every fault that we know of."""
 
+import json
 import os
 import signal
 import subprocess
@@ -37,6 +38,7 @@ FILES = {
 @pytest.fixture(autouse=True)
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(module, "STALL_S", 0.3)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with LoopbackHub("kjj0/fineweb10B-gpt2", FILES) as server:
         template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub_constants.ENDPOINT, server.url)
@@ -82,6 +84,8 @@ FAULTS: dict[str, list[int | str]] = {
     "short": ["short"],
     "long": ["long"],
     "flip": ["flip"],
+    "endless": ["endless"],
+    "trickle": ["trickle"],
     "flip after a cut": ["cut", "flip"],
     "cut, then no range": ["cut", "no range"],
 }
@@ -106,6 +110,10 @@ STOPS: dict[str, tuple[list[int | str], str]] = {
     "flip for ever": (["flip"] * 5, r"its SHA-256 is not the hub's.*tried 4 times"),
     "short for ever": (["short"] * 20, r"fineweb_train_000001\.bin: cannot be fetched"),
     "long for ever": (["long"] * 20, r"fineweb_train_000001\.bin: cannot be fetched"),
+    "endless for ever": (["endless"] * 20, r"000001\.bin: cannot be fetched .*more than the 101,024 bytes that there"),
+    "trickle for ever": (["trickle"] * 20, r"000001\.bin: cannot be fetched .*stalled: \d+ bytes in"),
+    "around for ever": (["around"] * 200, r"000001\.bin: cannot be fetched .*redirects"),
+    "file for ever": (["file"] * 20, r"000001\.bin: cannot be fetched .*protocol"),
 }
 
 
@@ -116,11 +124,89 @@ def test_stops_with_one_line(tmp_path: Path, hub: LoopbackHub, kind: str, capfd:
     with pytest.raises(FetchError, match=words) as error:
         download_fineweb(2 * SHARD_TOKENS, tmp_path)
     assert "\n" not in str(error.value) and error.value.exit_code == 3 and capfd.readouterr().err == ""
+    assert hub.sent < 2**25  # with what lies in the buffers of four sockets
     assert TRAIN[0] not in names(tmp_path) and "corpus.json" not in names(tmp_path)
     for path in tmp_path.glob("*.bin"):
         assert path.read_bytes() == FILES[path.name]
     hub.faults.clear()
     check_whole(download_fineweb(2 * SHARD_TOKENS, tmp_path), 2)
+
+
+def listed(name: object = TRAIN[0], size: object = len(FILES[VAL]), oid: object = "0" * 64) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": size, "lfs": {"oid": oid, "size": size}}
+
+
+DAMAGED: dict[str, tuple[object, str]] = {
+    "no size": ([listed(size=None)], r"fineweb_train_000001\.bin has size None"),
+    "text as size": ([listed(size="12")], "has size '12'"),
+    "negative size": ([listed(size=-(10**12))], "has size -10"),
+    "huge size": ([listed(size=10**30)], "has size 1000"),
+    "path as hash": ([listed(oid="../../etc")], r"has SHA-256 '\.\./\.\./etc'"),
+    "twice": ([listed(), listed()], "000001.bin is in it twice"),
+    "no list": ({"error": "x"}, "it is no list"),
+    "other things": ([1, None, {}, {"path": 3}], r"has no \*_val_\*\.bin"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_listing(tmp_path: Path, hub: LoopbackHub, kind: str) -> None:
+    listing, words = DAMAGED[kind]
+    hub.listing = json.dumps(listing).encode()
+    with pytest.raises(FetchError, match=words) as error:
+        download_fineweb(1, tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 200_000, b"{", b"\xff", b" " * 2**26 + b"[]"], ids=["deep", "cut", "byte", "long"]
+)
+def test_listing_that_is_no_json(tmp_path: Path, hub: LoopbackHub, body: bytes) -> None:
+    hub.listing = body
+    with pytest.raises(FetchError, match=r"not JSON|more than the 67,108,864 bytes") as error:
+        download_fineweb(1, tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("commit", [None, 5, "", "\x1b]0;x\x07" + COMMIT, "../" * 13 + "x"])
+def test_commit_that_is_none(tmp_path: Path, hub: LoopbackHub, commit: object) -> None:
+    hub.commit = commit
+    with pytest.raises(FetchError, match="its commit is") as error:
+        download_fineweb(1, tmp_path / "out")
+    assert str(error.value).isprintable() and not list(tmp_path.iterdir())
+
+
+def test_pages(tmp_path: Path, hub: LoopbackHub) -> None:
+    """A page that comes again and again, and one on another server, which would get the token."""
+    hub.next_page = f"{hub.url}/api/datasets/{hub.repository}/tree/{COMMIT}?cursor=x"
+    with pytest.raises(FetchError, match="is in it twice"):
+        download_fineweb(1, tmp_path / "out")
+    hub.listing = b"[]"
+    with pytest.raises(FetchError, match="more than 1,000 pages"):
+        download_fineweb(1, tmp_path / "out")
+    hub.next_page = "http://127.0.0.2:1/x"
+    with pytest.raises(FetchError, match="its next page is on another server"):
+        download_fineweb(1, tmp_path / "out")
+
+
+def test_names_that_lead_out_are_no_shards(tmp_path: Path, hub: LoopbackHub) -> None:
+    names_ = (
+        "../evil_train_000000.bin",
+        "/etc/evil_train_000000.bin",
+        "a/../evil_train_000000.bin",
+        "..\\evil_train_000000.bin",
+    )
+    evil = [listed(name) for name in (*names_, "\x1b]0;x\x07\na_train_000000.bin", "..evil_train_000000.bin")]
+    hub.listing = json.dumps(hub.tree() + evil).encode()
+    check_whole(download_fineweb(1, tmp_path / "out"), 1)
+    assert names(tmp_path) == ["out"]
+
+
+def test_link_in_place_of_a_partial_download(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out" / ".download").mkdir(parents=True)
+    (tmp_path / "out" / ".download" / TRAIN[0]).symlink_to(tmp_path / "mine")
+    check_whole(download_fineweb(1, tmp_path / "out"), 1)
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_shard_with_ids_of_another_vocabulary(tmp_path: Path, hub: LoopbackHub) -> None:
