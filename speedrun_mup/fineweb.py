@@ -141,13 +141,13 @@ def list_shards(repository: str, revision: str) -> tuple[str, list[RemoteShard]]
 
     Raises FetchError for a listing that is damaged, and what huggingface_hub and its HTTP library raise.
     """
-    api = f"{_hub('constants').ENDPOINT}/api/datasets/{repository}"
-    about, _ = _get_json(f"{api}/revision/{quote(revision, safe='')}")
+    api = "/".join([_hub("constants").ENDPOINT, "api", "datasets", repository])
+    about, _ = _get_json("/".join([api, "revision", quote(revision, safe="")]))
     commit = about.get("sha") if isinstance(about, dict) else None
     if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise _damaged(repository, f"its commit is {printable(repr(commit), 60)}")
     shards: dict[str, RemoteShard] = {}
-    url: str | None = f"{api}/tree/{commit}"
+    url: str | None = "/".join([api, "tree", commit])
     for _ in range(_LISTING_PAGES):
         files, url = _get_json(url or "")
         for shard in _listed(repository, files):
