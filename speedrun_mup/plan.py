@@ -22,6 +22,7 @@ from typing import Any
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import find_corpus
+from speedrun_mup.files import write_whole
 from speedrun_mup.flops import run_flops
 from speedrun_mup.run_folder import saved_config
 from speedrun_mup.shards import Corpus
@@ -36,7 +37,6 @@ from speedrun_mup.sweep import (
     measure_sweep,
     read_results,
     run_sweep,
-    write_whole,
 )
 from speedrun_mup.tracking import clock, read_metrics
 from speedrun_mup.transfer import Thresholds, TransferError, loss_forecast

@@ -6,8 +6,9 @@
 
 A cell is one run. Its id is a hash of what it computes, and it is done once cells/<id>/result.json exists. Only the
 process that holds the folder's lock writes there, so workers may die at any moment. The same command does what is
-missing; another one with the same base adds to the folder. All cells share data order and seeds (common random
-numbers), and differ in nothing but arm, width, seed and a factor 2**octaves on one hyperparameter, the knob.
+missing; another one with the same base adds to the folder. Cells differ in nothing but arm, width, seed and a factor
+2**octaves on one hyperparameter, the knob. A seed draws initialisation and, but in the record's own order, the order of
+the data, so that all cells of one seed share it (common random numbers) and seeds differ in both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -43,14 +45,27 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError, Diverged, UserError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.corpus import find_corpus
+from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
 from speedrun_mup.flops import model_shape, run_flops
+from speedrun_mup.hardware import pick_dtype
 from speedrun_mup.interrupts import after_imports
 from speedrun_mup.packages import import_package
 from speedrun_mup.run_folder import FREE_TO_CHANGE, FolderLock
 from speedrun_mup.shards import Corpus
-from speedrun_mup.tracking import PROVENANCE, clock, read_metrics
+from speedrun_mup.tracking import PROVENANCE, clock, read_metrics, source_sha256
 from speedrun_mup.training import train
-from speedrun_mup.transfer import Array, CurveKey, Run, TransferResult, is_rate, measure_transfer
+from speedrun_mup.transfer import (
+    MADE_WITH,
+    Array,
+    CurveKey,
+    Doubt,
+    Run,
+    TransferResult,
+    differing,
+    is_rate,
+    measure_transfer,
+    missing,
+)
 
 SCHEMA = 1  # of result.json; part of every id
 SWEEP, CELLS, RESULT, SCRATCH = "sweep.json", "cells", "result.json", "running"
@@ -62,6 +77,9 @@ MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
 TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
 # Settings without a part in an id. The corpus has a fingerprint; what happens to a diverging run is part of the result.
 NOT_COMPUTED = FREE_TO_CHANGE - {"on_nonfinite"}
+# Settings that came after the first results, with what those had in their place. An id says nothing of them there.
+ADDED = {"data_order": "record"}
+MOST_WORKERS, MOST_SEEDS, MOST_STEPS, MOST_RUNS = 1024, 100, 10**7, 10**6
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked for
@@ -109,6 +127,24 @@ def pick_arms(names: Iterable[str]) -> tuple[Arm, ...]:
     return tuple(ARMS[name] for name in names)
 
 
+def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
+    """ConfigError if a setting that somebody gave is one that an arm fixes otherwise: no arm overrides a user in silence."""
+
+    def clashes(arm: Arm, names: Iterable[str]) -> list[str]:
+        return [name for name in names if arm.settings.get(name, given[name]) != given[name]]
+
+    fixed = [name for name in given if any(name in arm.settings for arm in ARMS.values())]
+    for arm in arms:
+        for name in clashes(arm, fixed):
+            flag = "--" + name.replace("_", "-")
+            fit = [other.name for other in ARMS.values() if not clashes(other, fixed)]
+            together = " ".join(f"{one}={given[one]}" for one in fixed)
+            choice = f"choose among --arms {' '.join(fit)}" if fit else f"no arm has {together}"
+            knob = f", or turn it with --knob {name}" if name in KNOBS else ""
+            why = f"{flag} {given[name]}: arm {arm.name} fixes {name} at {arm.settings[name]}"
+            raise ConfigError(f"{why}; leave {flag} out{knob}, or {choice}")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run: its place in the table and its settings. corpus, vocab: fingerprint and vocabulary of its data."""
@@ -127,7 +163,8 @@ class Cell:
     @functools.cached_property
     def id(self) -> str:
         """16 hex digits, the same wherever the cell runs: a hash of its arm, what it computes, and the data."""
-        what = [SCHEMA, self.arm, self.corpus, computed_settings(self.cfg)]
+        settings = {name: value for name, value in computed_settings(self.cfg).items() if ADDED.get(name, ()) != value}
+        what = [SCHEMA, self.arm, self.corpus, settings]
         text = json.dumps(what, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -165,6 +202,8 @@ class Sweep:
             values = [getattr(value, "name", value) for value in getattr(self, name)]
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
+        if len(self.seeds) > MOST_SEEDS:
+            raise ConfigError(f"{len(self.seeds)} seeds: give at most {MOST_SEEDS}")
         if self.knob not in KNOBS:
             raise ConfigError(f"knob={self.knob!r} cannot be turned; choose {', '.join(KNOBS)}")
         if not getattr(self.base, self.knob):
@@ -297,7 +336,7 @@ class CellResult:
         return json.dumps({"schema": SCHEMA, **values}, allow_nan=False)
 
     @staticmethod
-    def from_json(text: str, source: Path) -> CellResult:
+    def from_json(text: str | bytes, source: Path) -> CellResult:
         """Read back `to_json`. ConfigError naming `source` for anything else."""
         try:
             values = json.loads(text)
@@ -305,9 +344,30 @@ class CellResult:
                 raise ValueError("made by another version")
             values |= {name: _or_nan(values[name]) for name in ("loss", "train_loss")}
             values["curve"] = [_or_nan(loss) for loss in values["curve"]]
-        except (ValueError, KeyError, AttributeError, TypeError) as fault:
-            raise ConfigError(f"{source} is no result of a cell ({fault}); delete it and run the sweep again") from None
-        return CellResult(**values)
+            result = CellResult(**values)
+            _check_types(result)
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as fault:
+            why = f"{printable(source)} is no result of a run ({in_a_line(fault)}); delete it and run the sweep again"
+            raise ConfigError(why) from None
+        return result
+
+
+def _check_types(result: CellResult) -> None:
+    """Raises ValueError for what `run_cell` cannot have written: anybody may have sent the folder."""
+    names = (result.id, result.arm, result.reason, result.corpus, *result.made_with, *result.made_with.values())
+    costs = (result.seconds, result.train_s, result.flops)
+    iterations = result.config["iterations"]
+    good = {
+        "names": all(isinstance(name, str) for name in names) and result.arm == printable(result.arm, 100),
+        "whole numbers": all(type(number) is int for number in (result.width, result.seed, iterations)),
+        "diverged": isinstance(result.diverged, bool),
+        "costs": all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in costs),
+    }
+    good["octaves"] = abs(float(result.octaves)) <= 2 * MOST_OCTAVES
+    good["width"] = good["whole numbers"] and 0 < result.width < 2**31
+    good["curve"] = good["whole numbers"] and len(result.curve) <= iterations <= MOST_STEPS
+    if wrong := [name for name, fine in good.items() if not fine]:
+        raise ValueError(f"impossible: {', '.join(wrong)}")
 
 
 def _or_null(value: float) -> float | None:
@@ -379,13 +439,17 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         corpus=cell.corpus,
         config=computed_settings(cell.cfg),
         made_with={name: made_with[name] for name in ("speedrun_mup", "revision", "source_sha256", "torch", "platform")}
-        | {"device": _device_name(cell.cfg.device)},
+        | {"device": _device_name(cell.cfg.device), "dtype": _dtype_name(cell.cfg)},
     )
 
 
 def _device_name(device: str) -> str:
     kind = pick_device(device).type
     return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
+def _dtype_name(cfg: TrainConfig) -> str:
+    return str(pick_dtype(cfg, pick_device(cfg.device))).removeprefix("torch.")
 
 
 def attempt(cell: Cell, scratch: Path) -> CellResult | Failure:
@@ -539,14 +603,21 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
+RAY_LISTENS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's own variable: 0 is the loopback, 1 all addresses
+
+
 class RayEngine:
     """Tasks on a Ray cluster: that of RAY_ADDRESS, else one of `workers` processes on this machine.
 
-    A task takes one GPU, where there are any, else one core. Raises ConfigError without the package.
+    One of our own listens on the loopback only, unless RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1, and has no dashboard: whoever
+    reaches Ray's ports can run code. A task takes one GPU, where there are any, else one core. Raises ConfigError without
+    the package.
     """
 
     def __init__(self, workers: int | None = None, device: str = "auto"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if "RAY_ADDRESS" not in os.environ:
+            os.environ.setdefault(RAY_LISTENS, "0")  # before it is imported; on any system, whatever the name says
         try:
             ray: Any = import_package("ray")
         except ImportError:
@@ -557,12 +628,21 @@ class RayEngine:
         else:
             own = {"num_cpus": workers or cores(), "include_dashboard": False, "object_store_memory": 100 * 2**20}
             ray.init(address="local", log_to_driver=False, **own)
+            self._refuse_open_ports()
         have = ray.cluster_resources()
         gpus = int(have.get("GPU", 0)) if device in ("auto", "cuda") else 0
         self.workers = workers or gpus or int(have["CPU"])
         environment = {"env_vars": _threads(cores())}
         resources = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 0, "runtime_env": environment}
         self._task = ray.remote(**resources)(attempt)
+
+    def _refuse_open_ports(self) -> None:
+        """ConfigError if this version of Ray, or one that was imported before, listens for other machines unasked."""
+        address = self._ray.util.get_node_ip_address()
+        if os.environ[RAY_LISTENS] == "0" and address not in ("127.0.0.1", "::1", "localhost"):
+            self._ray.shutdown()
+            why = f"Ray listens on {address}, where others can reach it and run code"
+            raise ConfigError(f"{why}; behind a firewall allow it with {RAY_LISTENS}=1, or use --engine local")
 
     def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
         """See Engine. Leaving it early cancels the tasks under way."""
@@ -598,6 +678,8 @@ def open_engine(engine: str, workers: int | None, device: str) -> Engine:
         raise ConfigError(f"engine={engine!r} is unknown; choose from {', '.join(ENGINES)}")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
+    if workers is not None and workers > MOST_WORKERS:
+        raise ConfigError(f"workers={workers} must be at most {MOST_WORKERS}")
     return ENGINES[engine](workers, device)
 
 
@@ -676,15 +758,12 @@ class SweepResult:
         diverged = sum(result.diverged for result in self.results)
         worked = clock(sum(result.seconds for result in self.results))
         lines = [
-            f"{self.out}: {len(self.results)} cells done ({self.ran} now, in {clock(self.seconds)}), "
+            f"{self.out}: {len(self.results)} runs done ({self.ran} now, in {clock(self.seconds)}), "
             f"{diverged} diverged, {len(self.failed)} failed, {self.left} left",
             f"cost: {self.flops:.3g} FLOPs, {worked} of one worker's time",
             *(f"failed: {cell}: {why}" for cell, why in self.failed.items()),
         ]
-        for name in ("source_sha256", "torch", "device"):
-            kinds = len({result.made_with[name] for result in self.results})
-            if kinds > 1:
-                lines.append(f"warning: {kinds} different {name} made these cells; compare them with care")
+        lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results)]
         if self.used_up:
             lines.append(f"the budget of FLOPs has no room for the {self.left} runs left; a larger one goes on")
         elif self.left:
@@ -736,7 +815,10 @@ def run_sweep(
     with _open_folder(out) as scratch, closing(_Progress(progress)) as shown:
         _admit(sweep, out, corpus)
         deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
+        shown.say(f"seeds draw the {_seeds_draw(sweep.base)}")
         rounds = _Rounds(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
+        if other := _of_other_code(rounds.done.values()):
+            shown.say(other)
         points = {(arm.name, width): set(map(float, sweep.octaves)) for arm in sweep.arms for width in sweep.widths}
         if sweep.adaptive:  # where an earlier call refined the grid, new seeds follow
             points = {key: points[key] | set(losses) for key, losses in rounds.curves(points).items()}
@@ -750,7 +832,7 @@ def run_sweep(
                     points = more
         except KeyboardInterrupt as stop:
             stopped = True
-            shown.say(f"stopped by {stop}; {len(rounds.done)} cells are finished, run the same command again to go on")
+            shown.say(f"stopped by {stop}; {len(rounds.done)} runs are finished, run the same command again to go on")
         left = [
             cell
             for cell in sweep.cells(points, corpus)
@@ -760,6 +842,23 @@ def run_sweep(
         used_up = bool(left) and not stopped and not rounds.failed and not any(map(rounds.pays_for, left))
         took = time.monotonic() - began
         return SweepResult(out, results, rounds.ran, rounds.failed, len(left), stopped, took, used_up)
+
+
+def _seeds_draw(cfg: TrainConfig) -> str:
+    """What differs between the seeds of a sweep."""
+    if cfg.data_order == "record":
+        return "initialisation; the data keep the record's order, the same for all seeds, in the first epoch"
+    return "initialisation and the order of the data"
+
+
+def _of_other_code(results: Iterable[CellResult]) -> str:
+    """A line about results that other code made than what runs now, or nothing."""
+    mine = source_sha256()
+    others = Counter(hashed for result in results if (hashed := result.made_with.get("source_sha256", mine)) != mine)
+    if not others:
+        return ""
+    made = ", ".join(f"{printable(name, 12)} ({count})" for name, count in others.most_common(3))
+    return f"{others.total()} runs here were made by other code, {made}; this is {printable(mine, 12)}: the verdict will say so"
 
 
 def _place(result: CellResult) -> tuple[str, int, float, int]:
@@ -829,7 +928,7 @@ class _Rounds:
             self.failed[name] = outcome.why
         else:
             what = "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}"
-            write_whole(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
+            _write(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
             self.done[cell.id] = outcome
             self.failed.pop(name, None)
             self.pace.learn(outcome)
@@ -839,11 +938,11 @@ class _Rounds:
 
 
 class _Progress:
-    """A bar on a terminal, a line per cell elsewhere."""
+    """A bar on a terminal, a line per run elsewhere."""
 
     def __init__(self, show: bool):
         self._plain = show and not sys.stderr.isatty()
-        self._bar = tqdm(total=0, unit="cell", disable=not show or self._plain, dynamic_ncols=True)
+        self._bar = tqdm(total=0, unit="run", disable=not show or self._plain, dynamic_ncols=True)
         self._show, self._total, self._count = show, 0, 0
 
     def expect(self, cells: int) -> None:
@@ -876,11 +975,17 @@ def _open_folder(out: Path) -> Iterator[Path]:
     """Hold `out` against other processes; yields a scratch folder in it, which is empty before and gone afterwards."""
     scratch = out / SCRATCH
     try:
-        (out / CELLS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        own_folder(out / CELLS)
+        lock = FolderLock(out)
     except OSError as fault:
-        raise ConfigError(f"{out} cannot be written ({fault.strerror}); choose another --out") from None
-    with closing(FolderLock(out)):
+        raise ConfigError(f"{printable(out)} cannot be written ({fault.strerror}); choose another --out") from None
+    with closing(lock):
         shutil.rmtree(scratch, ignore_errors=True)
+        if scratch.is_symlink() or scratch.exists():
+            raise ConfigError(f"{printable(scratch)} is no folder of this sweep's; delete it")
+        for torn in out.glob(f"{CELLS}/*/.{RESULT}.*"):  # half-written, by a process that was killed
+            torn.unlink(missing_ok=True)
         try:
             yield scratch
         finally:
@@ -918,30 +1023,23 @@ def _admit(sweep: Sweep, out: Path, corpus: Corpus) -> None:
     asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("widths", "octaves", "seeds")}
     asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
     before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
-    differ = [
-        f"{key} was {before['base'].get(key)}, is {base[key]}" for key in base if before["base"].get(key) != base[key]
-    ]
+    known = ADDED | before["base"]
+    differ = [f"{key} was {printable(known.get(key))}, is {base[key]}" for key in base if known.get(key) != base[key]]
     differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
     if differ:
         raise ConfigError(f"{out} holds another sweep: {'; '.join(differ)}; choose another folder")
     requests = before["asked"] + ([] if asked in before["asked"] else [asked])
     after = {"base": base, "arms": before["arms"] | arms, "asked": requests}
-    write_whole(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
+    _write(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one go: killed at any moment, this leaves the old file or the new one. Raises ConfigError."""
-    part = path.with_name(f".{path.name}.part")
+def _write(path: Path, text: str) -> None:
+    """Replace a file of a sweep's folder, which may have come from somebody else. Raises ConfigError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        own_folder(path.parent)
     except OSError as fault:
-        why = f"{path} cannot be written ({fault.strerror}); make room and run the same command again"
-        raise ConfigError(why) from None
+        raise ConfigError(f"{printable(path.parent)} cannot be used ({fault.strerror}); delete it") from None
+    write_whole(path, text, "make room and run the same command again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -953,26 +1051,96 @@ def read_definition(out: Path) -> dict[str, Any]:
     """The sweep.json of a folder: base, arms, asked. Raises ConfigError if there is none."""
     path = out / SWEEP
     try:
-        definition = json.loads(path.read_text())
-        if not {"base", "arms", "asked"} <= definition.keys():
-            raise ValueError
-    except (OSError, ValueError, AttributeError):
-        raise ConfigError(f"{path} is missing or damaged; give the folder of a sweep") from None
+        definition = json.loads(read_bytes(path))
+        base, arms, asked = (definition[name] for name in ("base", "arms", "asked"))
+        drifts = [arm["predicted"] for arm in arms.values()]
+        good = isinstance(base["base_width"], int) and base["knob"] in KNOBS and all(map(_is_request, asked))
+        good = good and all(drift is None or math.isfinite(drift) for drift in drifts)
+        good = good and all(name == printable(name, 100) for name in arms)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        good = False
+    if not good:
+        raise ConfigError(f"{printable(path)} is missing or damaged; give the folder of a sweep")
     return definition
+
+
+def _is_request(asked: Mapping[str, Any]) -> bool:
+    """Whether this is an entry of "asked" in a sweep.json, of a size that somebody may have meant."""
+    axes = [asked[name] for name in ("widths", "seeds", "octaves", "arms")]
+    numbers = [*asked["widths"], *asked["seeds"], *asked["octaves"]]
+    sane = all(isinstance(number, (int, float)) and abs(number) < 2**63 for number in numbers)
+    return sane and math.prod(map(len, axes)) <= MOST_RUNS and all(isinstance(arm, str) for arm in asked["arms"])
 
 
 def read_results(out: Path) -> list[CellResult]:
     """All finished cells of a folder, by arm, width, learning rate and seed. Raises ConfigError for a damaged one."""
-    paths = out.glob(f"{CELLS}/*/{RESULT}")
-    return sorted((CellResult.from_json(path.read_text(), path) for path in paths), key=_place)
+    results = []
+    for path in out.glob(f"{CELLS}/*/{RESULT}"):
+        try:
+            result = CellResult.from_json(read_bytes(path), path)
+        except OSError as fault:
+            raise ConfigError(f"{printable(path)} cannot be read ({fault.strerror}); delete it") from None
+        if result.id != path.parent.name:
+            raise ConfigError(f"{printable(path)} is the result of another run, {printable(result.id, 20)}; delete it")
+        results.append(result)
+    return sorted(results, key=_place)
 
 
 def runs_table(out: Path) -> list[Run]:
     """The finished cells as the estimator takes them: lr is the factor on the knob; a diverged run's loss is nan."""
+    return [_as_run(result) for result in read_results(out)]
+
+
+def _as_run(result: CellResult) -> Run:
+    return Run(result.width, result.lr, result.seed, math.nan if result.diverged else result.loss, result.arm)
+
+
+def made_differently(results: Sequence[CellResult]) -> list[Doubt]:
+    """Doubts about results that several versions of the code, of torch, several devices or types of numbers made."""
+    pairs = [(result, _as_run(result)) for result in results]
     return [
-        Run(result.width, result.lr, result.seed, math.nan if result.diverged else result.loss, result.arm)
-        for result in read_results(out)
+        doubt
+        for name in MADE_WITH
+        for doubt in differing(name, ((result.made_with.get(name, ""), run) for result, run in pairs))
     ]
+
+
+def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> list[Doubt]:
+    """Doubts about runs of `arms` that were asked for in a folder, or that its grids still grow by, and have no result."""
+    curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
+    for (arm, width, octaves), loss in mean_losses(results).items():
+        curves[arm, width][octaves] = loss
+    requests: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for asked in read_definition(out)["asked"]:
+        for key in itertools.product(asked["arms"], asked["widths"]):
+            requests[key].append(asked)
+    have = {(result.arm, result.width, result.octaves, result.seed) for result in results}
+    wanted: dict[str, set[tuple[int, float, int]]] = {arm: set() for arm in arms}
+    for (arm, width), some in requests.items():
+        if arm in wanted:
+            wanted[arm] |= {(width, at, seed) for at, seed in _points_asked(some, curves[arm, width])}
+    absent = {arm: [place for place in sorted(places) if (arm, *place) not in have] for arm, places in wanted.items()}
+    names = {arm: [f"width {w} 2^{at:g} seed {seed}" for w, at, seed in places] for arm, places in absent.items()}
+    return [*missing(names, {arm: len(places) for arm, places in wanted.items()})]
+
+
+def _points_asked(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> set[tuple[float, int]]:
+    """(octaves, seed) of all runs that `requests` want at one width of one arm. curve: octaves -> mean loss, so far.
+
+    Points outside all grids come from growing them, and want all seeds; what a grid still grows by is told for one request
+    only, as several see different curves.
+    """
+    grids = [set(map(float, asked["octaves"])) for asked in requests]
+    grown = set(curve) - set().union(*grids)
+    points: set[tuple[float, int]] = set()
+    for asked, grid in zip(requests, grids):
+        if asked.get("adaptive"):
+            still = (
+                next_points(curve, sorted(grid), asked.get("refine", True)) if len(requests) == 1 and curve else set()
+            )
+            grid = grid | grown | still
+        points |= set(itertools.product(grid, asked["seeds"]))
+    return points
 
 
 def training_curves(out: Path) -> dict[CurveKey, Array]:
@@ -986,7 +1154,7 @@ def training_curves(out: Path) -> dict[CurveKey, Array]:
     return curves
 
 
-COLUMNS = ("arm", "width", "lr", "log2_lr", "seed", "loss", "diverged", "train_loss", "seconds", "flops")
+COLUMNS = ("arm", "width", "lr", "log2_lr", "seed", "loss", "diverged", "train_loss", "seconds", "flops", *MADE_WITH)
 
 
 def write_csv(out: Path, path: Path) -> None:
@@ -995,14 +1163,16 @@ def write_csv(out: Path, path: Path) -> None:
     The factor on the knob is in the column lr, or, if that is no learning rate, in one that `_knob` names.
     """
     knob = _knob(read_definition(out))
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(name if is_rate(knob) else name.replace("lr", knob) for name in COLUMNS)
-        for cell in read_results(out):
-            loss = math.nan if cell.diverged else cell.loss
-            place = (cell.arm, cell.width, cell.lr, cell.octaves, cell.seed)
-            cost = (round(cell.seconds, 3), f"{cell.flops:.6g}")
-            writer.writerow([*place, loss, int(cell.diverged), cell.train_loss, *cost])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(name if is_rate(knob) else name.replace("lr", knob) for name in COLUMNS)
+    for cell in read_results(out):
+        loss = math.nan if cell.diverged else cell.loss
+        place = (cell.arm, cell.width, cell.lr, cell.octaves, cell.seed)
+        cost = (round(cell.seconds, 3), f"{cell.flops:.6g}")
+        made = (cell.made_with.get(name, "") for name in MADE_WITH)
+        writer.writerow([*place, loss, int(cell.diverged), cell.train_loss, *cost, *made])
+    write_whole(path, file.getvalue())
 
 
 def _knob(definition: Mapping[str, Any]) -> str:
@@ -1020,10 +1190,11 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     """
     definition = read_definition(out)
     known = [name for name in definition["arms"] if arms is None or name in arms]
-    missing = set(arms or ()) - set(known)
-    if missing:
-        raise ConfigError(f"{out} has no arm {', '.join(sorted(missing))}; it has {', '.join(definition['arms'])}")
-    runs = [run for run in runs_table(out) if run.arm in known]
+    unknown = set(arms or ()) - set(known)
+    if unknown:
+        raise ConfigError(f"{out} has no arm {', '.join(sorted(unknown))}; it has {', '.join(definition['arms'])}")
+    results = [result for result in read_results(out) if result.arm in known]
+    runs = [_as_run(result) for result in results]
     several = [name for name in known if len({run.width for run in runs if run.arm == name}) > 1]
     curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
     knob = _knob(definition)
@@ -1034,5 +1205,6 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
         predicted = {}
     base = definition["base"]["base_width"]
     everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
-    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob} | options
+    doubts = [*made_differently(results), *not_run(out, results, known)]
+    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob, "doubts": doubts} | options
     return measure_transfer(runs, controls={k: v for k, v in predicted.items() if v is not None}, **options)

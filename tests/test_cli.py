@@ -160,7 +160,7 @@ def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "4 cells done (4 now" in told and "next   speedrun-mup transfer" in told
     assert (tmp_path / "s" / "runs.csv").read_text().count("\n") == 5
-    assert main(words) == 0 and "4 cells done (0 now" in capsys.readouterr().out
+    assert main(words) == 0 and "4 runs done (0 now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

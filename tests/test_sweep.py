@@ -6,6 +6,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,18 +24,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speedrun_mup.config import TrainConfig, to_json
+from speedrun_mup.cli import main
+from speedrun_mup.config import TrainConfig, make_config, to_json
 from speedrun_mup.core.attention import may_attend
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.corpus import find_corpus
+from speedrun_mup.files import write_whole
 from speedrun_mup.flops import flops_per_token, run_flops
 from speedrun_mup.run_folder import FolderLock
 from speedrun_mup.schedules import window_blocks
 from speedrun_mup.sweep import (
     ARMS,
     COLUMNS,
+    RAY_LISTENS,
     Arm,
     CellResult,
     Failure,
@@ -53,7 +58,6 @@ from speedrun_mup.sweep import (
     training_curves,
     visible_gpus,
     write_csv,
-    write_whole,
 )
 from speedrun_mup.training import train
 from speedrun_mup.transfer import TransferError, Verdict, read_runs
@@ -212,10 +216,12 @@ def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
         ({"widths": (32, 64, 32)}, "widths=32,64,32: .* none twice"),
         ({"knob": "momentum"}, "cannot be turned"),
         ({"knob": "weight_decay"}, "weight_decay=0 stays 0 under any factor; give --weight-decay"),
-        ({"base": {"base_width": None}}, "base-width"),
+        ({"seeds": range(101)}, "101 seeds: give at most 100"),
     ]:
         with pytest.raises(ConfigError, match=fault):
             small(**changes)
+    with pytest.raises(ConfigError, match="base-width"):
+        Sweep(dataclasses.replace(tiny(), base_width=None), (32, 64))
     with pytest.raises(ConfigError, match="width=40 is not a multiple"):
         quietly(small(widths=(40,)), tmp_path / "s", FakeEngine(bowl()))
     with pytest.raises(ConfigError, match="choose from mup, record26"):
@@ -557,6 +563,272 @@ def test_training_curves_of_diverged_runs_end_in_nan(small, tmp_path):
     assert np.isfinite(short[:2, 1]).all() and np.isnan(short[2:, 1]).all()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether the runs are what was asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(small, tmp_path):
+    """A sweep of three widths and two arms that passes, and its folder."""
+    arms = pick_arms(["mup", "adam-sp"])
+    sweep = small(base={"base_width": 64}, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1), arms=arms)
+    engine = FakeEngine(bowl({"mup": 0.0, "adam-sp": -0.9}))
+    quietly(sweep, tmp_path / "s", engine)
+    assert measure_sweep(tmp_path / "s").verdict is Verdict.PASS
+    return sweep, tmp_path / "s", engine
+
+
+def drop(out, chosen):
+    """Remove the results that `chosen` picks; how many."""
+    gone = [result for result in read_results(out) if chosen(result)]
+    for result in gone:
+        (out / "cells" / result.id / "result.json").unlink()
+    return len(gone)
+
+
+@pytest.mark.parametrize("arm", ["mup", "adam-sp"])
+def test_missing_runs_are_counted_and_named_and_nothing_passes(finished, arm, capsys):
+    sweep, out, engine = finished
+    whole = sum(result.arm == arm for result in read_results(out))
+    gone = drop(out, lambda result: result.arm == arm and result.seed == 1 and result.octaves in (-1.5, 1, 2))
+    result = measure_sweep(out)
+    assert result.verdict is Verdict.INCONCLUSIVE and result.arms[arm].verdict is Verdict.INCONCLUSIVE
+    said = f"arm {arm}: {gone} of the {whole} runs asked for are missing or failed: width 32 2^"
+    assert result.reasons[0].startswith(said) and f"and {gone - 3} more" in result.reasons[0], result.reasons[0]
+    assert measure_sweep(out, accept=["missing"]).verdict is Verdict.PASS
+    assert main(["transfer", str(out)]) == 1 and main(["transfer", str(out), "--accept", "missing"]) == 0
+    assert capsys.readouterr().out.count(said.partition(": ")[2]) == 3  # of the arm, of all; then as a note
+    quietly(sweep, out, engine)
+    assert measure_sweep(out).verdict is Verdict.PASS
+
+
+def test_points_that_the_grid_still_grows_by_are_missing_too(finished):
+    _, out, _ = finished
+    gone = drop(out, lambda result: result.arm == "mup" and result.octaves % 1)
+    assert gone and f"{gone} of the " in measure_sweep(out).reasons[0]
+
+
+def test_more_seeds_at_one_width_leave_nothing_missing(small, tmp_path):
+    """Several requests in one folder, as a plan makes them."""
+    out, engine = tmp_path / "s", FakeEngine(bowl())
+    for widths, seeds in (((32,), (0, 1, 2)), ((64, 128), (0, 1)), ((128,), (5,))):
+        quietly(small(base={"base_width": 32}, widths=widths, octaves=GRID, seeds=seeds), out, engine)
+    result = measure_sweep(out)
+    assert not result.doubts and result.verdict is Verdict.PASS, result.summary()
+
+
+@pytest.mark.parametrize("what", ["source_sha256", "torch", "device", "dtype"])
+def test_runs_that_were_made_differently_are_named_and_nothing_passes(finished, what, tmp_path, capsys):
+    _, out, _ = finished
+    for path in out.glob("cells/*/result.json"):
+        content = json.loads(path.read_text())
+        other = {what: "new\x1b[2J"} if content["width"] == 128 else {what: "old"}
+        path.write_text(json.dumps(content | {"made_with": content["made_with"] | other}))
+    result = measure_sweep(out)
+    said = f"2 different {what} made these runs: old ("
+    assert result.verdict is Verdict.INCONCLUSIVE and result.reasons[0].startswith(said)
+    assert "at width 32, 64); new\\x1b[2J (" in result.reasons[0] and f"--accept {what}" in result.reasons[0]
+    assert measure_sweep(out, accept=[what]).verdict is Verdict.PASS
+    write_csv(out, tmp_path / "runs.csv")  # the table says it too
+    controls = ["--controls", "adam-sp=-1"]
+    assert main(["transfer", str(tmp_path / "runs.csv"), *controls]) == 1 and said in capsys.readouterr().out
+
+
+def test_a_sweep_that_goes_on_under_other_code_says_so(small, tmp_path, monkeypatch, capsys):
+    quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    monkeypatch.setattr("speedrun_mup.sweep.source_sha256", lambda: "0")
+    run_sweep(small(), tmp_path / "s", FakeEngine(bowl()))
+    assert "made by other code" not in capsys.readouterr().out
+    monkeypatch.setattr("speedrun_mup.sweep.source_sha256", lambda: "f" * 64)
+    run_sweep(small(), tmp_path / "s", FakeEngine(bowl()))
+    assert "10 runs here were made by other code, 0 (10); this is fffffffff...: the verdict" in capsys.readouterr().out
+
+
+def test_what_seeds_draw_is_said(small, tmp_path, capsys):
+    run_sweep(small(base={"data_order": "record"}), tmp_path / "record", FakeEngine(bowl()))
+    assert "seeds draw the initialisation; the data keep the record's order" in capsys.readouterr().out
+    run_sweep(small(base={"data_order": "shuffled"}), tmp_path / "shuffled", FakeEngine(bowl()))
+    assert "seeds draw the initialisation and the order of the data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("preset", "known"), [("record26", "80dcb3c15a6e3252"), ("laptop", "f3eb0a26b39b18bc")])
+def test_an_id_is_what_it_was_when_the_first_results_were_made(preset, known):
+    """A setting that came later has no part in an id where it says what those runs did; else old folders are lost."""
+    cfg = make_config(preset, {"base_width": 64, "data": "embedded", "data_order": "record"})
+    if preset == "laptop":
+        cfg = dataclasses.replace(cfg, width=128)
+    corpus = SimpleNamespace(data="x", fingerprint="f", vocab_size=257)
+    assert Sweep(cfg, (64, 128), pick_arms(["adam-sp"])).cell(ARMS["adam-sp"], 128, -1.5, 2, corpus).id == known
+
+
+def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
+    quietly(small(base={"data_order": "record"}), tmp_path / "s", FakeEngine(bowl()))
+    path = tmp_path / "s" / "sweep.json"
+    content = json.loads(path.read_text())
+    assert content["base"].pop("data_order") == "record"
+    path.write_text(json.dumps(content))
+    never = FakeEngine(lambda cell: pytest.fail("ran again"))
+    assert quietly(small(base={"data_order": "record"}), tmp_path / "s", never).ran == 0
+    with pytest.raises(ConfigError, match="data_order was record, is shuffled"):
+        quietly(small(base={"data_order": "shuffled"}), tmp_path / "s", never)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            "--parametrization sp --hidden-optimizer adam",
+            "arm mup fixes parametrization at mup; leave .* --arms adam-sp",
+        ),
+        ("--parametrization sp", "or choose among --arms adam-sp"),
+        ("--mup --arms mup,adam-sp", "arm adam-sp fixes parametrization at sp; leave --parametrization out"),
+        ("--hidden-optimizer adam", "arm mup fixes hidden_optimizer at muon; .* --arms adam-mup adam-sp"),
+        ("--parametrization head-sqrt", "or no arm has parametrization=head-sqrt"),
+        (
+            "--matrix-lr 0.02 --arms mup adam-mup",
+            "arm adam-mup fixes matrix_lr at 0.008; .* --knob matrix_lr, or choose .* mup",
+        ),
+        ("--width 64", "--widths"),
+        ("--seed 1", "--seeds"),
+        ("--keep-every 5", "has no effect here"),
+        ("--init-from x", "unknown argument --init-from"),
+        ("--seeds 0", "name at least one"),
+        ("--seeds 9007199254740991", "seeds: give at most 100"),
+        ("--seeds 1,1", "none twice"),
+        ("--octaves=-1,0,1e99", "octaves=1e\\+99 must be from"),
+        ("--workers 1000000000", "must be at most 1024"),
+        ("--widths 6400000000000000000000", "too large"),
+    ],
+)
+def test_flags_that_a_sweep_cannot_follow_are_one_line(flags, told, tmp_path, capsys, cache_folder):
+    common = ["--widths", "32", "64", "--data", "synthetic", "--out", str(tmp_path / "s")]
+    assert main(["sweep", *common, *flags.split()]) == 2
+    said = capsys.readouterr().err
+    assert re.search(told, said) and said.count("\n") == 1 and said.startswith("error: "), said
+    assert not (tmp_path / "s").exists()
+
+
+def test_flags_that_agree_with_the_arms_are_followed(tmp_path, monkeypatch, cache_folder):
+    """And one number of seeds counts them, several name them."""
+    asked = []
+    monkeypatch.setattr("speedrun_mup.sweep.run_sweep", lambda sweep, *rest, **options: asked.append(sweep) or 1 / 0)
+    common = ["sweep", "--widths", "32,64", "--octaves", "-1,0,1", "--data", "synthetic", "--out", str(tmp_path / "s")]
+    for more in (["--mup", "--matrix-lr", "0.1"], ["--seeds", "2"], ["--seeds", "3,7"]):
+        with pytest.raises(ZeroDivisionError):
+            main([*common, *more])
+    assert asked[0].base.matrix_lr == 0.1 and asked[0].widths == (32, 64) and asked[0].octaves == (-1, 0, 1)
+    assert [sweep.seeds for sweep in asked] == [(0, 1, 2), (0, 1), (3, 7)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders from somebody else
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_strange_result_is_one_line(small, tmp_path):
+    out = tmp_path / "s"
+    quietly(small(), out, FakeEngine(bowl()))
+    path = sorted(out.glob("cells/*/result.json"))[0]
+    content = json.loads(path.read_text())
+    strange = [
+        {"width": "64"},
+        {"width": -1},
+        {"width": 10**40},
+        {"octaves": 1e9},
+        {"octaves": None},
+        {"seed": 1.5},
+        {"seconds": "x"},
+        {"diverged": "no"},
+        {"made_with": {"torch": 2}},
+        {"made_with": None},
+        {"config": {"iterations": 10**18}},
+        {"curve": [1.0] * 99},
+        {"curve": [[]]},
+        {"arm": "a\nb"},
+        {"id": "another"},
+    ]
+    texts = [json.dumps(content | change) for change in strange] + ["[" * 10**5, "\x00", "null", '{"schema": 1}']
+    for text in texts:
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"^{path} is .*; delete it[^\n]*$"):
+            measure_sweep(out)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="it is a FIFO, not a regular file"):
+        read_results(out)
+    with pytest.raises(ConfigError, match="it is a FIFO, not a regular file"):
+        quietly(small(), out, FakeEngine(bowl()))
+
+
+def test_a_strange_definition_is_one_line(small, tmp_path):
+    out = tmp_path / "s"
+    quietly(small(), out, FakeEngine(bowl()))
+    path = out / "sweep.json"
+    good = json.loads(path.read_text())
+    strange = [
+        good | {"base": good["base"] | {"knob": "nonsense"}},
+        good | {"base": good["base"] | {"base_width": "64"}},
+        good | {"arms": {"a\x1b[2J": good["arms"]["mup"]}},
+        good | {"arms": {"mup": {"settings": {}, "predicted": "x"}}},
+        good
+        | {"asked": [{"widths": list(range(1000)), "seeds": list(range(1000)), "octaves": [0, 1], "arms": ["mup"]}]},
+        good | {"asked": [{"widths": 3}]},
+        good | {"asked": 1},
+        [],
+    ]
+    for content in [*map(json.dumps, strange), "[" * 10**5]:
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="sweep.json is missing or damaged; give the folder of a sweep"):
+            measure_sweep(out)
+
+
+@pytest.mark.parametrize("linked", ["cells", "running", "one cell", "result.json", "sweep.json", ".lock"])
+def test_links_in_a_received_folder_are_not_followed(small, tmp_path, linked, corpus):
+    """What they point to, a file or a folder of ours, stays as it is."""
+    out, ours = tmp_path / "s", tmp_path / "ours"
+    quietly(small(octaves=(0, 1)), out, FakeEngine(bowl()))
+    ours.mkdir()
+    (ours / "result.json").write_text("precious")
+    (ours / "file").write_text("precious")
+    cell = out / "cells" / read_results(out)[0].id
+    target = {"one cell": cell, "result.json": cell / "result.json"}.get(linked, out / linked)
+    text = target.read_text() if target.is_file() else ""
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    if linked == "one cell":
+        (ours / "result.json").unlink()
+    if linked == "sweep.json":
+        (ours / "file").write_text(text)
+    before = {path: path.read_bytes() for path in ours.rglob("*")}
+    target.symlink_to(ours if linked in ("cells", "running", "one cell") else ours / "file")
+    try:
+        quietly(small(octaves=(0, 1, 2)), out, FakeEngine(bowl()))
+    except ConfigError as fault:
+        assert "\n" not in str(fault)
+    assert {path: path.read_bytes() for path in ours.rglob("*")} == before
+
+
+def test_the_table_is_replaced_whole(small, tmp_path, monkeypatch):
+    quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    path = tmp_path / "s" / "runs.csv"
+    write_csv(tmp_path / "s", path)
+    before = path.read_text()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="runs.csv cannot be written"):
+        write_csv(tmp_path / "s", path)
+    assert path.read_text() == before and before.count("\n") == 1 + len(read_results(tmp_path / "s"))
+    assert [entry.name for entry in path.parent.iterdir() if entry.name.endswith(".tmp")] == []
+
+
 def test_cells_of_different_code_are_told_apart(small, tmp_path):
     result = quietly(small(), tmp_path / "s", FakeEngine(bowl()))
     assert "warning" not in result.summary()
@@ -806,6 +1078,48 @@ def test_ray_runs_a_sweep_and_survives_a_killed_worker(small, tmp_path, monkeypa
         result = quietly(sweep, tmp_path / "s", engine)
     killer.join()
     assert result.complete and once(result.results) == 4
+
+
+class FakeRay(ModuleType):
+    """Listens where its variable says, as Ray 2.60 does; or everywhere."""
+
+    def __init__(self, heeds=True):
+        super().__init__("ray")
+        self.heeds, self.calls = heeds, []
+        self.util = SimpleNamespace(get_node_ip_address=self.address)
+
+    def address(self):
+        return "127.0.0.1" if self.heeds and os.environ.get(RAY_LISTENS) == "0" else "192.0.2.2"
+
+    def init(self, **options):
+        self.calls.append(options)
+
+    def shutdown(self):
+        self.calls.append("shutdown")
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def remote(self, **options):
+        return lambda function: function
+
+
+def test_ray_of_our_own_listens_on_the_loopback_only(monkeypatch):
+    for name in (RAY_LISTENS, "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "ray", ray := FakeRay())
+    RayEngine(2)
+    assert os.environ[RAY_LISTENS] == "0" and ray.calls[0]["include_dashboard"] is False and len(ray.calls) == 1
+    monkeypatch.setitem(sys.modules, "ray", deaf := FakeRay(heeds=False))
+    with pytest.raises(ConfigError, match=r"Ray listens on 192.0.2.2, .*=1, or use --engine local"):
+        RayEngine(2)
+    assert deaf.calls[-1] == "shutdown"
+    monkeypatch.setenv(RAY_LISTENS, "1")  # told so
+    assert RayEngine(2).workers == 2
+    monkeypatch.delenv(RAY_LISTENS)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.3:6379")  # somebody's cluster has its own rules
+    assert RayEngine(2).workers == 2 and deaf.calls[-1] == {"log_to_driver": False} and RAY_LISTENS not in os.environ
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

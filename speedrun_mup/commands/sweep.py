@@ -24,6 +24,8 @@ NOT_OF_A_SWEEP = (
     "save_every",
     "keep_last",
     "keep_every",
+    "init_from",
+    "timeout_s",
     "track",
     "val_every",
 )
@@ -70,7 +72,9 @@ def run(argv: Sequence[str]) -> int:
     )
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
     group.add_argument("--octaves", **several(float), default=grid, metavar="K", help="the knob times 2^K")
-    group.add_argument("--seeds", type=int, default=3, metavar="INT", help="runs at every point; %(default)s")
+    group.add_argument(
+        "--seeds", **several(int), default=[3], metavar="INT", help="runs at every point, 3; or these very seeds: 0,1,2"
+    )
     group.add_argument(
         "--knob",
         default="lr_scale",
@@ -92,12 +96,16 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("--budget in percent is for a plan, which has a target run; give a time or FLOPs")
     engine = take(flags, "engine", "workers")
     asked = argparse.Namespace(**take(flags, "widths", "arms", "octaves", "seeds", "knob", "adaptive", "out", "preset"))
+    given = dict(flags)
     flags.setdefault("base_width", PRESETS[asked.preset].base_width)  # every arm is a rule table
     cfg = make_config(asked.preset, flags)
 
-    from speedrun_mup.sweep import Sweep, open_engine, pick_arms, run_sweep, write_csv
+    from speedrun_mup.sweep import Sweep, check_given, open_engine, pick_arms, run_sweep, write_csv
 
-    out, arms, seeds = Path(asked.out), pick_arms(asked.arms), tuple(range(asked.seeds))
+    out, arms, seeds = Path(asked.out), pick_arms(asked.arms), tuple(asked.seeds)
+    check_given(arms, given)
+    if len(seeds) == 1:  # so many
+        seeds = tuple(range(min(seeds[0], 10**4)))
     sweep = Sweep(cfg, tuple(asked.widths), arms, tuple(asked.octaves), seeds, asked.knob, asked.adaptive)
     print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}")
     with closing(open_engine(**engine, device=cfg.device)) as where:
