@@ -147,6 +147,8 @@ def refused_by_size(kind, way, reads, base, delta, here):
         return m_in != m_out
     kept = 1 if way.endswith("dim") else 0
     variance = 1 / m_in if m_in > 1 else 1.0
+    if not math.isclose(variance, 1 / m[1] if m[1] > 1 else 1.0) and kind != "Linear" and kind != "Conv":
+        return True  # torch starts these by their second axis, and the magnitude is drawn with it
     return not math.isclose(math.prod(x for i, x in enumerate(m) if i != kept) * variance, 1.0)
 
 

@@ -753,3 +753,74 @@ def test_combined_optimizers_are_one():
         one.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ConfigError, match="2 combined"):
         one.load_state_dict({"state": {}, "param_groups": []})
+
+
+# Small things that were tracebacks, or silent
+
+
+def test_a_tie_by_memory_only_is_refused():
+    def build(width):
+        model = Tied(width)
+        model.head.weight.data = model.emb.weight.data
+        return model
+
+    with pytest.raises(
+        mup.BaseShapeError, match=r"head\.weight and emb\.weight .* one memory.*mup\.MuSharedReadout"
+    ) as fault:
+        shaped(build)
+    assert one_line(fault)
+
+
+def test_a_bag_of_embeddings_that_is_tied():
+    def build(width):
+        model = nn.Sequential(nn.EmbeddingBag(50, width), mup.MuReadout(width, 50))
+        model[1].weight = model[0].weight
+        return model
+
+    assert shaped(build)[0].weight.std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_an_input_of_an_lstm_under_weight_norm_whose_start_cannot_be_turned_is_refused():
+    build = lambda w: parametrizations.weight_norm(nn.LSTM(20, w), "weight_ih_l0")  # noqa: E731
+    with pytest.raises(mup.BaseShapeError, match="weight_ih_l0 is parametrized.*rescale_params=False"):
+        shaped(build)
+    assert roles(shaped(build, rescale_params=False))["parametrizations.weight_ih_l0.original1"] == "input"
+    shaped(lambda w: parametrizations.weight_norm(nn.LSTM(20, w), "weight_hh_l0"))
+
+
+def test_shapes_of_a_plain_model_fit_a_wrapped_one():
+    wrapped = checkpoint_wrapper(mlp(64))
+    mup.apply_infshapes(wrapped, {name: mup.get_infshapes(shaped(mlp))[name] for name, _ in mlp(64).named_parameters()})
+    assert "hidden" in roles(wrapped).values()
+    part = mlp(64)
+    part[1] = torch.compile(part[1], backend="eager")
+    mup.apply_infshapes(part, mup.get_infshapes(shaped(mlp)))
+    assert list(roles(part).values()) == list(roles(shaped(mlp)).values())
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        lambda model: mup.MuAdam(5, lr=1.0),
+        lambda model: mup.MuAdam(model[0].weight, lr=1.0),
+        lambda model: mup.MuAdam([5], lr=1.0),
+        lambda model: mup.MuAdam([{"lr": 1.0}], lr=1.0),
+        lambda model: mup.MuAdam([model[0].weight, {"params": []}], lr=1.0),
+        lambda model: mup.MuAdam(model, lr="0.1"),
+        lambda model: mup.MuAdam(model, lr=None),
+        lambda model: mup.MuAdam(model, lr=1.0, weight_decay="0.1"),
+        lambda model: mup.MuAdam(model, impl="adam", lr=1.0),
+        lambda model: mup.MuAdam(model, lr=1.0).add_param_group({}),
+        lambda model: mup.init.kaiming_normal_(model[1].weight, mode="fan"),
+        lambda model: mup.declare(model[1], "weight", Role.HIDDEN, (16, 16), "out"),
+        lambda model: mup.save_base_shapes(model, "/dev/full/x.bsh"),
+        lambda model: mup.rescale_linear_bias(shaped(nn.LayerNorm)),
+        lambda model: mup.set_base_shapes(model, {"x": 3}),
+        lambda model: mup.set_base_shapes(model, {name: (0, 3) for name, _ in model.named_parameters()}),
+        lambda model: mup.apply_infshapes(model, {name: (3, 3) for name, _ in model.named_parameters()}),
+    ],
+)
+def test_odd_arguments_are_one_line(attempt):
+    with pytest.raises(UserError) as fault:
+        attempt(shaped(mlp))
+    assert one_line(fault)

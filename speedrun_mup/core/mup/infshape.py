@@ -11,14 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.mup.layers import layout_of
 from speedrun_mup.core.mup.rules import Role
+from speedrun_mup.core.mup.spec import BaseShapeError as BaseShapeError
 from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError
-
-
-class BaseShapeError(UserError, ValueError):
-    """Base, delta and target shapes that contradict each other, or leave open which dimensions grow."""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def _kaiming(tensor: Tensor, init_: Callable[..., Tensor], a: float, mode: str, nonlinearity: str) -> Tensor:
+    if mode not in ("fan_in", "fan_out"):
+        raise BaseShapeError(f"mode={mode!r} is unknown; choose fan_in or fan_out")
     pick = ("fan_in", "fan_out").index(mode)
     return _at_base(tensor, init_, lambda *fans: fans[pick], a=a, mode=mode, nonlinearity=nonlinearity)
 

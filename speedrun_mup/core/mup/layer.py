@@ -217,11 +217,17 @@ def rescale_start(module: nn.Module) -> None:
         rescale_linear_bias(module)
     if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)):
         return  # their weights start by their fan-in, as muP asks for
+    specs = {name: spec for name, spec in vars(module).get("mup_specs", {}).items() if name in module._parameters}
+    for source in sources(module).values():
+        if source.layer is module and source.how in ("kept", "magnitude"):  # refused if it would have to change
+            specs[source.tensor] = tensor_spec(module, source.tensor)
+    if isinstance(module, _ConvNd):
+        specs.pop("bias", None)  # rescale_linear_bias's
     factors = {}
-    for local, spec in vars(module).get("mup_specs", {}).items():
-        start = torch_start(module, local, spec)
-        if start is not None and local in module._parameters and local not in vars(module).get("mup_rescaled", {}):
-            factors[local] = spec.factors(PARAMETRIZATIONS["mup"], "adam").init / start
+    for name, spec in specs.items():
+        start = torch_start(module, name, spec)
+        if start is not None:
+            factors[name] = spec.factors(PARAMETRIZATIONS["mup"], "adam").init / start
     _rescale(module, factors)
 
 

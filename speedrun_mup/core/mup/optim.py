@@ -33,15 +33,24 @@ def process_param_groups(params: Iterable[Any], **kwargs: Any) -> list[dict[str,
     The caller's dicts are left as they are. Raises ConfigError if a group has no lr.
     """
     filled = {"weight_decay": 0.0} | {key: kwargs[key] for key in ("lr", "weight_decay", "eps") if key in kwargs}
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise ConfigError(
+            f"an optimizer takes a model, or tensors, pairs and groups in a list, not a {type(params).__name__}"
+        )
     entries = list(params)
-    if not entries or not isinstance(entries[0], dict):
+    if not any(isinstance(entry, dict) for entry in entries):
         entries = [{"params": entries}]
     groups = []
     for entry in entries:
+        if not isinstance(entry, dict) or "params" not in entry:
+            raise ConfigError("a parameter group is a dict with the key params")
         members = entry["params"]
         group = filled | entry | {"params": [members] if isinstance(members, Tensor) else list(members)}
         if "lr" not in group:
             raise ConfigError("a parameter group has no lr; pass lr=")
+        for key in ("lr", "weight_decay"):
+            if not isinstance(group[key], float | int | Tensor):
+                raise ConfigError(f"{key}={group[key]!r} of a parameter group is not a number")
         groups.append(group)
     return groups
 
@@ -119,6 +128,8 @@ def _scaled(params: Params, impl: Callable[..., Optimizer], kwargs: dict[str, An
     """`impl` over the groups that `split` makes of `params`, now and whenever it is given another group."""
     if isinstance(params, nn.Module):
         split, params = replace(split, model=params), params.named_parameters()
+    if not callable(impl):
+        raise ConfigError(f"impl={impl!r} is no optimizer class")
     signature = inspect.signature(impl).parameters
     defaults = {k: signature[k].default for k in ("lr", "weight_decay", "eps") if k in signature}
     defaults = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
@@ -129,9 +140,10 @@ def _scaled(params: Params, impl: Callable[..., Optimizer], kwargs: dict[str, An
             f"{type(made).__name__} multiplies its step by each parameter's size, and its eps is a pair: the table has "
             "factors for steps of fixed size; take AdamW, or another Adafactor with scale_parameter=False"
         )
-    kind: Any = type(made)
-    made.__class__ = _scaling(kind)
-    vars(made)["mup_split"] = split
+    if isinstance(made, Optimizer):
+        kind: Any = type(made)
+        made.__class__ = _scaling(kind)
+        vars(made)["mup_split"] = split
     return made
 
 

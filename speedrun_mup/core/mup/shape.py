@@ -35,7 +35,7 @@ _HEADER = """\
 # null is a finite dimension; a number is the base size of a dimension that grows with width.
 """
 _FINITE = "# finite sizes: "  # a comment, which other readers of the format skip
-_MOST_BYTES = 1 << 26
+_MOST_BYTES = 1 << 23
 
 
 def get_shapes(model: nn.Module) -> dict[str, Dims]:
@@ -65,7 +65,10 @@ def save_base_shapes(model_or_shapes: nn.Module | Mapping[str, InfShape], file: 
         raise BaseShapeError(f"{file}: no dimension would grow with width; give a delta model of another width")
     finite = {name: [None if dim.isinf() else dim.dim for dim in s] for name, s in shapes.items()}
     base = yaml.safe_dump({name: s.base_shape() for name, s in shapes.items()}, indent=4)
-    Path(file).write_text(f"{_HEADER}{_FINITE}{json.dumps(finite)}\n{base}")
+    try:
+        Path(file).write_text(f"{_HEADER}{_FINITE}{json.dumps(finite)}\n{base}")
+    except OSError as fault:
+        raise BaseShapeError(f"cannot write base shapes: {in_a_line(fault)}") from None
 
 
 def load_base_shapes(filename: str | Path) -> dict[str, InfShape]:
@@ -91,13 +94,13 @@ def load_base_shapes(filename: str | Path) -> dict[str, InfShape]:
 
 
 def _read(filename: str | Path) -> str:
-    """The text of a regular file of up to 64 MiB."""
+    """The text of a regular file of up to _MOST_BYTES."""
     try:
         handle = os.open(filename, os.O_RDONLY | os.O_NONBLOCK)  # which a pipe without a writer would hold up
         with os.fdopen(handle, "rb") as file:
             info = os.fstat(handle)
             if not stat.S_ISREG(info.st_mode) or info.st_size > _MOST_BYTES:
-                raise BaseShapeError(f"{filename} is no file of base shapes: not a regular file of up to 64 MiB")
+                raise BaseShapeError(f"{filename} is no file of base shapes: not a regular file of up to 8 MiB")
             return file.read(_MOST_BYTES).decode()
     except (OSError, ValueError) as fault:
         if isinstance(fault, BaseShapeError):
@@ -208,7 +211,7 @@ def _resolve(place: Place, infshape: InfShape, made: dict[tuple[int, str], Sourc
     if source.how == "magnitude":
         return _gain(infshape)
     spec = infer_spec(infshape, source.layer, source.tensor)
-    if isinstance(source.layer, MuReadout | nn.Embedding | nn.EmbeddingBag) and _first_grows(source.tensor, infshape):
+    if isinstance(source.layer, (MuReadout, *_TABLES)) and _first_grows(source.tensor, infshape):
         raise BaseShapeError(
             f"{spec.shape}: its first dimension differs from the base {spec.base_shape}; "
             "a vocabulary must not grow with width"
@@ -252,10 +255,17 @@ def _explained(fault: BaseShapeError, place: Place, infshape: InfShape, where: l
     if str(fault).startswith("one dimension grows"):
         text += "; if the other one is the same by coincidence, pass delta= to set_base_shapes; else say it: "
         text += _how_to_declare(place, infshape)
-    tables = [other.name for other in where if isinstance(other.module, nn.Embedding)]
-    if tables and not isinstance(place.module, nn.Embedding):
+    tables = _tables(where)
+    if tables and not isinstance(place.module, _TABLES):
         text += f". It is also {tables[0]}: {_share(tables[0])}"
     return BaseShapeError(text)
+
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _tables(where: list[Place]) -> list[str]:
+    return [place.name for place in where if isinstance(place.module, _TABLES)]
 
 
 def _share(table: str) -> str:
@@ -320,6 +330,8 @@ def apply_infshapes(model: nn.Module, infshapes: Mapping[str, InfShape]) -> None
         BaseShapeError: for a parameter whose role cannot be known, a vocabulary that grows with width, and a readout
             whose values come from a checkpoint that was trained over another base.
     """
+    names, own = _plain_names(infshapes, [name for name, _ in model.named_parameters()])
+    infshapes = {name: infshapes[names[plain]] for plain, name in own.items() if plain in names}
     specs, found = _resolve_all(model, infshapes), places(model)
     for place, spec in specs.items():
         if isinstance(place.module, MuReadout) and place.local == "weight":
@@ -373,6 +385,7 @@ def set_base_shapes(
     if do_assert:
         assert_hidden_size_inf(model)
     if rescale_params:
+        _check_memory(model)
         for act in (_check_start, rescale_start):
             for path, module in model.named_modules():
                 try:
@@ -380,6 +393,21 @@ def set_base_shapes(
                 except BaseShapeError as fault:
                     raise BaseShapeError(f"{path or 'the model'}: {fault}") from None
     return model
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Raise BaseShapeError if a readout's values are those of another parameter too, by way of `.data`."""
+    readouts = {id(module.weight) for module in model.modules() if isinstance(module, MuReadout)}
+    memory: dict[int, str] = {}
+    for name, p in sorted(model.named_parameters(), key=lambda pair: id(pair[1]) in readouts):
+        if type(p) is not nn.Parameter or p.is_meta or not p.numel():
+            continue
+        other = memory.setdefault(p.data_ptr(), name)
+        if other != name and id(p) in readouts:
+            raise BaseShapeError(
+                f"{name} and {other} are two parameters with one memory: share the parameter, readout.weight = "
+                f"embedding.weight, or {_share(other)}"
+            )
 
 
 def _check_start(module: nn.Module) -> None:
@@ -399,7 +427,7 @@ def assert_hidden_size_inf(model: nn.Module) -> None:
                 continue
             place = Place(path, module, local)
             where = found.get(id(module._parameters.get(local)), [])
-            tables = [other.name for other in where if isinstance(other.module, nn.Embedding)]
+            tables = _tables(where)
             raise BaseShapeError(
                 f"{place.name} {spec.shape} reads from a dimension that grows with width, writes to one that does "
                 f"not: {adapter_advice(model, place.name) or _remedy(place, spec, tables)}"
@@ -411,9 +439,9 @@ def _remedy(place: Place, spec: ParamSpec, tables: list[str]) -> str:
         return f"it is the embedding {tables[0]} too. Untie it and make it a MuReadout, or keep it: {_share(tables[0])}"
     owner = f'model.get_submodule("{place.path}")' if place.path else "model"
     inside = f'mup.declare({owner}, "{place.local}", mup.Role.HIDDEN, {spec.base_shape}, "{" ".join(spec.layout)}")'
-    last = "make the last layer of the model a mup.MuReadout" if isinstance(place.module, nn.Linear) else ""
+    last = "make the last layer of the model a mup.MuReadout; " if isinstance(place.module, nn.Linear) else ""
     return (
-        f"{last}{'; ' if last else ''}inside the model (a router, keys and values of fixed size), declare the weight "
+        f"{last}inside the model (a router, keys and values of fixed size), declare the weight "
         f"before set_base_shapes, {inside}; if it should grow, change the model or pass delta= (as mup.Role.OUTPUT "
         "declare it only if the model itself multiplies the result by the table's 1/m)"
     )

@@ -17,6 +17,10 @@ from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.mup.rules import Factors, Parametrization, Role
 
 
+class BaseShapeError(UserError, ValueError):
+    """Base, delta and target shapes that contradict each other, or leave open which dimensions grow."""
+
+
 class UndeclaredParameterError(UserError, KeyError):
     """A parameter whose role nobody declared. Scaling it by 1 would be a silent guess."""
 
@@ -45,7 +49,7 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         if not len(self.base_shape) == len(self.shape) == len(self.layout):
-            raise ValueError(
+            raise BaseShapeError(
                 f"base shape {self.base_shape}, shape {self.shape} and layout {' '.join(self.layout)!r} "
                 "must have one entry per dimension"
             )
