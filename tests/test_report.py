@@ -30,7 +30,7 @@ from speedrun_mup.report.contents import Axis, Figure, Mark, Panel, Report, Sect
 from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.markdown import escape, to_markdown
 from speedrun_mup.report.page import to_html
-from speedrun_mup.report.runs import _smooth
+from speedrun_mup.report.runs import smooth
 from speedrun_mup.report.sections import make_report
 from speedrun_mup.report.words import TERMS
 from speedrun_mup.report.write import write_report
@@ -210,10 +210,10 @@ def test_arms_that_agree_do_not_hide_one_another(result):
 def test_a_smoothed_curve_begins_and_stays_among_the_data():
     noise = random.Random(0)
     losses = [2.5 + 3 * math.exp(-step / 15) + noise.gauss(0, 0.05) for step in range(400)]
-    smooth = _smooth(losses)
-    assert smooth[0] == losses[0] and abs(smooth[-1] - 2.5) < 0.03
-    assert max(abs(one - 2.5 - 3 * math.exp(-step / 15)) for step, one in enumerate(smooth)) < 0.2
-    assert np.std(np.diff(smooth[100:300])) < 0.2 * np.std(np.diff(losses[100:300]))
+    smoothed = smooth(losses)
+    assert smoothed[0] == losses[0] and abs(smoothed[-1] - 2.5) < 0.03
+    assert max(abs(one - 2.5 - 3 * math.exp(-step / 15)) for step, one in enumerate(smoothed)) < 0.2
+    assert np.std(np.diff(smoothed[100:300])) < 0.2 * np.std(np.diff(losses[100:300]))
 
 
 # ---- contents -------------------------------------------------------------------------------------------------------
@@ -290,6 +290,15 @@ def test_a_rate_that_does_not_hold_is_not_recommended():
     first, others, *_ = make_report(CSV, result).answer
     assert first.startswith("Best at width") and "does not hold at other widths" in first
     assert all(f"width {fit.width}:" in others for fit in result.arms["sp"].usable[1:])
+
+
+def test_an_arm_that_passes_under_a_verdict_that_does_not_is_told_as_both():
+    result = measure_transfer(
+        sweep() + [dataclasses.replace(run, arm="two") for run in sweep()], controls={"two": -1.0}
+    )
+    assert result.verdict == "INCONCLUSIVE" and result.arms["mup"].verdict == "PASS"
+    first = make_report(CSV, result).answer[0]
+    assert "By itself this arm is a PASS; the whole is INCONCLUSIVE" in first and "with muP" in first
 
 
 def test_the_link_to_the_documentation_holds_in_a_checkout_and_is_a_name_elsewhere(tmp_path, whole):

@@ -95,14 +95,21 @@ def _of_sweep(seen: Measured) -> Iterator[str]:
         reach = f"width {arm.fits[-1].width}, the widest here"
         yield f"Use {_setting(seen, arm, base)}{whose}: the best of width {base.width}, which holds up to {reach}."
     else:
-        held = "does not hold" if seen.result.verdict == "FAIL" else "is not known to hold"
-        yield f"Best at width {base.width}{whose}: {_setting(seen, arm, base)}. It {held} at other widths."
+        yield f"Best at width {base.width}{whose}: {_setting(seen, arm, base)}. {_beyond(seen, arm)}"
         own = (f"width {fit.width}: {_setting(seen, arm, fit)}" for fit in arm.usable if fit is not base)
         yield "Best of the other widths: " + ("; ".join(own) or "not known") + "."
     if arm.usable:
         widest = arm.usable[-1]
         yield f"Loss at width {widest.width} with its best {knob}: {within(arm.best_loss(widest))} nats per token."
         yield _expected(arm, 2 * widest.width)
+
+
+def _beyond(seen: Measured, arm: ArmResult) -> str:
+    """Whether the best rate of the base width is one for the others, where the verdict over all arms is no PASS."""
+    if arm.verdict == "PASS":
+        return f"By itself this arm is a PASS; the whole is {seen.result.verdict}, for the reasons below."
+    held = "does not hold" if seen.result.verdict == "FAIL" else "is not known to hold"
+    return f"It {held} at other widths."
 
 
 def _expected(arm: ArmResult, width: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.report.contents import ARM_COLORS, Axis, Choice, Color, Figure, Key, Mark, Panel
+from speedrun_mup.report.runs import smooth
 from speedrun_mup.report.words import arm_words
 from speedrun_mup.transfer import (
     ArmResult,
@@ -85,6 +86,8 @@ def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, lab
         "width, from the parabola behind its line; hollow where it does not count. Dotted: the best of the base width. "
         "If rates transfer, the diamonds stand above one another."
     )
+    if name == "lr-curves-others":
+        caption = "The other arms, drawn in the same way."
     limits = _loss_limits([fit for arm in arms for fit in arm.fits])
     y = Axis("loss (nats per token)", limits=limits)
     return Figure(name, caption, Axis(label, "log2"), y, panels, keys, size=(3.3, 2.7))
@@ -283,6 +286,7 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
             if owner != name or width not in colors:
                 continue
             steps, loss = _thin(np.mean(some, axis=0))
+            loss = np.array(smooth(loss))
             label = f"{arm_words(name)}, width {width}, {knob} {2**at:.3g}"
             tags = {"arm": name, "width": str(width), "rate": f"{2**at:.3g}"}
             marks.append(Mark("line", steps, loss, colors[width], label, tags, size=1.1))
@@ -296,7 +300,8 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
     limits = (float(late.min()) - room, float(late.max()) + room)
     keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
     caption = (
-        f"Training loss, mean over seeds and over neighbouring steps, at one {knob} for all widths: that nearest to "
+        "Training loss, mean over seeds and smoothed over an eighth of the steps so far to either side, since all widths "
+        f"share the ups and downs of their batches; at one {knob} for all widths: that nearest to "
         f"the best of the base width ({', '.join(judged)}). With the right rules a wider model is better at every step."
     )
     choice = Choice("rate", knob, [own, *(f"{2**at:.3g}" for at in rates)])

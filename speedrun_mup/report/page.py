@@ -58,7 +58,7 @@ class _Text:
         self._seen: set[str] = set()
         self._terms = {term.lower(): (term, told) for term, told in terms.items()}
         names = "|".join(map(re.escape, sorted(terms, key=len, reverse=True)))
-        self._pattern = re.compile(rf"\b({names})(s?)\b", re.IGNORECASE) if terms else None
+        self._pattern = re.compile(rf"(?<![\w-])({names})(s?)(?![\w-])", re.IGNORECASE) if terms else None
 
     def __call__(self, text: str) -> str:
         """A paragraph."""

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from speedrun_mup.pictures import picture, plain
 from speedrun_mup.report.contents import ARM_COLORS
 from speedrun_mup.tracking import read_metrics
@@ -43,7 +46,7 @@ def _plot_run(axes: Any, records: Sequence[dict[str, Any]], colour: str) -> None
     val = [record for record in records if record["kind"] == "val" and record["step"] in tokens_at]
     tokens, losses = [record["tokens"] for record in train], [record["loss"] for record in train]
     axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, _smooth(losses), color=colour, linewidth=1.5, label="train (smoothed)")
+    axes.plot(tokens, smooth(losses), color=colour, linewidth=1.5, label="train (smoothed)")
     places = [tokens_at[record["step"]] for record in val]
     axes.plot(places, [record["loss"] for record in val], "D", color=DARK, markersize=5, label="validation")
     for place, record in zip(places[-1:], val[-1:]):
@@ -51,7 +54,7 @@ def _plot_run(axes: Any, records: Sequence[dict[str, Any]], colour: str) -> None
         axes.annotate(f"{record['loss']:.3f}", (place, record["loss"]), **near)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float] | NDArray[np.float64]) -> list[float]:
     """Means over windows about each value: an eighth of what came before to either side, so that the steep start is kept."""
     sums, last = [0.0, *itertools.accumulate(values)], len(values)
     windows = ((at - at // 8, min(at + at // 8 + 1, last)) for at in range(last))

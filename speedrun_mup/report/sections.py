@@ -100,8 +100,8 @@ def make_report(
 def _knob_label(result: TransferResult, swept: bool) -> str:
     """Of the knob's axis. In a sweep it is a factor on what its settings say."""
     name = knob_name(result.knob)
-    factor = "all" if result.knob in ("lr_scale", "lr") else result.knob
-    return f"{name} (factor on {factor})" if swept and is_rate(result.knob) else name
+    factor = {"lr_scale": "factor on all", "lr": "factor"}.get(result.knob, f"factor on {result.knob}")
+    return f"{name} ({factor})" if swept and is_rate(result.knob) else name
 
 
 def _is_of_sweep(table: Path) -> bool:
