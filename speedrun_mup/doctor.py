@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import re
 import shutil
@@ -22,11 +23,24 @@ from speedrun_mup.core.utils import is_out_of_memory, pick_device
 from speedrun_mup.corpus import find_corpus
 from speedrun_mup.data import ValBatches, train_batches
 from speedrun_mup.explain import explain
+from speedrun_mup.files import kind_of
 from speedrun_mup.hardware import pick_attention, pick_compile, pick_dtype
 from speedrun_mup.inspect_corpus import inspect_corpus
 from speedrun_mup.run_folder import FolderLock
 from speedrun_mup.shards import Corpus, Mixture
-from speedrun_mup.tracking import PROVENANCE, read_metrics, read_status
+from speedrun_mup.tracking import (
+    CONFIG,
+    LOG,
+    METRICS,
+    PROVENANCE,
+    STATUS,
+    lives,
+    missing_steps,
+    read_metrics,
+    read_status,
+    source_sha256,
+    spans,
+)
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))  # from, and before, as pyproject.toml has it
 SLACK = 1.1  # of free space over need, below which it is called tight
@@ -166,28 +180,58 @@ def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
 
 def _run_folder(folder: Path, corpus: Corpus | None) -> Iterator[Finding]:
     yield from _state_of_run(folder)
+    yield from _kinds(folder)
     yield from _checkpoints(folder)
     findings: list[Finding] = []
-    records = _guarded("metrics", lambda: read_metrics(folder), findings) if (folder / "metrics.jsonl").exists() else []
-    if records:
-        steps = [record["step"] for record in records if record["kind"] == "train"]
-        doubles = len(steps) - len(set(steps))
-        level = Level.WARNING if doubles else Level.GOOD
-        fix = "a resumed run writes them anew" if doubles else ""
-        findings.append(Finding(level, "metrics", f"{len(steps):,} steps recorded, {doubles} twice", fix))
+    _guarded("metrics", lambda: findings.extend(_metrics(folder)), findings)
     yield from findings
     for dump in sorted(folder.glob("bad-step-*.json")):
         fix = "it tells the tokens and the norm of every gradient; see --on-nonfinite"
         yield Finding(Level.WARNING, "numbers", f"{dump} is the dump of a step that was not finite", fix)
-    text = (folder / PROVENANCE).read_text(errors="replace") if (folder / PROVENANCE).exists() else ""
-    before = re.findall(r'"torch": "([^"]*)"', text)
-    if before and before[-1] != torch.__version__:
-        text = f"the run used torch {before[-1]}, this is {torch.__version__}"
-        yield Finding(Level.WARNING, "versions", text, "to go on to the bit, use the same one")
-    newest = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+    yield from _code(folder)
+    newest = max((path.lstat().st_mtime for path in folder.iterdir()), default=0.0)
     if newest > time.time() + 60:
         text = f"files in {folder} are {newest - time.time():,.0f} s in the future"
         yield Finding(Level.WARNING, "clock", text, "set the clock; --resume auto goes by it to find the newest run")
+
+
+def _kinds(folder: Path) -> Iterator[Finding]:
+    """What is no file or folder of its own where a run writes: it writes nothing through a link, and waits for no FIFO."""
+    wanted = dict.fromkeys((METRICS, LOG, STATUS, CONFIG, PROVENANCE, ".lock"), "a regular file")
+    for name, kind in (wanted | dict.fromkeys(("checkpoints", "tensorboard"), "a folder")).items():
+        path = folder / name
+        if os.path.lexists(path) and (found := kind_of(path.lstat().st_mode)) != kind:
+            fix = "remove it" if kind == "a regular file" else "put the folder itself in its place"
+            yield Finding(Level.BAD, "files", f"{path} is {found}, not {kind}: a run writes nothing there", fix)
+
+
+def _metrics(folder: Path) -> Iterator[Finding]:
+    if not os.path.lexists(folder / METRICS):
+        return
+    records = read_metrics(folder)
+    steps = [record["step"] for record in records if record["kind"] == "train"]
+    doubles = len(steps) - len(set(steps))
+    level = Level.WARNING if doubles else Level.GOOD
+    fix = "a resumed run writes them anew" if doubles else ""
+    yield Finding(level, "metrics", f"{len(steps):,} steps recorded, {doubles} twice", fix)
+    noted = read_status(folder)["missing_steps"]
+    missing = missing_steps(folder, records, max((last + 1 for _, last in noted), default=0))
+    if missing:
+        text = f"{METRICS} lacks steps {spans(missing)}: there was no room for them when they came"
+        yield Finding(
+            Level.WARNING, "metrics", text, "checkpoints and later records are not touched by that; make room"
+        )
+
+
+def _code(folder: Path) -> Iterator[Finding]:
+    last = (lives(folder) or [{}])[-1]
+    before = last.get("torch", torch.__version__)
+    if before != torch.__version__:
+        text = f"the run used torch {before}, this is {torch.__version__}"
+        yield Finding(Level.WARNING, "versions", text, "to go on to the bit, use the same one")
+    if last.get("source_sha256", source_sha256()) != source_sha256():
+        text = f"the run used other code ({last.get('revision')}) than this"
+        yield Finding(Level.WARNING, "versions", text, "to go on to the bit, check out the same revision")
 
 
 def _state_of_run(folder: Path) -> Iterator[Finding]:
@@ -200,6 +244,9 @@ def _state_of_run(folder: Path) -> Iterator[Finding]:
         yield Finding(Level.WARNING, "run", f"{folder}: died without a word", f"go on with --resume {folder}")
     elif status in ("failed", "diverged"):
         yield Finding(Level.WARNING, "run", f"{folder}: {status}: {why}", f"mend it, then go on with --resume {folder}")
+    elif status == "not known" and os.path.lexists(folder / STATUS):
+        text = f"{folder / STATUS} is damaged: how the run ended is not known"
+        yield Finding(Level.WARNING, "run", text, f"remove it; a resumed run ({folder}) writes it anew")
     else:
         yield Finding(Level.GOOD, "run", f"{folder}: {status}")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands.train import config_of, train_parser
+from speedrun_mup.files import printable
 from speedrun_mup.flags import parse
 
 
@@ -22,8 +23,10 @@ def run(argv: Sequence[str]) -> int:
 
     bad = False
     for finding in examine(cfg, Path(cfg.resume) if cfg.resume else None):
-        print(f"{finding.level.value:<5}{finding.subject:<12}{finding.text}", flush=True)  # the next may take a while
+        print(
+            f"{finding.level.value:<5}{finding.subject:<12}{printable(finding.text, 1000)}", flush=True
+        )  # the next may take a while
         if finding.fix:
-            print(f"{'':<17}-> {finding.fix}")
+            print(f"{'':<17}-> {printable(finding.fix, 1000)}")
         bad |= finding.level is Level.BAD
     return int(bad)
