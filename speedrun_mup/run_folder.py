@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.checkpoint import CheckpointError, Checkpoints
+from speedrun_mup.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.core.utils import World
@@ -134,6 +134,36 @@ def saved_config(folder: Path) -> TrainConfig:
 def is_finished(folder: Path) -> bool:
     """Whether the run in `folder` came to its end, the last validation included."""
     return read_status(folder)["status"] == "finished"
+
+
+_STATE: dict[str, Any] = {  # what a checkpoint says of the run that it is from
+    "step": int,
+    "train_s": int | float,
+    "data_offset": int,
+    "val_loss": int | float | None,
+    "losses": list,
+    "optimizer_steps": dict,
+    "corpus": str,
+    "config": dict,
+}
+
+
+def checked_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state in the checkpoint `path`, which may be anybody's. DamagedCheckpoint unless a run could have written it."""
+    lists = {name: state.get(name) for name in ("losses", "optimizer_steps")}
+    steps = lists["optimizer_steps"]
+    counts = [state.get("step"), state.get("data_offset"), *(steps.values() if isinstance(steps, dict) else ())]
+    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name, ()), kind)]
+    wrong += ["a count"] * any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
+    if not wrong:
+        numbers = [*state["losses"], state["train_s"], state["val_loss"] or 0.0]
+        wrong = ["a number"] * any(type(number) not in (int, float) or not abs(number) < 1e300 for number in numbers)
+        wrong += ["iterations"] * (type(state["config"].get("iterations")) is not int)
+    if wrong:
+        raise DamagedCheckpoint(
+            f"{printable(path)}: its state has no right {wrong[0]}; remove it, or restore it from a copy"
+        )
+    return state
 
 
 def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:

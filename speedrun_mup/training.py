@@ -67,6 +67,7 @@ from speedrun_mup.run_folder import (
     LASTING,
     FolderLock,
     check_resumable,
+    checked_state,
     is_longer,
     saved_config,
     told_of_extension,
@@ -763,7 +764,7 @@ class Run:
         Nothing changes if it does not fit. With --dtype auto, the type may be another one on this device.
         """
         loaded = self.checkpoints.load(path)
-        state = STATE_BEFORE | loaded.state
+        state = checked_state(STATE_BEFORE | loaded.state, path)
         check_resumable(self.cfg, self.corpus, state, path)
         own, notes = self.model.state_dict(), list[str]()
         model = loaded.model
