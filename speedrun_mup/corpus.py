@@ -39,7 +39,7 @@ from speedrun_mup.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 
 FINEWEB_COMMAND = "speedrun-mup data fineweb --tokens 900M"
 
-_RECIPE = 2  # raise it when the embedded or synthetic tokens change, so that older caches are left alone
+_RECIPE = 3  # raise it when the embedded or synthetic tokens change, so that older caches are left alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ def _sha256(text: str) -> str:
 
 
 def _split(texts: Iterable[str]) -> dict[str, list[str]]:
-    """Train and val passages. A file's hash decides on its part, a passage's on its place; equal ones come once.
+    """Train and val passages. A file's hash decides on its part, a passage's on its place; equal ones come once, and one
+    that stands in files of both parts is for validation only.
 
     The hash order is a fixed shuffle. Splitting by file order instead shifts the val loss by 0.16 nats.
     """
@@ -102,7 +103,9 @@ def _split(texts: Iterable[str]) -> dict[str, list[str]]:
     def passages(texts: Iterable[str]) -> set[str]:
         return {passage for text in texts for passage in split_passages(text.splitlines(True), _PASSAGE_CHARS)}
 
-    return {part: sorted(passages(texts), key=_sha256) for part, texts in parts.items()}
+    held = {part: passages(texts) for part, texts in parts.items()}
+    held["train"] -= held["val"]
+    return {part: sorted(found, key=_sha256) for part, found in held.items()}
 
 
 def embedded_corpus(tokenizer: str = "byte") -> Corpus:

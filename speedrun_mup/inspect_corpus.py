@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from speedrun_mup.core.errors import UserError
+from speedrun_mup.data import uses
 from speedrun_mup.pictures import picture, plain
 from speedrun_mup.shards import (
     MAGIC,
@@ -26,12 +27,16 @@ _SHOWN_TOKENS = 120  # of a document
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_corpus` found. lengths: tokens of every train document, BOS not counted. faults: one line each."""
+    """What `inspect_corpus` found. lengths: tokens of every train document, BOS not counted. faults: one line each.
+
+    uses: what `uses` says, if there is no fault.
+    """
 
     corpus: Corpus
     facts: dict[Path, ShardFacts]
     lengths: np.ndarray
     faults: tuple[str, ...]
+    uses: dict[str, str]
 
     def summary(self) -> str:
         """Everything but the documents themselves, for a terminal."""
@@ -50,6 +55,7 @@ class Inspection:
             f"documents    {len(self.lengths):,} for training, of {self.lengths.mean():,.0f} tokens on average; median "
             f"{middle:,.0f}, middle 80 % from {low:,.0f} to {high:,.0f}, longest {self.lengths.max():,}"
         )
+        lines += [f"use          preset {preset}: {use}" for preset, use in self.uses.items()]
         checked = (
             "every header, id and hash" if corpus.facts else "every header and id; there is no manifest with hashes"
         )
@@ -106,7 +112,7 @@ def inspect_corpus(corpus: Corpus) -> Inspection:
     found = np.concatenate(lengths)
     if not len(found):
         raise ShardError(faults[0] if faults else f"{corpus.directory}: no document starts in any train shard")
-    return Inspection(corpus, facts, found, tuple(faults))
+    return Inspection(corpus, facts, found, tuple(faults), {} if faults else uses(corpus))
 
 
 def _manifest_faults(corpus: Corpus) -> list[str]:

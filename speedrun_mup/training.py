@@ -251,6 +251,7 @@ class Run:
         notes = [
             source,
             f"data order: {self.batches.describe()}",
+            *(f"validation: {note}" for note in self.val_batches.notes),
             f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters; "
             f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
             rules_in_force(cfg),

@@ -88,6 +88,17 @@ def test_parts_are_whole_files_and_all_of_them(library: Path) -> None:
     assert {passage for text in texts for passage in passages(text)} == parts["train"] | parts["val"]
 
 
+def test_passage_of_both_parts_is_for_validation_only(library: Path) -> None:
+    """Every file begins with the same licence, long enough to be a passage of its own."""
+    licence = "".join(f"# line {i} of a licence that everybody copies\n" for i in range(20)) + "\n"
+    for path in library.rglob("*.py"):
+        path.write_text(licence + path.read_text())
+    corpus = embedded_corpus()
+    train, val = (set(documents(corpus, part)) for part in ("train", "val"))
+    (shared,) = (passage for passage in train | val if "everybody copies" in passage)
+    assert shared in val and not train & val
+
+
 def test_passages_are_shuffled(library: Path) -> None:
     held = documents(embedded_corpus(), "train")
     origin = {p: path.parent.name for path in library.rglob("*.py") for p in passages(path.read_text())}

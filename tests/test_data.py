@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 
-from speedrun_mup import data
+from speedrun_mup import bound, data
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import seed_for
 from speedrun_mup.data import (
@@ -31,8 +31,11 @@ from speedrun_mup.data import (
     TrainBatches,
     Turns,
     ValBatches,
+    _val_chunks_without,
     find_steps,
     train_batches,
+    trained_elsewhere,
+    uses,
 )
 from speedrun_mup.shards import Corpus, Mixture, Shard, ShardError, mix, write_shard
 
@@ -625,7 +628,85 @@ def test_validation_of_a_mixture(mixture: Mixture) -> None:
     order = [Turns(mixture.shares).part_of(i) for i in range(len(val))]
     assert order.count(0) > order.count(1) > 0
     for i, part in enumerate(order):
-        assert torch.equal(val[i][0], parts[part][order[:i].count(part)][0])
+        assert torch.equal(val[i][0], parts[part][order[:i].count(part) % len(parts[part])][0])
+
+
+def test_validation_smaller_than_asked_is_told(small: Corpus) -> None:
+    assert ValBatches(small, 90, 30).notes == []
+    (note,) = ValBatches(small, 900, 30).notes
+    assert "90 tokens" in note and "of the 900 that --val-tokens asks for" in note
+
+
+def val_corpora(tmp_path: Path, *sizes: int) -> list[Corpus]:
+    return [
+        make_corpus(tmp_path / f"v{i}", [documents(3000, 40, 10 + i)], val=[documents(size, 40, 20 + i)])
+        for i, size in enumerate(sizes)
+    ]
+
+
+def test_part_with_little_validation_keeps_its_weight(tmp_path: Path) -> None:
+    big, little = val_corpora(tmp_path, 20_000, 150)
+    val = ValBatches(mix([big, little], [1, 1]), 64 * 64, 64)
+    own = {tuple(ValBatches(little, 64 * 64, 64)[i][0].tolist()) for i in range(2)}
+    took = [tuple(inputs.tolist()) in own for inputs, _ in (val[i] for i in range(len(val)))]
+    assert len(val) == 64 and sum(took) == 32
+    (note,) = val.notes
+    assert f"{little.directory} has 128 of the 2,048 tokens" in note
+    both = ValBatches(mix([little, little], [3, 1]), 64 * 64, 64)  # 2 chunks of each, in their weights
+    assert len(both) == 7 and any("no more" in note for note in both.notes)
+
+
+def test_part_without_validation_is_refused(tmp_path: Path) -> None:
+    big, tiny = val_corpora(tmp_path, 20_000, 60)
+    for parts in [big, tiny], [tiny, big]:
+        with pytest.raises(ShardError) as error:
+            ValBatches(mix(parts, [9, 1]), 64 * 64, 64)
+        one_line(error, tiny.directory, "--val-chunk-tokens")
+
+
+def split(tokens: np.ndarray) -> list[tuple[int, ...]]:
+    """The documents of a shard, each with its BOS."""
+    return [tuple(document.tolist()) for document in np.split(tokens, np.flatnonzero(tokens == BOS))[1:]]
+
+
+def test_documents_that_another_part_trains_on_are_not_validated_on(tmp_path: Path) -> None:
+    """Every third document of the second part's validation stands in the first one's training text."""
+    val = documents(6000, 40, 7)
+    shared = split(val)[::3]
+    train = np.concatenate([documents(3000, 40, 1), *map(np.array, shared), documents(500, 40, 2)])
+    first = make_corpus(tmp_path / "first", [train[:2000], train[2000:]], val=[documents(4000, 40, 3)])
+    second = make_corpus(tmp_path / "second", [documents(3000, 40, 4)], val=[val[:2500], val[2500:]])
+    mixture = mix([first, second], [1, 1])
+    trained = {each for path in first.train for each in split(np.array(naive_read(path)))}
+    told = [each for path in second.val for each in split(np.array(naive_read(path))) if len(each) > 1]
+    expected = [each for each in told if each in trained]
+    assert len(expected) > 40
+    for _ in range(2):  # the second time from what was noted
+        seen = trained_elsewhere(mixture)
+        held = {path.name: naive_read(path) for path in second.val}
+        assert seen[0] == [] and [tuple(held[name][start:stop]) for name, start, stop in seen[1]] == expected
+    batches = ValBatches(mixture, 100_000, 50)
+    assert f"{len(seen[1])} validation documents of {second.directory} are left out" in batches.notes[0]
+    kept = _val_chunks_without(second, seen[1], 1000, 50)
+    row = np.concatenate([source.take(start, start + 50) for source, start in kept])
+    kept_whole = split(row)[:-1]
+    assert len(kept_whole) > 80 and not set(expected) & set(kept_whole)
+    total = len(val) - sum(stop - start for _, start, stop in seen[1])
+    assert len(row) == (total - 1) // 50 * 50
+    assert len(_val_chunks_without(second, seen[1], 3, 50)) == 3
+
+
+def test_damaged_note_of_an_overlap_is_made_again(mixture: Mixture) -> None:
+    assert trained_elsewhere(mixture) == [[], []]
+    for note in (bound.cache_folder() / "overlaps").iterdir():
+        note.write_text('[["x"]]')
+    assert trained_elsewhere(mixture) == [[], []]
+
+
+def test_uses_of_a_book(tmp_path: Path) -> None:
+    told = uses(make_corpus(tmp_path / "book", [np.array([BOS, *([1, 2, 3] * 20_000)])]))
+    assert told["laptop"].startswith("sequences of 256 tokens; order shuffled by seed 0; an epoch trains on 99.8%")
+    assert told["record26"] == "too little text for a step of 8 x 49,152 tokens"
 
 
 def test_what_cannot_be_mixed(tmp_path: Path, small: Corpus, mixture: Mixture) -> None:

@@ -111,6 +111,7 @@ def run_text(argv: Sequence[str]) -> int:
     paths, out, workers = flags.pop("paths"), flags.pop("out"), flags.pop("workers")
     skip_bad = flags.pop("on_bad_document") == "skip"
 
+    from speedrun_mup.data import uses
     from speedrun_mup.tokenize_text import TextSettings, tokenize_text
 
     settings = TextSettings(**flags)
@@ -120,6 +121,8 @@ def run_text(argv: Sequence[str]) -> int:
     if told:
         print("; ".join(told))
     print(f"order: {corpus.order}")
+    for preset, use in uses(corpus).items():
+        print(f"use in preset {preset}: {use}")
     print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {printable(out)}")
     return 0
 
