@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,9 @@ def _run(arguments: list[str]) -> int:
     try:
         if name not in COMMANDS:
             raise ConfigError(f"unknown command {name}; {command_meaning(name, COMMANDS)}")
+        # OpenMP reads it when torch is loaded. Threads that wait by spinning take the cores from each other's work as soon
+        # as anything else runs on the machine.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         module = importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}")
         return module.run(rest)
     except UserError as fault:

@@ -46,6 +46,7 @@ from speedrun_mup.core.utils import (
     join_world,
     leave_world,
     stop_with_parent,
+    told_of_slurm,
 )
 from speedrun_mup.corpus import cache_folder, find_corpus
 from speedrun_mup.data import Batch, ValBatches, train_batches
@@ -256,6 +257,7 @@ class Run:
             f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
             rules_in_force(cfg),
             self.choices,
+            *filter(None, [told_of_slurm()]),
             *notes,
         ]
         for note in notes:

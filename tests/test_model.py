@@ -777,3 +777,17 @@ def test_all_that_is_fast_on_a_gpu_at_once_is_the_dense_model_in_float32(window)
     with torch.no_grad():
         validated = fast(tokens, targets, torch.full((), window, dtype=torch.int32).cuda())
     assert validated.item() == pytest.approx(losses[0].item(), rel=0.01)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "dense"])
+@pytest.mark.parametrize("window", [1, 2, 5])
+@torch.no_grad()
+def test_logits_take_any_length_and_see_nothing_beyond_it(backend, window):
+    """A prediction depends on what comes before it only, so a shorter sequence gives the beginning of a longer one's."""
+    model = fill(GPT(tiny(attention=backend)))
+    tokens = batch(24, seed=5)[0]
+    whole = model.logits(tokens, window)
+    for length in range(25):
+        part = model.logits(tokens[:length], window)
+        assert part.shape == (length, 384)
+        torch.testing.assert_close(part, whole[:length])

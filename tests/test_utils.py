@@ -23,6 +23,7 @@ from speedrun_mup.core.utils import (
     leave_world,
     pick_device,
     seed_for,
+    told_of_slurm,
     tree_sum,
 )
 
@@ -325,3 +326,24 @@ def test_kernels_that_fail_are_not_used_and_the_warning_says_why():
     with pytest.warns(UserWarning, match=r"torch's kernels instead of ours in Triton, which fail here: \w+: \S"):
         assert not has_triton(torch.device("cuda", 0))
     has_triton.cache_clear()
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_task_of_several_that_knows_of_no_other_is_refused(monkeypatch, task):
+    """srun -n 2 python train.py would train the same run twice."""
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(task)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="Slurm has 2 tasks here, and RANK and WORLD_SIZE are not set") as fault:
+        join_world("cpu")
+    assert "\n" not in str(fault.value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join_world("cpu").size == 1
+
+
+def test_a_batch_script_of_a_job_with_several_tasks_is_told_and_goes_on(monkeypatch):
+    assert told_of_slurm() == ""
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert join_world("cpu").size == 1 and "each would train a run of its own" in told_of_slurm()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert told_of_slurm() == ""

@@ -351,8 +351,13 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def logits(self, tokens: Tensor, window: Window) -> Tensor:
-        """(T,) -> (T, V) float32, soft-capped. All of them at once: for sampling and tests; training never does this."""
-        return softcap(self.lm_head(self.hidden(tokens, window)), self.logit_scale)
+        """(T,) -> (T, V) float32, soft-capped. All of them at once: for sampling and tests; training never does this.
+
+        T is any length: what fills up the last block comes after all tokens, so no prediction depends on it.
+        """
+        T, block = len(tokens), self.cfg.block_size
+        padded = F.pad(tokens, (0, -(-max(T, 1) // block) * block - T), value=self.cfg.bos_token)
+        return softcap(self.lm_head(self.hidden(padded, window)[:T]), self.logit_scale)
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""

@@ -252,12 +252,29 @@ def _env_int(name: str, default: int) -> int:
         ) from None
 
 
+def told_of_slurm() -> str:
+    """What there is to say where Slurm has several tasks and nobody told this one of the others, or nothing."""
+    if {"RANK", "WORLD_SIZE"} & set(os.environ):
+        return ""
+    tasks = max(_env_int("SLURM_STEP_NUM_TASKS", 1), _env_int("SLURM_NTASKS", 1))
+    if tasks < 2:
+        return ""
+    return (
+        f"Slurm has {tasks} tasks here, and RANK and WORLD_SIZE are not set: each would train a run of its own. For one run, "
+        "start one task per node, srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...; for several, set WORLD_SIZE=1"
+    )
+
+
 def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = False) -> World:
     """Join the process group that torchrun's environment describes, or be a world of one without it.
 
     Uses NCCL on CUDA and gloo elsewhere. Every restart of torchrun gets a fresh key space, because the shared store still
-    holds the addresses of the dead. Raises ConfigError for a broken environment.
+    holds the addresses of the dead. Raises ConfigError for a broken environment, and in one of several tasks that srun
+    started without a launcher. (A script that sbatch runs is one of one, with the number of tasks it may start.)
     """
+    if _env_int("SLURM_STEP_NUM_TASKS", 1) > 1 or _env_int("SLURM_PROCID", 0) > 0:
+        if lonely := told_of_slurm():
+            raise ConfigError(lonely)
     rank, size = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1)
     if not 0 <= rank < size:
         raise ConfigError(f"environment has RANK={rank} but WORLD_SIZE={size}; RANK must be from 0 to {size - 1}")
