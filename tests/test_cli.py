@@ -242,3 +242,23 @@ def test_a_coordinate_check_fails_before_the_work(capsys):
         assert main(["coord-check", "--widths", "1", *words]) == 2
         told = capsys.readouterr().err
         assert fault in told and told.count("\n") == 1
+
+
+WAIT_POLICY = """
+import importlib, os, sys
+from speedrun_mup import cli
+load = importlib.import_module
+def seen(name):
+    print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules, file=sys.stderr)
+    raise SystemExit(0)
+importlib.import_module = seen
+cli.main(["train"])
+"""
+
+
+@pytest.mark.parametrize("users, used", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_openmp_is_told_to_wait_without_spinning_before_torch_is_loaded(users, used):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": users} if users else {}
+    done = subprocess.run([sys.executable, "-c", WAIT_POLICY], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == f"{used} False"

@@ -272,9 +272,8 @@ def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = Fa
     holds the addresses of the dead. Raises ConfigError for a broken environment, and in one of several tasks that srun
     started without a launcher. (A script that sbatch runs is one of one, with the number of tasks it may start.)
     """
-    if _env_int("SLURM_STEP_NUM_TASKS", 1) > 1 or _env_int("SLURM_PROCID", 0) > 0:
-        if lonely := told_of_slurm():
-            raise ConfigError(lonely)
+    if (_env_int("SLURM_STEP_NUM_TASKS", 1) > 1 or _env_int("SLURM_PROCID", 0) > 0) and (lonely := told_of_slurm()):
+        raise ConfigError(lonely)
     rank, size = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1)
     if not 0 <= rank < size:
         raise ConfigError(f"environment has RANK={rank} but WORLD_SIZE={size}; RANK must be from 0 to {size - 1}")
