@@ -56,7 +56,7 @@ def picture(path: Path, size: tuple[float, float], style: Mapping[str, Any] | No
     Characters for which no font is installed are shown as escapes.
 
     Args:
-        path: its suffix names the format: .png, .svg or .pdf.
+        path: its suffix names the format: .svg or .pdf, else it is PNG.
         size: width and height in inches.
         style: settings of matplotlib, on top of its defaults.
 
@@ -72,7 +72,7 @@ def picture(path: Path, size: tuple[float, float], style: Mapping[str, Any] | No
             yield figure
             _find_fonts(figure)
             buffer = io.BytesIO()
-            kind = path.suffix.lower() or ".png"
+            kind = path.suffix.lower() if path.suffix.lower() in _STAMPS else ".png"
             figure.savefig(buffer, format=kind[1:], metadata={name: None for name in _STAMPS.get(kind, ())})
             content = _with_few_colors(buffer) if kind == ".png" else buffer.getvalue()
     except UserError:

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -37,7 +38,19 @@ from speedrun_mup.data import (
     trained_elsewhere,
     uses,
 )
-from speedrun_mup.shards import Corpus, Mixture, Shard, ShardError, mix, write_shard
+from speedrun_mup.shards import (
+    Corpus,
+    Mixture,
+    Shard,
+    ShardError,
+    ShardFacts,
+    measure_shard,
+    mix,
+    open_corpus,
+    shard_header,
+    write_manifest,
+    write_shard,
+)
 
 
 @pytest.fixture
@@ -403,6 +416,32 @@ def test_permutation_shuffles_well() -> None:
     assert max(correlations + serial) < 5 / count**0.5
     blocks = np.array([np.bincount(row[:250] // 250, minlength=20) for row in drawn]).sum(0)
     assert chi_square(blocks) < 4
+
+
+def many_small_shards(directory: Path, count: int) -> Corpus:
+    """As `make_corpus`, without a wait for the disk after each."""
+    directory.mkdir()
+    facts: dict[str, dict[str, ShardFacts]] = {"train": {}, "val": {}}
+    for part, number in [("train", number) for number in range(count)] + [("val", 0)]:
+        path = directory / f"{part}_{number:06d}.bin"
+        path.write_bytes(shard_header(1000) + documents(1000, 40, number).astype("<u2").tobytes())
+        facts[part][path.name] = measure_shard(path, VOCAB, BOS)
+    return write_manifest(directory, tokenizer="test", vocab_size=VOCAB, bos_token=BOS, source="a test", **facts)
+
+
+@pytest.mark.parametrize("order", ["record", "shuffled"])
+def test_more_shards_than_files_may_be_open(tmp_path: Path, order: str) -> None:
+    corpus = many_small_shards(tmp_path / "many", 300)
+
+    def life() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+        batches = train_batches(open_corpus(corpus.directory), 64, 2, seed=0, order=order)
+        steps = batches.usage().steps
+        seen = {batches.place(index)[0] for index in range(2 * steps) if len(batches.micro_batch(index)[0]) == 64}
+        batches.confirm()
+        assert len(seen) > 290
+
+    assert wait(fork(life)) == 0
 
 
 # --- The prefetching thread ---

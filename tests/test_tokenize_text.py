@@ -356,16 +356,16 @@ def test_refused_before_anything_is_written(
 
 
 def test_picture_that_cannot_be_written(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a folder that is missing, and where a folder has the default name: root may write into read-only ones."""
+    """Below a file, and where a folder has the default name: root may write into read-only ones. All else is told."""
     tokenize_text([str(text)], tmp_path / "out", BYTES)
     assert main(["data", "inspect", str(tmp_path / "out"), "--picture", str(tmp_path / "a.txt")]) == 0
     assert (tmp_path / "a.txt").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "out" / "document-lengths.png").mkdir()
     capsys.readouterr()
-    for flags, why in (["--picture", str(tmp_path / "nope" / "x.png")], "No such file"), ([], "Is a directory"):
-        assert main(["data", "inspect", str(tmp_path / "out"), *flags]) == 2
+    for flags, why in (["--picture", str(tmp_path / "a.txt" / "x.png")], "File exists"), ([], "Is a directory"):
+        assert main(["data", "inspect", str(tmp_path / "out"), *flags]) == 1
         said = capsys.readouterr()
-        assert f"cannot write: {why}" in said.err and "--picture" in said.err and said.err.count("\n") == 1
+        assert f"cannot be written ({why}); all else is there" in said.err and said.err.count("\n") == 1
         assert "all right" in said.out
 
 

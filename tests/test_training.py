@@ -22,11 +22,11 @@ from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, NonFiniteError, Stopped
 from speedrun_mup.core.utils import PARENT_DIED, World, stop_with_parent
-from speedrun_mup.corpus import write_synthetic
+from speedrun_mup.corpus import find_corpus, write_synthetic
 from speedrun_mup.numerics import SpikeWatch, Vote
 from speedrun_mup.report import plot_loss_curve
-from speedrun_mup.run_folder import newest_unfinished
-from speedrun_mup.shards import read_shard
+from speedrun_mup.run_folder import check_resumable, newest_unfinished
+from speedrun_mup.shards import ShardError, read_shard
 from speedrun_mup.tracking import read_metrics
 from speedrun_mup.training import Run, pick_pack, stop_signals, train
 
@@ -618,3 +618,35 @@ def test_training_time_counts_the_wait_for_a_step_that_the_device_still_works_on
         run.vote_lag = 1
         run.train()
     assert run.train_s > 0.1 * run.cfg.iterations
+
+
+@pytest.mark.parametrize("at_once", [2**24, 0])
+def test_shard_that_is_not_the_manifests_ends_a_run(tiny, tmp_path, monkeypatch, capsys, at_once):
+    """One token of the training text is another: in one line, before the first step or, if hashed meanwhile, at the end."""
+    monkeypatch.setattr("speedrun_mup.bound.AT_ONCE", at_once)
+    corpus, _ = find_corpus("synthetic", "byte")
+    data = Path(shutil.copytree(corpus.directory, tmp_path / "data"))
+    path = data / corpus.train[0].name
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ShardError, match="not what the manifest says") as error:
+        train(tiny(data=str(data), name="a"))
+    assert error.value.exit_code == 3 and "\n" not in str(error.value)
+    assert not list((tmp_path / "runs").rglob("step-00000006")) or not at_once
+
+
+def test_a_run_says_its_order_and_a_validation_smaller_than_asked(tiny, capsys):
+    train(tiny(iterations=1, val_tokens=10**6))
+    said = capsys.readouterr().out
+    assert "data order: shuffled by seed 0; an epoch trains on 100.0% of the tokens" in said
+    assert "validation: 49,920 tokens, as there are no more, of the 1,000,000 that --val-tokens asks for" in said
+
+
+def test_a_run_on_upstreams_shards_resumes_by_its_former_fingerprint(tiny):
+    cfg = tiny()
+    corpus, _ = find_corpus("synthetic", "byte")
+    known = dataclasses.replace(corpus, former_fingerprint="former")
+    check_resumable(cfg, known, {"config": dataclasses.asdict(cfg), "corpus": "former"}, Path("x"))
+    with pytest.raises(CheckpointError, match="the corpus is not the same"):
+        check_resumable(cfg, corpus, {"config": dataclasses.asdict(cfg), "corpus": "former"}, Path("x"))
