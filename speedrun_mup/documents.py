@@ -374,7 +374,7 @@ class DocumentReader:
             found = printable(", ".join(columns))
             raise SourceError(f"{name}: no column {self.field!r} (found: {found}); choose with --field")
         _refuse_bombs(table.metadata, self.field, name)
-        if str(table.schema_arrow.field(self.field).type) in ("string", "large_string"):
+        if str(table.schema_arrow.field(self.field).type).removeprefix("large_") == "string":
             # Dictionaries are kept as they are: spelled out, a kilobyte of them can be gigabytes of rows.
             table = parquet.ParquetFile(file, read_dictionary=[self.field], metadata=table.metadata)
         number = 0

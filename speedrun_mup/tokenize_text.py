@@ -216,6 +216,8 @@ def _done_before(out: Path, job: _Job) -> Corpus | None:
     """The corpus that was asked for, if `out` holds it. ConfigError if `out` cannot be written or holds something else."""
     unfinished = out / UNFINISHED
     try:
+        if "\0" in str(out):
+            raise ValueError("a name with a null byte")
         begun = unfinished.exists()
         if any(source.name == STDIN for source in job.sources):
             for there in out / MANIFEST, unfinished / PROGRESS:
@@ -429,7 +431,7 @@ class _Work:
             },
         }
         sync_folder(self.directory)
-        write_whole(self.directory / PROGRESS, json.dumps(noted))
+        write_whole(self.directory / PROGRESS, json.dumps({"noted": noted, "sha256": _digest(noted)}))
 
     @classmethod
     def restore(cls, directory: Path, job: _Job) -> _Work:
@@ -440,7 +442,10 @@ class _Work:
         work = cls(directory, job.identity)
         if (directory / PROGRESS).exists():
             try:
-                work._take(read_json(directory / PROGRESS, "", most=2**31))
+                saved = read_json(directory / PROGRESS, "", most=2**31)
+                if saved["sha256"] != _digest(saved["noted"]):
+                    raise ValueError
+                work._take(saved["noted"])
             except (UserError, KeyError, TypeError, ValueError, AttributeError):
                 print(f"{printable(directory / PROGRESS)} is damaged; starting from the beginning")
                 work = cls(directory, job.identity)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,216 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     (source,) = find_sources([str(tmp_path / "a.txt")]).sources
     assert source == Source(str(tmp_path / "a.txt"), 1, (tmp_path / "a.txt").stat().st_mtime_ns)
     assert [format_of(name) for name in ("a.txt", "a.b.jsonl.gz", "a.zst", "a")] == [".txt", ".jsonl", "", ""]
+
+
+# --- What a folder holds ---
+
+
+def test_suffixes_of_any_case_and_what_is_left_out(tmp_path: Path) -> None:
+    inside, other = tmp_path / "texts", tmp_path / "other"
+    for name in "a.txt", "B.TXT", "c.Jsonl", "D.MD.GZ", "x.png", "y.PNG", "notes", ".hidden/h.txt", "sub/e.md":
+        (inside / name).parent.mkdir(parents=True, exist_ok=True)
+        (inside / name).touch()
+    other.mkdir()
+    (other / "secret.txt").touch()
+    (inside / "leak.txt").symlink_to(other / "secret.txt")
+    (inside / "linked").symlink_to(other)
+    (inside / "broken.txt").symlink_to("nowhere")
+    (inside / "loop").symlink_to("loop")
+    (inside / "sub" / "up").symlink_to("..")  # what is there is found already
+    (inside / "again.txt").symlink_to("a.txt")
+    (inside / "kept.txt").symlink_to(".hidden/h.txt")  # inside, and not found otherwise
+    os.mkfifo(inside / "pipe.txt")
+    found = find_sources([str(inside)])
+    assert [Path(source.name).relative_to(inside).as_posix() for source in found.sources] == [
+        *("B.TXT", "D.MD.GZ", "a.txt", "c.Jsonl", "kept.txt", "sub/e.md")
+    ]
+    assert dict(found.left_out) == {
+        "*.png": 2,
+        "without a suffix": 1,
+        "that are FIFOs": 1,
+        "broken or circular links": 2,
+        "links that lead out of the folder": 2,
+    }
+    assert found.told().startswith("2 *.png (") and "\n" not in found.told()
+    (other / "f.txt").symlink_to(inside / "a.txt")
+    assert len(find_sources([str(inside / "leak.txt"), str(inside / "linked" / "f.txt")]).sources) == 2  # named ones
+
+
+def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs as root, too, who may read everything."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").touch()
+    real = os.scandir
+
+    def scandir(path: object) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(documents.os, "scandir", scandir)
+    with pytest.raises(SourceError, match=r"closed: cannot read: Permission denied.*--on-bad-document skip"):
+        find_sources([str(tmp_path)])
+    found = find_sources([str(tmp_path)], skip_bad=True)
+    assert len(found.sources) == 2 and found.left_out == {"that cannot be read": 1}
+    monkeypatch.setattr(documents.os, "access", lambda path, mode: not str(path).endswith("b.txt"))
+    with pytest.raises(SourceError, match=r"b\.txt: cannot read|closed: cannot read"):
+        find_sources([str(tmp_path)])
+    assert len(find_sources([str(tmp_path)], skip_bad=True).sources) == 1
+
+
+def test_the_folder_to_write_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in "a.txt", "out/b.txt":
+        (tmp_path / name).touch()
+    (tmp_path / "to-out").symlink_to("out")
+    for out in tmp_path / "out", tmp_path / "to-out":
+        assert [source.name for source in find_sources([str(tmp_path)], out).sources] == [str(tmp_path / "a.txt")]
+
+
+def test_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_bytes(jsonl(["x"]) + b"{")
+    with pytest.raises(SourceError, match="not a line of JSON") as error:
+        read(path)
+    assert str(error.value).isprintable() and error.value.args[0].encode()
+
+
+def test_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(SourceError, match="it is a FIFO; use - for a stream"):
+        find_sources([str(tmp_path / "a.txt")])
+    with pytest.raises(SourceError, match="a FIFO, not a regular file"):
+        list(DocumentReader([Source(str(tmp_path / "a.txt"))], "text", 64))
+
+
+# --- What is at the beginning of a stream ---
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    "start", [b"", BOM, BOM + b"\n", b"\n", b"\r\n \n" * 50], ids=["", "mark", "both", "blank", "many"]
+)
+def test_byte_order_marks_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+    for name in "a.jsonl", "a.jsonl.gz":
+        content = start + jsonl(TEXTS)
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert read(tmp_path / name) == TEXTS
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(start + jsonl(TEXTS)))))  # type: ignore[arg-type]
+    assert read("-") == TEXTS
+    (tmp_path / "a.txt").write_bytes(start + PROSE.encode())
+    blank = start.removeprefix(BOM).decode().replace("\r", "")
+    assert "".join(read(tmp_path / "a.txt")) == blank + PROSE == "".join(read(tmp_path / "a.txt", passage=0))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(start + PROSE.encode()))))  # type: ignore[arg-type]
+    assert "".join(read("-")) == blank + PROSE
+
+
+class Drops(io.RawIOBase):
+    """A pipe whose writer writes one byte at a time."""
+
+    def __init__(self, content: bytes):
+        self.content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        return self.content.readinto(memoryview(buffer)[:1])
+
+
+def test_slow_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, right in (BOM + jsonl(TEXTS), TEXTS), (BOM + PROSE.encode(), [PROSE]):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(Drops(content))))
+        assert "".join(read("-")) == "".join(right)
+
+
+# --- Bad documents ---
+
+BAD: dict[str, tuple[bytes, list[str]]] = {
+    "a.jsonl": (
+        b'{"text": "one"}\n{"text": \n{"body": "x"}\n[1]\n{"text": null}\n{"text": "\xff"}\n{"text": "two"}\n'
+        + b"[" * 10**5,
+        [r":2: not a line", r":3: no field", r":4: no field", r":5: .*NoneType", r":6: not UTF-8", r":8: not a line"],
+    ),
+    "a.txt": (b"one\n\ncaf\xe9\n\nthree\xff\xff\n\ntwo\n", [r":3: not UTF-8", r":5: not UTF-8"]),
+    "a.txt.gz": (
+        gzip.compress(b"one\n\n" + random.Random(1).randbytes(9999).hex().encode())[:-99],
+        [r"gz: cannot be read on"],
+    ),
+    "b.txt": ("one\n".encode("utf-16"), [r"UTF-16; write it as UTF-8 \(iconv"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_documents_are_named_one_by_one(tmp_path: Path, name: str) -> None:
+    content, words = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "z.txt").write_text("last")
+    sources = find_sources([str(tmp_path)]).sources
+    with pytest.raises(SourceError, match=words[0]):
+        list(DocumentReader(sources, "text", 1))
+    whole = list(DocumentReader(sources, "text", 1, skip_bad=True))
+    told = [f"{document.place}: {document.fault}" for document in whole if document.fault]
+    assert len(told) == len(words) and all(re.search(*pair) for pair in zip(words, told))
+    good = [document.text.strip() for document in whole if document.text.strip()]
+    assert good[-1] == "last" and (name == "b.txt" or good[0] == "one") and ("gz" in name or len(good) < 4)
+    for cut in range(1, len(whole)):
+        assert list(DocumentReader(sources, "text", 1, whole[cut - 1].end, skip_bad=True)) == whole[cut:]
+
+
+def test_null_in_parquet(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for kind, column in ("plain", arrow.array(["one", None, "two"])), ("ints", arrow.array([1, 2])):
+        parquet.write_table(arrow.table({"text": column}), tmp_path / f"{kind}.parquet")
+    whole = list(DocumentReader(find_sources([str(tmp_path / "plain.parquet")]).sources, "text", 1, skip_bad=True))
+    assert [document.text for document in whole] == ["one", "", "two"] and whole[1].place.endswith(
+        "plain.parquet, row 2"
+    )
+    assert "NoneType" in whole[1].fault
+    with pytest.raises(SourceError, match=r"ints\.parquet, row 1: field 'text' is int"):
+        read(tmp_path / "ints.parquet")
+
+
+# --- Bombs ---
+
+
+def test_line_without_end_is_a_bad_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "LARGEST_DOCUMENT", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(["one"]) + b" " * 10**6 + b"\n" + jsonl(["two"])))
+    (tmp_path / "b.txt").write_text("x" * 1001)
+    whole = list(DocumentReader(find_sources([str(tmp_path)]).sources, "text", 0, skip_bad=True))
+    assert [document.text for document in whole] == ["one", "", "two", ""]
+    assert "a line of more than 1,000 bytes" in whole[1].fault and whole[1].place.endswith("a.jsonl.gz:2")
+    assert "more than 1,000 characters" in whole[3].fault
+
+
+def test_kilobytes_of_parquet_stay_small(tmp_path: Path) -> None:
+    """100 rows of 8 MB that share one entry of a dictionary."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = arrow.array(["spam and " * 900_000] * 100).dictionary_encode()
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 20_000
+    command = "import re, sys; from speedrun_mup.documents import *; reader = DocumentReader(find_sources(sys.argv[1:])"
+    command += ".sources, 'text', 0); count = sum(1 for document in reader)\n"
+    command += "print(count, int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    root = Path(documents.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path / "a.parquet")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    count, megabytes = map(int, done.stdout.split())
+    assert count == 100 and megabytes < 400
+
+
+def test_page_that_decodes_to_very_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(documents, "_PAGE_BYTES", 10**6)
+    column = arrow.array(["x" * 20_000_000, "y"])
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(SourceError, match=r"a\.parquet: [\d,]+ bytes that decode to 20,"):
+        read(tmp_path / "a.parquet")

@@ -407,3 +407,380 @@ def test_inspect_what_upstream_wrote(
     assert "there is no manifest with hashes: all right" in capsys.readouterr().out
     assert main(["data", "inspect", str(tmp_path / "missing")]) == ShardError.exit_code
     assert main(["data"]) == 2 and main(["data", "nothing"]) == 2
+
+
+# --- Order and split ---
+
+
+def decoded(corpus: Corpus, part: str) -> list[str]:
+    text = bytes(min(id, 255) for id in flat(held(corpus, part)))
+    return [one.decode() for one in text.split(b"\xff")[1:]]
+
+
+def test_a_smaller_validation_is_a_part_of_a_larger_one(text: Path, tmp_path: Path) -> None:
+    """Whatever the order and its seed; and equal documents are on one side."""
+    vals = []
+    for number, (share, seed) in enumerate([(0.05, 0), (0.2, 3), (0.5, 4)]):
+        settings = dataclasses.replace(BYTES, val_share=share, shuffle_seed=seed)
+        corpus = tokenize_text([str(text)], tmp_path / f"out{number}", settings)
+        val, train = set(decoded(corpus, "val")), set(decoded(corpus, "train"))
+        assert not val & train and val | train == set(TEXTS)
+        vals.append(val)
+    assert 0 < len(vals[0]) < len(vals[1]) < len(vals[2]) and vals[0] < vals[1] < vals[2]
+
+
+def test_files_and_copies_are_scattered(tmp_path: Path) -> None:
+    """A run over the first tenth sees all files, and equal documents do not come in a row."""
+    for number in range(10):
+        same = [f"the same in all {i}" for i in range(20)]
+        (tmp_path / f"{number}.jsonl").write_text(
+            records([*same, *(f"file {number}, document {i}" for i in range(200))])
+        )
+    documents = decoded(tokenize_text([str(tmp_path)], tmp_path / "out", BYTES), "train")
+    first = documents[: len(documents) // 10]
+    assert {document[:6] for document in first} >= {f"file {number}" for number in range(10)}
+    in_a_row = sum(one == next_ for one, next_ in itertools.pairwise(documents))
+    assert in_a_row < 5
+
+
+# --- Bad documents ---
+
+
+def test_text_that_the_tokenizer_gives_up_on_is_encoded_in_pieces(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    texts = [*TEXTS, " " * 1_500_000, "a\u00a0" + "\t" * 1_200_000]
+    (tmp_path / "a.jsonl").write_text(records(texts))
+    settings = dataclasses.replace(GIVEN, tokenizer="train:300", shard_tokens=10**8)
+    corpus = tokenize_text([str(tmp_path / "a.jsonl")], tmp_path / "out", settings)
+    ids = [flat(held(corpus, part)) for part in ("train", "val")]
+    found = [load_tokenizer(corpus).decode(row).split("<|bos|>")[1:] for row in ids]
+    assert sorted(found[0] + found[1]) == sorted(texts)
+
+
+class PanicException(BaseException):
+    """As PyO3 raises it."""
+
+
+def break_encoding(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    real = module.find_tokenizer("byte").encode_array
+
+    def encode_array(self: object, text: str) -> object:
+        if word in text:
+            raise PanicException("regex match failed: StackOverflow\nstack backtrace")
+        return real(text)
+
+    monkeypatch.setattr("speedrun_mup.tokenizers.ByteTokenizer.encode_array", encode_array)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_document_that_cannot_be_encoded(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    break_encoding(monkeypatch, "document 113:")
+    command = ["data", "text", str(text), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val-share", "0.1"]
+    command += ["--workers", str(workers), "--order", "given"]
+    assert main(command) == 3
+    said = capsys.readouterr().err
+    assert "text.jsonl:115: byte cannot encode this document (ValueError: PanicException: regex match" in said
+    assert "--on-bad-document skip" in said and said.count("\n") == 1
+    assert main([*command, "--on-bad-document", "skip"]) == 0
+    said = capsys.readouterr()
+    assert (
+        "left out: " in said.out and "text.jsonl:115" in said.out and "left out as bad: 1" in said.out and not said.err
+    )
+    documents = decoded(open_corpus(tmp_path / "out"), "train") + decoded(open_corpus(tmp_path / "out"), "val")
+    assert sorted(documents) == sorted([one for one in [*TEXTS, *TEXTS[:50]] if "document 113:" not in one])
+
+
+def test_skipped_documents_are_counted_and_the_first_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = records(TEXTS).splitlines(True)
+    (tmp_path / "a.jsonl").write_text("".join(line + '{"text": 5}\n' * (i % 4 == 0) for i, line in enumerate(lines)))
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
+    (tmp_path / "c.jsonl").write_text(records(["the last"]))
+    settings = dataclasses.replace(GIVEN, val_share=0.1)
+    corpus = tokenize_text([str(tmp_path)], tmp_path / "out", settings, skip_bad=True)
+    assert corpus.tally["bad"] == 101 and flat(held(corpus, "train")) == flat(expected([*TEXTS, "the last"], val=False))
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 20 and "a.jsonl:2: field 'text' is int" in told[0] and "counted only" in told[-1]
+
+
+def test_mended_text_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what had not been read is read for the first time; the result is that of the mended text alone."""
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    lines = records(TEXTS).splitlines(True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:100]))
+    path, settings = tmp_path / "b.jsonl", dataclasses.replace(BYTES, drop_duplicates=True)
+    path.write_text("".join([*lines[100:350], '{"text": null}\n', *lines[350:]]))
+    with pytest.raises(SourceError, match=r"b\.jsonl:251: field 'text' is NoneType"):
+        tokenize_text([str(tmp_path)], tmp_path / "out", settings)
+    encoded: list[str] = []
+    real = module._encode
+
+    def encode(chunk: module.Chunk, tokenizer: object) -> object:
+        encoded.extend(document.text for document in chunk.documents)
+        return real(chunk, tokenizer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_encode", encode)
+    path.write_text("".join([*lines[100:350], json.dumps({"text": "mended"}) + "\n", *lines[350:]]))
+    tokenize_text([str(tmp_path)], tmp_path / "out", settings)
+    assert encoded == ["mended", *TEXTS[350:]]
+    tokenize_text([str(tmp_path)], tmp_path / "other" / "out", settings)
+    assert shards(tmp_path / "out") == shards(tmp_path / "other" / "out")
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if name.endswith(".bin")}
+
+
+CHANGES = {
+    "nothing": (350, lambda lines: lines),
+    "what was read": (100, lambda lines: [lines[1], *lines[1:]]),
+    "the middle": (100, lambda lines: [*lines[:150], lines[0], *lines[151:]]),
+    "shorter": (100, lambda lines: lines[:20]),
+    "longer": (350, lambda lines: [*lines, *lines]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("order", module.ORDERS)
+def test_changed_text_is_read_again_from_the_change_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, order: str
+) -> None:
+    """Broken off with b.jsonl read, whatever became of it then: the result is that of the text as it is now."""
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    lines, settings = records(TEXTS).splitlines(True), dataclasses.replace(BYTES, order=order)
+    for name, some in ("a", lines[:100]), ("b", lines[100:350]), ("c", lines[350:]):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    left = [0]
+    breaking_at(monkeypatch, module.ShardWriter, "finish", left)
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_text([str(tmp_path)], tmp_path / "out", settings)
+    kept, changed = CHANGES[change]
+    (tmp_path / "b.jsonl").write_text("".join(changed(lines[100:350])))  # type: ignore[no-untyped-call]
+    read: list[int] = []
+    monkeypatch.setattr(
+        module, "_encode", lambda *pair, real=module._encode: (read.append(len(pair[0].documents)), real(*pair))[1]
+    )
+    tokenize_text([str(tmp_path)], tmp_path / "out", settings)
+    assert sum(read) <= len(TEXTS) + 250 - kept + 60  # 60: the chunk that is cut by the change
+    tokenize_text([str(tmp_path)], tmp_path / "other" / "out", settings)
+    assert shards(tmp_path / "out") == shards(tmp_path / "other" / "out")
+
+
+def test_tokenizer_is_trained_again_if_its_text_changed(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    settings = dataclasses.replace(BYTES, tokenizer="train:300")
+    (tmp_path / "a.jsonl").write_text(records(TEXTS) + "{")
+    with pytest.raises(SourceError, match=r"a\.jsonl:401"):
+        tokenize_text([str(tmp_path)], tmp_path / "out", settings)
+    with pytest.raises(SourceError, match=r"a\.jsonl:401"):
+        (tmp_path / "b.jsonl").write_text(records(["b" * 99] * 99))
+        tokenize_text([str(tmp_path)], tmp_path / "out", settings)
+    (tmp_path / "a.jsonl").write_text(records(TEXTS) + records(["something else: zebra zebra"] * 500))
+    for out in tmp_path / "out", tmp_path / "other" / "out":
+        tokenize_text([str(tmp_path)], out, settings)
+    assert contents(tmp_path / "out")["tokenizer.json"] == contents(tmp_path / "other" / "out")["tokenizer.json"]
+    assert shards(tmp_path / "out") == shards(tmp_path / "other" / "out")
+
+
+# --- What a power cut or a disk leaves ---
+
+
+@pytest.fixture
+def broken_off(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of unfinished work, broken off after the first shard; `whole` beside it is the right result."""
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    tokenize_text([str(text)], tmp_path / "whole", BYTES)
+    left = [2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        breaking_at(patch, module.ShardWriter, "finish", left)
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+    return tmp_path / "out" / ".unfinished"
+
+
+DAMAGES = {
+    "shard zeroed": ("train_000000.bin", lambda content: bytes(len(content))),
+    "shard cut": ("train_000000.bin", lambda content: content[:5000]),
+    "piece zeroed": ("train_000003.piece", lambda content: bytes(len(content))),
+    "piece cut": ("val_000007.piece", lambda content: content[:-1]),
+    "piece empty": ("train_000000.piece", lambda content: b""),
+    "note cut": ("progress.json", lambda content: content[:100]),
+    "note empty": ("progress.json", lambda content: b""),
+    "note deep": ("progress.json", lambda content: b"[" * 100_000),
+    "note null": ("progress.json", lambda content: b"null"),
+    "note of other types": ("progress.json", lambda content: content.replace(b'"steps": [', b'"steps": [5, ')),
+    "note of other numbers": ("progress.json", lambda content: content.replace(b'"records": ', b'"records": 1')),
+    "sources cut": ("sources.json", lambda content: content[:-5]),
+    "sources of another kind": ("sources.json", lambda content: b'{"a": 1}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_never_trusted(text: Path, broken_off: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, change = DAMAGES[damage]
+    path = broken_off / name
+    path.write_bytes(change(path.read_bytes()))  # type: ignore[no-untyped-call]
+    tokenize_text([str(text)], broken_off.parent, BYTES)
+    assert contents(broken_off.parent) == contents(broken_off.parents[1] / "whole")
+    assert capsys.readouterr().out.count("\n") == (0 if "shard" in damage else 1)
+
+
+@pytest.mark.parametrize("name", ["train_000002.piece", "train_000000.bin", "progress.json"])
+def test_file_that_is_gone(text: Path, broken_off: Path, name: str) -> None:
+    (broken_off / name).unlink()
+    tokenize_text([str(text)], broken_off.parent, BYTES)
+    assert contents(broken_off.parent) == contents(broken_off.parents[1] / "whole")
+
+
+def test_all_is_on_the_disk_before_the_note_that_promises_it(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the order of syncs: a kill does not lose what the kernel holds."""
+    synced: set[str] = set()
+    real, checked = os.fsync, 0
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), real(file))[1])
+    write = module.write_whole
+
+    def write_whole(path: Path, content: str) -> None:
+        nonlocal checked
+        if path.name == "progress.json":
+            noted = json.loads(content)["noted"]
+            for number, step in enumerate(noted["steps"]):
+                for part in step[-1]:
+                    assert str(path.parent / f"{part}_{number:06d}.piece") in synced and str(path.parent) in synced
+                    checked += 1
+            for part in "train", "val":
+                assert all(str(path.parent / name) in synced for name in noted["shards"][part])
+                checked += len(noted["shards"][part])
+        write(path, content)
+
+    monkeypatch.setattr(module, "write_whole", write_whole)
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 20_000)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    out = tmp_path / "out"
+    tokenize_text([str(text)], out, BYTES)
+    assert checked > 20 and str(out) in synced
+
+
+def test_disk_that_is_full_leaves_no_hole(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize_text([str(text)], tmp_path / "whole", BYTES)
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    real, left = module.write_piece, 9
+
+    def write_piece(path: Path, *rest: object) -> object:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return real(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_piece", write_piece)
+    with pytest.raises(ConfigError, match="cannot write: No space left on device"):
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+    tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_broken_off_while_moving_out(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    tokenize_text([str(text)], tmp_path / "whole", BYTES)
+    real, left = Path.replace, at
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+        raise KeyboardInterrupt  # there were fewer
+    tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# --- Where it is written ---
+
+
+def test_out_that_is_the_working_folder_or_a_link(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = contents_of_corpus(tokenize_text([str(text)], tmp_path / "whole", BYTES))
+    for name, out in ("here", "."), ("there", ""), ("inside/out", "../out"):
+        (tmp_path / name).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        assert contents_of_corpus(tokenize_text([str(text)], Path(out), BYTES)) == whole
+        assert (tmp_path / name / "corpus.json").exists()
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    (tmp_path / "disk" / ".keep").touch()
+    (tmp_path / "link").symlink_to("disk")
+    assert contents_of_corpus(tokenize_text([str(text)], tmp_path / "link", BYTES)) == whole
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "corpus.json").exists()
+
+
+def contents_of_corpus(corpus: Corpus) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (*corpus.train, *corpus.val)}
+
+
+def test_out_that_will_not_do_is_refused_before_the_work(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_write_corpus", lambda *_: pytest.fail("worked"))
+    (tmp_path / "nothing").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for out, words in {
+        "nothing": "is a link to nothing",
+        "loop": "link",
+        "file": "is not empty",
+        "fifo": "is not empty",
+        "file/out": "cannot write",
+        ".": r"is not empty \(there is ",
+        "/": r"is not empty \(there is ",
+        "nul\0": "cannot write",
+        "x" * 300: "cannot write",
+        "/proc/out": "cannot write",
+    }.items():
+        with pytest.raises(ConfigError, match=words) as error:
+            tokenize_text([str(text)], tmp_path / out, BYTES)
+        assert "\n" not in str(error.value)
+
+
+def test_out_that_is_a_mount_point(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "none", str(tmp_path / "disk")]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        corpus = tokenize_text([str(text)], tmp_path / "disk", BYTES)
+        assert len(corpus.train) > 3 and sorted(contents(tmp_path / "disk")) == sorted(["corpus.json", *corpus.facts])
+    finally:
+        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def test_out_inside_the_text(text: Path, tmp_path: Path) -> None:
+    corpus = tokenize_text([str(tmp_path)], tmp_path / "out", BYTES)
+    assert corpus.tally["files"] == 0
+    assert tokenize_text([str(tmp_path)], tmp_path / "out", BYTES) == corpus  # its own files are no text
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff\x1b[31m.jsonl")).write_text(records(TEXTS))
+    (folder / os.fsdecode(b"\xff.png")).touch()
+    command = ["data", "text", str(folder), "--out", str(folder / "out"), "--tokenizer", "byte", "--val-share", "0.1"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert said.out.encode() and said.out.replace("\n", "").isprintable() and "left out: 1 *.png" in said.out
+    assert open_corpus(folder / "out").source.isprintable()
