@@ -34,7 +34,7 @@ def _rescale(module: nn.Module, factors: Mapping[str, float]) -> None:
     Left alone is what another module owns too and has to rescale. Meta tensors have no values to scale: call again
     once they do.
     """
-    done = vars(module).setdefault("mup_rescaled", {})
+    done: dict[str, float] = vars(module).setdefault("mup_rescaled", {})
     for local, factor in factors.items():
         parameter, ratio = module._parameters.get(local), factor / done.get(local, 1.0)
         if local in vars(module).get("mup_shared", ()) or ratio == 1.0 or getattr(module, local, None) is None:

@@ -245,7 +245,7 @@ def _how_to_declare(place: Place, infshape: InfShape) -> str:
     return (
         f'before set_base_shapes, mup.declare({owner}, "{place.local}", mup.Role.HIDDEN, {base}, "{layouts[0]}") for a '
         f'matrix that reads activations of this width (a router, a projection), or mup.Role.INPUT, "{layouts[1]}" for a '
-        "table whose rows become activations (positions)"
+        "table whose rows become activations or are added to them (positions, a bias for each expert)"
     )
 
 
