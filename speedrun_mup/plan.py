@@ -22,7 +22,7 @@ from typing import Any
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.corpus import find_corpus
-from speedrun_mup.files import write_whole
+from speedrun_mup.files import printable, read_bytes, write_whole
 from speedrun_mup.flops import run_flops
 from speedrun_mup.run_folder import saved_config
 from speedrun_mup.shards import Corpus
@@ -566,14 +566,14 @@ def read_plan(out: Path) -> tuple[TrainConfig, Prediction | None]:
 
 def _read_plan(out: Path) -> dict[str, Any]:
     try:
-        content = json.loads((out / PLAN).read_text())
+        content = json.loads(read_bytes(out / PLAN))
         needed = {entry.name for entry in fields(Plan)} | {"corpus", "budget", "prediction"}
         promised = {entry.name for entry in fields(Prediction)}
         whole = needed <= content.keys() and (content["prediction"] or dict.fromkeys(promised)).keys() == promised
         if content["version"] != VERSION or not whole:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{out / PLAN} is missing or damaged; make a plan first") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{printable(out / PLAN)} is missing or damaged; make a plan first") from None
     return content
 
 

@@ -80,7 +80,7 @@ def test_changed_and_missing_data(tiny, tmp_path):
     tokens = np.fromfile(shard, "<u2")
     tokens[1000] ^= 1
     tokens.tofile(shard)
-    assert f"{shard}: not what the manifest says; its bytes have changed" in bad(examine(tiny(data=str(data))))["data"]
+    assert f"{shard}: not what the manifest says" in bad(examine(tiny(data=str(data))))["data"]
     assert "no folder" in bad(examine(tiny(data=str(tmp_path / "nowhere"))))["data"]
     assert "epochs" in bad(examine(tiny(iterations=2000, epochs=2)))["data"]
 
@@ -149,3 +149,45 @@ def test_a_run_in_use_and_one_without_checkpoints(tiny):
         findings = list(examine(dataclasses.replace(cfg, resume=str(run.folder)), run.folder))
     assert any(f"is in use by process {os.getpid()}" in finding.text for finding in findings)
     assert "none in" in bad(findings)["checkpoint"]
+
+
+def test_a_gap_in_the_metrics_is_told(tiny, run, capsys):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] not in (2, 3)))
+    assert "metrics.jsonl lacks steps 2 to 3" in bad(examine(tiny(), run))["metrics"]
+    path.write_text("".join(lines[:2]))
+    (run / "status.json").write_text(json.dumps({"status": "finished", "why": None, "missing_steps": [[2, 5]]}))
+    assert "lacks steps 2 to 5" in bad(examine(tiny(), run))["metrics"]
+    (run / "bad-step-00000002.json").write_text("{}")  # a step that was withheld has a dump, and no record
+    assert "lacks steps 3 to 5" in bad(examine(tiny(), run))["metrics"]
+
+
+def test_links_and_fifos_of_a_received_folder_are_findings(tiny, run, tmp_path, capsys):
+    for name in ("status.json", "metrics.jsonl", "provenance.json", ".lock", "log.txt"):
+        (run / name).unlink()
+    os.mkfifo(run / "status.json")
+    os.mkfifo(run / ".lock")
+    for name in ("metrics.jsonl", "provenance.json"):
+        (run / name).symlink_to("/dev/zero")
+    (run / "log.txt").symlink_to(tmp_path / "nowhere")
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    assert main(["doctor", str(run)]) == 1
+    told = capsys.readouterr().out
+    for name in (
+        "status.json is a FIFO",
+        "metrics.jsonl is a symbolic link",
+        ".lock is a FIFO",
+        "checkpoints is a symbolic link",
+    ):
+        assert name in told
+    assert "log.txt is a symbolic link" in told and "status.json is damaged" in told
+
+
+def test_other_code_and_damaged_notes_are_told(tiny, run):
+    (run / "provenance.json").write_text(
+        '\xff\n[1]\n{"torch": "0.1", "source_sha256": "other", "revision": "abc"}\nnot json\n'
+    )
+    texts = [finding.text for finding in examine(tiny(), run) if finding.subject == "versions"]
+    assert any("the run used torch 0.1" in text for text in texts) and any("other code (abc)" in text for text in texts)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, in_a_line
+from speedrun_mup.files import printable, read_bytes
 from speedrun_mup.report.contents import ARM_COLORS, GREY, Axis, Choice, Color, Figure, Key, Mark, Panel, Section, Table
 from speedrun_mup.report.figures import signed
 
@@ -19,7 +20,7 @@ ROLE_COLORS: dict[str | None, Color] = {
 def check_section(path: Path, number: int) -> Section:
     """What one check found. Raises ConfigError for a file that `speedrun-mup coord-check` did not write."""
     try:
-        check = json.loads(path.read_text())
+        check = json.loads(read_bytes(path))
         figure, tables = _figure(check, number), [_slopes(check), _controls(check)]
         arm, verdict = check["arm"], check["verdict"]
         text = [
@@ -27,10 +28,11 @@ def check_section(path: Path, number: int) -> Section:
             f"{check['steps']} updates; seeds: {arm['seeds']}.",
             *check["reasons"],
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        kind = type(fault).__name__
-        why = f"{path} is no result of a coordinate check ({kind}: {fault}); give a coord-check.json"
-        raise ConfigError(why) from None
+    except Exception as fault:  # whatever numbers and types a stranger's file holds
+        why = printable(in_a_line(fault))
+        raise ConfigError(
+            f"{printable(path)} is no result of a coordinate check ({why}); give a coord-check.json"
+        ) from None
     return Section(f"Coordinate check: {verdict}", text, [figure], [table for table in tables if table.rows])
 
 
