@@ -161,10 +161,13 @@ def _disk(cfg: TrainConfig, parameters: int, folder: Path | None) -> Iterator[Fi
 
 
 def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
-    for part in corpus.parts if isinstance(corpus, Mixture) else (corpus,):
-        for fault in inspect_corpus(part).faults:
+    parts = corpus.parts if isinstance(corpus, Mixture) else (corpus,)
+    if faults := [fault for part in parts for fault in inspect_corpus(part).faults]:
+        for fault in faults:
             yield Finding(Level.BAD, "data", fault, "delete the folder and prepare the corpus again")
-    ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens)
+        return
+    for note in ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens).notes:
+        yield Finding(Level.WARNING, "data", f"validation: {note}", "lower --val-tokens, or use more validation data")
     usage = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, order=cfg.data_order).usage()
     if not usage.steps:
         level = Level.WARNING if cfg.epochs is None else Level.BAD
