@@ -26,7 +26,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.pictures import PictureError
 from speedrun_mup.plan import compare, make_plan, predict, read_plan
 from speedrun_mup.report import figures, png
-from speedrun_mup.report.contents import Axis, Figure, Mark, Panel, Report, Section, Table
+from speedrun_mup.report.contents import Axis, Figure, Key, Mark, Panel, Report, Section, Table
 from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.markdown import escape, to_markdown
 from speedrun_mup.report.page import to_html
@@ -154,6 +154,13 @@ def test_titles_of_two_lines_and_the_colors_survive_into_the_file(tmp_path, resu
         assert min(abs(r - red) + abs(g - green) + abs(b - blue) for r, g, b in colors) < 12
 
 
+def test_a_legend_is_as_wide_as_its_picture_and_a_zero_has_no_minus():
+    keys = [Key(label, "line") for label in ("width 32", "width 64", "a rather long name of an arm")]
+    assert [png._columns(keys, width) for width in (1.0, 3.5, 9.0)] == [1, 2, 3]
+    told = figures.signed(-0.004), figures.signed(-0.006), figures.interval_text(None)
+    assert told == ("+0.00", "\N{MINUS SIGN}0.01", "unknown")
+
+
 def test_no_picture_of_nothing():
     with pytest.raises(TransferError, match="for a picture"):
         figures.lr_curves(measure_transfer([Run(64, 1.0, 0, 3.0)]))
@@ -192,7 +199,11 @@ def test_drift_lines_meet_at_the_base_width_and_have_the_measured_slope(result):
 def test_the_pair_that_a_reader_compares_stands_alone_and_other_arms_behind_it():
     runs = read_runs(PUBLISHED / "runs.csv")
     result = measure_transfer(runs, controls={"adam-sp": -1.0}, tested=["mup"], base_width=64, resamples=100)
-    pair, others = figures.lr_curves(result)
+    report = make_report(PUBLISHED / "runs.csv", result)
+    pair, others = report.figures[:2]
+    assert (
+        pair.x == others.x and pair.x.label == "learning rate (factor)" and "times what was tuned" in report.answer[0]
+    )
     assert [panel.title.split("\n")[0] for panel in pair.panels] == ["Standard parametrization (Adam)", "muP"]
     assert [panel.tags["arm"] for panel in others.panels] == ["adam-mup", "record26"]
     lines = [mark for mark in pair.panels[1].marks if mark.marked]

@@ -78,7 +78,9 @@ def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, lab
         panels.append(Panel(f"{arm_words(arm.arm)}\n{_movement(arm, knob)}", marks, tags))
     here = {fit.width for arm in arms for fit in arm.fits}
     keys = [Key(f"width {width}", "line", colors[width], symbols[width], marked=True) for width in sorted(here)]
-    keys += [Key("best of a width", "points", symbol="D"), Key("best of the base width", "line", dotted=True)]
+    keys.append(Key("best of a width", "points", symbol="D"))
+    if any(mark.kind == "rule" for panel in panels for mark in panel.marks):
+        keys.append(Key("best of the base width", "line", dotted=True))
     if any(fit.cells.diverged for arm in arms for fit in arm.fits):
         keys.append(Key("diverged", "cross"))
     caption = (
@@ -157,15 +159,19 @@ def interval_text(estimate: Estimate | None, form: str = "{:+.2f}") -> str:
     if estimate is None:
         return "unknown"
     low, high = estimate.interval()
-    text = form.format(estimate.value)
-    if not math.isnan(low):
-        text += f" [{form.format(low)}, {form.format(high)}]"
-    return text.replace("-", "\N{MINUS SIGN}")
+    text = _number(estimate.value, form)
+    return text if math.isnan(low) else f"{text} [{_number(low, form)}, {_number(high, form)}]"
 
 
 def signed(value: float) -> str:
     """With its sign and two digits."""
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return _number(value, "{:+.2f}")
+
+
+def _number(value: float, form: str) -> str:
+    """With a real minus sign, and none before a zero."""
+    text = form.format(value)
+    return form.format(0.0) if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def drift(result: TransferResult) -> Figure:

@@ -53,7 +53,7 @@ def draw(figure: Figure, path: Path) -> None:
             for mark in panel.marks:
                 if not figure.choice or mark.tags.get(figure.choice.tag) in (None, figure.choice.options[0]):
                     _draw_mark(drawn, mark)
-            drawn.set_title(_title(panel.title, width), loc="left")
+            drawn.set_title(_title(panel.title, wide / columns), loc="left")
             drawn.set_xlabel(plain(figure.x.label))
             drawn.tick_params(labelbottom=True)
         for name, axis in (("x", figure.x), ("y", figure.y)):
@@ -71,9 +71,14 @@ def _title(text: str, width: float) -> str:
 
 
 def _columns(keys: Sequence[Key], width: float) -> int:
-    """Of a legend that lies under a picture so many inches wide."""
-    longest = 0.55 + LETTER * min(80, max((len(key.label) for key in keys), default=0))
-    return max(1, min(len(keys), int(width / longest)))
+    """Of a legend that lies under a picture so many inches wide: as many as fit."""
+    needs = [0.55 + LETTER * min(80, len(key.label)) for key in keys]
+    for columns in range(len(keys), 1, -1):
+        rows = math.ceil(len(keys) / columns)
+        widths = [max(needs[at : at + rows]) for at in range(0, len(keys), rows)]
+        if sum(widths) <= width:
+            return len(widths)
+    return 1
 
 
 def _draw_legend(canvas: Any, keys: Sequence[Key], columns: int) -> None:

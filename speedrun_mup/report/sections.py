@@ -24,7 +24,7 @@ from speedrun_mup.report.figures import (
     width_colors,
 )
 from speedrun_mup.report.words import TERMS, arm_words, verdict_words, wider_words
-from speedrun_mup.sweep import COLUMNS, read_results
+from speedrun_mup.sweep import read_results
 from speedrun_mup.sweep import training_curves as read_curves
 from speedrun_mup.transfer import TransferResult, is_rate, knob_name
 
@@ -105,9 +105,9 @@ def _knob_label(result: TransferResult, swept: bool) -> str:
 
 
 def _is_of_sweep(table: Path) -> bool:
-    """Whether `speedrun-mup sweep` wrote this table, so that its rates are factors."""
+    """Whether `speedrun-mup sweep` wrote this table, of whatever version, so that its rates are factors."""
     with open(table, encoding="utf-8", errors="replace") as file:
-        return file.readline(200).strip().split(",") == list(COLUMNS)
+        return {"lr", "log2_lr", "train_loss", "flops"} <= set(file.readline(400).strip().split(","))
 
 
 def _arms(result: TransferResult) -> Table:
