@@ -136,8 +136,10 @@ def _proxy_base(target: TrainConfig) -> TrainConfig:
 
 
 def _arm(target: TrainConfig) -> Arm:
-    """The target's own optimizer and rule table; at its base width all tables are one, and muP is what carries over."""
-    table = "mup" if target.base_width in (None, target.width) else target.parametrization
+    """The target's own optimizer and rule table. Without a base width, or with the record's rules at their own width, all
+    tables are one, and muP is what carries over."""
+    own = target.base_width is None or (target.parametrization == "record26" and target.base_width == target.width)
+    table = "mup" if own else target.parametrization
     name = table if target.hidden_optimizer == "muon" else f"{target.hidden_optimizer}-{table}"
     return Arm(name, {"parametrization": table, "hidden_optimizer": target.hidden_optimizer})
 

@@ -45,7 +45,7 @@ class FolderLock:
     `folder` is where it is; `find` notices that somebody renamed it. Raises ConfigError naming the process that holds it.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str = "--name"):
         self.folder, self._file, self._place = folder, -1, -1
         try:
             self._place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -55,7 +55,7 @@ class FolderLock:
             owner = os.read(self._file, 32).decode(errors="replace")
             self.close()
             raise ConfigError(
-                f"{folder} is in use by process {printable(owner)}; stop it or choose another --name"
+                f"{folder} is in use by process {printable(owner)}; stop it or choose another {flag}"
             ) from None
         except BaseException:
             self.close()

@@ -977,7 +977,7 @@ def _open_folder(out: Path) -> Iterator[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         own_folder(out / CELLS)
-        lock = FolderLock(out)
+        lock = FolderLock(out, "--out")
     except OSError as fault:
         raise ConfigError(f"{printable(out)} cannot be written ({fault.strerror}); choose another --out") from None
     with closing(lock):
@@ -1105,8 +1105,8 @@ def made_differently(results: Sequence[CellResult]) -> list[Doubt]:
     ]
 
 
-def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> list[Doubt]:
-    """Doubts about runs of `arms` that were asked for in a folder, or that its grids still grow by, and have no result."""
+def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> tuple[list[Doubt], list[str]]:
+    """Doubts about runs of `arms` that were asked for in a folder and have no result; and what its grids still grow by."""
     curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
     for (arm, width, octaves), loss in mean_losses(results).items():
         curves[arm, width][octaves] = loss
@@ -1121,26 +1121,32 @@ def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> 
             wanted[arm] |= {(width, at, seed) for at, seed in _points_asked(some, curves[arm, width])}
     absent = {arm: [place for place in sorted(places) if (arm, *place) not in have] for arm, places in wanted.items()}
     names = {arm: [f"width {w} 2^{at:g} seed {seed}" for w, at, seed in places] for arm, places in absent.items()}
-    return [*missing(names, {arm: len(places) for arm, places in wanted.items()})]
+    growing = sum(_grows(some, curves[key]) for key, some in requests.items() if key[0] in wanted)
+    notes = [f"the grid still grows by {growing} points: run the same sweep again"] if growing else []
+    return [*missing(names, {arm: len(places) for arm, places in wanted.items()})], notes
 
 
 def _points_asked(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> set[tuple[float, int]]:
     """(octaves, seed) of all runs that `requests` want at one width of one arm. curve: octaves -> mean loss, so far.
 
-    Points outside all grids come from growing them, and want all seeds; what a grid still grows by is told for one request
-    only, as several see different curves.
+    Points outside all grids come from growing them, and want all seeds.
     """
     grids = [set(map(float, asked["octaves"])) for asked in requests]
     grown = set(curve) - set().union(*grids)
     points: set[tuple[float, int]] = set()
     for asked, grid in zip(requests, grids):
         if asked.get("adaptive"):
-            still = (
-                next_points(curve, sorted(grid), asked.get("refine", True)) if len(requests) == 1 and curve else set()
-            )
-            grid = grid | grown | still
+            grid = grid | grown
         points |= set(itertools.product(grid, asked["seeds"]))
     return points
+
+
+def _grows(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> int:
+    """How many points an adaptive grid still asks for; of several requests, which saw other curves, nobody knows."""
+    asked = requests[0]
+    if len(requests) > 1 or not asked.get("adaptive") or not set(map(float, asked["octaves"])) <= set(curve):
+        return 0
+    return len(next_points(curve, asked["octaves"], asked.get("refine", True)))
 
 
 def training_curves(out: Path) -> dict[CurveKey, Array]:
@@ -1205,6 +1211,7 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
         predicted = {}
     base = definition["base"]["base_width"]
     everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
-    doubts = [*made_differently(results), *not_run(out, results, known)]
-    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob, "doubts": doubts} | options
+    absent, notes = not_run(out, results, known)
+    about = {"doubts": [*made_differently(results), *absent], "notes": notes}
+    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob, **about} | options
     return measure_transfer(runs, controls={k: v for k, v in predicted.items() if v is not None}, **options)

@@ -159,6 +159,10 @@ def test_proxies_are_scaled_and_optimized_like_the_target(target, out):
     assert {result.arm for result in read_results(out)} == {"adam-sp"} and predict(out).lr_scale > 0
     own = make_plan(dataclasses.replace(adam, base_width=None), out, engine, budget_minutes=20)
     assert own.sweeps[0].arms[0].settings == {"parametrization": "mup", "hidden_optimizer": "adam"}
+    asked = make_plan(dataclasses.replace(adam, base_width=128), out, engine, budget_minutes=20)
+    assert (
+        asked.sweeps[0].arms[0].settings["parametrization"] == "sp"
+    )  # said for its own width, it holds for narrower ones
 
 
 def test_finished_cells_make_timing_unnecessary(target, out):

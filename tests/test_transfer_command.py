@@ -56,7 +56,8 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
         ([TABLE, "--knob", "Loss"], "knob loss is a column with another meaning"),
         ([TABLE, "--predict", "0"], "--predict 0: give a width"),
-        ([TABLE, "--predict", "9" * 50], "give a width, such as 1024"),
+        ([TABLE, "--predict", "9" * 50], "the largest whole number is 2^53"),
+        ([TABLE, "--predict", "9" * 15], "give a width, such as 1024"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkeypatch):
@@ -105,7 +106,9 @@ def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
     assert same[0] == same[1].replace("weight_decay", "lr")
     assert main(["report", str(table), *knob]) == 0
     text = (tmp_path / "decay-report" / "report.md").read_text()
-    assert "## Drift of the best weight_decay" in text and "learning rate" not in text.partition("## Origin")[0]
+    assert (
+        "## Drift of the best weight_decay" in text and "learning rate" not in text.partition("## Words used here")[0]
+    )
 
 
 def test_two_tables_in_one_folder_have_a_report_each(tmp_path):

@@ -85,7 +85,7 @@ def make_report(
     return Report(
         source.resolve().stem,
         result.verdict.value,
-        result.reasons,
+        (*result.reasons, *result.notes),
         sections,
         switches={"arm": list(result.arms), "width": [str(width) for width in width_colors(result)]},
         meaning=verdict_words(result),
