@@ -170,9 +170,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at most 2^53",
         lambda value: value <= LARGEST,
-        "width base_width n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches pack "
-        "momentum_warmup epochs val_tokens val_chunk_tokens val_every save_every keep_last keep_every kernel_warmup",
+        "iterations epochs val_tokens val_every save_every keep_every momentum_warmup",
     ),
+    ("at most 2^31", lambda value: value <= 2**31, "block_size window_tokens micro_batch_tokens val_chunk_tokens"),
+    (
+        "at most 2^20",
+        lambda value: value <= 2**20,
+        "width base_width head_dim micro_batches pack keep_last kernel_warmup",
+    ),
+    ("at most 4096", lambda value: value <= 4096, "n_layer"),  # nothing is allocated yet, but every layer is built
     (
         "at least 1",
         lambda value: value >= 1,

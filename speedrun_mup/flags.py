@@ -72,8 +72,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.elsewhere: set[str] = set()  # flags of other commands, without effect in this one
         self.register("type", int, whole_number)
-        # A list such as -1,0,1 or a number such as -1e-3 begins with a minus and is no flag.
-        self._negative_number_matcher = re.compile(r"^-(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?(,.*)?$")
+        self._negative_number_matcher = re.compile(r"^-[\d.]")  # -1e-3, -1,0,1 and -5m are values, not flags
 
     def is_unknown(self, word: str) -> bool:
         """Whether `word` looks like a flag and is none of this command's."""
