@@ -615,7 +615,8 @@ class Run:
 
     def told_of_divergence(self, step: int, said: str) -> str:
         """What to do about it."""
-        kept = "the checkpoints before are kept" if self.cfg.save else "nothing was saved"
+        there = max((path.name for path in self.checkpoints.root.glob("step-*")), default="")
+        kept = f"checkpoints up to {there} are kept" if there else "there is no checkpoint"
         return f"step {step}: diverged: {said}; {kept}. Lower --lr-scale (it was {self.cfg.lr_scale:g})"
 
     def refuse_diverged(self, step: int) -> None:
@@ -864,9 +865,16 @@ def _on_host(slices: dict[str, Slice]) -> dict[str, Slice]:
 
 def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
     """The corpus that `cfg` names and a line about it. Rank 0 comes first, because it may have to write the corpus."""
-    if world.size == 1:
-        return find_corpus(cfg.data, cfg.tokenizer)
-    found = world.from_main(_attempt(lambda: find_corpus(cfg.data, cfg.tokenizer)) if world.is_main else None)
+
+    def find() -> tuple[Corpus, str]:
+        try:
+            return find_corpus(cfg.data, cfg.tokenizer)
+        except UserError as fault:
+            if cfg.resume:
+                raise type(fault)(f"{fault}; if the data moved, add --data and their new place") from None
+            raise
+
+    found = world.from_main(_attempt(find) if world.is_main else None)
     if isinstance(found, UserError):
         raise found
     return found

@@ -151,6 +151,8 @@ def test_data_that_moved_are_known_by_their_fingerprint(tiny, tmp_path):
     whole = dataclasses.replace(run, folder=Path(shutil.copytree(run.folder, run.folder.parent / "whole")))
     shutil.rmtree(run.folder / "checkpoints" / "step-00000006")
     new = old.rename(tmp_path / "new")
+    with pytest.raises(UserError, match="if the data moved, add --data and their new place"):
+        train(settings(tiny, run.folder))
     resumed = train(settings(tiny, run.folder, data=str(new)))
     assert resumed.finished
     assert_same_training(whole, resumed)
