@@ -1,12 +1,17 @@
 """Where the process begins: `python -m speedrun_mup`, the script speedrun-mup, train.py."""
 
+from __future__ import annotations
+
+import atexit
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
 
-from speedrun_mup.interrupts import interrupt, leave
+from speedrun_mup.interrupts import TYPE_CHECKING, interrupt, leave
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # in the background of a shell it is ignored
         return _run(argv)
     signal.signal(signal.SIGINT, interrupt)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the last thing but taking the interpreter down
     try:
         code = _run(argv)
     except KeyboardInterrupt:  # between two places that catch it

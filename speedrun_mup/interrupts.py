@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False  # importing typing would take longer than everything else here, before Ctrl-C has its handler
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import NoReturn
 
 AGAIN_S = 0.05  # between two looks whether modules are still being imported
 
@@ -40,7 +42,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
     """End the process at once, in one line."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: it was just being written
+    try:  # noqa: SIM105 (contextlib may not be imported yet)
         sys.stdout.flush()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: it was just being written
+        pass
     os.write(2, b"error: interrupted\n")
     os._exit(130)

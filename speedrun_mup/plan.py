@@ -382,10 +382,12 @@ def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: C
             if pace.seconds(width, cells[0].flops) > PROBE_S:
                 break
             tell(f"timing: {PROBE_STEPS} steps of width {width}, {engine.workers} at a time")
-            for cell, outcome in engine.run(iter(cells), Path(scratch)):
-                if isinstance(outcome, Failure):
-                    raise ConfigError(f"timing {cell} failed: {outcome.why}; mend that first")
-                pace.learn(replace(outcome, seconds=outcome.seconds + left_out * outcome.train_s))
+            for turn in ("cold", "warm")[width != widths[0] :]:  # a worker's first run imports what it needs
+                for cell, outcome in engine.run(iter(cells), Path(scratch)):
+                    if isinstance(outcome, Failure):
+                        raise ConfigError(f"timing {cell} failed: {outcome.why}; fix that first")
+                    if turn == "warm":
+                        pace.learn(replace(outcome, seconds=outcome.seconds + left_out * outcome.train_s))
 
 
 def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
