@@ -242,6 +242,11 @@ FLAGS = (
     Meaning("eval eval-only test-only validate do-eval", "", "there is none, because every run ends with a validation"),
     Meaning("do-train", "", "there is none, because train always trains"),
     Meaning(
+        "pretrained from-pretrained load-weights weights init-checkpoint finetune-from",
+        "--init-from",
+        "use --init-from: start from the weights of another run",
+    ),
+    Meaning(
         "resume-from resume-from-checkpoint resume-path resume-dir resume-training continue continue-from load load-checkpoint "
         "from-checkpoint checkpoint ckpt ckpt-path checkpoint-path restart restore auto-resume",
         "--resume",
