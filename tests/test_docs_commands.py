@@ -204,8 +204,13 @@ def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd)
     for number, words, reason in commands_of(page):
         if reason:
             continue
-        if "mine.csv" in words:
-            write_table(workspace / "mine.csv", words[words.index("--knob") + 1] if "--knob" in words else "lr")
+        for name in (word for word in words if word.endswith(".csv")):
+            write_table(workspace / name, words[words.index("--knob") + 1] if "--knob" in words else "lr")
+            for pair in words[words.index("--columns") + 1].split(",") if "--columns" in words else ():
+                ours, theirs = pair.split("=")
+                header, rest = (workspace / name).read_text().split("\n", 1)
+                renamed = [theirs if column == ours else column for column in header.split(",")]
+                (workspace / name).write_text(",".join(renamed) + "\n" + rest)
         argv = argv_of(words)
         if words[0] == "torchrun":
             program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
