@@ -23,7 +23,7 @@ import torch
 
 from speedrun_mup.bound import cache_folder
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.utils import seed_for
+from speedrun_mup.core.seeds import seed_for
 from speedrun_mup.documents import split_passages
 from speedrun_mup.shards import (
     MANIFEST,

@@ -23,24 +23,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from speedrun_mup.bound import cache_folder
 from speedrun_mup.config import PRESETS, TrainConfig
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.core.utils import seed_for
+from speedrun_mup.core.seeds import seed_for
 from speedrun_mup.files import printable, read_json, write_whole
 from speedrun_mup.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError, TokenRow
 
-Batch = tuple[Tensor, Tensor]  # inputs (T,) int32 and targets (T,) int64: the same tokens, one place further
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch: TypeAlias = "tuple[Tensor, Tensor]"  # inputs (T,) int32; targets (T,) int64, the same tokens one place further
 
 
 def _to_batch(tokens: np.ndarray) -> Batch:
     """T + 1 tokens as inputs (T,) int32 and targets (T,) int64."""
+    import torch  # here, because what only counts tokens is done sooner without it
+
     return torch.from_numpy(tokens[:-1].astype(np.int32)), torch.from_numpy(tokens[1:].astype(np.int64))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -241,7 +242,7 @@ def split_passages(lines: Iterable[str], chars: int) -> Iterator[str]:
     for line in lines:
         passage.append(line)
         size += len(line)
-        if size >= 4 * chars or (size >= chars and not line.strip()):
+        if size >= chars and (size >= 4 * chars or not line.strip()):
             yield "".join(passage)
             passage, size = [], 0
     if passage:
@@ -325,7 +326,7 @@ class DocumentReader:
         number, name = 1, printable(name)
         try:
             if self.passage_chars:
-                lines = iter(lambda: file.readline(_LONGEST_LINE * self.passage_chars), "")
+                lines = iter(functools.partial(file.readline, _LONGEST_LINE * self.passage_chars), "")
                 texts = split_passages(lines, self.passage_chars)
             else:
                 texts = iter([file.read(LARGEST_DOCUMENT + 1)])

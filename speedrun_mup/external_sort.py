@@ -1,7 +1,8 @@
 """Records of bytes put in the order of their keys, in bounded memory: sorted pieces on disk, then merged (external sorting).
 
-A piece is a file that is written once, whole, and synced; its size and SHA-256 are kept by whoever wrote it. In it are n
-keys, ascending (uint64), n ends of records (int64), n tags (16 bytes each), then the records, all in the order of the keys.
+A piece is a file that is written once, whole; its size and SHA-256 are kept by whoever wrote it, who also says when it must
+be on the disk. In it are n keys, ascending (uint64), n ends of records (int64), n tags (16 bytes each), then the records, all
+in the order of the keys.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Piece:
 
     path: Path
     facts: PieceFacts
+
+    def sync(self) -> None:
+        """Bring it to the disk. OSError if that fails."""
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
 
     def is_whole(self) -> bool:
         """Whether the file holds, to the last bit, what was written."""
@@ -86,7 +92,7 @@ class Piece:
 
 
 def write_piece(path: Path, keys: np.ndarray, tags: Sequence[bytes], records: Sequence[bytes | memoryview]) -> Piece:
-    """Write records with a key (uint64) and a tag each as one piece, and bring it to the disk. OSError if that fails."""
+    """Write records with a key (uint64) and a tag each as one piece, which is not synced. OSError if that fails."""
     order = np.argsort(keys, kind="stable")
     places = order.tolist()
     ends = np.cumsum(np.fromiter(map(len, records), np.int64, len(records))[order])
@@ -97,9 +103,31 @@ def write_piece(path: Path, keys: np.ndarray, tags: Sequence[bytes], records: Se
     with open(path, "wb") as file:
         file.write(head)
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return Piece(path, PieceFacts(len(records), len(head) + len(data), digest.hexdigest()))
+
+
+def split_piece(piece: Piece, tag: bytes, others: Path, same: Path) -> tuple[list[Piece], list[Piece]]:
+    """Make two pieces of one.
+
+    Args:
+        piece: what stays as it is.
+        tag: of the records that are taken out.
+        others: where a piece of the other records is written.
+        same: where a piece of the records with this tag is written.
+
+    Returns:
+        The pieces of the others and of the same, in lists that are empty where there are no such records.
+    """
+    count = piece.facts.records
+    keys, tags, (_, records) = piece.keys(0, count), list(piece.tags()), piece.records(0, count)
+
+    def some(path: Path, chosen: list[int]) -> list[Piece]:
+        return [write_piece(path, keys[chosen], [tags[k] for k in chosen], [records[k] for k in chosen])]
+
+    found = [[k for k in range(count) if (tags[k] == tag) == wanted] for wanted in (False, True)]
+    if not found[1]:
+        return [piece], []
+    return some(others, found[0]) if found[0] else [], some(same, found[1])
 
 
 class Block(NamedTuple):

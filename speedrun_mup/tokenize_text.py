@@ -1,8 +1,8 @@
 """Text of any kind to a corpus of shards: parallel, in constant memory, resumable, and always with the same bytes.
 
 The work is done in a folder inside the one asked for, and what is whole moves out of it at the end, the manifest last. First
-the text is read, and its tokens are written as sorted pieces (`external_sort`); then the pieces are merged into shards. A
-piece and a shard are synced before progress.json notes them with their hashes. A process that dies is started again with
+the text is read, and its tokens are written as sorted pieces (`external_sort`); then the pieces are merged into shards. From
+time to time progress.json notes them with their hashes, after they were synced. A process that dies is started again with
 the same command: it believes the note as far as the hashes and the text bear it out, and goes on from there. The order
 and the part of a document depend on its text, its number and the seed alone, so the result is the same byte for byte.
 """
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ from speedrun_mup.documents import (
     SourceError,
     find_sources,
 )
-from speedrun_mup.external_sort import Block, Merge, Piece, PieceFacts, write_piece
+from speedrun_mup.external_sort import Block, Merge, Piece, PieceFacts, split_piece, write_piece
 from speedrun_mup.files import printable, read_json, sync_folder, write_whole
 from speedrun_mup.shards import (
     MANIFEST,
@@ -291,18 +292,15 @@ def _write_corpus(job: _Job, directory: Path, tokenizer: Tokenizer | None) -> No
         tokenizer = _trained_tokenizer(job, work)
     work.note()
     write_whole(directory / SOURCES, json.dumps([dataclasses.astuple(source) for source in job.sources]))
-    if not work.is_read:
-        _read(job, work, tokenizer)
-    for part in PARTS:
-        if not any(part in step.pieces for step in work.steps):
-            none = not any(step.pieces for step in work.steps)
-            raise _NothingToKeep(
-                _no_text(job.sources)
-                if none
-                else ConfigError(f"no document fell into the {part} part; give more text, or another --val-share")
-            )
-    for part in PARTS:
-        _write_shards(job, work, part, tokenizer)
+    try:
+        if not work.is_read:
+            _read(job, work, tokenizer)
+        for part, pieces in _split(job, work).items():
+            _write_shards(job, work, part, pieces, tokenizer)
+    except BaseException:
+        with contextlib.suppress(OSError, UserError):  # what stopped the work is what matters
+            work.note()
+        raise
     write_manifest(
         directory,
         tokenizer=tokenizer.name,
@@ -313,6 +311,34 @@ def _write_corpus(job: _Job, directory: Path, tokenizer: Tokenizer | None) -> No
         order="given" if job.settings.order == "given" else f"shuffled by seed {job.settings.shuffle_seed}",
         tally=work.steps[-1].tally._asdict() | {"files": job.files_left_out},
         **{part: work.facts(part) for part in PARTS},
+    )
+
+
+def _split(job: _Job, work: _Work) -> dict[str, list[Piece]]:
+    """The pieces of every part. The document with the smallest hash is for validation and the one with the largest for
+    training, whatever the share."""
+    pieces = {part: work.pieces(part) for part in PARTS}
+    there = [part for part in PARTS if pieces[part]]
+    if not there:
+        raise _NothingToKeep(_no_text(job.sources))
+    for part, other, extreme in ("train", "val", min), ("val", "train", max):
+        if there == [part]:
+            chosen = extreme(tag for piece in pieces[part] for tag in piece.tags())
+            paths = [work.directory / f"split_{number:06d}" for number in range(len(pieces[part]))]
+            found = [
+                split_piece(piece, chosen, path.with_suffix(f".{part}.piece"), path.with_suffix(f".{other}.piece"))
+                for piece, path in zip(pieces[part], paths)
+            ]
+            pieces[part], pieces[other] = (list(itertools.chain(*some)) for some in zip(*found))
+    if not pieces["train"] or not pieces["val"]:
+        raise _NothingToKeep(_one_document())
+    return pieces
+
+
+def _one_document() -> ConfigError:
+    return ConfigError(
+        "the text is one document, or copies of one; training and validation need one each: give more text, or cut text "
+        "files with a smaller --passage"
     )
 
 
@@ -342,11 +368,9 @@ def _trained_tokenizer(job: _Job, work: _Work) -> Tokenizer:
         return read_tokenizer(path)
     work.forget(0)
     digest = hashlib.sha256()
-    texts = _training_text(job, digest)
-    first = next(texts, None)
-    if first is None:
-        raise _NothingToKeep(_no_text(job.sources))
     vocab_size = int(job.settings.tokenizer.removeprefix("train:"))
+    texts = _training_text(job, digest)
+    first = next(texts)  # here, because its faults are ours, not the trainer's
     tokenizer = BpeTokenizer.train(itertools.chain([first], texts), vocab_size)
     tokenizer.save(work.directory)
     work.trained_on = digest.hexdigest()
@@ -354,16 +378,26 @@ def _trained_tokenizer(job: _Job, work: _Work) -> Tokenizer:
 
 
 def _training_text(job: _Job, digest: Any) -> Iterator[str]:
-    """The first documents of the train part; `digest` is updated with their hashes."""
-    left = _TRAINING_CHARS
+    """The first documents of the train part, as `_split` makes it; `digest` is updated with their hashes."""
+    left, smallest, largest = _TRAINING_CHARS, None, None
     for chunk in _chunks(iter(job.reader()), Step(), job.settings, set(), is_told=False):
         for document in chunk.documents:
-            if not document.is_val:
+            largest = document if largest is None or document.digest > largest.digest else largest
+            if smallest is None or document.digest < smallest.digest:
+                smallest, document = document, smallest  # the smallest is held back, until there is a smaller one
+            if document and not document.is_val and document.digest != smallest.digest:
                 digest.update(document.digest)
                 yield document.text
                 left -= len(document.text)
         if left <= 0:
             return
+    if smallest is None or largest is None:
+        raise _NothingToKeep(_no_text(job.sources))
+    if largest.digest == smallest.digest:
+        raise _NothingToKeep(_one_document())
+    if largest.is_val and left == _TRAINING_CHARS:
+        digest.update(largest.digest)
+        yield largest.text
 
 
 def _training_digest(job: _Job) -> str:
@@ -414,9 +448,20 @@ class _Work:
     text_changed: bool = False
     trained_on: str = ""
     shards: dict[str, dict[str, tuple[ShardFacts, int]]] = field(default_factory=lambda: {part: {} for part in PARTS})
+    _synced: int = 0  # how many steps have their pieces on the disk
+    _noted_at: float = -math.inf
+
+    def note_in_time(self) -> None:
+        """Write down how far it is, unless that was done some seconds ago."""
+        if time.monotonic() - self._noted_at >= COMMIT_EVERY_S:
+            self.note()
 
     def note(self) -> None:
-        """Write down how far it is; what the note promises must be on the disk already."""
+        """Bring the pieces to the disk, then write down how far it is. Shards must be on the disk already."""
+        for number in range(self._synced, len(self.steps)):
+            for part, facts in self.steps[number].pieces.items():
+                Piece(self._piece(number, part), facts).sync()
+        self._synced = len(self.steps)
         noted = {
             "identity": self.identity,
             "is_read": self.is_read,
@@ -432,6 +477,7 @@ class _Work:
         }
         sync_folder(self.directory)
         write_whole(self.directory / PROGRESS, json.dumps({"noted": noted, "sha256": _digest(noted)}))
+        self._noted_at = time.monotonic()
 
     @classmethod
     def restore(cls, directory: Path, job: _Job) -> _Work:
@@ -469,6 +515,7 @@ class _Work:
             self.steps.append(
                 Step(Position(*map(int, end)), int(documents), int(chain), Tally(*map(int, tally)), facts)
             )
+        self._synced = len(self.steps)
         for part in PARTS:
             for name, (facts, documents) in noted["shards"][part].items():
                 self.shards[part][name] = ShardFacts(**facts), int(documents)
@@ -504,6 +551,7 @@ class _Work:
         if steps < len(self.steps) or (even_if_read and self.is_read):
             self.is_read, self.shards = False, {part: {} for part in PARTS}
         del self.steps[steps:]
+        self._synced = min(self._synced, steps)
 
     def _documents_at(self, number: int) -> int:
         return self.steps[number - 1].documents if number else 0
@@ -536,7 +584,7 @@ class _Work:
             last = read[-1].chunk
             self.steps.append(Step(last.end, last.read, last.chain, read[-1].tally, pieces))
         self.is_read = is_end
-        self.note()
+        self.note_in_time()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -839,9 +887,8 @@ class _Writer:
 # From pieces to shards
 
 
-def _write_shards(job: _Job, work: _Work, part: str, tokenizer: Tokenizer) -> None:
+def _write_shards(job: _Job, work: _Work, part: str, pieces: Sequence[Piece], tokenizer: Tokenizer) -> None:
     """Merge the pieces of a part into its shards, after those that are there."""
-    pieces = work.pieces(part)
     written = sum(documents for _, documents in work.shards[part].values())
     total = sum(piece.facts.records for piece in pieces)
     merge = Merge(pieces, max(_BLOCK_BYTES, len(pieces) * _SLICE_BYTES))
@@ -926,7 +973,7 @@ class ShardWriter:
         planned = self._plan.popleft()
         facts = ShardFacts(planned.tokens, self._bos_count, self._sha256.hexdigest())
         self._work.shards[self._part][self._path.name] = facts, planned.documents
-        self._work.note()
+        self._work.note_in_time()
 
     def close(self) -> None:
         """Let go of the file."""

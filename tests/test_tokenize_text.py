@@ -74,6 +74,11 @@ def flat(rows: list[list[int]]) -> list[int]:
     return list(itertools.chain.from_iterable(rows))
 
 
+def decoded(corpus: Corpus, part: str) -> list[str]:
+    text = bytes(min(id, 255) for id in flat(held(corpus, part)))
+    return [one.decode() for one in text.split(b"\xff")[1:]]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -196,11 +201,88 @@ def test_folder_that_holds_something_else(text: Path, tmp_path: Path) -> None:
         tokenize_text([str(text)], tmp_path / "file" / "out", BYTES)
 
 
-def test_too_little_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("only this")
-    with pytest.raises(ConfigError, match="no document fell into the val part"):
-        tokenize_text([str(tmp_path / "a.txt")], tmp_path / "out", BYTES)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+@pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
+def test_one_document_cannot_be_both(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "a.jsonl").write_text(records(["only this"] * 2))
+    with pytest.raises(ConfigError, match="one document, or copies of one"):
+        tokenize_text([str(tmp_path)], tmp_path / "out", dataclasses.replace(BYTES, tokenizer=tokenizer))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("order", ["given", "shuffled"])
+def test_each_part_has_a_document(
+    tmp_path: Path, share: float, order: str, monkeypatch: pytest.MonkeyPatch, text: Path
+) -> None:
+    """The one with the smallest hash is for validation, the one with the largest for training, in all its copies."""
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 500)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    texts = [f"document {i}" for i in range(200)]
+    first, *_, last = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
+    every = [*texts, first, last, first, last]
+    text.write_text(records(every))
+    settings = dataclasses.replace(BYTES, val_share=share, order=order)
+    corpus = tokenize_text([str(text)], tmp_path / "out", settings)
+    few, many, rare = ("val", "train", first) if share < 0.5 else ("train", "val", last)
+    assert decoded(corpus, few) == [rare] * 3
+    right = [one for one in (every if order == "given" else shuffled(every)) if one != rare]
+    assert decoded(corpus, many) == right
+
+
+def test_a_share_of_nothing_is_a_part_of_every_larger_one(tmp_path: Path, text: Path) -> None:
+    vals = [
+        set(
+            decoded(
+                tokenize_text([str(text)], tmp_path / str(share), dataclasses.replace(BYTES, val_share=share)), "val"
+            )
+        )
+        for share in (1e-12, 0.01, 0.999, 1 - 1e-12)
+    ]
+    assert len(vals[0]) == 1 and len(vals[-1]) == len(TEXTS) - 1
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(vals))
+
+
+def test_breaking_off_does_not_matter_where_a_part_is_empty(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor that the text grows by a document with a smaller hash meanwhile."""
+    settings = dataclasses.replace(BYTES, val_share=1e-9)
+    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    for name in "finish", "add":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            breaking_at(patch, module.ShardWriter, name, [2])
+            tokenize_text([str(text)], tmp_path / name, settings)
+    tokenize_text([str(text)], tmp_path / "finish", settings)
+    tokenize_text([str(text)], tmp_path / "whole", settings)
+    assert contents(tmp_path / "finish") == contents(tmp_path / "whole")
+    texts = [f"more {i}" for i in range(3000)]
+    text.write_text(text.read_text() + records(texts))
+    corpus = tokenize_text([str(text)], tmp_path / "add", settings)
+    smallest = min([*TEXTS, *texts], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
+    assert decoded(corpus, "val") == [smallest] and smallest in texts
+
+
+def test_tokenizer_is_not_trained_on_the_document_for_validation(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    settings = dataclasses.replace(BYTES, tokenizer="train:300", val_share=1e-9)
+    texts = sorted(TEXTS[:40], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
+    for name, some in ("a", TEXTS[:40]), ("b", texts[1:]):
+        (tmp_path / f"{name}.jsonl").write_text(records(some))
+    seen = [
+        [document for document in module._training_text(job_of(tmp_path / f"{name}.jsonl", settings), hashlib.sha256())]
+        for name in "ab"
+    ]
+    assert sorted(seen[0]) == sorted(texts[1:]) and sorted(seen[1]) == sorted(texts[2:])
+    corpus = tokenize_text([str(tmp_path / "a.jsonl")], tmp_path / "out", settings)
+    assert load_tokenizer(corpus).decode(flat(held(corpus, "val"))) == "<|bos|>" + texts[0]
+    all_val = dataclasses.replace(settings, val_share=1 - 1e-9)
+    assert list(module._training_text(job_of(tmp_path / "a.jsonl", all_val), hashlib.sha256())) == [texts[-1]]
+
+
+def job_of(path: Path, settings: TextSettings) -> module._Job:
+    return module._Job((str(path),), tuple(module.find_sources([str(path)]).sources), settings, 0, 1, False, False)
 
 
 def test_no_text_at_all(tmp_path: Path) -> None:
@@ -410,11 +492,6 @@ def test_inspect_what_upstream_wrote(
 
 
 # --- Order and split ---
-
-
-def decoded(corpus: Corpus, part: str) -> list[str]:
-    text = bytes(min(id, 255) for id in flat(held(corpus, part)))
-    return [one.decode() for one in text.split(b"\xff")[1:]]
 
 
 def test_a_smaller_validation_is_a_part_of_a_larger_one(text: Path, tmp_path: Path) -> None:
@@ -667,6 +744,25 @@ def test_all_is_on_the_disk_before_the_note_that_promises_it(
     out = tmp_path / "out"
     tokenize_text([str(text)], out, BYTES)
     assert checked > 20 and str(out) in synced
+
+
+def test_pieces_are_synced_with_notes_only(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One note at the start, one when the work is broken off; what was read by then is on the disk, and kept."""
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), real(file))[1])
+    monkeypatch.setattr(module, "_PIECE_BYTES", 2000)
+    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    tokenize_text([str(text)], tmp_path / "whole", BYTES)
+    assert not [path for path in synced if path.endswith(".piece")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        breaking_at(patch, module.ShardWriter, "finish", [2])
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+    pieces = {str(path) for path in (tmp_path / "out" / ".unfinished").glob("*.piece")}
+    assert len(pieces) > 20 and pieces <= set(synced)
+    monkeypatch.setattr(module, "_read", None)  # nothing is read again
+    tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_disk_that_is_full_leaves_no_hole(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The world a process lives in (rank, size, device), sums that do not depend on its size, and stateless seeds.
+"""The world a process lives in (rank, size, device), and sums that do not depend on its size.
 
 One process is a group of one: every collective below is the identity at size 1 and needs no process group there.
 """
@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import datetime
 import functools
-import hashlib
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speedrun_mup.core.errors import CollectiveError, ConfigError, in_a_line
+from speedrun_mup.core.seeds import seed_for
 
 PARENT_DIED = signal.SIGUSR2  # a signal of its own, because nobody means it twice
 ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
@@ -329,12 +329,6 @@ def deterministic(on: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
-
-
-def seed_for(seed: int, *purpose: object) -> int:
-    """A 63-bit seed that depends only on its arguments: randomness needs no state to be saved, whatever the rank."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
