@@ -55,7 +55,7 @@ STOPPED = 75
 
 
 def test_every_row_has_a_test_that_exists():
-    assert len(MATRIX) == 55
+    assert f"the table of {len(MATRIX)} faults" in (ROOT / "docs" / "reliability.md").read_text()
     defined = {
         f"{path.relative_to(ROOT)}::{node.name}"
         for path in (ROOT / "tests").rglob("test_*.py")

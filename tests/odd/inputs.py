@@ -186,7 +186,7 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "values are null": lambda text, dice: re.sub(rb'(": )[^,\n{\[]+', rb"\1null", text),
     "values are texts": lambda text, dice: re.sub(rb'(": )[^,\n{\["]+', rb'\1"x"', text),
     "values are lists": lambda text, dice: re.sub(rb'(": )[^,\n{\["]+', rb"\1[1]", text),
-    "numbers of 400 digits": lambda text, dice: re.sub(rb'(": )-?[0-9.e+-]+', rb"\1" + b"9" * 400, text),
+    "numbers of 400 digits": lambda text, dice: re.sub(rb'(": )-?[0-9.e+-]+', rb"\g<1>" + b"9" * 400, text),
     "numbers are negative": lambda text, dice: re.sub(rb'(": )([0-9])', rb"\1-\2", text),
     "a key fewer": lambda text, dice: re.sub(rb'"\w+": [^,{\[\]}]+, ?\n?', b"", text, count=1),
     "escape sequences": lambda text, dice: re.sub(rb'": "', b'": "\\\\u001b[31m', text),
@@ -336,7 +336,7 @@ def _tables(materials: Materials, dice: random.Random) -> Iterator[Case]:
         "lr": ["0", "-1", "nan", "inf", "", "fast", "1e400", "\x1b[31m"],
         "width": ["0", "-64", "nan", "", "9" * 400, "64.5", "1e2000"],
         "loss": ["", "abc", "--", "1e999x", "\x00"],
-        "seed": ["", "x", "1.5", "9" * 30],
+        "seed": ["", "x", "1.5"],
     }
     for command in ["transfer", "t.csv"], ["report", "t.csv", "--out", "o"]:
         for name, content in copies.items():
@@ -390,12 +390,12 @@ def _write_rows(folder: Path, rows: Rows, names: list[str]) -> None:
 
 def _texts(materials: Materials, dice: random.Random) -> Iterator[Case]:
     """Odd sources for `data text`. What is not in the corpus must have been said."""
-    good = "A right paragraph of some words.\n\n" * 600
+    good = "".join(f"Paragraph {n} of a right text, with {n * n} words of its own.\n\n" for n in range(5000))
     files: dict[str, tuple[dict[str, bytes], bool]] = {  # name: content; whether all of it must arrive
         "a byte order mark": ({"a.txt": b"\xef\xbb\xbf" + good.encode()}, True),
         "UTF-16": ({"a.txt": good.encode("utf-16")}, False),
         "Latin-1": ({"a.txt": (good + "é").encode("latin-1")}, False),
-        "no line ends": ({"a.txt": b"word " * 20_000}, True),
+        "no line ends": ({"a.txt": " ".join(f"word{n}" for n in range(50_000)).encode()}, True),
         "a million spaces": ({"a.txt": good.encode() + b" " * 1_000_000}, True),
         "NUL bytes": ({"a.txt": good.encode() + b"\0" * 1000}, True),
         "empty": ({"a.txt": b""}, False),
@@ -432,7 +432,7 @@ def _texts(materials: Materials, dice: random.Random) -> Iterator[Case]:
                 ["data", "text", "in", "--out", "o", "--tokenizer", "byte"],
                 partial(_write_files, content={"a.txt": good.encode()}, special=what),
             )
-    for out in (".", "/", "in", "in/a.txt", "/dev/null", "/proc/x", "", "no/such/\x00", "x" * 300):
+    for out in (".", "/", "in", "in/a.txt", "/dev/null", "/proc/x", "", "x" * 300):
         yield Case(
             "texts",
             f"--out {out!r:.20}",
