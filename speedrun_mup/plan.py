@@ -401,7 +401,7 @@ def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan
     found = _target(content, out)
     mine, theirs = computed_settings(target), computed_settings(found)
     differ = [f"{key} was {theirs[key]}, is {mine[key]}" for key in mine if mine[key] != theirs[key]]
-    if find_corpus(target.data, target.tokenizer)[0].fingerprint != content["corpus"]:
+    if not find_corpus(target.data, target.tokenizer)[0].is_known_as(content["corpus"]):
         differ.append(f"data={target.data} is not the corpus that it was made on")
     if differ and not read_results(out):
         return None
@@ -546,7 +546,7 @@ def compare(out: Path, run: Path) -> Comparison:
     """
     planned, prediction = _predicted(out)
     done = saved_config(run)
-    if find_corpus(done.data, done.tokenizer)[0].fingerprint != _read_plan(out)["corpus"]:
+    if not find_corpus(done.data, done.tokenizer)[0].is_known_as(_read_plan(out)["corpus"]):
         raise ConfigError(
             f"{run} is not the planned run: it was trained on other data; compare the run that was planned"
         )

@@ -395,7 +395,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
     """
     began = time.perf_counter()
     corpus, _ = find_corpus(cell.cfg.data, cell.cfg.tokenizer)
-    if corpus.fingerprint != cell.corpus:
+    if not corpus.is_known_as(cell.corpus):
         raise ConfigError(f"data={cell.cfg.data}: not the corpus that the sweep began with; bring back the same files")
     torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
     gc.collect()  # a compiled model is in a cycle, and would keep its memory on the GPU
@@ -813,7 +813,7 @@ def run_sweep(
     began = time.monotonic()
     stopped = False
     with _open_folder(out) as scratch, closing(_Progress(progress)) as shown:
-        _admit(sweep, out, corpus)
+        corpus = replace(corpus, fingerprint=_admit(sweep, out, corpus))
         deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
         shown.say(f"seeds draw the {_seeds_draw(sweep.base)}")
         rounds = _Rounds(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
@@ -838,6 +838,7 @@ def run_sweep(
             for cell in sweep.cells(points, corpus)
             if cell.id not in rounds.done and str(cell) not in rounds.failed
         ]
+        _note_failed(out, (cell for cell in sweep.cells(points, corpus) if str(cell) in rounds.failed))
         results = tuple(sorted(rounds.done.values(), key=_place))
         used_up = bool(left) and not stopped and not rounds.failed and not any(map(rounds.pays_for, left))
         took = time.monotonic() - began
@@ -1013,8 +1014,11 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _admit(sweep: Sweep, out: Path, corpus: Corpus) -> None:
-    """Add what is asked to sweep.json. Raises ConfigError if the cells there have another base, data or arm."""
+def _admit(sweep: Sweep, out: Path, corpus: Corpus) -> str:
+    """Add what is asked to sweep.json; returns the corpus's fingerprint there, which earlier versions may have written.
+
+    Raises ConfigError if the cells there have another base, data or arm.
+    """
     path = out / SWEEP
     axes = {"width", "seed", "parametrization"}
     settings = {name: value for name, value in computed_settings(sweep.base).items() if name not in axes}
@@ -1024,13 +1028,28 @@ def _admit(sweep: Sweep, out: Path, corpus: Corpus) -> None:
     asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
     before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
     known = ADDED | before["base"]
+    if corpus.is_known_as(known.get("corpus", "")):
+        base["corpus"] = known["corpus"]
     differ = [f"{key} was {printable(known.get(key))}, is {base[key]}" for key in base if known.get(key) != base[key]]
     differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
     if differ:
         raise ConfigError(f"{out} holds another sweep: {'; '.join(differ)}; choose another folder")
     requests = before["asked"] + ([] if asked in before["asked"] else [asked])
-    after = {"base": base, "arms": before["arms"] | arms, "asked": requests}
+    after = before | {"base": base, "arms": before["arms"] | arms, "asked": requests}
     _write(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
+    return base["corpus"]
+
+
+def _note_failed(out: Path, cells: Iterable[Cell]) -> None:
+    """Add cells that were given up to sweep.json: points by which a grid grew are in no request."""
+    definition = read_definition(out)
+    failed = definition.get("failed", [])
+    more = [
+        place for place in ([cell.arm, cell.width, cell.octaves, cell.seed] for cell in cells) if place not in failed
+    ]
+    if more:
+        content = json.dumps(definition | {"failed": failed + more}, indent=1, allow_nan=False)
+        _write(out / SWEEP, content + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -1057,6 +1076,7 @@ def read_definition(out: Path) -> dict[str, Any]:
         good = isinstance(base["base_width"], int) and base["knob"] in KNOBS and all(map(_is_request, asked))
         good = good and all(drift is None or math.isfinite(drift) for drift in drifts)
         good = good and all(name == printable(name, 100) for name in arms)
+        good = good and all(map(_is_place, definition.get("failed", [])))
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         good = False
     if not good:
@@ -1070,6 +1090,12 @@ def _is_request(asked: Mapping[str, Any]) -> bool:
     numbers = [*asked["widths"], *asked["seeds"], *asked["octaves"]]
     sane = all(isinstance(number, (int, float)) and abs(number) < 2**63 for number in numbers)
     return sane and math.prod(map(len, axes)) <= MOST_RUNS and all(isinstance(arm, str) for arm in asked["arms"])
+
+
+def _is_place(entry: Sequence[Any]) -> bool:
+    """Whether this is an entry of "failed" in a sweep.json: arm, width, octaves, seed."""
+    arm, width, octaves, seed = entry
+    return isinstance(arm, str) and type(width) is type(seed) is int and math.isfinite(octaves)
 
 
 def read_results(out: Path) -> list[CellResult]:
@@ -1111,7 +1137,8 @@ def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> 
     for (arm, width, octaves), loss in mean_losses(results).items():
         curves[arm, width][octaves] = loss
     requests: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for asked in read_definition(out)["asked"]:
+    definition = read_definition(out)
+    for asked in definition["asked"]:
         for key in itertools.product(asked["arms"], asked["widths"]):
             requests[key].append(asked)
     have = {(result.arm, result.width, result.octaves, result.seed) for result in results}
@@ -1119,6 +1146,9 @@ def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> 
     for (arm, width), some in requests.items():
         if arm in wanted:
             wanted[arm] |= {(width, at, seed) for at, seed in _points_asked(some, curves[arm, width])}
+    for arm, width, octaves, seed in definition.get("failed", []):
+        if arm in wanted:
+            wanted[arm].add((width, octaves, seed))
     absent = {arm: [place for place in sorted(places) if (arm, *place) not in have] for arm, places in wanted.items()}
     names = {arm: [f"width {w} 2^{at:g} seed {seed}" for w, at, seed in places] for arm, places in absent.items()}
     growing = sum(_grows(some, curves[key]) for key, some in requests.items() if key[0] in wanted)

@@ -84,6 +84,14 @@ DISHONEST = {
         lambda run, loss, rng: loss[run.width, run.log2_lr, 0 if run.seed == 1 else run.seed],
         "all seeds",
     ),
+    "seeds at one width, up to jitter": (
+        lambda run, loss, rng: (
+            loss[256, run.log2_lr, 0] + 1e-4 * rng.standard_normal()
+            if run.width == 256
+            else loss[run.width, run.log2_lr, run.seed]
+        ),
+        "width 256: seeds",
+    ),
     "seeds at one width": (
         lambda run, loss, rng: loss[run.width, run.log2_lr, 0 if run.width == 256 else run.seed],
         "width 256: seeds",
@@ -244,14 +252,120 @@ def test_settings_that_should_be_equal_and_differ_make_inconclusive(tmp_path, ca
     assert main(["transfer", str(table)]) == 1
     told = capsys.readouterr().out
     assert (
-        "verdict: INCONCLUSIVE\n- 2 different steps in these runs: 1000 (42 of runs at width 64, 128); 500 (21" in told
+        "verdict: INCONCLUSIVE\n- steps has 2 values in these runs: 1000 (42 of runs at width 64, 128); 500 (21" in told
     )
     assert main(["transfer", str(table), "--accept", "steps"]) == 0
-    assert "note: accepted: 2 different steps" in capsys.readouterr().out
+    assert "note: accepted: steps has 2 values" in capsys.readouterr().out
     assert main(["transfer", str(table), "--accept", "depth"]) == 3
     assert "accept depth: no such doubt about these runs; there is steps" in capsys.readouterr().err
     equal = write(tmp_path, runs, "equal.csv", "width,lr,seed,loss,steps", lambda run: (1000,))
     assert main(["transfer", str(equal)]) == 0
+
+
+# name of a column -> its cell, given (number of the row, run); and whether the runs can be judged all the same
+FURTHER_COLUMNS = {
+    # What cannot matter, however it varies.
+    "run_id": (lambda n, run: f"x{n}", True),
+    "created": (lambda n, run: f"2026-01-01T{n // 60:02}:{n % 60:02}", True),
+    "runtime": (lambda n, run: 100 + 3.7 * n, True),
+    "_step": (lambda n, run: 999 - n % 2, True),
+    "notes": (lambda n, run: ["", "restarted"][n % 2], True),
+    "gpu": (lambda n, run: ["A100", "H100"][n % 2], True),
+    "num_gpus": (lambda n, run: 1 + n % 4, True),
+    "host": (lambda n, run: f"node{n % 5}", True),
+    "git_commit": (lambda n, run: f"{n // 20:x}c0ffee", True),
+    "path": (lambda n, run: f"/scratch/{n}/out", True),
+    "num_params": (lambda n, run: 12 * run.width**2, True),
+    "n_head": (lambda n, run: run.width // 16, True),
+    "batch": (lambda n, run: n, True),  # a number of the run, not a setting
+    # One setting in several spellings.
+    "device": (lambda n, run: f"cuda:{n % 4}", True),
+    "dtype": (lambda n, run: ["bf16", "torch.bfloat16"][n % 2], True),
+    "batch_size": (lambda n, run: ["64", "64.0"][n % 2], True),
+    "optimizer": (lambda n, run: ["AdamW", "adamw", ""][n % 3], True),
+    "data": (lambda n, run: f"/mnt/{n % 3}/fineweb/", True),
+    "tokens": (lambda n, run: 1_000_000 + n, True),
+    # A rule of width.
+    "weight_decay": (lambda n, run: f"{6.4 / run.width:.4g}", True),
+    "eps": (lambda n, run: 1e-8 * (64 / run.width), True),
+    "model/init_std": (lambda n, run: f"{run.width**-0.5:.3g}", True),
+    "min_lr": (lambda n, run: run.lr / 10, True),
+    # Settings that differ.
+    "config/n_layer": (lambda n, run: run.width // 32, False),
+    "args.numLayers": (lambda n, run: run.width // 32, False),
+    "Max Steps": (lambda n, run: 1000 if run.width < 256 else 1500, False),
+    "torch": (lambda n, run: ["2.6.0", "2.7.0"][n % 2], False),
+    "precision": (lambda n, run: "fp32" if run.width == 256 else "bf16", False),
+    "beta2": (lambda n, run: 0.99 if run.width == 256 else 0.95, False),
+    "warmup_steps": (lambda n, run: run.width, False),
+    "dataset": (lambda n, run: "c4" if run.width == 256 else "fineweb", False),
+    "parametrization": (lambda n, run: "mup" if run.width == 256 else "sp", False),
+    "adam/weight_decay": (lambda n, run: 0.3 if run.width == 256 else 0.1, False),  # no power of width
+    "wd": (lambda n, run: 0.1 * (n % 2), False),
+}
+
+
+@pytest.mark.parametrize("column", FURTHER_COLUMNS)
+def test_further_columns_matter_if_they_are_settings(tmp_path, column):
+    """An export of a tracker holds many columns: only settings that differ, and follow no rule of width, raise a doubt."""
+    cell, fine = FURTHER_COLUMNS[column]
+    runs = honest(np.random.default_rng(0))
+    numbers = {run: number for number, run in enumerate(runs)}
+    table = read_table(
+        write(tmp_path, runs, header=f"width,lr,seed,loss,{column}", extra=lambda run: (cell(numbers[run], run),))
+    )
+    assert [doubt.kind for doubt in table.doubts] == ([] if fine else [column.lower()])
+    verdict = measure_transfer(table.runs, doubts=table.doubts).verdict
+    assert verdict is (Verdict.PASS if fine else Verdict.INCONCLUSIVE)
+    rules = [note for note in table.notes if "counted as part of the rule" in note]
+    assert len(rules) == (column in ("weight_decay", "eps", "model/init_std"))
+    assert not rules or f"{column} goes as width^-" in rules[0]
+
+
+def test_a_diverged_run_may_have_ended_early(tmp_path):
+    runs = [dataclasses.replace(run, loss=math.nan) if run.lr == 8 else run for run in honest(np.random.default_rng(0))]
+    short = write(tmp_path, runs, header="width,lr,seed,loss,steps", extra=lambda run: (7 if run.lr == 8 else 1000,))
+    assert not read_table(short).doubts
+
+
+def test_arms_may_differ_in_what_they_are_for(tmp_path):
+    """Each arm is judged by itself; a setting that differs within one is a doubt about that one."""
+    rng = np.random.default_rng(0)
+    runs = honest(rng) + honest(rng, arm="adam")
+
+    def table_with(cell):
+        header = "width,lr,seed,loss,arm,optimizer"
+        return read_table(write(tmp_path, runs, header=header, extra=lambda run: (run.arm, cell(run))))
+
+    apart = table_with(lambda run: "muon" if run.arm == "mup" else "adamw")
+    assert not apart.doubts and "arms differ in optimizer: muon (mup), adamw (adam)" in apart.notes
+    within = table_with(lambda run: "muon" if (run.arm, run.width) == ("mup", 64) else "adamw")
+    assert [(doubt.kind, doubt.arm) for doubt in within.doubts] == [("optimizer", "mup")]
+
+
+def test_where_another_hyperparameter_was_turned_rates_are_settings(tmp_path):
+    runs = honest(np.random.default_rng(0))
+    for rates, doubts in (({64: 0.4, 128: 0.2, 256: 0.1}, []), ({64: 0.1, 128: 0.1, 256: 0.3}, ["lr"])):
+        rows = "".join(f"{run.width},{run.lr},{run.seed},{run.loss},{rates[run.width]}\n" for run in runs)
+        (tmp_path / "runs.csv").write_text(f"width,decay,seed,loss,lr\n{rows}")
+        assert [doubt.kind for doubt in read_table(tmp_path / "runs.csv", "decay").doubts] == doubts
+
+
+def test_seeds_may_have_names(tmp_path):
+    runs = honest(np.random.default_rng(0))
+    rows = "".join(f"{run.width},{run.lr},seed-{'abc'[run.seed]},{run.loss}\n" for run in runs)
+    (tmp_path / "runs.csv").write_text(f"width,lr,seed,loss\n{rows}")
+    table = read_table(tmp_path / "runs.csv")
+    assert table.runs == [dataclasses.replace(run, arm="runs") for run in runs]
+    assert "seeds have names: 0 is seed-a, 1 is seed-b, 2 is seed-c" in table.notes
+
+
+def test_a_loss_that_is_not_in_nats_is_said(tmp_path):
+    table = write(tmp_path, honest(np.random.default_rng(0)), header="width,lr,seed,val/perplexity")
+    with pytest.raises(TransferError, match="give --columns loss=val/perplexity"):
+        read_table(table)
+    notes = read_table(table, columns={"loss": "val/perplexity"}).notes
+    assert any(note.startswith("the loss is val/perplexity: what is said in nats") for note in notes)
 
 
 def test_seeds_are_told_apart_to_the_last_digit(tmp_path):

@@ -614,6 +614,47 @@ def test_points_that_the_grid_still_grows_by_are_said(finished):
     assert "mup: 1 of the " in measure_sweep(out).reasons[0]
 
 
+def test_points_that_a_grid_grew_by_and_that_failed_for_all_seeds_are_missing(small, tmp_path):
+    """They are in no request and have no curve, so the folder has to remember them; until they are run."""
+
+    def loss_of(cell):
+        return Failure("no luck") if cell.width == 64 and cell.octaves == 0.5 else bowl()(cell)
+
+    sweep, out = small(base={"base_width": 32}, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1)), tmp_path / "s"
+    assert len(quietly(sweep, out, FakeEngine(loss_of)).failed) == 2
+    result = measure_sweep(out)
+    assert (
+        result.verdict is Verdict.INCONCLUSIVE and "width 64 2^0.5 seed 0, width 64 2^0.5 seed 1" in result.reasons[0]
+    )
+    quietly(sweep, out, FakeEngine(loss_of))
+    assert len(read_definition(out)["failed"]) == 2
+    assert quietly(sweep, out, FakeEngine(bowl())).complete
+    assert not measure_sweep(out).doubts and measure_sweep(out).verdict is Verdict.PASS
+
+
+def test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on(small, tmp_path, monkeypatch):
+    """Its runs keep their ids, so that nothing is there twice; data that are not the same are refused as before."""
+
+    def found(fingerprint, former):
+        real = find_corpus("synthetic", "byte")[0]
+        known = dataclasses.replace(real, fingerprint=fingerprint, former_fingerprint=former)
+        return lambda *_: (known, "")
+
+    monkeypatch.setattr("speedrun_mup.sweep.find_corpus", found("former", ""))
+    quietly(small(), tmp_path / "s", FakeEngine(bowl()))
+    before = {result.id for result in read_results(tmp_path / "s")}
+    monkeypatch.setattr("speedrun_mup.sweep.find_corpus", found("new", "former"))
+    never = FakeEngine(lambda cell: pytest.fail("ran again"))
+    assert quietly(small(), tmp_path / "s", never).ran == 0
+    more = FakeEngine(bowl())
+    quietly(small(seeds=(0, 1)), tmp_path / "s", more)
+    assert {cell.corpus for cell in more.ran} == {"former"} and before < {r.id for r in read_results(tmp_path / "s")}
+    assert not isinstance(attempt(more.ran[0], tmp_path), Failure)
+    monkeypatch.setattr("speedrun_mup.sweep.find_corpus", found("new", "another"))
+    with pytest.raises(ConfigError, match="corpus was former, is new"):
+        quietly(small(), tmp_path / "s", never)
+
+
 def test_more_seeds_at_one_width_leave_nothing_missing(small, tmp_path):
     """Several requests in one folder, as a plan makes them."""
     out, engine = tmp_path / "s", FakeEngine(bowl())

@@ -561,7 +561,12 @@ def test_a_sweep_from_a_file_end_to_end():
         ("width,lr,seed,loss\n64,1,0,3\n64.5,1,0,3\n", "row 3, column width: '64.5' should be a positive whole number"),
         ("width,lr,seed,loss\n64,-1,0,3\n", "row 2, column lr: '-1' should be a positive number"),
         ("width,lr,seed,loss\n64,inf,0,3\n", "row 2, column lr: 'inf'"),
-        ("width,lr,seed,loss\n64,1,a,3\n", "row 2, column seed: 'a' should be a whole number"),
+        ("width,lr,seed,loss\n64,1,0,3\n64,2,a,3\n", "row 3, column seed: 'a' should be a whole number"),
+        (
+            "width,lr,seed,loss\n64,1,a,3\n64,2,0,3\n",
+            "row 3, column seed: '0' should be a name, as the seeds above are",
+        ),
+        ("width,lr,seed,loss\n64,1,,3\n", "row 2, column seed: '' should be a whole number"),
         ("width,lr,seed,loss\n64,1,0\n", "row 2: 3 cells below a header of 4"),
         ("width,lr,seed,loss\n64,1,0,\n", "row 2, column loss: '' should be a number \\(write nan or diverged"),
         ("width,lr,seed,loss\n64,1,0,3\n64,1.0,0,4\n", "row 3: arm sweep, width 64, lr 1, seed 0 is there twice"),

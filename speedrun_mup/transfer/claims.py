@@ -20,24 +20,7 @@ from speedrun_mup.transfer.fits import Array, Cells, fit_bowls
 from speedrun_mup.transfer.runs import Run, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds
 
-# What must be the same in all runs: settings that a table may list and an estimator cannot see, and what made the runs.
-MADE_WITH = ("source_sha256", "torch", "device", "dtype")
-HELD_EQUAL = (
-    *MADE_WITH,
-    *("depth", "n_layer", "n_layers", "num_layers", "layers", "num_hidden_layers"),
-    *("steps", "iterations", "num_steps", "max_steps", "epochs", "tokens", "num_tokens", "train_tokens"),
-    *(
-        "batch",
-        "batch_size",
-        "global_batch_size",
-        "seq_len",
-        "sequence_length",
-        "context",
-        "context_length",
-        "block_size",
-    ),
-    *("data", "dataset", "corpus", "tokenizer", "vocab_size", "optimizer", "precision"),
-)
+MADE_WITH = ("source_sha256", "torch", "device", "dtype")  # what must be the same in all runs, arms and all
 NAMED = 3  # examples in a sentence
 
 # Noise between runs that differ only in chance is far above both of these, of what the loss is and of what learning rates
@@ -71,16 +54,17 @@ def open_doubts(doubts: Sequence[Doubt], accept: Collection[str]) -> list[Doubt]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def several(kind: str, runs: Mapping[str, Sequence[Run]]) -> Doubt:
-    """The doubt about runs of one table that differ in `kind`. runs: value of it -> the runs that have it."""
+def several(kind: str, runs: Mapping[str, Sequence[Run]], arm: str | None = None) -> Doubt:
+    """The doubt about runs, of one arm or of all, that differ in `kind`. runs: value of it -> the runs that have it."""
     told = []
     for value, some in sorted(runs.items(), key=lambda item: -len(item[1])):
         widths = ", ".join(map(str, sorted({run.width for run in some})[:8]))
         arms = ", ".join(sorted({printable(run.arm, 40) for run in some})[:NAMED])
-        told.append(f"{printable(value, 12)} ({len(some)} of {arms} at width {widths})")
+        told.append(f"{printable(value, 24)} ({len(some)} of {arms} at width {widths})")
     shown = "; ".join(told[: NAMED + 1]) + (" and more" if len(told) > NAMED + 1 else "")
-    made = "made these runs" if kind in MADE_WITH else "in these runs"
-    return Doubt(kind, f"{len(runs)} different {kind} {made}: {shown}; run them alike, or --accept {kind}")
+    made = f"{len(runs)} different {kind} made these runs"
+    differ = made if kind in MADE_WITH else f"{kind} has {len(runs)} values in these runs"
+    return Doubt(kind, f"{differ}: {shown}; run them alike, or --accept {kind}", arm)
 
 
 def differing(kind: str, values: Iterable[tuple[str, Run]]) -> Iterator[Doubt]:
@@ -186,10 +170,18 @@ def _matched(scale: _Scale, wide: Cells) -> _Evidence:
     grid = np.intersect1d(narrow.log2_lr, wide.log2_lr)
     theirs = narrow.losses[:, np.isin(narrow.log2_lr, grid)]
     for seed in wide.losses[:, np.isin(wide.log2_lr, grid)]:
-        every = [scale.compare(seed, curve, grid, FURTHER_APART) for curve in theirs]
-        best = min(every, key=lambda each: (each.same, each.squares / max(each.freedom, 1.0)))
-        found.append(best.penalised(math.log(len(every))))
+        best = scale.compare(seed, theirs[_closest(seed, theirs)], grid, FURTHER_APART)
+        found.append(best.penalised(math.log(len(theirs))))
     return _together(found)
+
+
+def _closest(curve: Array, others: Array) -> int:
+    """Which of the rows of `others` has the shape of `curve`, among those that share most points with it."""
+    gaps = curve - others
+    seen = np.isfinite(gaps)
+    shared = seen.sum(axis=1)
+    spread = np.where(seen, gaps, -np.inf).max(axis=1) - np.where(seen, gaps, np.inf).min(axis=1)
+    return int(np.where(shared == shared.max(), spread, np.inf).argmin())
 
 
 def _pairs(count: int) -> Iterator[tuple[int, int]]:
@@ -202,8 +194,8 @@ class _Evidence:
     """That two curves are copies, as logarithms of the chance that honest ones look like it.
 
     exact: that they are equal to the last digit; same: up to an offset. squares, freedom: sum of squares of their
-    differences about an offset, near the optimum, and its degrees of freedom. least, usual: standard deviations, below
-    which no honest noise is, and what it has at the least as far as this arm shows. chances: of a best of several.
+    differences about an offset, and its degrees of freedom. least, usual: standard deviations, below which no honest
+    noise is, and what it has at the least as far as this arm shows. chances: of a best of several.
     """
 
     exact: float = 0.0
@@ -216,11 +208,12 @@ class _Evidence:
 
     @property
     def jitter(self) -> float:
-        """That the differences are so small by chance, by Chernoff's bound of the chi-squared distribution."""
+        """That the differences are so small by chance: the lower tail of the chi-squared distribution, by its first term."""
         if self.freedom == 0 or self.squares > self.freedom * self.least**2:
             return 0.0
-        ratio = max(self.squares / self.freedom, 1e-300) / self.usual**2
-        return min(self.freedom / 2 * (math.log(ratio) + 1 - ratio) + self.chances, 0.0)
+        half = self.freedom / 2
+        tail = half * math.log(max(self.squares, 1e-300) / self.usual**2 / 2) - math.lgamma(half + 1)
+        return min(tail + self.chances, 0.0)
 
     @property
     def equal(self) -> bool:
@@ -268,7 +261,7 @@ def _together(evidence: Iterable[_Evidence]) -> _Evidence:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Of one width's losses: left, right: where its optimum is. step: the precision of the losses. least, usual: as in
+    """Of one width's losses: left, right: where its optimum is. step: their precision. least, usual: as in
     `_Evidence`."""
 
     table: Cells
@@ -292,10 +285,16 @@ class _Scale:
         apart = np.abs(gap - np.median(gap)).max()
         within = 0.28 if apart < 0.1 * self.step else 0.56  # an offset of whole steps, or any
         same = (len(gap) - 1) * math.log(min(within * tie, 1.0)) if apart < 1.1 * self.step else 0.0
-        freedom = len(close) - 1.0
+        # Noise grows away from the optimum, and so may the jitter of copies: either the points near it tell, or all do.
+        few, all_of_them = self._small(exact, same, close), self._small(exact, same, gap)
+        return min(few, replace(all_of_them, chances=math.log(2)), key=lambda evidence: evidence.jitter)
+
+    def _small(self, exact: float, same: float, gap: Array) -> _Evidence:
+        """The evidence with what the differences `gap`, about an offset, say of noise."""
+        freedom = len(gap) - 1.0
         if freedom < 1:
             return _Evidence(exact, same)
-        squares = float(((close - close.mean()) ** 2).sum()) / 2 + freedom * self.step**2 / 12
+        squares = float(((gap - gap.mean()) ** 2).sum()) / 2 + freedom * self.step**2 / 12
         least = max(self.least, 0.3 * self.step)
         return _Evidence(exact, same, squares, freedom, least, max(self.usual, 4 * least))
 
@@ -317,5 +316,5 @@ def _scales(cells: Sequence[Cells], thresholds: Thresholds) -> list[_Scale]:
         for one, other in _pairs(len(scale.table.losses))
         if (found := scale.compare(scale.table.losses[one], scale.table.losses[other], scale.table.log2_lr)).freedom
     ]
-    seen = float(np.median(pairs)) / 4 if pairs else 0.0
-    return [replace(scale, usual=max(scale.usual, seen)) for scale in scales]
+    seen = float(np.median(pairs)) if pairs else 0.0
+    return [replace(scale, least=max(scale.least, seen / 10), usual=max(scale.usual, seen / 3)) for scale in scales]

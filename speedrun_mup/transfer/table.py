@@ -6,14 +6,14 @@ import csv
 import io
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from speedrun_mup.files import SMALL, printable, read_bytes
-from speedrun_mup.transfer.claims import HELD_EQUAL, Doubt, differing
+from speedrun_mup.transfer.claims import Doubt
 from speedrun_mup.transfer.runs import LR, Run, TransferError
+from speedrun_mup.transfer.settings import is_setting, judge_settings
 
 ROLES = ("width", "seed", "loss", "arm")  # and the knob's
 OPTIONAL = ("seed", "arm")
@@ -22,11 +22,11 @@ ALIKE = {
     "width": "width n_embd d_model hidden_size hidden_dim embed_dim embedding_dim model_dim n_embed dim",
     LR: "lr learning_rate max_lr peak_lr base_lr lr_scale",
     "seed": "seed",
-    "loss": "loss nll cross_entropy",
+    "loss": "loss nll cross_entropy perplexity ppl bpb bpc bits_per_byte",
     "arm": "arm parametrization parameterization method",
 }
 MOST_RUNS, MOST_COLUMNS, MOST_BYTES = 200_000, 10_000, SMALL
-MOST_NAME = 100  # characters of an arm
+MOST_NAME, MOST_VALUE = 100, 1000  # characters of an arm, and of a setting
 WIDEST = 2**31
 LEAST_RATE, MOST_RATE = 1e-30, 1e30
 FEW = 8  # values of a column that is left out which are worth telling
@@ -69,8 +69,8 @@ def read_table(path: str | Path, knob: str = LR, columns: Mapping[str, str] | No
     left_out = [number for number in range(len(header)) if number not in place.values()]
     names = [header[number].strip() for number in left_out]
     seen: list[set[str]] = [set() for _ in left_out]
-    held = [number for number in left_out if header[number].strip().lower() in HELD_EQUAL]
-    values: dict[int, list[tuple[str, Run]]] = defaultdict(list)
+    settings: dict[int, list[tuple[str, Run]]] = {number: [] for number in left_out if is_setting(header[number], knob)}
+    seeds = Seeds()
     runs: dict[tuple[str, int, float, int], tuple[Run, int]] = {}
     for line, cells in rows:
         where = f"{printable(path)} row {line}"
@@ -78,7 +78,7 @@ def read_table(path: str | Path, knob: str = LR, columns: Mapping[str, str] | No
             raise TransferError(
                 f"{where}: {len(cells)} cells below a header of {len(header)}; quote a cell with a comma"
             )
-        run = _run({role: cells[number].strip() for role, number in place.items()}, knob, where, path.stem)
+        run = _run({role: cells[number].strip() for role, number in place.items()}, knob, seeds, where, path.stem)
         key = (run.arm, run.width, run.log2_lr, run.seed)
         if key in runs:
             same = f"arm {run.arm}, width {run.width}, {knob} {run.lr:g}" + f", seed {run.seed}" * ("seed" in place)
@@ -91,16 +91,56 @@ def read_table(path: str | Path, knob: str = LR, columns: Mapping[str, str] | No
         for values_seen, number in zip(seen, left_out):
             if len(values_seen) <= FEW:
                 values_seen.add(cells[number].strip()[:MOST_NAME])
-        for number in held:
-            values[number].append((cells[number].strip()[:MOST_NAME], run))
+        for number, told in settings.items():
+            told.append((cells[number].strip()[:MOST_VALUE], run))
     if not runs:
         raise TransferError(f"{printable(path)}: a header but no rows; give one row per finished run")
-    doubts = [doubt for number in held for doubt in differing(header[number].strip().lower(), values[number])]
-    notes = tuple(_left_out(names, seen))
-    return Table([run for run, _ in runs.values()], notes, tuple(doubts))
+    doubts, notes = judge_settings({header[number]: told for number, told in settings.items()}, knob)
+    notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
+    return Table([run for run, _ in runs.values()], tuple(notes), tuple(doubts))
 
 
-def _run(cells: Mapping[str, str], knob: str, where: str, default_arm: str) -> Run:
+class Seeds:
+    """The seeds of a table: whole numbers, or names that are counted as they come."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, int] | None = None  # None until the first seed says what they are
+
+    def number(self, text: str, where: str) -> int:
+        """Of the seed in a cell. Raises TransferError for a name among numbers, and for a number among names."""
+        first, named = self._names is None, _is_name(text)
+        if first:
+            self._names = {}
+        if self._names is not None and named and (first or self._names):
+            return self._names.setdefault(text, len(self._names))
+        if self._names:
+            raise TransferError(f"{where}: {printable(text, 40)!r} should be a name, as the seeds above are")
+        return _whole(text, where)
+
+    def notes(self) -> Iterator[str]:
+        """A line that says which name became which number."""
+        if self._names:
+            told = [f"{number} is {printable(name, 40)}" for name, number in self._names.items()]
+            yield f"seeds have names: {', '.join(told[:FEW])}" + (" and more" if len(told) > FEW else "")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a seed is no number, nor one with a fault, but has a letter and can be printed."""
+    try:
+        float(text)
+    except ValueError:
+        return bool(re.search("[A-Za-z]", text)) and text == printable(text, MOST_NAME)
+    return False
+
+
+def _units(column: str) -> Iterator[str]:
+    """A line where the name of the loss says that it is not in nats."""
+    if re.search(r"perplexity|ppl|bpb|bpc|bits", column.lower()):
+        name = printable(column.strip(), 40)
+        yield f"the loss is {name}: what is said in nats, bounds and sigma too, is in its unit; better give its logarithm in nats"
+
+
+def _run(cells: Mapping[str, str], knob: str, seeds: Seeds, where: str, default_arm: str) -> Run:
     width = _whole(cells["width"], f"{where}, column width", positive=True)
     if width > WIDEST:
         raise TransferError(f"{where}, column width: {width:.3g} should be at most {WIDEST}")
@@ -109,7 +149,7 @@ def _run(cells: Mapping[str, str], knob: str, where: str, default_arm: str) -> R
         raise TransferError(f"{where}, column {knob}: {printable(cells[knob], 40)!r} should be a positive number")
     if not LEAST_RATE <= lr <= MOST_RATE:
         raise TransferError(f"{where}, column {knob}: {lr:g} should be from {LEAST_RATE:g} to {MOST_RATE:g}")
-    seed = _whole(cells["seed"], f"{where}, column seed") if "seed" in cells else 0
+    seed = seeds.number(cells["seed"], f"{where}, column seed") if "seed" in cells else 0
     hint = "a number (write nan or diverged for a run that blew up)"
     lost = cells["loss"].lower() == "diverged"
     loss = math.nan if lost else _number(cells["loss"], f"{where}, column loss", hint, finite=False)
