@@ -593,6 +593,8 @@ def trained_elsewhere(mixture: Mixture) -> list[list[Span]]:
     try:
         kept = cache_folder() / "overlaps" / f"{key}.json"
         known = read_json(kept, "delete it")
+        if len(known) != len(mixture.parts):
+            raise ValueError
         return [[(str(name), int(start), int(stop)) for name, start, stop in spans] for spans in known]
     except (UserError, TypeError, ValueError):
         found = [_trained_elsewhere(mixture, number) for number in range(len(mixture.parts))]

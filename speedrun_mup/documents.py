@@ -117,6 +117,8 @@ def find_sources(paths: Sequence[str], out: Path | None = None, skip_bad: bool =
     """
     found = Found()
     for path in paths:
+        if path == STDIN and sys.stdin is None:
+            raise SourceError("standard input is closed; name a file, or give it some text")
         if path == STDIN or path.startswith(HUB):
             found.sources.append(Source(path))
         elif os.path.isdir(path):
@@ -137,8 +139,14 @@ class _Walk:
 
     def __init__(self, root: Path, found: Found, out: Path | None, skip_bad: bool):
         self.root, self.found, self.skip_bad = root, found, skip_bad
-        self._real_root, self._out = os.path.realpath(root), os.path.realpath(out) if out else None
+        self._real_root = os.path.realpath(root)
         self._seen: set[str] = set()
+        self._folders_seen: set[tuple[int, int]] = set()
+        with contextlib.suppress(OSError, ValueError):  # it need not be there yet
+            facts = out.stat() if out else None
+            if facts:
+                self._folders_seen.add((facts.st_dev, facts.st_ino))
+        self._folders: list[Path] = []  # to be looked into
         self._links: list[Path] = []
 
     def walk(self) -> None:
@@ -152,18 +160,21 @@ class _Walk:
         self.found.sources[before:] = sorted(self.found.sources[before:], key=lambda source: Path(source.name))
 
     def _folder(self, folder: Path) -> None:
-        real = os.path.realpath(folder)
-        if real in self._seen or real == self._out:
-            return
-        self._seen.add(real)
-        try:
-            with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries)
-        except OSError as fault:
-            self._unreadable(folder, fault)
-            return
-        for name in names:
-            self._entry(folder / name)
+        self._folders.append(folder)
+        while self._folders:
+            folder = self._folders.pop()
+            try:
+                facts = folder.stat()
+                if (facts.st_dev, facts.st_ino) in self._folders_seen:
+                    continue
+                self._folders_seen.add((facts.st_dev, facts.st_ino))
+                with os.scandir(folder) as entries:
+                    names = sorted(entry.name for entry in entries)
+            except OSError as fault:
+                self._unreadable(folder, fault)
+                continue
+            for name in names:
+                self._entry(folder / name)
 
     def _entry(self, path: Path) -> None:
         if path.name.startswith("."):
@@ -176,7 +187,7 @@ class _Walk:
         if stat.S_ISLNK(mode):
             self._links.append(path)
         elif stat.S_ISDIR(mode):
-            self._folder(path)
+            self._folders.append(path)
         elif not stat.S_ISREG(mode):
             self.found.leave_out(f"that are {kind_of(mode).removeprefix('a ')}s", path)
         elif format_of(path.name) not in FORMATS:

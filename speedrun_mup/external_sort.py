@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speedrun_mup.files import new_file, open_regular
+
 TAG_BYTES = 16
 _HEAD_BYTES = 8 + 8 + TAG_BYTES  # of a record: key, end and tag
 _SAMPLES = 16  # keys that a block's bounds are judged by
@@ -46,7 +48,7 @@ class Piece:
     def is_whole(self) -> bool:
         """Whether the file holds, to the last bit, what was written."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 same_size = os.fstat(file.fileno()).st_size == self.facts.size
                 return same_size and hashlib.file_digest(file, "sha256").hexdigest() == self.facts.sha256
         except OSError:
@@ -100,7 +102,7 @@ def write_piece(path: Path, keys: np.ndarray, tags: Sequence[bytes], records: Se
     data = b"".join([records[k] for k in places])
     digest = hashlib.sha256(head)
     digest.update(data)
-    with open(path, "wb") as file:
+    with new_file(path) as file:
         file.write(head)
         file.write(data)
     return Piece(path, PieceFacts(len(records), len(head) + len(data), digest.hexdigest()))

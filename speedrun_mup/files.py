@@ -115,6 +115,13 @@ def read_json(path: Path, advice: str, error: type[UserError] = ConfigError, mos
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def new_file(path: Path) -> BinaryIO:
+    """Open a new file to write; a file, a link or a FIFO in its place goes away. OSError for a folder."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to fill that takes the place of `path` when the block ends, and vanishes if the block raises.
@@ -124,9 +131,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(
-            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb"
-        ) as file:
+        with new_file(part) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -285,7 +285,9 @@ def _fetch(shard: RemoteShard, url: str, staging: Path, out: Path, stop: threadi
     path = staging / shard.name
 
     def fetch() -> ShardFacts:
-        if path.is_symlink() or (path.exists() and path.stat().st_size > shard.size):
+        if os.path.lexists(path) and not (
+            path.is_file() and not path.is_symlink() and path.stat().st_size <= shard.size
+        ):
             path.unlink()
         try:
             _download(url, path, shard.size, stop)

@@ -120,7 +120,11 @@ def _manifest_faults(corpus: Corpus) -> list[str]:
     if corpus.told_fingerprint != corpus.fingerprint:
         faults.append(f"{corpus.directory}: the manifest's fingerprint is not that of its entries; it was edited")
     saved = corpus.directory / TOKENIZER_FILE
-    if corpus.tokenizer_sha256 != (file_sha256(saved) if saved.exists() else ""):
+    try:
+        found = file_sha256(saved) if saved.exists() else ""
+    except OSError as fault:
+        found = str(fault.strerror)
+    if corpus.tokenizer_sha256 != found:
         faults.append(f"{saved}: missing or changed; prepare the corpus again")
     return faults
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from speedrun_mup.bound import Check, Identity
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.files import open_regular, printable, read_json, whole_file
+from speedrun_mup.files import open_lock, open_regular, printable, read_json, whole_file
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
@@ -33,6 +33,7 @@ MAX_TOKENS = 2**31 - 1  # the count is an int32
 MANIFEST, MANIFEST_VERSION = "corpus.json", 2
 MIXTURE_PERIOD = 1000  # micro-batches, in which every part of a mixture has had its share exactly
 TOKENIZER_FILE = "tokenizer.json"  # beside the manifest, where ids are not bytes
+UNFINISHED = ".unfinished"  # where text is made into shards, before they and the manifest are moved beside it
 GPT2_VOCAB, GPT2_BOS = 50257, 50256  # of the FineWeb shards
 
 _SCAN_TOKENS = 2**20  # 2 MiB of tokens at a time stay in the cache
@@ -68,7 +69,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / ".lock", "w") as lock:
+        with open(open_lock(directory / ".lock")) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -195,7 +196,7 @@ class Shard:
     def __init__(self, path: Path, sha256: str = ""):
         self.path = path
         self.handle: _Handle | None = None
-        self._known: tuple[int, int] | None = None  # size and time of change, when it was first opened
+        self._known: tuple[int, ...] | None = None  # which file it was, when it was first opened
         handle = _OPEN.handle(self)
         self._check: Check | None = None
         if sha256:
@@ -224,7 +225,7 @@ class Shard:
             ) from None
         except ValueError as fault:
             raise ShardError(f"{printable(self.path)}: cannot read: {fault}; check the path") from None
-        found = facts.st_size, facts.st_mtime_ns
+        found = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
         if self._known not in (None, found):
             raise ShardError(f"{printable(self.path)}: was replaced or changed; do not change it during a run")
         self._known, self._size = found, facts.st_size
@@ -448,8 +449,8 @@ def _digest(*parts: object) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
+    """SHA-256 of a regular file's bytes, in hex. OSError for anything else."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -605,6 +606,8 @@ def _sample(path: Path) -> tuple[int, str]:
 
 def _open_fineweb(directory: Path) -> Corpus:
     fetch = "download some with `speedrun-mup data fineweb --tokens 900M`"
+    if (directory / UNFINISHED).exists():
+        raise ShardError(f"{printable(directory)}: `data text` did not finish; run the same command again")
     train, val = (tuple(sorted(directory.glob(f"*_{part}_*.bin"))) for part in ("train", "val"))
     for part, shards in ("train", train), ("val", val):
         if not shards:

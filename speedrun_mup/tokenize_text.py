@@ -42,10 +42,11 @@ from speedrun_mup.documents import (
     find_sources,
 )
 from speedrun_mup.external_sort import Block, Merge, Piece, PieceFacts, split_piece, write_piece
-from speedrun_mup.files import printable, read_json, sync_folder, write_whole
+from speedrun_mup.files import new_file, printable, read_json, sync_folder, write_whole
 from speedrun_mup.shards import (
     MANIFEST,
     TOKENIZER_FILE,
+    UNFINISHED,
     Corpus,
     ShardFacts,
     file_sha256,
@@ -63,7 +64,7 @@ from speedrun_mup.tokenizers import (
     trained_vocab_size,
 )
 
-UNFINISHED, PROGRESS, SOURCES = ".unfinished", "progress.json", "sources.json"
+PROGRESS, SOURCES = "progress.json", "sources.json"
 PARTS = ("train", "val")
 ORDERS = ("shuffled", "given")
 COMMIT_EVERY_S = 10.0
@@ -154,6 +155,8 @@ def tokenize_text(
     job = _Job(tuple(paths), tuple(sources), settings, found.left_out.total(), workers, progress, skip_bad)
     if (done := _done_before(out, job)) is not None:
         return done
+    if (former := Path(f"{out}.unfinished") / PROGRESS).exists():
+        print(f"{printable(former.parent)} was begun by an earlier version, and is not gone on with; delete it")
     made = not out.exists()
     tokenizer = _ready_tokenizer(sources, settings)
     with sole_writer(out / UNFINISHED):
@@ -219,6 +222,8 @@ def _done_before(out: Path, job: _Job) -> Corpus | None:
     try:
         if "\0" in str(out):
             raise ValueError("a name with a null byte")
+        if unfinished.is_symlink():
+            raise ConfigError(f"{printable(unfinished)} is a link; delete it")
         begun = unfinished.exists()
         if any(source.name == STDIN for source in job.sources):
             for there in out / MANIFEST, unfinished / PROGRESS:
@@ -229,7 +234,7 @@ def _done_before(out: Path, job: _Job) -> Corpus | None:
         if (out / MANIFEST).exists():
             corpus = open_corpus(out)
             if corpus.recipe != job.recipe:
-                raise _other(out)
+                raise _other(out) if corpus.order else _older(out)
             if begun:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return corpus
@@ -273,6 +278,13 @@ def _move_out(out: Path) -> Corpus:
     sync_folder(out)
     shutil.rmtree(unfinished, ignore_errors=True)
     return open_corpus(out)
+
+
+def _older(directory: Path) -> ConfigError:
+    return ConfigError(
+        f"{printable(directory)} holds a corpus of another kind or of an earlier version; train on it as it is, choose "
+        "another --out, or delete it"
+    )
 
 
 def _other(directory: Path) -> ConfigError:
@@ -523,8 +535,8 @@ class _Work:
     def _believe(self, job: _Job) -> None:
         """Forget what does not hold: from the first source that changed, or the first file that is not whole."""
         try:
-            noted = [Source(*source) for source in json.loads((self.directory / SOURCES).read_bytes())]
-        except (OSError, ValueError, TypeError):
+            noted = [Source(*source) for source in read_json(self.directory / SOURCES, "", most=2**31)]
+        except (UserError, TypeError):
             noted = []
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(noted, job.sources)))
         self.text_changed = not same == len(noted) == len(job.sources)
@@ -943,7 +955,7 @@ class ShardWriter:
         ends, first, begin = np.cumsum(block.sizes), 0, 0
         while first < len(ends):
             if self._file is None:
-                self._file = open(self._path, "wb")
+                self._file = new_file(self._path)
                 self._sha256, self._left, self._bos_count = hashlib.sha256(), self._plan[0].documents, 0
                 self._write(memoryview(shard_header(self._plan[0].tokens)))
             last = min(len(ends), first + self._left)

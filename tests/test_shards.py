@@ -296,6 +296,19 @@ def test_threads_share_the_open_files(tmp_path: Path) -> None:
         assert all(pool.map(read, range(4)))
 
 
+def test_shard_replaced_by_one_of_its_size_and_time(tmp_path: Path) -> None:
+    shards = []
+    for number in range(70):
+        write_shard(tmp_path / f"{number}.bin", [number, 1])
+        shards.append(Shard(tmp_path / f"{number}.bin"))
+    facts = (tmp_path / "0.bin").stat()
+    write_shard(tmp_path / "new", [5, 6])
+    os.utime(tmp_path / "new", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    (tmp_path / "new").replace(tmp_path / "0.bin")
+    with pytest.raises(ShardError, match="was replaced or changed"):
+        shards[0].take(0, 2)
+
+
 def test_shard_replaced_while_its_file_was_closed(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", [1, 2, 3])
     shard = Shard(tmp_path / "a.bin")

@@ -864,6 +864,54 @@ def test_out_that_is_a_mount_point(text: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
+LEFT = (".lock", "sources.json", "progress.json", "train_000000.bin", "train_000000.piece", "val_000000.piece")
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_nothing_in_a_received_folder_is_followed_or_waited_for(text: Path, tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for out in tmp_path / "link", tmp_path / "fifo":
+        (out / ".unfinished").mkdir(parents=True)
+    (tmp_path / "link" / ".unfinished" / name).symlink_to(precious)
+    os.mkfifo(tmp_path / "fifo" / ".unfinished" / name)
+    for out in tmp_path / "link", tmp_path / "fifo":
+        if name == ".lock":
+            with pytest.raises(ConfigError, match="cannot write: it is a (symbolic link|FIFO), not a regular file"):
+                tokenize_text([str(text)], out, BYTES)
+        else:
+            tokenize_text([str(text)], out, BYTES)
+    assert precious.read_text() == "precious"
+
+
+def test_unfinished_folder_that_is_a_link(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".unfinished").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="unfinished is a link; delete it"):
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_an_earlier_version_left(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It made no order, and worked in a folder beside the one asked for."""
+    former = tmp_path / "out.unfinished"
+    former.mkdir()
+    (former / "progress.json").write_text(json.dumps({"recipe": "0", "position": [0, 5], "parts": {}}))
+    tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert capsys.readouterr().out == f"{former} was begun by an earlier version, and is not gone on with; delete it\n"
+    manifest = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    del manifest["order"], manifest["tally"]
+    (tmp_path / "out" / "corpus.json").write_text(json.dumps(manifest | {"recipe": "0" * 64}))
+    with pytest.raises(ConfigError, match="of an earlier version; train on it as it is"):
+        tokenize_text([str(text)], tmp_path / "out", BYTES)
+    assert main(["data", "inspect", str(tmp_path / "out"), "--documents", "0"]) == 0
+    (tmp_path / "out" / "corpus.json").unlink()
+    (tmp_path / "out" / ".unfinished").mkdir()
+    with pytest.raises(ShardError, match="`data text` did not finish; run the same command again"):
+        open_corpus(tmp_path / "out")
+
+
 def test_out_inside_the_text(text: Path, tmp_path: Path) -> None:
     corpus = tokenize_text([str(tmp_path)], tmp_path / "out", BYTES)
     assert corpus.tally["files"] == 0

@@ -1,5 +1,6 @@
 """Text to ids and back, with every kind of tokenizer, and how one is found."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -7,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import numpy as np
 import pytest
+import small_corpus
 
 from speedrun_mup import tokenizers as module
 from speedrun_mup.core.errors import ConfigError
@@ -18,6 +21,7 @@ from speedrun_mup.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
     HfTokenizer,
+    bytes_of_tokens,
     find_tokenizer,
     gpt2_tokenizer,
     load_tokenizer,
@@ -70,6 +74,31 @@ def hf_file(tmp_path: Path) -> Path:
     inner.enable_padding(length=16)
     inner.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
+
+
+def test_tokenizer_that_does_not_fit_the_manifest(tmp_path: Path) -> None:
+    """Another vocabulary, another BOS, another file: no text, and no count of bytes."""
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    tokenizer = BpeTokenizer.train(["some text, some more text, and more of it"] * 9, 265)
+    corpora = {"size": small_corpus.make_corpus(tmp_path / "size", [np.array([small_corpus.BOS, 1])])}
+    corpora["bos"] = dataclasses.replace(corpora["size"], tokenizer="byte", vocab_size=257, bos_token=0)
+    corpora["size"] = dataclasses.replace(corpora["size"], tokenizer="byte", vocab_size=301, bos_token=300)
+    (tmp_path / "file").mkdir()
+    tokenizer.save(tmp_path / "file")
+    corpora["file"] = dataclasses.replace(
+        corpora["size"],
+        directory=tmp_path / "file",
+        tokenizer="bpe:265",
+        vocab_size=265,
+        bos_token=264,
+        tokenizer_sha256="0" * 64,
+    )
+    for corpus in corpora.values():
+        with pytest.raises(ShardError, match="prepare the corpus again"):
+            load_tokenizer(corpus)
+        assert bytes_of_tokens(corpus) is None
+    assert bytes_of_tokens(dataclasses.replace(corpora["file"], tokenizer_sha256="")) is not None
 
 
 def test_threads_share_no_tiktoken_object() -> None:
