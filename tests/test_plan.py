@@ -16,6 +16,7 @@ from speedrun_mup.cli import main
 from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.corpus import find_corpus
 from speedrun_mup.flops import run_flops
 from speedrun_mup.plan import (
     Budget,
@@ -128,11 +129,16 @@ def test_a_budget_may_be_a_share_of_the_target_run(wide, out):
         make_plan(wide, out, FakeEngine(), budget_share=0.001)
 
 
-def test_a_plan_is_found_again_and_not_taken_for_another(target, out):
+def test_a_plan_is_found_again_and_not_taken_for_another(target, out, monkeypatch):
     assert planned(target, out, {}) is None
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
     assert planned(dataclasses.replace(target, out="elsewhere", progress=True), out, {}).summary() == plan.summary()
     assert planned(target, out, {"budget_minutes": 20}).sweeps == plan.sweeps
+    real = find_corpus(target.data, target.tokenizer)[0]
+    newer = dataclasses.replace(real, fingerprint="new", former_fingerprint=real.fingerprint)
+    with monkeypatch.context() as patch:  # a later version may give the same tokens another fingerprint
+        patch.setattr("speedrun_mup.plan.find_corpus", lambda *_: (newer, ""))
+        assert planned(target, out, {}).sweeps == plan.sweeps
     deeper = dataclasses.replace(target, n_layer=8)
     assert planned(deeper, out, {}) is None  # nothing was run, so nothing is lost with it
     run_plan(plan, out, FakeEngine(), progress=False)

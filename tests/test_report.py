@@ -45,7 +45,7 @@ from speedrun_mup.sweep import (
     run_sweep,
 )
 from speedrun_mup.training import train
-from speedrun_mup.transfer import Run, TransferError, measure_transfer, read_runs
+from speedrun_mup.transfer import Doubt, Run, TransferError, measure_transfer, read_runs
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "experiments" / "width-transfer" / "all"
 CSV = Path(__file__).parent / "data" / "transfer_sweep.csv"
@@ -242,6 +242,24 @@ def test_a_table_gives_a_report_that_says_what_is_absent(tmp_path):
         assert command in section(report, title).text[0]
     assert {figure.name for figure in report.figures} == {"lr-curves", "drift", "best-loss"}
     assert report.figures[0].x.label == "learning rate"
+
+
+def test_of_a_strangers_table_only_what_it_tells_is_said(tmp_path, swept):
+    """Not that its loss is that of a validation, per token; nor what to expect of widths beyond runs that are not alike."""
+    result = measure_transfer(sweep())
+    report = make_report(CSV, result)
+    use, loss, expect = report.answer
+    assert use.startswith("Use a learning rate of ") and "nats" not in loss and loss.startswith("Loss at width ")
+    assert expect.startswith("Expect ") and dict(report.facts)["Runs"].endswith(f" that count, of the table {CSV.name}")
+    assert (
+        report.terms["learning rate"] == "As it stands in the table." and "not trained on" not in report.terms["loss"]
+    )
+    assert make_report(swept[0], measure_sweep(swept[0])).terms == TERMS
+    doubt = Doubt("depth", "depth has 2 values in these runs")
+    unknown = make_report(CSV, measure_transfer(sweep(), doubts=[doubt])).answer[-1]
+    assert unknown == (
+        "What to expect of wider models is not known: there are doubts about these runs (depth), see below."
+    )
 
 
 def test_one_width_has_no_drift_and_still_a_report():

@@ -100,8 +100,9 @@ def _of_sweep(seen: Measured) -> Iterator[str]:
         yield "Best of the other widths: " + ("; ".join(own) or "not known") + "."
     if arm.usable:
         widest = arm.usable[-1]
-        yield f"Loss at width {widest.width} with its best {knob}: {within(arm.best_loss(widest))} nats per token."
-        yield _expected(arm, 2 * widest.width)
+        unit = " nats per token" if seen.swept else ""  # a table does not tell
+        yield f"Loss at width {widest.width} with its best {knob}: {within(arm.best_loss(widest))}{unit}."
+        yield _expected(seen, arm, 2 * widest.width)
 
 
 def _beyond(seen: Measured, arm: ArmResult) -> str:
@@ -112,7 +113,9 @@ def _beyond(seen: Measured, arm: ArmResult) -> str:
     return f"It {held} at other widths."
 
 
-def _expected(arm: ArmResult, width: int) -> str:
+def _expected(seen: Measured, arm: ArmResult, width: int) -> str:
+    if doubts := [doubt.kind for doubt in seen.result.doubts if doubt.arm in (None, arm.arm)]:
+        return f"What to expect of wider models is not known: there are doubts about these runs ({', '.join(doubts)}), see below."
     try:
         loss = loss_forecast(arm, width).loss
     except TransferError as fault:
@@ -179,7 +182,7 @@ def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
 
 def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
     fits = [fit for arm in seen.result.arms.values() for fit in arm.fits]
-    yield "Runs", f"{sum(int(fit.cells.runs.sum()) for fit in fits)} runs of a table, {seen.source.name}"
+    yield "Runs", f"{sum(int(fit.cells.runs.sum()) for fit in fits)} that count, of the table {seen.source.name}"
     yield "Arms", ", ".join(map(_arm, seen.result.arms.values()))
     yield "Widths", ", ".join(map(str, sorted({fit.width for fit in fits})))
     yield "Model and data", "not told by a table of losses"

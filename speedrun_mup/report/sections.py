@@ -23,7 +23,7 @@ from speedrun_mup.report.figures import (
     training_curves,
     width_colors,
 )
-from speedrun_mup.report.words import TERMS, arm_words, verdict_words, wider_words
+from speedrun_mup.report.words import TERMS, TERMS_OF_TABLE, arm_words, verdict_words, wider_words
 from speedrun_mup.sweep import read_results
 from speedrun_mup.sweep import training_curves as read_curves
 from speedrun_mup.transfer import TransferResult, is_rate, knob_name
@@ -92,7 +92,7 @@ def make_report(
         answer=answer(seen),
         rates=rates(seen),
         facts=facts(seen, command),
-        terms=TERMS,
+        terms=TERMS if factors else TERMS_OF_TABLE,
         guide=guide,
     )
 

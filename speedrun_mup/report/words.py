@@ -30,6 +30,16 @@ TERMS = {
     "INCONCLUSIVE": "These runs cannot tell. The reasons say what is missing.",
 }
 
+# What a stranger's table does not tell is not told of it.
+TERMS_OF_TABLE = TERMS | {
+    "base width": "The width whose best rate is held against that of the widest: the narrowest, unless another was named.",
+    "arm": "One way to scale with width: a set of rules and an optimizer. Runs of one should differ in nothing else than "
+    "width, rate and seed.",
+    "learning rate": "As it stands in the table.",
+    "loss": "As it stands in the table, taken for nats. Lower is better.",
+    "diverged": "A run whose loss was no number, or far above all others. The learning rate was too high.",
+}
+
 ARM_WORDS = {
     "mup": "muP",
     "adam-mup": "muP (Adam)",

@@ -285,16 +285,10 @@ class _Scale:
         apart = np.abs(gap - np.median(gap)).max()
         within = 0.28 if apart < 0.1 * self.step else 0.56  # an offset of whole steps, or any
         same = (len(gap) - 1) * math.log(min(within * tie, 1.0)) if apart < 1.1 * self.step else 0.0
-        # Noise grows away from the optimum, and so may the jitter of copies: either the points near it tell, or all do.
-        few, all_of_them = self._small(exact, same, close), self._small(exact, same, gap)
-        return min(few, replace(all_of_them, chances=math.log(2)), key=lambda evidence: evidence.jitter)
-
-    def _small(self, exact: float, same: float, gap: Array) -> _Evidence:
-        """The evidence with what the differences `gap`, about an offset, say of noise."""
-        freedom = len(gap) - 1.0
+        freedom = len(close) - 1.0
         if freedom < 1:
             return _Evidence(exact, same)
-        squares = float(((gap - gap.mean()) ** 2).sum()) / 2 + freedom * self.step**2 / 12
+        squares = float(((close - close.mean()) ** 2).sum()) / 2 + freedom * self.step**2 / 12
         least = max(self.least, 0.3 * self.step)
         return _Evidence(exact, same, squares, freedom, least, max(self.usual, 4 * least))
 
