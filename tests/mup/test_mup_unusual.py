@@ -824,3 +824,81 @@ def test_odd_arguments_are_one_line(attempt):
     with pytest.raises(UserError) as fault:
         attempt(shaped(mlp))
     assert one_line(fault)
+
+
+# What a message says to write works as it is written
+
+
+def pasted(build, call):
+    """`build` with a call that a message has."""
+
+    def changed(width):
+        model = build(width)
+        exec(call, {"model": model, "mup": mup})
+        return model
+
+    return changed
+
+
+def test_the_line_for_a_tied_linear_layer_works_as_it_is_written():
+    class Model(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Embedding(50, width), nn.Linear(width, 50)])
+            self.parts[1].weight = self.parts[0].weight
+
+    with pytest.raises(mup.BaseShapeError, match=r"parts\.1\.weight .*too\. Untie") as fault:
+        shaped(Model)
+    assert one_line(fault)
+    model = shaped(pasted(Model, str(fault.value).rpartition(", as ")[2]))
+    assert model.parts[1].weight is model.parts[0].weight and model.parts[1].bias is not None
+    assert roles(model) == {"parts.0.weight": "input", "parts.1.bias": "scalar"}
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_the_line_for_a_last_convolution_works_and_starts_it_as_a_readout(kind):
+    def build(width):
+        return nn.Sequential(nn.Conv1d(4, width, 3), kind(width, 20, 1))
+
+    with pytest.raises(mup.BaseShapeError, match="last layer of the model, multiply what it reads by 1/8 ") as fault:
+        shaped(build, width=128)
+    call = str(fault.value).split("set_base_shapes, ")[1].split("; inside")[0]
+    torch.manual_seed(0)
+    model = shaped(pasted(build, call), width=128)
+    torch.manual_seed(0)
+    before = build(128)[1].weight
+    grows = 1 if kind is nn.Conv1d else 0
+    torch.testing.assert_close(model[1].weight, before * (8**0.5 if grows else 1))  # torch takes the fan-in from 1
+    assert roles(model)["1.weight"] == "output" and not hasattr(model[1], "multiplier")
+
+
+@pytest.mark.parametrize("m_depth", [1.0, 4.0])
+def test_a_declared_linear_layer_starts_by_the_table(m_depth):
+    """A readout of the user's own as MuReadout does, the end of a residual branch divided by m_depth."""
+
+    def build(width, declared=False):
+        model = nn.Sequential(nn.Linear(20, width), nn.Linear(width, width), nn.Linear(width, 5))
+        if declared:
+            mup.declare(model[1], "weight", Role.HIDDEN, (16, 16), "out in", m_depth=m_depth)
+            mup.declare(model[2], "weight", Role.OUTPUT, (5, 16), "out in")
+        return model
+
+    torch.manual_seed(0)
+    before = build(64)
+    torch.manual_seed(0)
+    model = shaped(functools.partial(build, declared=True))
+    torch.testing.assert_close(model[1].weight, before[1].weight / m_depth)
+    torch.testing.assert_close(model[2].weight, before[2].weight * 2)
+    mup.set_base_shapes(model, build(16), delta=build(32))
+    torch.testing.assert_close(model[2].weight, before[2].weight * 2)
+
+
+def test_all_layers_of_the_kind_are_counted_at_once():
+    def build(width):
+        return nn.Sequential(nn.Linear(4, width), *(nn.Linear(width, 8) for _ in range(7)))
+
+    with pytest.raises(
+        mup.BaseShapeError, match=r"^1\.weight .*, as 6 more: 2\.weight, .*5\.weight, \.\.\.: "
+    ) as fault:
+        shaped(build)
+    assert one_line(fault) and "6.weight" not in str(fault.value)

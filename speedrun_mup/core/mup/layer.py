@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.mup.infshape import BaseShapeError
@@ -37,7 +37,11 @@ def _rescale(module: nn.Module, factors: Mapping[str, float]) -> None:
     done: dict[str, float] = vars(module).setdefault("mup_rescaled", {})
     for local, factor in factors.items():
         parameter, ratio = module._parameters.get(local), factor / done.get(local, 1.0)
-        if local in vars(module).get("mup_shared", ()) or ratio == 1.0 or getattr(module, local, None) is None:
+        if (
+            local in vars(module).get("mup_shared", ())
+            or math.isclose(ratio, 1.0)
+            or getattr(module, local, None) is None
+        ):
             continue
         if parameter is None:
             raise BaseShapeError(
@@ -215,13 +219,11 @@ def rescale_start(module: nn.Module) -> None:
         return
     if isinstance(module, nn.Linear | _ConvNd):
         rescale_linear_bias(module)
-    if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)):
-        return  # their weights start by their fan-in, as muP asks for
     specs = {name: spec for name, spec in vars(module).get("mup_specs", {}).items() if name in module._parameters}
     for source in sources(module).values():
         if source.layer is module and source.how in ("kept", "magnitude"):  # refused if it would have to change
             specs[source.tensor] = tensor_spec(module, source.tensor)
-    if isinstance(module, _ConvNd):
+    if isinstance(module, nn.Linear | _ConvNd):
         specs.pop("bias", None)  # rescale_linear_bias's
     factors = {}
     for name, spec in specs.items():

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.mup.infshape import BaseShapeError, InfDim, InfShape, infer_spec, zip_infshape
@@ -245,7 +246,8 @@ def _how_to_declare(place: Place, infshape: InfShape) -> str:
     return (
         f'before set_base_shapes, mup.declare({owner}, "{place.local}", mup.Role.HIDDEN, {base}, "{layouts[0]}") for a '
         f'matrix that reads activations of this width (a router, a projection), or mup.Role.INPUT, "{layouts[1]}" for a '
-        "table whose rows become activations or are added to them (positions, a bias for each expert)"
+        "table whose rows become activations or are added to them (positions, a bias for each expert), or whose numbers "
+        "belong to one channel each (A_log of Mamba)"
     )
 
 
@@ -257,7 +259,7 @@ def _explained(fault: BaseShapeError, place: Place, infshape: InfShape, where: l
         text += _how_to_declare(place, infshape)
     tables = _tables(where)
     if tables and not isinstance(place.module, _TABLES):
-        text += f". It is also {tables[0]}: {_share(tables[0])}"
+        text += f". It is also {tables[0]}: a readout that shares an embedding is {_share(tables[0])}"
     return BaseShapeError(text)
 
 
@@ -268,8 +270,9 @@ def _tables(where: list[Place]) -> list[str]:
     return [place.name for place in where if isinstance(place.module, _TABLES)]
 
 
-def _share(table: str) -> str:
-    return f"a readout that shares an embedding is mup.MuSharedReadout(model.{table}, bias=False)"
+def _share(table: str, bias: bool = False) -> str:
+    owner = f"model.{table}" if all(map(str.isidentifier, table.split("."))) else f'model.get_parameter("{table}")'
+    return f"mup.MuSharedReadout({owner}, bias={bias})"
 
 
 def _check_ties(specs: Mapping[Place, ParamSpec], where: list[Place]) -> None:
@@ -406,7 +409,7 @@ def _check_memory(model: nn.Module) -> None:
         if other != name and id(p) in readouts:
             raise BaseShapeError(
                 f"{name} and {other} are two parameters with one memory: share the parameter, readout.weight = "
-                f"embedding.weight, or {_share(other)}"
+                f"embedding.weight, or use {_share(other)}"
             )
 
 
@@ -420,28 +423,48 @@ def assert_hidden_size_inf(model: nn.Module) -> None:
 
     Such a layer misses muP's forward factor, or is a projection inside the model, which only the user can know.
     """
-    found = places(model)
-    for path, module in model.named_modules():
-        for local, spec in vars(module).get("mup_specs", {}).items():
-            if isinstance(module, MuReadout) or not spec.inferred or spec.role is not Role.OUTPUT:
-                continue
-            place = Place(path, module, local)
-            where = found.get(id(module._parameters.get(local)), [])
-            tables = _tables(where)
-            raise BaseShapeError(
-                f"{place.name} {spec.shape} reads from a dimension that grows with width, writes to one that does "
-                f"not: {adapter_advice(model, place.name) or _remedy(place, spec, tables)}"
-            )
+    bad = [
+        (Place(path, module, local), spec)
+        for path, module in model.named_modules()
+        for local, spec in vars(module).get("mup_specs", {}).items()
+        if spec.inferred and spec.role is Role.OUTPUT and not isinstance(module, MuReadout)
+    ]
+    if not bad:
+        return
+    (place, spec), *others = bad
+    tables = _tables(places(model).get(id(place.module._parameters.get(place.local)), []))
+    few = f", as {len(others)} more: {', '.join(other.name for other, _ in others[:4])}{', ...' * (len(others) > 4)}"
+    raise BaseShapeError(
+        f"{place.name} {spec.shape} reads from a dimension that grows with width, writes to one that does not"
+        f"{few if others else ''}: {adapter_advice(model, place.name) or _remedy(place, spec, tables)}"
+    )
 
 
 def _remedy(place: Place, spec: ParamSpec, tables: list[str]) -> str:
-    if tables:
-        return f"it is the embedding {tables[0]} too. Untie it and make it a MuReadout, or keep it: {_share(tables[0])}"
+    """What to write, for each thing that such a layer may be."""
     owner = f'model.get_submodule("{place.path}")' if place.path else "model"
-    inside = f'mup.declare({owner}, "{place.local}", mup.Role.HIDDEN, {spec.base_shape}, "{" ".join(spec.layout)}")'
-    last = "make the last layer of the model a mup.MuReadout; " if isinstance(place.module, nn.Linear) else ""
+    if tables:
+        bias = getattr(place.module, "bias", None) is not None
+        kept = f'model.set_submodule("{place.path}", {_share(tables[0], bias)})' if place.path else _share(tables[0])
+        return f"it is the embedding {tables[0]} too. Untie it and make it a MuReadout, or keep it, as {kept}"
+
+    def call(role: str) -> str:
+        layout = " ".join(spec.layout)
+        return f'mup.declare({owner}, "{place.local}", mup.Role.{role}, {spec.base_shape}, "{layout}")'
+
+    last, output = (
+        "",
+        " (as mup.Role.OUTPUT declare it only if the model itself multiplies the result by the table's 1/m)",
+    )
+    if isinstance(place.module, nn.Linear):
+        last = "instead of nn.Linear as the last layer of the model, write mup.MuReadout; "
+    elif isinstance(place.module, _ConvNd):
+        last = (
+            f"if it is the last layer of the model, multiply what it reads by 1/{spec.m_in:g} (base width / width) in "
+            f"forward, and declare the weight before set_base_shapes, {call('OUTPUT')}; "
+        )
+        output = ""
     return (
-        f"{last}inside the model (a router, keys and values of fixed size), declare the weight "
-        f"before set_base_shapes, {inside}; if it should grow, change the model or pass delta= (as mup.Role.OUTPUT "
-        "declare it only if the model itself multiplies the result by the table's 1/m)"
+        f"{last}inside the model (a router, keys and values of fixed size), declare the weight before set_base_shapes, "
+        f"{call('HIDDEN')}; if it should grow, change the model or pass delta={output}"
     )
