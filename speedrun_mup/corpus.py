@@ -25,6 +25,7 @@ from speedrun_mup.bound import cache_folder
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.seeds import seed_for
 from speedrun_mup.documents import split_passages
+from speedrun_mup.files import printable
 from speedrun_mup.shards import (
     MANIFEST,
     Corpus,
@@ -241,7 +242,10 @@ def find_corpus(
             f"tokenizer={tokenizer}, but {corpus.source} holds {corpus.tokenizer} tokens; "
             "leave the tokenizer out, or choose data=embedded"
         )
-    return corpus, f"data: {corpus.source}, {corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}{hint}"
+    return (
+        corpus,
+        f"data: {printable(corpus.source, 1000)}, {printable(corpus.tokenizer)} tokens, vocabulary {corpus.vocab_size:,}{hint}",
+    )
 
 
 def _weighted(text: str, tokenizer: str) -> tuple[Corpus, float]:

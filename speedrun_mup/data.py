@@ -633,7 +633,7 @@ def _documents(corpus: Corpus, path: Path, sizes: np.ndarray | None) -> Iterator
 
 
 def uses(corpus: Corpus) -> dict[str, str]:
-    """For each preset, the order of its batches and which share of the tokens an epoch of them uses."""
+    """For each preset, the order of its batches, which share of the tokens an epoch uses, and whether validation fits."""
     told = {}
     for name, preset in PRESETS.items():
         cfg = TrainConfig(**preset.settings)
@@ -643,4 +643,8 @@ def uses(corpus: Corpus) -> dict[str, str]:
             told[name] = f"too little text for a step of {cfg.micro_batches} x {cfg.micro_batch_tokens:,} tokens"
         else:
             told[name] = f"sequences of {cfg.micro_batch_tokens:,} tokens; order {batches.describe()}"
+            if not any(corpus.tokens_in(path) > cfg.val_chunk_tokens for path in corpus.val):
+                told[name] += (
+                    f"; too little to validate on: train with a --val-chunk-tokens below {cfg.val_chunk_tokens:,}"
+                )
     return told

@@ -328,8 +328,8 @@ class DocumentReader:
             if format_of(name) == ".parquet":
                 return self._of_parquet(file, name)
             stream, is_jsonl = stack.enter_context(_decompressed(file, name)), format_of(name) == ".jsonl"
-        if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise SourceError(f"{printable(name)}: UTF-16; write it as UTF-8 (iconv -f utf-16 -t utf-8)")
+        if kind := _not_utf8(stream.peek(2)[:64]):
+            raise SourceError(f"{printable(name)}: {kind}; write it as UTF-8 (iconv -f utf-16 -t utf-8)")
         return self._of_jsonl(stream, name) if is_jsonl else self._of_text(stream, name)
 
     def _of_text(self, stream: BinaryIO, name: str) -> Iterator[tuple[str, str, str]]:
@@ -428,6 +428,14 @@ class DocumentReader:
         if not isinstance(text, str):
             return "", f"field {self.field!r} is {type(text).__name__}, expected text; fix it, {_SKIP}"
         return text, ""
+
+
+def _not_utf8(head: bytes) -> str:
+    """What the first bytes of a text look like, if not like UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    has_nulls = len(head) >= 8 and not (any(head[::2]) and any(head[1::2]))
+    return "a null in every second byte, as in UTF-16" if has_nulls else ""
 
 
 def _opening(name: str) -> BinaryIO:

@@ -9,6 +9,7 @@ import numpy as np
 
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.data import uses
+from speedrun_mup.files import printable
 from speedrun_mup.pictures import picture, plain
 from speedrun_mup.shards import (
     MAGIC,
@@ -42,8 +43,8 @@ class Inspection:
         """Everything but the documents themselves, for a terminal."""
         corpus = self.corpus
         lines = [
-            f"source       {corpus.source}",
-            f"tokenizer    {corpus.tokenizer}, vocabulary {corpus.vocab_size:,}, BOS {corpus.bos_token}",
+            f"source       {printable(corpus.source)}",
+            f"tokenizer    {printable(corpus.tokenizer)}, vocabulary {corpus.vocab_size:,}, BOS {corpus.bos_token}",
             f"fingerprint  {corpus.fingerprint}",
             f"format       magic {MAGIC}, version {VERSION}, 16-bit ids",
             f"{'shard':<32} {'tokens':>15} {'documents':>12}  sha256",

@@ -292,7 +292,7 @@ def _other(directory: Path) -> ConfigError:
 
 
 def _no_text(sources: Sequence[Source]) -> SourceError:
-    return SourceError(f"{_describe(sources)}: no text in there, but empty documents at most; check the paths")
+    return SourceError(f"{_describe(sources)}: no text in there, but empty or bad documents at most; check the paths")
 
 
 def _write_corpus(job: _Job, directory: Path, tokenizer: Tokenizer | None) -> None:

@@ -743,9 +743,11 @@ def test_damaged_note_of_an_overlap_is_made_again(mixture: Mixture) -> None:
         assert trained_elsewhere(mixture) == [[], []]
 
 
-def test_uses_of_a_book(tmp_path: Path) -> None:
-    told = uses(make_corpus(tmp_path / "book", [np.array([BOS, *([1, 2, 3] * 20_000)])]))
+@pytest.mark.parametrize("val", [4096, 4097])
+def test_uses_of_a_book(tmp_path: Path, val: int) -> None:
+    told = uses(make_corpus(tmp_path / "book", [np.array([BOS, *([1, 2, 3] * 20_000)])], [np.ones(val, int)]))
     assert told["laptop"].startswith("sequences of 256 tokens; order shuffled by seed 0; an epoch trains on 99.8%")
+    assert ("too little to validate on: train with a --val-chunk-tokens below 4,096" in told["laptop"]) == (val == 4096)
     assert told["record26"] == "too little text for a step of 8 x 49,152 tokens"
 
 
