@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,35 @@ from speedrun_mup.core.fp8 import GRANULE, has_fp8
 from speedrun_mup.core.utils import is_out_of_memory
 
 TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
+
+
+@contextmanager
+def short_waits(device: torch.device) -> Iterator[None]:
+    """On a CPU, have OpenMP's threads sleep soon where they wait, though torch was loaded without OMP_WAIT_POLICY.
+
+    GNU's OpenMP reads the policy when it is loaded, but later, too, spins a thousandth as long while there are more of its
+    threads than cores. So a second team is kept, of as many threads as the first, which sleeps.
+    """
+    if device.type != "cpu" or torch.get_num_threads() == 1 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        yield
+        return
+    there, over = threading.Event(), threading.Event()
+
+    def keep_team() -> None:
+        try:
+            torch.zeros(2**17).add_(1)  # large enough for all threads; each thread that asks for a team has its own
+        finally:
+            there.set()
+        over.wait()
+
+    keeper = threading.Thread(target=keep_team, name="short waits", daemon=True)
+    keeper.start()
+    try:
+        there.wait()
+        yield
+    finally:
+        over.set()
+        keeper.join()
 
 
 def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:

@@ -60,6 +60,7 @@ from speedrun_mup.hardware import (
     pick_dtype,
     pick_fp8,
     pick_pack,
+    short_waits,
     use_compile_cache,
 )
 from speedrun_mup.interrupts import after_imports
@@ -111,7 +112,7 @@ def train(cfg: TrainConfig, observe: Observer | None = None, lock: FolderLock | 
         stop_with_parent()
     world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
     try:
-        with stop_signals() as signals, deterministic(cfg.strict):
+        with stop_signals() as signals, deterministic(cfg.strict), short_waits(world.device):
             run = Run(cfg, world, lock)
             try:
                 if run.start < cfg.iterations:

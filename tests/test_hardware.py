@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -318,3 +322,32 @@ def test_a_run_says_in_one_line_what_was_chosen(tiny, capsys):
         "device: 1 x cpu, float32; not compiled (pays on CUDA only); attention blocked (FlexAttention has no "
         "backward on cpu); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass, 256 in validation"
     )
+
+
+SPUN = """
+import json, os, sys, time
+import torch
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.training import train
+
+def spun():  # seconds of CPU that threads spent waiting for work
+    x, before = torch.zeros(2**17), time.process_time() - time.thread_time()
+    for _ in range(30):
+        x.add_(1)
+        time.sleep(0.002)
+    return time.process_time() - time.thread_time() - before
+
+meanwhile = []
+train(TrainConfig(**json.loads(sys.argv[1])), observe=lambda *_: meanwhile.append(spun()))
+print(json.dumps([max(meanwhile), spun()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="GNU's OpenMP, on two cores")
+def test_threads_sleep_while_they_wait_where_torch_was_loaded_before_us(tiny):
+    policy = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in policy} | {"OMP_NUM_THREADS": "2"}
+    asked = [sys.executable, "-c", SPUN, json.dumps(dataclasses.asdict(tiny(iterations=3)))]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True)
+    training, after = json.loads(done.stdout.splitlines()[-1])
+    assert training < after / 5, (training, after)
