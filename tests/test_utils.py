@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -202,6 +204,61 @@ def test_the_others_name_a_rank_that_is_lost(how, monkeypatch):
     for rank in (0, 2):
         assert told[rank].startswith("no sign of life from rank 1 (") and "\n" not in told[rank]
         assert told[rank].endswith("; start all ranks again with --resume")
+
+
+def _be_suspended(world: World) -> object:
+    """What comes of a collective in which all ranks are suspended for longer than it may take."""
+    ranks = " ".join(map(str, world.gather_objects(os.getpid())))
+    if world.is_main:
+        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {ranks}; sleep 4; kill -CONT {ranks}"])
+    else:
+        for _ in range(15):
+            time.sleep(0.1)
+    try:
+        return world.gather_objects(world.rank)
+    except CollectiveError as fault:
+        return str(fault)
+
+
+@pytest.mark.dist
+def test_the_time_in_which_a_whole_group_was_suspended_does_not_count():
+    begun = time.monotonic()
+    assert run_ranks(2, _be_suspended, join_timeout_s=3) == [[0, 1], [0, 1]]
+    assert time.monotonic() - begun > 4  # they were
+
+
+END = """
+import sys, time
+from speedrun_mup.core.errors import CollectiveError
+from speedrun_mup.core.utils import join_world, leave_world
+world = join_world("cpu", 2)
+world.barrier()
+if world.rank == 1:
+    time.sleep(120)
+try:
+    world.barrier()
+except CollectiveError as fault:
+    print(fault)
+leave_world()
+"""
+
+
+@pytest.mark.dist
+def test_a_process_that_lost_a_rank_ends_though_gloo_waits_on(environment):
+    store = new_store()
+    environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    shared = os.environ | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", END], env=shared | {"RANK": rank}, stdout=subprocess.PIPE)
+        for rank in "01"
+    ]
+    try:
+        said, _ = ranks[0].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == CollectiveError.exit_code and b"no sign of life from rank 1 (" in said
 
 
 def test_a_port_that_nobody_answers_at_is_one_line(environment):

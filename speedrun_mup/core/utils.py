@@ -5,10 +5,12 @@ One process is a group of one: every collective below is the identity at size 1 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import dataclasses
 import datetime
 import functools
+import math
 import os
 import signal
 import sys
@@ -27,6 +29,8 @@ from speedrun_mup.core.seeds import seed_for
 
 PARENT_DIED = signal.SIGUSR2  # a signal of its own, because nobody means it twice
 ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
+LOOK_S = 1.0  # between two looks whether a collective over gloo is done
+PATIENCE = datetime.timedelta(days=100)  # of gloo itself, whose clock goes on while this process is suspended
 
 
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
@@ -66,7 +70,7 @@ class TreeSum:
 
 
 class Handle:
-    """A collective under way. `wait()` blocks until its result is in place; gloo has no futures for reduce-scatter."""
+    """A collective under way. `wait()` blocks until its result is in place."""
 
     def __init__(self, *finish: Callable[[], object]):
         self._finish = finish
@@ -82,8 +86,9 @@ class Handle:
 class World:
     """This process among its peers: `rank` of `size`, computing on `device`. Build one with `join_world`.
 
-    strict: sums over ranks are canonical trees. timeout_s: how long a collective waits for the others. Collectives raise
-    CollectiveError naming the ranks that give no sign of life.
+    strict: sums over ranks are canonical trees. timeout_s: how long a collective waits for the others; over gloo, time in
+    which this process was suspended does not count. Collectives raise CollectiveError naming the ranks that give no sign
+    of life.
     """
 
     rank: int = 0
@@ -103,7 +108,13 @@ class World:
         if self.size == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout_s))
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
         return dataclasses.replace(self, group=group)
+
+    @property
+    def over_gloo(self) -> bool:
+        """Whether the ranks talk over gloo, else NCCL."""
+        return self.group is not None or self.device.type != "cuda"
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Handle:
         """Reduce `tensor` in place over all ranks. op: sum, max or min."""
@@ -126,6 +137,9 @@ class World:
                 lambda: dist.all_to_all_single(parts, full.contiguous(), group=self.group, async_op=True)
             )
             return part, Handle(swap.wait, lambda: part.copy_(tree_sum(parts.chunk(self.size))))
+        if self.over_gloo:  # whose own is the same, in one wait that nothing can bound
+            whole = full.clone()
+            return part, Handle(self.all_reduce(whole).wait, lambda: part.copy_(whole.chunk(self.size)[self.rank]))
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return part, self._started(lambda: call(part, full.contiguous(), group=self.group, async_op=True))
 
@@ -141,21 +155,19 @@ class World:
         """Every rank's picklable `value`, in rank order, on every rank. Also a barrier."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        with self._noticing_the_lost():
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+        c10d, place = dist.distributed_c10d, torch.device("cpu") if self.over_gloo else self.device
+        mine, size = c10d._object_to_tensor(value, place, self.group)
+        sizes, gathering = self.all_gather(size)
+        gathering.wait()
+        longest = int(sizes.max())
+        texts, gathering = self.all_gather(torch.nn.functional.pad(mine, (0, longest - len(mine))))
+        gathering.wait()
+        texts = texts.cpu().view(self.size, longest)
+        return [c10d._tensor_to_object(text, int(size), self.group) for text, size in zip(texts, sizes, strict=True)]
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's picklable `value`, on every rank. Also a barrier for all but rank 0."""
-        if self.size == 1:
-            return value
-        box = [value]
-        with self._noticing_the_lost():
-            dist.broadcast_object_list(
-                box, src=0, group=self.group, device=self.device if self.device.type == "cuda" else None
-            )
-        return box[0]
+        """Rank 0's picklable `value`, on every rank. Also a barrier."""
+        return self.gather_objects(value if self.is_main else None)[0]
 
     def _started(self, start: Callable[[], Any]) -> Handle:
         with self._noticing_the_lost():
@@ -163,7 +175,10 @@ class World:
 
         def finish() -> None:
             with self._noticing_the_lost():
-                work.wait()
+                if self.over_gloo:
+                    _wait_awake(work, self.timeout_s)
+                else:
+                    work.wait()
 
         return Handle(finish)
 
@@ -174,6 +189,7 @@ class World:
             yield
         except RuntimeError as fault:
             said = f"{self._call_roll()} ({in_a_line(fault)})"
+            _abandon_groups()
             raise CollectiveError(f"{said}; start all ranks again with --resume") from fault
 
     def _call_roll(self) -> str:
@@ -193,6 +209,39 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.gather_objects(None)
+
+
+_abandoned: list[Any] = []  # groups in which a rank was lost
+
+
+def _abandon_groups() -> None:
+    """Have nobody wait for gloo's threads, which go on waiting for the lost: no destructor, nor the end of the process."""
+    if not _abandoned:
+        atexit.register(_end_at_once)
+    _abandoned.extend(dist.distributed_c10d._world.pg_map)
+
+
+def _end_at_once() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # full, closed, or None
+            stream.flush()
+    os._exit(CollectiveError.exit_code)
+
+
+def _wait_awake(work: Any, timeout_s: float) -> None:
+    """Wait for a collective over gloo for `timeout_s` of the time in which this process runs.
+
+    Nobody is called lost because a whole job was suspended: however long that was, it counts as one look.
+    """
+    for _ in range(math.ceil(timeout_s / LOOK_S)):
+        try:
+            work.wait(datetime.timedelta(seconds=min(timeout_s, LOOK_S)))
+            return
+        except RuntimeError:
+            if work.is_completed():  # just now, or by a fault, which comes again
+                work.wait()
+                return
+    raise RuntimeError(f"nothing came for {timeout_s:g} s")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -291,6 +340,8 @@ def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = Fa
             store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            if backend == "gloo":
+                dist.distributed_c10d._set_pg_timeout(PATIENCE)
         except RuntimeError as fault:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise CollectiveError(
