@@ -152,6 +152,17 @@ def test_without_noise_only_equal_widths_are_refused():
         measure_transfer(apart, sigma=0.005)
 
 
+def test_widths_that_are_alike_but_for_noise_are_a_note():
+    """No copies, so nothing refuses them; but a program that ignores --width gives just these."""
+    runs = honest(np.random.default_rng(0))
+    assert measure_transfer(runs).notes == ()
+    flat = [dataclasses.replace(run, loss=run.loss + 0.1 * WIDTHS.index(run.width)) for run in runs]
+    (note,) = measure_transfer(flat).notes
+    assert note.startswith("arm mup: widths 64 to 256 have the same loss up to noise (") and "reaches the runs" in note
+    lone = [run for run in flat if run.seed == 0]
+    assert measure_transfer(lone).notes == () and measure_transfer(lone, sigma=0.01).notes
+
+
 def test_a_run_that_is_there_twice_is_refused():
     runs = honest(np.random.default_rng(0))
     with pytest.raises(TransferError, match="two runs of arm mup, width 64, lr 0.125, seed 0"):
@@ -302,6 +313,8 @@ FURTHER_COLUMNS = {
     "parametrization": (lambda n, run: "mup" if run.width == 256 else "sp", False),
     "adam/weight_decay": (lambda n, run: 0.3 if run.width == 256 else 0.1, False),  # no power of width
     "wd": (lambda n, run: 0.1 * (n % 2), False),
+    "epochs": (lambda n, run: "inf" if run.width == 256 else 1, False),
+    "iterations": (lambda n, run: "9" * 400 if run.width == 256 else 5, False),
 }
 
 
@@ -320,6 +333,12 @@ def test_further_columns_matter_if_they_are_settings(tmp_path, column):
     rules = [note for note in table.notes if "counted as part of the rule" in note]
     assert len(rules) == (column in ("weight_decay", "eps", "model/init_std"))
     assert not rules or f"{column} goes as width^-" in rules[0]
+
+
+def test_of_two_columns_with_one_name_both_count(tmp_path):
+    runs = honest(np.random.default_rng(0))
+    table = write(tmp_path, runs, header="width,lr,seed,loss,depth,depth", extra=lambda run: (run.width, 6))
+    assert [doubt.kind for doubt in read_table(table).doubts] == ["depth"]
 
 
 def test_a_diverged_run_may_have_ended_early(tmp_path):

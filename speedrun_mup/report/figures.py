@@ -29,11 +29,11 @@ ASIDE, ASIDE_ALL = 0.06, 0.4  # octaves between two arms, and between the first 
 BAND: Color = ("#dcdcdc", "#3a3a3a")
 
 
-def lr_curves(result: TransferResult, label: str = "learning rate") -> list[Figure]:
+def lr_curves(result: TransferResult, label: str = "learning rate", loss: str = "loss") -> list[Figure]:
     """Loss against learning rate, or what was turned: a line per width, a panel per arm, the same axes.
 
     First the two panels that a reader compares: what is known not to transfer, and the arm under test. Any others follow
-    in a second figure. Raises TransferError.
+    in a second figure. label, loss: of the axes. Raises TransferError.
     """
     drawn = {name: arm for name, arm in result.arms.items() if arm.fits}
     if not drawn:
@@ -41,7 +41,7 @@ def lr_curves(result: TransferResult, label: str = "learning rate") -> list[Figu
     pair = _pair(result)
     rest = [name for name in drawn if name not in pair]
     both = (("lr-curves", [name for name in pair if name in drawn]), ("lr-curves-others", rest))
-    return [_lr_curves(name, [drawn[arm] for arm in arms], result, label) for name, arms in both if arms]
+    return [_lr_curves(name, [drawn[arm] for arm in arms], result, label, loss) for name, arms in both if arms]
 
 
 def main_arm(result: TransferResult) -> ArmResult:
@@ -57,7 +57,7 @@ def _pair(result: TransferResult) -> list[str]:
     return [*(arm.arm for arm in others[:1]), main]
 
 
-def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, label: str) -> Figure:
+def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, label: str, loss: str) -> Figure:
     """Marks of a width: its seeds, the line through their means, the fitted parabola, its optimum, what diverged."""
     colors, knob = width_colors(result), knob_name(result.knob)
     ranks = {width: rank for rank, width in enumerate(reversed(colors))}
@@ -91,7 +91,7 @@ def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, lab
     if name == "lr-curves-others":
         caption = "The other arms, drawn in the same way."
     limits = _loss_limits([fit for arm in arms for fit in arm.fits])
-    y = Axis("loss (nats per token)", limits=limits)
+    y = Axis(loss, limits=limits)
     return Figure(name, caption, Axis(label, "log2"), y, panels, keys, size=(3.3, 2.7))
 
 

@@ -64,7 +64,7 @@ def make_report(
         Section("In numbers", tables=[_arms(result)]),
         Section(
             f"Loss against {knob}",
-            figures=lr_curves(result, _knob_label(result, factors)),
+            figures=lr_curves(result, _knob_label(result, factors), "loss (nats per token)" if factors else "loss"),
             tables=[_widths(result)],
         ),
         _drift(result),

@@ -90,8 +90,23 @@ def measure_transfer(
         arms[arm] = _measure_arm(
             arm, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng, knob
         )
+    notes = [*notes, *(text for one in arms.values() for text in _alike(one, thresholds))]
     counted = [doubt for doubt in doubts if doubt.arm is None or doubt.arm in tested | set(controls)]
     return _doubting(arms, tested, thresholds, counted, accept, tuple(notes))
+
+
+def _alike(arm: ArmResult, thresholds: Thresholds) -> Iterator[str]:
+    """A line if noise hides what width does to the loss: of a program that ignores the width, all else looks well."""
+    usable = arm.usable
+    if len(usable) < 2 or usable[-1].width < thresholds.min_span * usable[0].width:
+        return
+    losses = [arm.best_loss(fit) for fit in usable]
+    lows, highs = zip(*(loss.interval() for loss in losses))
+    if max(lows) <= min(highs):  # never where noise is unknown
+        values = [loss.value for loss in losses]
+        span = f"widths {usable[0].width} to {usable[-1].width} have the same loss up to noise"
+        found = f"{min(values):.4f} to {max(values):.4f}, each at its best"
+        yield f"arm {printable(arm.arm, 60)}: {span} ({found}); see if the width reaches the runs"
 
 
 def _by_width(runs: Iterable[Run]) -> dict[str, dict[int, list[Run]]]:

@@ -43,15 +43,17 @@ def is_setting(column: str, knob: str) -> bool:
     return name in MADE_WITH or name in ALIKE or _follows(name, knob)
 
 
-def judge_settings(columns: Mapping[str, Sequence[tuple[str, Run]]], knob: str) -> tuple[list[Doubt], list[str]]:
+def judge_settings(
+    columns: Sequence[tuple[str, Sequence[tuple[str, Run]]]], knob: str
+) -> tuple[list[Doubt], list[str]]:
     """Doubts about runs of one arm that differ in a setting, and notes on what differs as it may.
 
     Args:
-        columns: header -> (cell, run) of every row, for columns that `is_setting`.
+        columns: header, and (cell, run) of every row, of columns that `is_setting`; two may be called the same.
         knob: what was turned.
     """
     doubts, notes = [], []
-    for column, cells in columns.items():
+    for column, cells in columns:
         # A diverged run may have ended early, on fewer steps and tokens.
         told = [(_value(column, cell), run) for cell, run in cells if math.isfinite(run.loss)]
         told = [(value, run) for value, run in told if value]
@@ -97,10 +99,12 @@ def _value(column: str, cell: str) -> str:
 
 
 def _number(text: str) -> float | None:
+    """The number in a cell; None for a word, and for what is not finite, which is no nearer to a number than a word."""
     try:
-        return float(text) if "_" not in text else None
+        number = float(text) if "_" not in text else math.inf
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _by_value(cells: Sequence[tuple[str, Run]]) -> dict[str, list[Run]]:
@@ -124,7 +128,7 @@ def _one_setting(column: str, cells: Sequence[tuple[str, Run]]) -> bool:
 def _power(cells: Sequence[tuple[str, Run]]) -> float | None:
     """The power of width that a setting follows, beside one of what was turned; None if it follows none."""
     numbers = [_number(value) for value, _ in cells]
-    known = [math.log(number) for number in numbers if number is not None and 0 < number < math.inf]
+    known = [math.log(number) for number in numbers if number is not None and number > 0]
     if len(known) < len(cells):
         return None
     place = [(1.0, math.log(run.width), math.log(run.lr)) for _, run in cells]

@@ -95,7 +95,7 @@ def read_table(path: str | Path, knob: str = LR, columns: Mapping[str, str] | No
             told.append((cells[number].strip()[:MOST_VALUE], run))
     if not runs:
         raise TransferError(f"{printable(path)}: a header but no rows; give one row per finished run")
-    doubts, notes = judge_settings({header[number]: told for number, told in settings.items()}, knob)
+    doubts, notes = judge_settings([(header[number], told) for number, told in settings.items()], knob)
     notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
     return Table([run for run, _ in runs.values()], tuple(notes), tuple(doubts))
 
