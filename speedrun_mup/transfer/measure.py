@@ -32,6 +32,7 @@ MOST_WIDTHS = 600  # curves of one width and one arm, of all arms together
 # Of a table that does not say where its runs began: a loss that lies further above the lowest than this many times that, or
 # than so many nats, whichever is more, was no model any more.
 EXPLODED = 10.0
+NO_GAIN = 0.01  # of the loss: less than four times the width gives in any sweep of ours
 HUGE = 1e30  # a loss beyond this is no number, whatever the others are
 MOST_SEEDS_WORTH = 10  # times those there are; beyond, the sweep is wrong and not small
 TOO_NOISY = "far too noisy for more seeds to settle it: train longer, or on a wider span of widths"
@@ -102,8 +103,9 @@ def _alike(arm: ArmResult, thresholds: Thresholds) -> Iterator[str]:
         return
     losses = [arm.best_loss(fit) for fit in usable]
     lows, highs = zip(*(loss.interval() for loss in losses))
-    if max(lows) <= min(highs):  # never where noise is unknown
-        values = [loss.value for loss in losses]
+    values = [loss.value for loss in losses]
+    near = max(values) - min(values) <= NO_GAIN * max(map(abs, values))
+    if near and max(lows) <= min(highs):  # never where noise is unknown
         span = f"widths {usable[0].width} to {usable[-1].width} have the same loss up to noise"
         found = f"{min(values):.4f} to {max(values):.4f}, each at its best"
         yield f"arm {printable(arm.arm, 60)}: {span} ({found}); see if the width reaches the runs"
