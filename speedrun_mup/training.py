@@ -947,7 +947,7 @@ def open_folder(cfg: TrainConfig, world: World, lock: FolderLock | None = None) 
             folder.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(folder)
         except OSError as fault:
-            raise _cannot_write(folder, fault) from None
+            raise _cannot_write(cfg, folder, fault) from None
         if not cfg.resume and os.path.lexists(folder / CONFIG):
             raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
         return folder
@@ -979,7 +979,7 @@ def open_log(cfg: TrainConfig, world: World, folder: Path, start: int) -> RunLog
             with open_to_append(folder / PROVENANCE) as file:
                 file.write(json.dumps(life) + "\n")
         except OSError as fault:
-            raise _cannot_write(folder, fault) from None
+            raise _cannot_write(cfg, folder, fault) from None
         if now != before:
             write_whole(folder / CONFIG, to_json(now) + "\n", "choose another folder with --out")
         return log
@@ -991,9 +991,10 @@ def open_log(cfg: TrainConfig, world: World, folder: Path, start: int) -> RunLog
     return log
 
 
-def _cannot_write(folder: Path, fault: OSError) -> ConfigError:
+def _cannot_write(cfg: TrainConfig, folder: Path, fault: OSError) -> ConfigError:
     where = printable(fault.filename or folder)
-    return ConfigError(f"{where} cannot be written ({fault.strerror}); choose another with --out")
+    advice = "go on in a copy of its folder, with --resume" if cfg.resume else "choose another with --out"
+    return ConfigError(f"{where} cannot be written ({fault.strerror}); {advice}")
 
 
 def _attempt(work: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """Going on with a run: longer, elsewhere, from other weights; which run `--resume auto` takes; folders that are renamed."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -307,3 +308,18 @@ def test_a_folder_may_be_renamed_between_two_lives(tiny):
     shutil.rmtree(run.folder / "checkpoints" / "step-00000006")
     moved = run.folder.rename(run.folder.parent / "moved")
     assert train(settings(tiny, moved)).folder == moved
+
+
+@pytest.mark.parametrize("resume, fix", [(True, "go on in a copy of its folder, with --resume"), (False, "with --out")])
+def test_a_run_on_a_disk_that_is_read_only_is_told_what_helps(tiny, monkeypatch, resume, fix):
+    cfg = tiny(name="there", iterations=1)
+    train(cfg)
+
+    def read_only(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("speedrun_mup.run_folder.open_lock", read_only)
+    there = f"{cfg.out}/there"
+    asked = dataclasses.replace(cfg, resume=there) if resume else dataclasses.replace(cfg, name="other")
+    with pytest.raises(ConfigError, match=rf"\.lock cannot be written \(Read-only file system\); .*{fix}$"):
+        train(asked)
