@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from speedrun_mup import __version__
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.synonyms import command_meaning
 from speedrun_mup.terminal import guarded
 
 COMMANDS = {  # the command's module in `commands` has the same name, and a function run(argv) -> exit code
@@ -62,6 +61,8 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
+            from speedrun_mup.synonyms import command_meaning
+
             raise ConfigError(f"unknown command {name}; {command_meaning(name, COMMANDS)}")
         # OpenMP reads it when torch is loaded. Threads that wait by spinning take the cores from each other's work as soon
         # as anything else runs on the machine.

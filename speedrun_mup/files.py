@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +128,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Killed at any instant, or with the power cut, this leaves the old file or the new one: the content is on the disk
     before the rename, and the rename before this returns. A link in the place of `path` is replaced, not followed.
     """
-    part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with new_file(part) as file:
             yield file

@@ -6,7 +6,6 @@ Imports nothing heavy, so that `--help` and a misspelt flag answer at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import os
 import re
@@ -122,6 +121,8 @@ def _advice(parser: Parser, asked: str) -> str:
     elsewhere = "; it is a flag of speedrun-mup train and has no effect here" if spelled in parser.elsewhere else ""
     if not elsewhere and (meaning := flag_meaning(asked)):
         elsewhere = f"; not in this command; elsewhere: {meaning}"
+    import difflib
+
     longer = [flag for flag in flags if len(asked) > 2 and flag.startswith(f"{asked}-")]
     near = longer or difflib.get_close_matches(spelled, flags, n=1, cutoff=0.9 if elsewhere else 0.6)
     return f"; did you mean {near[0]}?" if near else elsewhere or "; see --help"

@@ -5,7 +5,6 @@ The names are those of nanoGPT, modded-nanogpt, litgpt, Hugging Face's Trainer, 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -403,5 +402,7 @@ def command_meaning(asked: str, commands: Collection[str], meanings: Mapping[str
     for names, answer in meanings.items():
         if word in names.split():
             return f"there is {answer}" if answer.startswith("none") else f"use {answer}"
+    import difflib
+
     near = difflib.get_close_matches(word, [*commands, "help"], n=1)
     return f"did you mean {near[0]}?" if near else f"choose {', '.join(commands)}"
