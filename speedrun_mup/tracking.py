@@ -438,11 +438,14 @@ class RunLog:
         return tokens / steps, max(seconds, 1e-9) / steps
 
     def val(self, record: Mapping[str, Any]) -> None:
-        """One validation: kind, step, loss, train_s."""
+        """One validation: kind, step, loss, train_s and, where it is known, bits_per_byte."""
         if self._main:
             self._keep(record)
+            bits = record.get("bits_per_byte")
+            per_byte = "" if bits is None else f" ({bits:.3f} bits per byte)"
             self.say(
-                f"step {record['step']}/{self._steps}  val_loss {record['loss']:.4f}  train time {clock(record['train_s'])}"
+                f"step {record['step']}/{self._steps}  val_loss {record['loss']:.4f}{per_byte}  "
+                f"train time {clock(record['train_s'])}"
             )
 
     def _keep(self, record: Mapping[str, Any]) -> None:
