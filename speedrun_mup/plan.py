@@ -1,4 +1,4 @@
-"""Which small runs a big one needs, what they cost, what learning rate and loss they promise, and if it came true.
+"""Which small runs a big one needs, what they cost, what learning rate and loss they promise, and by how much they miss.
 
     plan = make_plan(target, out, engine, budget_minutes=30)    # widths, seeds, cost; writes plan.json
     run_plan(plan, out, engine)
@@ -39,7 +39,7 @@ from speedrun_mup.sweep import (
     run_sweep,
 )
 from speedrun_mup.tracking import clock, read_metrics
-from speedrun_mup.transfer import Thresholds, TransferError, loss_forecast
+from speedrun_mup.transfer import ArmResult, Forecast, Thresholds, TransferError, loss_forecast
 
 PLAN, VERSION = "plan.json", 1
 # Octaves to run, and those that the sweep usually adds to them: half octaves if it is refined, else one on the better side.
@@ -55,6 +55,8 @@ FORWARD_SHARE = 1 / 3  # of a training step's FLOPs
 # Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
 # per octave squared is usual for small language models. It only serves to say in advance what a plan will achieve.
 NOISE_OVER_CURVATURE = 0.25
+LAW_WIDTHS, FEW_SEEDS = 4, 3  # widths that tell the law of the loss; fewer seeds leave the noise uncertain
+WIDE = 20  # standard deviations of one run; an interval of the loss wider than this is explained
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ class Plan:
     def summary(self) -> str:
         """For a terminal."""
         target = self.target
+        dear = " (for a target this small tuning costs more than training it; the share falls with the target's size)"
+        dear = dear if self.flops > self.target_flops else ""
         lines = [
             f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
             f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
             f"proxies: widths (seeds) {self.proxies}, about {self.points} learning rates each: about {self.runs} runs",
-            f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run; "
+            f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run{dear}; "
             f"about {clock(self.sweep_s)} with {self.workers} workers",
             f"the learning rate will be known within a factor of about {2**self.lr_error:.2f} (standard error)",
         ]
@@ -451,6 +455,7 @@ class Prediction:
     """What the sweep says about the target run; intervals hold 90 %.
 
     lr_scale: what to give the target. verdict: of the transfer measurement. method: of both forecasts, in words.
+    wide: why the interval of the loss is wide, where it is.
     """
 
     width: int
@@ -460,6 +465,7 @@ class Prediction:
     loss_interval: tuple[float, float]
     verdict: str
     method: str
+    wide: str = ""
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Prediction:
@@ -501,9 +507,27 @@ def predict(out: Path) -> Prediction:
         loss_interval=forecast.loss.interval(),
         verdict=arm.verdict.value,
         method=forecast.method,
+        wide=_why_wide(arm, forecast),
     )
     write_whole(out / PLAN, json.dumps(content | {"prediction": asdict(prediction)}, indent=1, allow_nan=False) + "\n")
     return prediction
+
+
+def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
+    """A sentence where the interval of the loss is far wider than the scatter of runs alone would make it."""
+    low, high = forecast.loss.interval()
+    if not high - low > WIDE * arm.noise.total > 0:
+        return ""
+    widths, seeds = [fit.width for fit in arm.usable], [len(fit.cells.losses) for fit in arm.usable]
+    reasons = []
+    if len(widths) < LAW_WIDTHS:
+        reasons.append(f"{len(widths)} widths do not tell how the loss falls with width: more widths narrow it")
+    if min(seeds) < FEW_SEEDS:
+        reasons.append(
+            f"seeds are few ({', '.join(map(str, seeds))} at widths {', '.join(map(str, widths))}): more narrow it"
+        )
+    why = ", and because ".join(reasons) or f"width {forecast.width} is far from the widths of the sweep"
+    return f"the interval is {(high - low) / arm.noise.total:.0f} standard deviations of one run wide because {why}"
 
 
 def advised(out: Path) -> TrainConfig:
@@ -526,13 +550,17 @@ class Comparison:
         low, high = self.prediction.loss_interval
         return low <= self.measured <= high
 
+    @property
+    def miss(self) -> str:
+        """How far off the prediction was, in words."""
+        low, high = self.prediction.loss_interval
+        apart, where = self.measured - self.prediction.loss, "inside" if self.inside else "outside"
+        return f"missed by {apart:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})"
+
     def summary(self) -> str:
         """For a terminal."""
-        (low, high), predicted = self.prediction.loss_interval, self.prediction.loss
-        lines = [
-            f"validation loss: predicted {predicted:.4f} (90 % {low:.4f} to {high:.4f}), measured {self.measured:.4f}, "
-            f"{self.measured - predicted:+.4f}: {'inside' if self.inside else 'outside'}"
-        ]
+        predicted = f"validation loss: predicted {self.prediction.loss:.4f}, measured {self.measured:.4f}"
+        lines = [f"{predicted}: {self.miss}", *([self.prediction.wide] if self.prediction.wide else [])]
         if abs(self.octaves) > 0.01:
             lines.append(f"the run's learning rate is 2^{self.octaves:+.2f} times the predicted one")
         return "\n".join(lines)
@@ -573,7 +601,10 @@ def _read_plan(out: Path) -> dict[str, Any]:
         content = json.loads(read_bytes(out / PLAN))
         needed = {entry.name for entry in fields(Plan)} | {"corpus", "budget", "prediction"}
         promised = {entry.name for entry in fields(Prediction)}
-        whole = needed <= content.keys() and (content["prediction"] or dict.fromkeys(promised)).keys() == promised
+        whole = (
+            needed <= content.keys()
+            and promised - {"wide"} <= (content["prediction"] or dict.fromkeys(promised)).keys() <= promised
+        )
         if content["version"] != VERSION or not whole:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -1217,6 +1217,12 @@ def _knob(definition: Mapping[str, Any]) -> str:
     return knob if is_rate(knob) else f"{knob}_factor"
 
 
+def knob_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
+    """The flag for what the sweep turned, and its value where the factor is 1: ("--lr-scale", 1.0)."""
+    name = definition["base"]["knob"]
+    return f"--{name.replace('_', '-')}", (definition["base"] | definition["arms"][arm]["settings"])[name]
+
+
 def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any) -> TransferResult:
     """`measure_transfer` on a sweep folder, with its controls, base width and training curves.
 

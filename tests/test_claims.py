@@ -215,6 +215,7 @@ def test_columns_may_be_called_otherwise(tmp_path, capsys):
     assert main(["transfer", str(table), *columns]) == 0
     told = capsys.readouterr().out
     assert "note: columns not used: seq, Name, State, train/loss" in told and told.count("\nnote: ") == 1
+    assert '. Name ("run 0.125", ' in told and ") differs between runs: harmless where it is only a comment" in told
     assert read_runs(table, columns={"width": "n_embd", "lr": "learning_rate", "loss": "val/loss"}) == [
         dataclasses.replace(run, arm="runs") for run in runs
     ]
@@ -268,7 +269,7 @@ def test_settings_that_should_be_equal_and_differ_make_inconclusive(tmp_path, ca
     assert main(["transfer", str(table), "--accept", "steps"]) == 0
     assert "note: accepted: steps has 2 values" in capsys.readouterr().out
     assert main(["transfer", str(table), "--accept", "depth"]) == 3
-    assert "accept depth: no such doubt about these runs; there is steps" in capsys.readouterr().err
+    assert "--accept depth: no such doubt about these runs; there is steps" in capsys.readouterr().err
     equal = write(tmp_path, runs, "equal.csv", "width,lr,seed,loss,steps", lambda run: (1000,))
     assert main(["transfer", str(equal)]) == 0
 

@@ -1,4 +1,4 @@
-"""Plans: the cheapest sweep that answers the question, what it promises, and whether that came true."""
+"""Plans: the cheapest sweep that answers the question, what it promises, and by how much it misses."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from test_transfer import sweep
 
 from speedrun_mup import plan as plan_module
 from speedrun_mup.cli import main
@@ -36,7 +37,7 @@ from speedrun_mup.plan import (
 )
 from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_sweep
 from speedrun_mup.training import train
-from speedrun_mup.transfer import TransferError
+from speedrun_mup.transfer import TransferError, loss_forecast, measure_transfer
 
 SPEED = 1e9  # FLOPs per second of a worker
 OVERHEAD_S = 2.0
@@ -115,6 +116,9 @@ def test_costs_are_counted(wide, out):
     assert plan.target_s == pytest.approx(plan.target_flops / SPEED / 2)
     assert {(cell.cfg.iterations, cell.width) for cell in engine.ran} == {(3, width) for width in plan.widths}
     assert f"{plan.flops / plan.target_flops:.1%} of the target run" in plan.summary()
+    assert ("tuning costs more than training" in plan.summary()) == (plan.flops > plan.target_flops)
+    dear = dataclasses.replace(plan, flops=1.5 * plan.target_flops)
+    assert "150.0% of the target run (for a target this small tuning costs more than training it" in dear.summary()
     cheap = make_plan(wide, out, engine, budget_flops=plan.flops / 4)
     assert cheap.flops <= plan.flops / 4 and cheap.seeds[0] > cheap.seeds[-1]
     assert {(sweep.widths, len(sweep.seeds)) for sweep in cheap.sweeps} == {
@@ -387,6 +391,21 @@ def test_without_a_plan_or_a_sweep_there_is_no_prediction(target, out, tmp_path)
         predict(tmp_path / "lone")
 
 
+def test_a_wide_interval_is_explained():
+    """Three widths do not tell the law; with four, and the noise well known, there is nothing to explain."""
+    three, four = (
+        next(iter(measure_transfer(sweep(widths=widths, sigma=0.001, offset=0.001, seeds=range(8))).arms.values()))
+        for widths in ((64, 128, 256), (64, 128, 256, 512))
+    )
+    told = plan_module._why_wide(three, loss_forecast(three, 2048))
+    assert "because 3 widths do not tell how the loss falls with width" in told and "seeds" not in told
+    few = next(
+        iter(measure_transfer(sweep(widths=(64, 128, 256), sigma=0.001, offset=0.001, seeds=(0, 1))).arms.values())
+    )
+    assert "seeds are few (2, 2, 2 at widths 64, 128, 256)" in plan_module._why_wide(few, loss_forecast(few, 2048))
+    assert plan_module._why_wide(four, loss_forecast(four, 512)) == ""
+
+
 def test_predicted_against_measured(swept, target, out):
     prediction = predict(out)
     result = train(dataclasses.replace(target, lr_scale=2 * prediction.lr_scale, seed=5, name="target", save=False))
@@ -394,8 +413,10 @@ def test_predicted_against_measured(swept, target, out):
     assert comparison.prediction == prediction and comparison.measured == result.val_loss
     assert comparison.octaves == pytest.approx(1) and "2^+1.00 times the predicted" in comparison.summary()
     assert not comparison.inside and "outside" in comparison.summary()
+    wide = dataclasses.replace(comparison, prediction=dataclasses.replace(prediction, wide="the interval is wide"))
+    assert "\nthe interval is wide\n" in wide.summary()
     near = dataclasses.replace(comparison, measured=prediction.loss, octaves=0.0)
-    assert near.inside and near.summary().endswith("inside")
+    assert near.inside and "missed by +0.0000 nats; inside the 90 % interval (" in near.summary()
 
 
 def test_only_the_planned_run_is_compared(swept, target, out):

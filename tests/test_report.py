@@ -176,7 +176,8 @@ def test_the_curves_of_the_figure_are_those_of_the_measurement(result):
     seeds, bowl, means, best, _ = marks
     assert len(seeds.x) == fit.cells.losses.size
     assert np.allclose(means.y, fit.cells.mean) and np.allclose(np.log2(means.x), fit.cells.log2_lr)
-    assert np.allclose(np.log2(best.x), fit.optimum) and best.y[0] == pytest.approx(min(bowl.y), abs=1e-4)
+    assert np.allclose(np.log2(best.x), fit.optimum) and best.y[0] == result.arms["mup"].best_loss(fit).value
+    assert min(bowl.y) == pytest.approx(float(fit.bowls.floor[0]), abs=1e-4)
     crosses = [mark for mark in figure.panels[0].marks if mark.kind == "cross"]
     assert [np.log2(mark.x).tolist() for mark in crosses] == [
         list(fit.cells.diverged) for fit in result.arms["sp"].fits
@@ -244,6 +245,13 @@ def test_a_table_gives_a_report_that_says_what_is_absent(tmp_path):
     assert report.figures[0].x.label == "learning rate"
 
 
+def test_a_pass_without_a_control_says_so_in_the_headline(whole):
+    lone = make_report(CSV, measure_transfer(sweep()))
+    assert lone.verdict == "PASS" and to_markdown(lone).startswith(f"# {CSV.stem}: PASS (without a control)\n")
+    assert '<span class="verdict WARN">PASS (without a control)</span>' in to_html(lone)
+    assert '<span class="verdict PASS">PASS</span>' in to_html(whole)
+
+
 def test_of_a_strangers_table_only_what_it_tells_is_said(tmp_path, swept):
     """Not that its loss is that of a validation, per token; nor what to expect of widths beyond runs that are not alike."""
     result = measure_transfer(sweep())
@@ -284,7 +292,11 @@ def test_a_report_begins_with_what_to_do(swept, whole):
     use, expect, measured, rate = whole.answer
     assert f"`--lr-scale {prediction.lr_scale:.4g}`" in use and f"{prediction.lr_scale_interval[0]:.4g} to" in use
     assert f"{prediction.loss:.4f} nats per token (90 % interval {low:.4f} to {high:.4f})" in expect
-    assert measured.startswith(f"Measured: {compare(out, run).measured:.4f}")
+    comparison = compare(out, run)
+    assert (
+        measured.startswith(f"Measured: {comparison.measured:.4f}; {comparison.miss}") and "came true" not in measured
+    )
+    assert f"missed by {comparison.measured - prediction.loss:+.4f} nats; " in measured
     assert f"with {1 / prediction.lr_scale:.3g} times the rate above" in rate
     page, text = to_html(whole), to_markdown(whole)
     assert page.index("--lr-scale") < page.index("stays where it is as") < page.index("<figure")
@@ -358,12 +370,12 @@ def test_cost_is_flops_of_the_sweep_over_those_of_the_target(swept, whole):
     cells = read_results(out)
     ratio = sum(cell.flops for cell in cells) / run_flops(target, 65)
     part = section(whole, "Cost")
-    assert f"everything {ratio:.1%}" in part.text[1]
+    assert f"all runs {ratio:.1%}" in part.text[1]
     points = {mark.tags.get("arm"): mark for mark in part.figures[0].panels[0].marks if mark.kind == "points"}
     mine = sum(cell.flops for cell in cells if cell.arm == "mup") / run_flops(target, 65)
     assert f"{ratio:.1f} times as much as the run" in part.text[2] and ratio > 1
     assert points[None].y == [pytest.approx(ratio)] and points["mup"].y == [pytest.approx(mine)]
-    assert {row[0] for row in part.tables[0].rows} == {"muP", "Standard parametrization (Adam)", "everything"}
+    assert {row[0] for row in part.tables[0].rows} == {"muP", "Standard parametrization (Adam)", "all runs"}
 
 
 def test_the_vocabulary_follows_from_the_flops_of_any_cell(swept, tmp_path):

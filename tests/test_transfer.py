@@ -278,9 +278,11 @@ def test_one_seed_everywhere_needs_sigma():
     told = measure_arm(runs, sigma=0.005)
     assert told.verdict is Verdict.PASS
     for sigma in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(TransferError, match="sigma=.* must be positive and finite"):
+        with pytest.raises(TransferError, match="--sigma .*: must be positive and finite"):
             measure_arm(runs, sigma=sigma)
-    with pytest.raises(TransferError, match="sigma=0.1: runs with several seeds tell the noise already; leave it out"):
+    with pytest.raises(
+        TransferError, match="--sigma 0.1: runs with several seeds tell the noise already; leave it out"
+    ):
         measure_arm(sweep(), sigma=0.1)  # a large one would hide a drift, a small one invent certainty
     # SE(D) = sigma / (sqrt(40) c h) / sqrt(sum (j - mean j)^2), mup notes 4.4; equal weights here.
     assert told.drift.se == pytest.approx(0.005 / (math.sqrt(40) * 0.025) / math.sqrt(5), rel=0.3)
@@ -522,7 +524,7 @@ def test_arms_that_are_not_tested_are_measured_and_do_not_count():
         (sweep(), {"controls": {"sp": -1.0}}, "control 'sp' is not among the arms \\(mup\\)"),
         (sweep(), {"controls": {"mup": 0.0}}, "a predicted drift of 0"),
         (sweep(), {"controls": {"mup": -1.0}}, "every arm \\(mup\\) is a control"),
-        (sweep(), {"base_width": 768}, "base_width=768 was not run in arm mup; it has 64, 128, 256, 512"),
+        (sweep(), {"base_width": 768}, "--base-width 768: was not run in arm mup; it has 64, 128, 256, 512"),
     ],
 )
 def test_wrong_arguments_are_one_line_errors(runs, options, message):
@@ -733,6 +735,16 @@ def test_forecast_intervals_cover_with_few_seeds(seeds, loss, rate):
             low, high = told.interval()
             hits[i] += low <= true <= high
     assert hits[0] >= 100 * loss and hits[1] >= 100 * rate
+
+
+def test_a_forecast_in_words_has_no_power_of_zero_and_names_a_flag():
+    runs = [dataclasses.replace(run, loss=run.loss - 1.5 * (run.width / 64) ** -0.5) for run in sweep(sigma=0.001)]
+    runs = [dataclasses.replace(run, loss=run.loss - 0.1 * math.log2(run.width)) for run in runs]
+    line = loss_forecast(measure_arm(runs), 2048)
+    assert line.exponent.value == 0 and "loss from a straight line in log width through 4 widths" in line.method
+    assert "w^-0.5" in loss_forecast(measure_arm(sweep(sigma=0.001, offset=0.0)), 2048).method
+    rate = 2**line.log2_lr.value
+    assert f", lr {rate:.4g} (" in str(line) and f", --lr-scale {2 * rate:.4g} (" in line.told("--lr-scale", 2.0)
 
 
 def test_forecast_follows_a_drift():

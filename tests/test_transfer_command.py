@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
     rows = Path(TABLE).read_text().splitlines()
     lone.write_text("\n".join([rows[0], *(row for row in rows[1:] if row.split(",")[3] == "0")]))
     assert main(["transfer", str(lone), "--controls", "adam-const=-1"]) == 1
-    assert "the noise is unknown" in capsys.readouterr().out
+    assert "the noise is unknown" in (told := capsys.readouterr().out) and "such as --sigma 0.005" in told
     assert main(["transfer", str(lone), "--controls", "adam-const=-1", "--sigma", "0.005"]) == 0
 
 
@@ -50,8 +52,8 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--controls", "sp=-1"], "control 'sp' is not among the arms"),
         ([TABLE, "--controls", "sp=nan"], "give every arm once, with a finite drift"),
         ([TABLE, "--controls", "sp=-1,sp=-2"], "give every arm once, with a finite drift"),
-        ([TABLE, "--sigma", "0.5"], "sigma=0.5: runs with several seeds tell the noise already; leave it out"),
-        ([TABLE, "--base-width", "100"], "base_width=100 was not run in arm"),
+        ([TABLE, "--sigma", "0.5"], "--sigma 0.5: runs with several seeds tell the noise already; leave it out"),
+        ([TABLE, "--base-width", "100"], "--base-width 100: was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
         ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
         ([TABLE, "--knob", "Loss"], "knob loss is a column with another meaning"),
@@ -109,6 +111,21 @@ def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
     assert (
         "## Drift of the best weight_decay" in text and "learning rate" not in text.partition("## Words used here")[0]
     )
+
+
+def test_the_command_that_a_report_names_measures_the_same(tmp_path, capsys):
+    """It runs as it stands, with all that the report was asked with."""
+    table = tmp_path / "my runs.csv"
+    lines = Path(TABLE).read_text().splitlines()
+    header = lines[0].replace("Width", "n embd")
+    table.write_text("\n".join([header, *(row for row in lines[1:] if row.split(",")[3] == "0")]))
+    flags = ["--columns", "width=n embd", "--controls", "adam-const=-1", "--sigma", "0.005", "--base-width", "256"]
+    assert main(["report", str(table), *flags, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    (command,) = re.findall("`(speedrun-mup transfer .*?)`", (tmp_path / "out" / "report.md").read_text())
+    words = shlex.split(command.replace("WIDTH", "4096"))
+    assert words[1:3] == ["transfer", str(table)] and set(flags) <= set(words)
+    assert main(words[1:]) == 0 and "width 4096: loss" in capsys.readouterr().out
 
 
 def test_two_tables_in_one_folder_have_a_report_each(tmp_path):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.commands.transfer import add_source, measure
+from speedrun_mup.commands.transfer import add_source, command_for, measure
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import own_folder, printable
 from speedrun_mup.flags import new_parser, parse
@@ -39,7 +39,8 @@ def run(argv: Sequence[str]) -> int:
     beside = source / "report" if source.is_dir() else source.with_name(f"{source.stem}-report")
     out = arguments.out or own_output_folder(beside)
     command = ["speedrun-mup", "report", *argv]
-    report = make_report(source, result, arguments.coord_check, arguments.target, command, _guide(out))
+    again = command_for(arguments, "--predict", "WIDTH")
+    report = make_report(source, result, arguments.coord_check, arguments.target, command, _guide(out), again)
     faults: list[str] = []
     written = write_report(report, out, faults.append)
     for line in report.answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,16 @@ from speedrun_mup.flags import new_parser, parse
 if TYPE_CHECKING:
     from speedrun_mup.transfer import Forecast, TransferResult
 
+_ASKED = (
+    "knob",
+    "columns",
+    "controls",
+    "tested",
+    "base_width",
+    "sigma",
+    "initial_loss",
+    "accept",
+)  # flags of `add_source`
 WIDEST = 2**31  # width that a forecast is made for
 
 
@@ -36,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     print(result.to_json(forecasts) if arguments.json else result.summary())
     if forecasts and not arguments.json:
         print("\nforecast")
-        print("\n".join(f"- {name}: {forecast}" for name, forecast in forecasts.items()))
+        print("\n".join(f"- {name}: {_told(arguments.source, name, forecast)}" for name, forecast in forecasts.items()))
     return 0 if result.verdict == "PASS" else 1
 
 
@@ -52,6 +63,25 @@ def _forecasts(result: TransferResult, width: int, tested: Collection[str] | Non
             except TransferError as fault:
                 forecasts[name] = f"none; {fault}"
     return forecasts
+
+
+def _told(source: Path, arm: str, forecast: Forecast | str) -> str:
+    """A forecast for a terminal; of a sweep it gives the setting as a flag to paste."""
+    if isinstance(forecast, str) or not source.is_dir():
+        return str(forecast)
+    from speedrun_mup.sweep import knob_flag, read_definition
+
+    return forecast.told(*knob_flag(read_definition(source), arm))
+
+
+def command_for(arguments: argparse.Namespace, *more: str) -> str:
+    """The `speedrun-mup transfer` that measures the same, and `more`, for a shell."""
+    words = ["speedrun-mup", "transfer", str(arguments.source)]
+    for name in _ASKED:
+        value = getattr(arguments, name)
+        if value not in (None, "", (), []):
+            words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join([*words, *more])
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

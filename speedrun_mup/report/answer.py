@@ -18,7 +18,7 @@ from speedrun_mup.report.contents import Table
 from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
-from speedrun_mup.sweep import CELLS, RESULT, CellResult, read_definition
+from speedrun_mup.sweep import CELLS, RESULT, CellResult, knob_flag, read_definition
 from speedrun_mup.tracking import CONFIG, lives
 from speedrun_mup.transfer import ArmResult, TransferError, TransferResult, WidthFit, is_rate, knob_name, loss_forecast
 
@@ -75,12 +75,7 @@ def _of_plan(seen: Measured, forecast: Prediction) -> Iterator[str]:
     if seen.comparison is None:
         yield "Measured: nothing yet. Train the target, then give its folder with `--target`."
         return
-    apart = seen.comparison.measured - forecast.loss
-    where = (
-        "inside the interval: it came true" if seen.comparison.inside else "outside the interval: it did not come true"
-    )
-    side = "above" if apart > 0 else "below"
-    yield f"Measured: {seen.comparison.measured:.4f}, {abs(apart):.4f} {side} what was expected, {where}."
+    yield f"Measured: {seen.comparison.measured:.4f}; {'; '.join(filter(None, (seen.comparison.miss, forecast.wide)))}."
     if abs(seen.comparison.octaves) > 0.01:
         yield f"That run was trained with {2**seen.comparison.octaves:.3g} times the rate above."
 
@@ -130,9 +125,9 @@ def _setting(seen: Measured, arm: ArmResult, fit: WidthFit) -> str:
     if seen.factors:
         told += " times what was tuned"
     if seen.swept:
-        name, asked = knob.removesuffix("_factor"), read_definition(seen.source)
-        value *= (asked["base"] | asked["arms"][arm.arm]["settings"])[name]
-        told = f"`--{name.replace('_', '-')} {value:.4g}`"
+        flag, unit = knob_flag(read_definition(seen.source), arm.arm)
+        value *= unit
+        told = f"`{flag} {value:.4g}`"
     return told if error != error else f"{told} (90 % interval {value / error:.4g} to {value * error:.4g})"
 
 

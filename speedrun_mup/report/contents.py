@@ -143,6 +143,7 @@ class Report:
         facts: What was trained, on what, by what; name and value.
         terms: Word -> its explanation, for the words of the field that the report uses.
         guide: Where the documentation lies as seen from the report's folder, else None.
+        controlled: Whether an arm with a wrong rule shows that the measurement would have noticed one.
     """
 
     title: str
@@ -156,6 +157,12 @@ class Report:
     facts: Sequence[tuple[str, str]] = ()
     terms: Mapping[str, str] = field(default_factory=dict)
     guide: str | None = None
+    controlled: bool = True
+
+    @property
+    def headline(self) -> str:
+        """The verdict, and what it lacks."""
+        return self.verdict if self.controlled or self.verdict != "PASS" else "PASS (without a control)"
 
     @property
     def figures(self) -> list[Figure]:

@@ -30,7 +30,7 @@ def cost_section(
     source = folder / CELLS / widest.id / RESULT
     like = target or from_json(json.dumps(widest.config), source)
     vocab = vocabulary(widest, source)
-    everything = _Cost("everything", list(cells))
+    everything = _Cost("all runs", list(cells))
     arms = [_Cost(name, [cell for cell in cells if cell.arm == name]) for name in result.arms]
     tuning = next(arm for arm in arms if arm.name == main_arm(result).arm)
     shown = [everything, tuning] if len(arms) > 1 else [everything]

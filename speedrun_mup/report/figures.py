@@ -85,7 +85,8 @@ def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, lab
         keys.append(Key("diverged", "cross"))
     caption = (
         f"Loss against {knob}, a line per width, means over seeds (faint dots: single seeds). Diamonds: the best {knob} of a "
-        "width, from the parabola behind its line; hollow where it does not count. Dotted: the best of the base width. "
+        "width, from the parabola behind its line, at the loss of the table below, from a narrower one that keeps closer to the "
+        "points; hollow where it does not count. Dotted: the best of the base width. "
         "If rates transfer, the diamonds stand above one another."
     )
     if name == "lr-curves-others":
@@ -140,7 +141,9 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, symbol: str, rank: int) 
         Mark("points", lr[column], cells.losses[seed, column], color, f"{name}, one seed", tags, **faint),
         Mark("line", 2**near, bowl, color, tags=tags, size=3.6, opacity=0.22),
         Mark("line", lr, cells.mean, color, f"{name}, mean over seeds", tags, **means),
-        Mark("points", [2**fit.optimum], bowls.floor[:1], color, f"{name}: best {knob_name(arm.knob)}", tags, **best),
+        Mark(
+            "points", [2**fit.optimum], fit.best_losses[:1], color, f"{name}: best {knob_name(arm.knob)}", tags, **best
+        ),
         Mark("cross", [2**x for x in cells.diverged], [rank] * len(cells.diverged), color, tags=tags),
     ]
 
@@ -205,8 +208,8 @@ def drift(result: TransferResult) -> Figure:
     if any(fit.problems for arm, _ in drifts.values() for fit in arm.fits):
         keys.append(Key("does not count", "points", hollow=True))
     caption = (
-        f"How far the best {knob} moves with width, counted from the base width. Above each panel the drift, in octaves per "
-        "doubling of width, with its 90 % interval; a line inside the grey zone passes as transfer."
+        f"How far the best {knob} moves with width, counted from the fitted line at the base width. Above each panel the drift, "
+        "in octaves per doubling of width, with its 90 % interval; a line inside the grey zone passes as transfer."
     )
     y = Axis(f"shift of the best {knob} (octaves)")
     return Figure("drift", caption, Axis("width", "log2", ticks=widths), y, panels, keys, size=(2.6, 2.5))

@@ -36,7 +36,7 @@ def _inactive(text: str) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield f"# {escape(f'{report.title}: {report.verdict}')}"
+    yield f"# {escape(f'{report.title}: {report.headline}')}"
     yield ""
     yield from (f"{escape(line)}\n" for line in report.answer)
     if report.rates:

@@ -43,7 +43,7 @@ def to_html(report: Report) -> str:
     drawn = {"title": report.title, "switches": report.switches, "figures": list(map(asdict, report.figures))}
     data = json.dumps(_plain(drawn), allow_nan=False, separators=(",", ":"))
     return _PAGE.format(
-        title=escape(f"{report.title}: {report.verdict}"),
+        title=escape(f"{report.title}: {report.headline}"),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         body="\n".join(_body(report, _Text(report.terms))),
         data=data.replace("<", "\\u003c"),
@@ -89,7 +89,8 @@ def _anchor(term: str) -> str:
 
 
 def _body(report: Report, text: _Text) -> Iterator[str]:
-    yield f'<h1>{escape(report.title)} <span class="verdict {report.verdict}">{escape(report.verdict)}</span></h1>'
+    color = report.verdict if report.headline == report.verdict else "WARN"
+    yield f'<h1>{escape(report.title)} <span class="verdict {color}">{escape(report.headline)}</span></h1>'
     yield '<div class="top">\n<main>'
     yield from (f'<p class="lead">{text(line)}</p>' for line in report.answer[:1])
     yield from (f"<p>{text(line)}</p>" for line in report.answer[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from speedrun_mup.report.words import TERMS, TERMS_OF_TABLE, arm_words, verdict_
 from speedrun_mup.sweep import read_results
 from speedrun_mup.sweep import training_curves as read_curves
 from speedrun_mup.transfer import TransferResult, is_rate, knob_name
+from speedrun_mup.transfer.runs import LR
 
 
 def make_report(
@@ -36,6 +38,7 @@ def make_report(
     target: Path | None = None,
     command: Sequence[str] = (),
     guide: str | None = None,
+    predict: str = "",
 ) -> Report:
     """The report on a measurement.
 
@@ -46,6 +49,7 @@ def make_report(
         target: Folder of the finished run that the plan in `source` was made for.
         command: What asked for the report, to be told in it.
         guide: Where docs/transfer.md lies as seen from the report's folder, if it is there.
+        predict: The command that predicts a wider run from the same measurement.
 
     Raises:
         ConfigError: One of these is not what it should be.
@@ -68,7 +72,7 @@ def make_report(
             tables=[_widths(result)],
         ),
         _drift(result),
-        _best(source, result, prediction, comparison),
+        _best(result, prediction, comparison, predict or _predict(source, result)),
     ]
     if swept:
         sections.append(Section("Training curves", _wider(result), [training_curves(result, read_curves(source))]))
@@ -94,6 +98,7 @@ def make_report(
         facts=facts(seen, command),
         terms=TERMS if factors else TERMS_OF_TABLE,
         guide=guide,
+        controlled=any(arm.predicted is not None for arm in result.arms.values()),
     )
 
 
@@ -164,14 +169,19 @@ def _drift(result: TransferResult) -> Section:
     return Section(title, ["Unknown: no arm has two widths with an optimum inside the grid; extend the sweep."])
 
 
+def _predict(source: Path, result: TransferResult) -> str:
+    """The command that predicts from this table or sweep, as far as the result tells how it was read."""
+    knob = [] if source.is_dir() or result.knob == LR else ["--knob", result.knob]
+    return shlex.join(["speedrun-mup", "transfer", str(source), *knob, "--predict", "WIDTH"])
+
+
 def _best(
-    source: Path, result: TransferResult, prediction: Prediction | None, comparison: Comparison | None
+    result: TransferResult, prediction: Prediction | None, comparison: Comparison | None, predict: str
 ) -> Section:
     """Losses at the best rates; predicted against measured, as far as there is a plan."""
     if not prediction:
         knob = knob_name(result.knob)
-        flag = "" if source.is_dir() or is_rate(result.knob) else f" --knob {result.knob}"
-        make = f"`speedrun-mup transfer {source}{flag} --predict WIDTH` predicts loss and {knob} of a wider run."
+        make = f"`{predict}` predicts loss and {knob} of a wider run."
         return Section(f"Loss at the best {knob}", [f"Without prediction. {make}"], [best_losses(result)])
     low, high = prediction.loss_interval
     style: dict[str, Any] = {"symbol": "s", "size": 6, "hollow": True, "low": [low], "high": [high]}

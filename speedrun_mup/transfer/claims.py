@@ -45,7 +45,7 @@ def open_doubts(doubts: Sequence[Doubt], accept: Collection[str]) -> list[Doubt]
     kinds = {doubt.kind for doubt in doubts}
     if unknown := sorted(set(accept) - kinds):
         have = f"there is {', '.join(sorted(kinds))}" if kinds else "there is nothing to accept"
-        raise TransferError(f"accept {printable(unknown[0], 60)}: no such doubt about these runs; {have}")
+        raise TransferError(f"--accept {printable(unknown[0], 60)}: no such doubt about these runs; {have}")
     return [doubt for doubt in doubts if doubt.kind not in accept]
 
 

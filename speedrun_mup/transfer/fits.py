@@ -235,7 +235,7 @@ class Noise:
         Raises TransferError for a `given` that would overrule replicates, or is no standard deviation.
         """
         if given is not None and not 0 < given < math.inf:
-            raise TransferError(f"sigma={given:g} must be positive and finite: a standard deviation in nats")
+            raise TransferError(f"--sigma {given:g}: must be positive and finite: a standard deviation in nats")
 
         def residuals(some: Sequence[Cells]) -> Array:
             rows = [cells.noise(thresholds.window, thresholds.window_excess) for cells in some]
@@ -254,7 +254,7 @@ class Noise:
         if pooled < 1e-9 * max(abs(float(cells.mean.min())) for cells in source):
             raise TransferError("all seeds have the same losses near the optimum; give more digits")
         if given is not None:
-            raise TransferError(f"sigma={given:g}: runs with several seeds tell the noise already; leave it out")
+            raise TransferError(f"--sigma {given:g}: runs with several seeds tell the noise already; leave it out")
         seeds = sum(len(cells.filled) - 1 for cells in source)
         return Noise(pooled, max(total, pooled), float(freedom[0]), float(seeds), own, own_total)
 

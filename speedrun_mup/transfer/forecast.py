@@ -29,9 +29,12 @@ class Forecast:
     knob: str = LR
 
     def __str__(self) -> str:
+        return self.told(LR if is_rate(self.knob) else self.knob)
+
+    def told(self, name: str, unit: float = 1.0) -> str:
+        """For a terminal: the rate as `name`, in multiples of 1 / `unit`."""
         loss, low, high = (f"{value:.4f}" for value in (self.loss.value, *self.loss.interval()))
-        lr, slow, fast = (f"{2**value:.4g}" for value in (self.log2_lr.value, *self.log2_lr.interval()))
-        name = LR if is_rate(self.knob) else self.knob
+        lr, slow, fast = (f"{unit * 2**value:.4g}" for value in (self.log2_lr.value, *self.log2_lr.interval()))
         ranges = [f" (90 % {low} to {high})", f" (90 % {slow} to {fast})"] if len(self.loss.draws) > 1 else ["", ""]
         return f"width {self.width}: loss {loss}{ranges[0]}, {name} {lr}{ranges[1]}; {self.method}"
 
@@ -65,7 +68,8 @@ def loss_forecast(arm: ArmResult, width: int, seed: int = 0) -> Forecast:
         trials = [_power_law(doublings, losses, np.full(rows, p), 0.0) for p in np.linspace(0, 1.5, 61)]
         best = np.array([rest for _, rest in trials]).argmin(axis=0)
         exponent = np.linspace(0, 1.5, 61)[best]
-        law = f"a + b w^-{exponent[0]:.2f} through {len(fits)} widths"
+        law = f"a + b w^-{exponent[0]:.2f}" if exponent[0] >= 0.005 else "a straight line in log width"
+        law += f" through {len(fits)} widths"
     else:
         exponent = np.concatenate([[0.5], rng.uniform(-0.5, 1.5, rows - 1).clip(0, 1)])
         law = f"a + b w^-p through {len(fits)} widths, p between 0 and 1 unknown"

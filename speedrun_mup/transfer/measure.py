@@ -150,7 +150,9 @@ def _check_arms(
     for arm, widths in table.items():
         if base_width is not None and base_width not in widths:
             there = ", ".join(map(str, sorted(widths)[:20]))
-            raise TransferError(f"base_width={base_width:.20g} was not run in arm {printable(arm, 60)}; it has {there}")
+            raise TransferError(
+                f"--base-width {base_width:.20g}: was not run in arm {printable(arm, 60)}; it has {there}"
+            )
 
 
 def _beyond_any_start(losses: Sequence[float]) -> float:
@@ -256,7 +258,9 @@ def _judge(
         need = f"{thresholds.min_widths} widths that span a factor of {thresholds.min_span:g}"
         blocked.append(f"widths {', '.join(map(str, widths))} are too few or too close: needs {need}")
     if math.isnan(low):
-        blocked.append("the noise is unknown: run some points with a second seed, or pass sigma")
+        blocked.append(
+            "the noise is unknown: run some points with a second seed, or give its standard deviation, such as --sigma 0.005"
+        )
     if blocked:
         return Verdict.INCONCLUSIVE, [*blocked, f"{measured} over {len(usable)} widths"]
 

@@ -290,10 +290,13 @@ def _left_out(names: Sequence[str], seen: Sequence[set[str]]) -> Iterator[str]:
         listed = ", ".join(printable(name, 40) or "(no name)" for name in names[:12])
         text = f"columns not used: {listed}" + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         vary = [(name, some) for name, some in zip(names, seen) if 1 < len(some) <= FEW]
-        told = [
-            f"{printable(name, 40)} ({', '.join(printable(value, 20) for value in sorted(some))})"
-            for name, some in vary
-        ]
+        told = [f"{printable(name, 40)} ({', '.join(_quoted(value) for value in sorted(some))})" for name, some in vary]
         if told:
-            text += f"; of these vary {', '.join(told[:4])}" + (" and others" if len(told) > 4 else "")
+            more = " and others differ" if len(told) > 4 else " differs" if len(told) == 1 else " differ"
+            text += f". {', '.join(told[:4])}{more} between runs: harmless where it is only a comment"
         yield text
+
+
+def _quoted(value: str) -> str:
+    """A value of the table between quotes, so that an empty one shows."""
+    return f'"{printable(value, 40)}"'
