@@ -24,7 +24,7 @@ from speedrun_mup.files import kind_of, open_regular, printable
 from speedrun_mup.packages import import_extra
 
 STDIN, HUB = "-", "hf://"
-FORMATS = (".txt", ".md", ".jsonl", ".parquet")
+FORMATS = (".txt", ".md", ".jsonl", ".parquet")  # that folders are searched for; a file with another suffix is text
 COMPRESSIONS = (".gz", ".zst")
 LARGEST_DOCUMENT = 2**26  # bytes of a line of JSON or a value in a table, characters of a text taken whole
 LARGEST_PASSAGE = 2**20  # characters
@@ -83,7 +83,10 @@ class Document(NamedTuple):
 
 @dataclass
 class Found:
-    """What `find_sources` found. left_out: how many files and folders of each kind are not read, with one for example."""
+    """What `find_sources` found. left_out: how many files and folders of each kind are not read.
+
+    examples: one of each kind that is not a suffix.
+    """
 
     sources: list[Source] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -92,25 +95,53 @@ class Found:
     def leave_out(self, kind: str, name: str | Path) -> None:
         """Count one that is not read."""
         self.left_out[kind] += 1
-        self.examples.setdefault(kind, printable(name))
+        self.examples.setdefault(kind, f" ({printable(name)})")
+
+    def add(self, other: Found) -> None:
+        """Take over what was found elsewhere."""
+        self.sources += other.sources
+        self.left_out += other.left_out
+        self.examples = other.examples | self.examples
+
+    def pass_over(self, path: Path) -> None:
+        """Count one that is not read because of its suffix."""
+        ending = "".join(path.suffixes[-2 if path.suffix.lower() in COMPRESSIONS else -1 :]).lower()
+        kind = f"*{printable(ending, 12)}" if ending else "without a suffix"
+        self.left_out[kind] += 1
 
     def told(self) -> str:
-        """One line about all that was left out, "" if nothing was."""
-        kinds = [f"{count:,} {kind} ({self.examples[kind]})" for kind, count in self.left_out.most_common(8)]
-        rest = self.left_out.total() - sum(count for _, count in self.left_out.most_common(8))
-        return ", ".join([*kinds, *([f"{rest:,} more"] if rest else [])])
+        """One line about all that was left out and how to have it, "" if nothing was."""
+        common = self.left_out.most_common(8)
+        kinds = [f"{count:,} {kind}{self.examples.get(kind, '')}" for kind, count in common]
+        rest = self.left_out.total() - sum(count for _, count in common)
+        advice = "; --suffix reads more as plain text" if any(kind.startswith("*") for kind in self.left_out) else ""
+        return ", ".join([*kinds, *([f"{rest:,} more"] if rest else [])]) + advice
 
 
-def find_sources(paths: Sequence[str], out: Path | None = None, skip_bad: bool = False) -> Found:
+def suffix(text: str) -> str:
+    """A file suffix as people write it, .py or *.py, in lower case. ConfigError for anything else."""
+    matched = re.fullmatch(r"\*?(\.[^./*\s]+)", text)
+    if not matched or matched[1].lower() in COMPRESSIONS:
+        raise ConfigError(
+            f"--suffix {printable(text, 40)}: expected suffixes such as .py .c, without .gz or .zst; put paths before --suffix"
+        )
+    return matched[1].lower()
+
+
+def find_sources(
+    paths: Sequence[str], out: Path | None = None, skip_bad: bool = False, suffixes: Sequence[str] = ()
+) -> Found:
     """The sources that `paths` name, in their order; a folder stands for its text files, sorted, hidden ones left out.
 
     Links that a folder holds are followed only inside it, and nothing is found twice; what they lead to outside is left
-    out and counted, as are files of other kinds. A path that is named is followed wherever it leads.
+    out and counted, as are files of other kinds. A path that is named is followed wherever it leads, and whatever its suffix:
+    it is plain text unless its name says that it holds records.
 
     Args:
         paths: files, folders, "-" or "hf://...".
         out: a folder that is not looked into, because it is going to be written.
         skip_bad: leave out and count what may not be read, instead of raising.
+        suffixes: of files that folders are searched for beside those of FORMATS, as plain text; lower case, with the dot.
 
     Raises:
         SourceError: a path is missing, may not be read or is of another kind, or a folder is without any text.
@@ -122,13 +153,15 @@ def find_sources(paths: Sequence[str], out: Path | None = None, skip_bad: bool =
         if path == STDIN or path.startswith(HUB):
             found.sources.append(Source(path))
         elif os.path.isdir(path):
-            before = len(found.sources)
-            _Walk(Path(path), found, out, skip_bad).walk()
-            if len(found.sources) == before:
-                told = f"; left out: {found.told()}" if found.left_out else ""
+            inside = Found()
+            _Walk(Path(path), inside, out, skip_bad, (*FORMATS, *suffixes)).walk()
+            if not inside.sources:
+                told = f"; left out: {inside.told()}" if inside.left_out else ""
+                wanted = ", ".join([*FORMATS, *suffixes])
                 raise SourceError(
-                    f"{printable(path)}: no {', '.join(FORMATS)} file (or {'/'.join(COMPRESSIONS)} of one) in there{told}"
+                    f"{printable(path)}: no {wanted} file (or {'/'.join(COMPRESSIONS)} of one) in there{told}"
                 )
+            found.add(inside)
         else:
             found.sources.append(_file(Path(path)))
     return found
@@ -137,8 +170,8 @@ def find_sources(paths: Sequence[str], out: Path | None = None, skip_bad: bool =
 class _Walk:
     """Finds the text files in one folder. Every real file and folder is taken at most once, so links cannot loop."""
 
-    def __init__(self, root: Path, found: Found, out: Path | None, skip_bad: bool):
-        self.root, self.found, self.skip_bad = root, found, skip_bad
+    def __init__(self, root: Path, found: Found, out: Path | None, skip_bad: bool, formats: Sequence[str]):
+        self.root, self.found, self.skip_bad, self.formats = root, found, skip_bad, formats
         self._real_root = os.path.realpath(root)
         self._seen: set[str] = set()
         self._folders_seen: set[tuple[int, int]] = set()
@@ -151,13 +184,12 @@ class _Walk:
 
     def walk(self) -> None:
         """Add what is there to `found`."""
-        before = len(self.found.sources)
         self._folder(self.root)
         while self._links:  # after the rest: a link to what was found under its own name adds nothing
             links, self._links = sorted(self._links), []
             for link in links:
                 self._link(link)
-        self.found.sources[before:] = sorted(self.found.sources[before:], key=lambda source: Path(source.name))
+        self.found.sources.sort(key=lambda source: Path(source.name))
 
     def _folder(self, folder: Path) -> None:
         self._folders.append(folder)
@@ -190,8 +222,8 @@ class _Walk:
             self._folders.append(path)
         elif not stat.S_ISREG(mode):
             self.found.leave_out(f"that are {kind_of(mode).removeprefix('a ')}s", path)
-        elif format_of(path.name) not in FORMATS:
-            self.found.leave_out(f"*{printable(path.suffix.lower(), 12)}" if path.suffix else "without a suffix", path)
+        elif format_of(path.name) not in self.formats:
+            self.found.pass_over(path)
         else:
             self._take(path)
 
@@ -203,7 +235,7 @@ class _Walk:
             self.found.leave_out("links that lead out of the folder", path)
         elif os.path.isdir(real):
             self._folder(path)
-        elif real not in self._seen and format_of(path.name) in FORMATS and os.path.isfile(real):
+        elif real not in self._seen and format_of(path.name) in self.formats and os.path.isfile(real):
             self._take(path)
 
     def _take(self, path: Path) -> None:
@@ -228,10 +260,6 @@ def _file(path: Path) -> Source:
         reason = getattr(fault, "strerror", None) or fault
         raise SourceError(f"{printable(path)}: cannot read: {reason}; check the path") from None
     source = Source(str(path), found.st_size, found.st_mtime_ns)
-    if format_of(source.name) not in FORMATS:
-        raise SourceError(
-            f"{printable(path)}: not a {', '.join(FORMATS)} file (or {'/'.join(COMPRESSIONS)} of one); rename it"
-        )
     if not stat.S_ISREG(found.st_mode):
         raise SourceError(f"{printable(path)}: cannot read: it is {kind_of(found.st_mode)}; use - for a stream")
     return source

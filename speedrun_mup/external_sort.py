@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -108,14 +108,14 @@ def write_piece(path: Path, keys: np.ndarray, tags: Sequence[bytes], records: Se
     return Piece(path, PieceFacts(len(records), len(head) + len(data), digest.hexdigest()))
 
 
-def split_piece(piece: Piece, tag: bytes, others: Path, same: Path) -> tuple[list[Piece], list[Piece]]:
+def split_piece(piece: Piece, chosen: Set[bytes], others: Path, same: Path) -> tuple[list[Piece], list[Piece]]:
     """Make two pieces of one.
 
     Args:
         piece: what stays as it is.
-        tag: of the records that are taken out.
+        chosen: tags of the records that are taken out.
         others: where a piece of the other records is written.
-        same: where a piece of the records with this tag is written.
+        same: where a piece of the records with these tags is written.
 
     Returns:
         The pieces of the others and of the same, in lists that are empty where there are no such records.
@@ -123,10 +123,10 @@ def split_piece(piece: Piece, tag: bytes, others: Path, same: Path) -> tuple[lis
     count = piece.facts.records
     keys, tags, (_, records) = piece.keys(0, count), list(piece.tags()), piece.records(0, count)
 
-    def some(path: Path, chosen: list[int]) -> list[Piece]:
-        return [write_piece(path, keys[chosen], [tags[k] for k in chosen], [records[k] for k in chosen])]
+    def some(path: Path, which: list[int]) -> list[Piece]:
+        return [write_piece(path, keys[which], [tags[k] for k in which], [records[k] for k in which])]
 
-    found = [[k for k in range(count) if (tags[k] == tag) == wanted] for wanted in (False, True)]
+    found = [[k for k in range(count) if (tags[k] in chosen) == wanted] for wanted in (False, True)]
     if not found[1]:
         return [piece], []
     return some(others, found[0]) if found[0] else [], some(same, found[1])

@@ -69,6 +69,7 @@ PARTS = ("train", "val")
 ORDERS = ("shuffled", "given")
 COMMIT_EVERY_S = 10.0
 MOST_WORKERS = 1024
+FEWEST_VAL, _MOST_OF = 16, 5  # documents for validation whatever the share, but no more than one in so many for that
 _CHUNK_CHARS, _CHUNK_DOCUMENTS = 2**19, 1000  # what one thread encodes at a time
 _PIECE_BYTES = 2**24  # of tokens that are sorted in memory
 _BLOCK_BYTES, _SLICE_BYTES = 2**22, 2**14  # of tokens that are merged at a time, at least; and from each piece, if many
@@ -85,7 +86,7 @@ class TextSettings:
     files are cut into documents of about this size, 0 not at all; None is 512 for bytes and 2048 for other tokenizers,
     about 512 tokens either way. val_share: of the documents, chosen by their hash. shard_tokens: where a shard ends.
     drop_duplicates: keep the first of equal documents; takes about 100 bytes of memory per document. order: shuffled, by
-    the documents' hashes and `shuffle_seed`, or given.
+    the documents' hashes and `shuffle_seed`, or given. suffixes: of files in folders that are plain text, too.
     """
 
     tokenizer: str = "gpt2"
@@ -97,6 +98,7 @@ class TextSettings:
     drop_duplicates: bool = False
     order: str = "shuffled"
     shuffle_seed: int = 0
+    suffixes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         passage = self.passage_chars
@@ -148,7 +150,7 @@ def tokenize_text(
     workers = os.cpu_count() or 1 if workers is None else workers
     if not 1 <= workers <= MOST_WORKERS:
         raise ConfigError(f"workers={workers} must be at least 1, and at most {MOST_WORKERS}")
-    found = find_sources(paths, out, skip_bad)
+    found = find_sources(paths, out, skip_bad, settings.suffixes)
     sources = found.sources
     if found.left_out:
         print(f"left out: {found.told()}")
@@ -327,30 +329,80 @@ def _write_corpus(job: _Job, directory: Path, tokenizer: Tokenizer | None) -> No
 
 
 def _split(job: _Job, work: _Work) -> dict[str, list[Piece]]:
-    """The pieces of every part. The document with the smallest hash is for validation and the one with the largest for
-    training, whatever the share."""
+    """The pieces of every part. The documents with the `_Smallest` hashes are for validation and the one with the largest
+    for training, whatever the share."""
     pieces = {part: work.pieces(part) for part in PARTS}
     there = [part for part in PARTS if pieces[part]]
     if not there:
         raise _NothingToKeep(_no_text(job.sources))
-    for part, other, extreme in ("train", "val", min), ("val", "train", max):
-        if there == [part]:
-            chosen = extreme(tag for piece in pieces[part] for tag in piece.tags())
-            paths = [work.directory / f"split_{number:06d}" for number in range(len(pieces[part]))]
-            found = [
-                split_piece(piece, chosen, path.with_suffix(f".{part}.piece"), path.with_suffix(f".{other}.piece"))
-                for piece, path in zip(pieces[part], paths)
-            ]
-            pieces[part], pieces[other] = (list(itertools.chain(*some)) for some in zip(*found))
+    part, other = there[0], PARTS[there[0] == "train"]
+    chosen = {max(_tags(pieces["val"]))} if part == "val" else _smallest_in_train(pieces)
+    if chosen:
+        paths = [work.directory / f"split_{number:06d}" for number in range(len(pieces[part]))]
+        found = [
+            split_piece(piece, chosen, path.with_suffix(f".{part}.piece"), path.with_suffix(f".{other}.piece"))
+            for piece, path in zip(pieces[part], paths)
+        ]
+        pieces[part], others = (list(itertools.chain(*some)) for some in zip(*found))
+        pieces[other] = pieces[other] + others
     if not pieces["train"] or not pieces["val"]:
         raise _NothingToKeep(_one_document())
     return pieces
 
 
+def _tags(pieces: Sequence[Piece]) -> Iterator[bytes]:
+    return (tag for piece in pieces for tag in piece.tags())
+
+
+def _smallest_in_train(pieces: Mapping[str, Sequence[Piece]]) -> set[bytes]:
+    """The hashes of the documents that the share left to training and that are for validation all the same."""
+    smallest, there = _Smallest(), set()
+    for tag in _tags(pieces["val"]):
+        smallest.take(tag)
+        there.add(tag)
+        if len(there) == FEWEST_VAL:
+            return set()
+    for tag in _tags(pieces["train"]):
+        smallest.take(tag)
+    return smallest.chosen() - there
+
+
+class _Smallest:
+    """The documents with the smallest hashes, which are for validation whatever the share.
+
+    They are FEWEST_VAL, but one in _MOST_OF different documents at most, and one at least. As the share takes those with
+    the smallest hashes, too, a validation is a part of every larger one.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, _Document | None] = {}
+        self._distinct: set[bytes] = set()  # no more of them than matter
+
+    def take(self, digest: bytes, document: _Document | None = None) -> _Document | None:
+        """Look at a document; what comes back, it or one from before, is none of the smallest, and no copy of one."""
+        if len(self._distinct) < FEWEST_VAL * _MOST_OF:
+            self._distinct.add(digest)
+        if digest in self._held:
+            return None
+        if len(self._held) == FEWEST_VAL and digest > max(self._held):
+            return document
+        self._held[digest] = document
+        return self._held.pop(max(self._held)) if len(self._held) > FEWEST_VAL else None
+
+    def chosen(self) -> set[bytes]:
+        """The hashes, once all documents were looked at."""
+        return set(sorted(self._held)[: max(1, len(self._distinct) // _MOST_OF)])
+
+    def rest(self) -> list[_Document]:
+        """The documents that were held back in vain."""
+        chosen = self.chosen()
+        return [document for digest, document in self._held.items() if document and digest not in chosen]
+
+
 def _one_document() -> ConfigError:
     return ConfigError(
-        "the text is one document, or copies of one; training and validation need one each: give more text, or cut text "
-        "files with a smaller --passage"
+        "the text is one document, or copies of one; training and validation need one each: give more text (--suffix "
+        "reads more files of a folder), or cut text files with a smaller --passage"
     )
 
 
@@ -383,7 +435,10 @@ def _trained_tokenizer(job: _Job, work: _Work) -> Tokenizer:
     vocab_size = int(job.settings.tokenizer.removeprefix("train:"))
     texts = _training_text(job, digest)
     first = next(texts)  # here, because its faults are ours, not the trainer's
-    tokenizer = BpeTokenizer.train(itertools.chain([first], texts), vocab_size)
+    try:
+        tokenizer = BpeTokenizer.train(itertools.chain([first], texts), vocab_size)
+    except ConfigError as fault:
+        raise ConfigError(str(fault).replace("bpe:", "train:")) from None  # as the flag has it here
     tokenizer.save(work.directory)
     work.trained_on = digest.hexdigest()
     return tokenizer
@@ -391,25 +446,32 @@ def _trained_tokenizer(job: _Job, work: _Work) -> Tokenizer:
 
 def _training_text(job: _Job, digest: Any) -> Iterator[str]:
     """The first documents of the train part, as `_split` makes it; `digest` is updated with their hashes."""
-    left, smallest, largest = _TRAINING_CHARS, None, None
+    left, smallest = _TRAINING_CHARS, _Smallest()
+    largest: _Document | None = None
+
+    def given(document: _Document) -> str:
+        nonlocal left
+        digest.update(document.digest)
+        left -= len(document.text)
+        return document.text
+
     for chunk in _chunks(iter(job.reader()), Step(), job.settings, set(), is_told=False):
         for document in chunk.documents:
             largest = document if largest is None or document.digest > largest.digest else largest
-            if smallest is None or document.digest < smallest.digest:
-                smallest, document = document, smallest  # the smallest is held back, until there is a smaller one
-            if document and not document.is_val and document.digest != smallest.digest:
-                digest.update(document.digest)
-                yield document.text
-                left -= len(document.text)
+            other = smallest.take(document.digest, document)  # the smallest are held back, until there are smaller ones
+            if other and not other.is_val:
+                yield given(other)
         if left <= 0:
             return
-    if smallest is None or largest is None:
+    if largest is None:
         raise _NothingToKeep(_no_text(job.sources))
-    if largest.digest == smallest.digest:
+    if largest.digest in smallest.chosen():
         raise _NothingToKeep(_one_document())
+    for document in smallest.rest():
+        if not document.is_val:
+            yield given(document)
     if largest.is_val and left == _TRAINING_CHARS:
-        digest.update(largest.digest)
-        yield largest.text
+        yield given(largest)
 
 
 def _training_digest(job: _Job) -> str:

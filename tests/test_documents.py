@@ -25,6 +25,7 @@ from speedrun_mup.documents import (
     find_sources,
     format_of,
     split_passages,
+    suffix,
 )
 
 PROSE = "".join(f"line {i} of a text with ümläuts\n" + "\n" * (i % 3 == 0) for i in range(200))
@@ -166,7 +167,7 @@ FAULTS = {
         r"a\.txt\.gz: cannot be read on.*whole",
     ),
     "a.txt.gz: no gzip": (b"hello", r"a\.txt\.gz: cannot be read on"),
-    "a.png: other": (b"", r"a\.png: not a \.txt, \.md, \.jsonl, \.parquet file"),
+    "a.png: no text": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"a\.png:1: not UTF-8"),
 }
 
 
@@ -220,9 +221,44 @@ def test_suffixes_of_any_case_and_what_is_left_out(tmp_path: Path) -> None:
         "broken or circular links": 2,
         "links that lead out of the folder": 2,
     }
-    assert found.told().startswith("2 *.png (") and "\n" not in found.told()
+    told = found.told()
+    assert told.startswith("2 *.png, ") and str(inside / "a.txt") not in told and "\n" not in told
+    assert "FIFOs (" in told and told.endswith("; --suffix reads more as plain text")
     (other / "f.txt").symlink_to(inside / "a.txt")
     assert len(find_sources([str(inside / "leak.txt"), str(inside / "linked" / "f.txt")]).sources) == 2  # named ones
+
+
+def test_named_files_of_any_suffix_are_plain_text(tmp_path: Path) -> None:
+    for name in "x.log", "Makefile", "a.py.gz", "b.zzz", "c.JSONL":
+        content = jsonl(["a record"]) if name == "c.JSONL" else PROSE.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for name in "x.log", "Makefile", "a.py.gz", "b.zzz":
+        assert "".join(read(tmp_path / name)) == PROSE
+    assert read(tmp_path / "c.JSONL") == ["a record"]
+
+
+def test_suffixes_that_folders_are_searched_for_on_request(tmp_path: Path) -> None:
+    for name in "a.py", "B.PY", "c.py.gz", "d.c", "e.pyc", "f.txt", "sub/g.py", "Makefile":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for suffixes, names in ((), ["f.txt"]), ((".py",), ["B.PY", "a.py", "c.py.gz", "f.txt", "sub/g.py"]):
+        found = find_sources([str(tmp_path)], suffixes=suffixes)
+        assert [Path(source.name).relative_to(tmp_path).as_posix() for source in found.sources] == names
+        assert found.left_out.total() == 8 - len(names)
+    assert (
+        find_sources([str(tmp_path)], suffixes=[".py", ".c"]).told().startswith("1 without a suffix, 1 *.pyc; --suffix")
+    )
+    (tmp_path / "f.txt").unlink()
+    with pytest.raises(SourceError, match=r"left out: 3 \*\.py, .*1 \*\.py\.gz.*; --suffix reads") as error:
+        find_sources([str(tmp_path)])
+    assert "\n" not in str(error.value) and "sub" not in str(error.value).partition(" left out: ")[2]
+
+
+def test_spelling_of_suffixes() -> None:
+    assert [suffix(text) for text in (".py", "*.C", ".Jsonl")] == [".py", ".c", ".jsonl"]
+    for text in "src", "py", ".", "", "a/b.py", ".gz", "..", ". x":
+        with pytest.raises(UserError, match="expected suffixes such as"):
+            suffix(text)
 
 
 def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,20 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import kill_tokenize
+import numpy as np
 import pytest
 from small_corpus import naive_read
 
 from speedrun_mup import tokenize_text as module
 from speedrun_mup.cli import main
+from speedrun_mup.config import PRESETS, TrainConfig
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data import TrainBatches, ValBatches
+from speedrun_mup.data import TrainBatches, ValBatches, train_batches
 from speedrun_mup.documents import SourceError
 from speedrun_mup.shards import Corpus, ShardError, open_corpus, write_shard
 from speedrun_mup.tokenize_text import TextSettings, tokenize_text
@@ -214,19 +217,39 @@ def test_one_document_cannot_be_both(tmp_path: Path, tokenizer: str) -> None:
 def test_each_part_has_a_document(
     tmp_path: Path, share: float, order: str, monkeypatch: pytest.MonkeyPatch, text: Path
 ) -> None:
-    """The one with the smallest hash is for validation, the one with the largest for training, in all its copies."""
+    """Those with the 16 smallest hashes are for validation, the one with the largest for training, in all their copies."""
     monkeypatch.setattr(module, "_CHUNK_CHARS", 500)
     monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
     texts = [f"document {i}" for i in range(200)]
-    first, *_, last = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
-    every = [*texts, first, last, first, last]
+    by_hash = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
+    every = [*texts, by_hash[0], by_hash[-1], by_hash[0], by_hash[-1]]
     text.write_text(records(every))
     settings = dataclasses.replace(BYTES, val_share=share, order=order)
     corpus = tokenize_text([str(text)], tmp_path / "out", settings)
-    few, many, rare = ("val", "train", first) if share < 0.5 else ("train", "val", last)
-    assert decoded(corpus, few) == [rare] * 3
-    right = [one for one in (every if order == "given" else shuffled(every)) if one != rare]
-    assert decoded(corpus, many) == right
+    few, many, rare = ("val", "train", by_hash[:16]) if share < 0.5 else ("train", "val", by_hash[-1:])
+    in_order = every if order == "given" else shuffled(every)
+    assert decoded(corpus, few) == [one for one in in_order if one in rare]
+    assert decoded(corpus, many) == [one for one in in_order if one not in rare]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
+@pytest.mark.parametrize("count, fewest", [(2, 1), (9, 1), (10, 2), (79, 15), (80, 16), (200, 16)])
+def test_validation_of_a_small_text(tmp_path: Path, count: int, fewest: int, tokenizer: str) -> None:
+    """16 documents, but no more than a fifth; the rule counts different ones, and what the share takes belongs to them."""
+    texts = sorted(TEXTS[:count], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
+    (tmp_path / "a.jsonl").write_text(records(texts[::-1] * 3))
+    below = sum(
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "big") / 2**64 < 0.04
+        for text in texts
+    )
+    settings = dataclasses.replace(BYTES, val_share=0.04, tokenizer=tokenizer)
+    if tokenizer == "byte":
+        corpus = tokenize_text([str(tmp_path / "a.jsonl")], tmp_path / "out", settings)
+        assert sorted(decoded(corpus, "val")) == sorted(texts[: max(fewest, below)] * 3)
+        assert set(decoded(corpus, "train")) == set(texts[max(fewest, below) :])
+    else:
+        trained_on = set(module._training_text(job_of(tmp_path / "a.jsonl", settings), hashlib.sha256()))
+        assert trained_on == set(texts[max(fewest, below) :])
 
 
 def test_a_share_of_nothing_is_a_part_of_every_larger_one(tmp_path: Path, text: Path) -> None:
@@ -238,14 +261,14 @@ def test_a_share_of_nothing_is_a_part_of_every_larger_one(tmp_path: Path, text: 
         )
         for share in (1e-12, 0.01, 0.999, 1 - 1e-12)
     ]
-    assert len(vals[0]) == 1 and len(vals[-1]) == len(TEXTS) - 1
+    assert len(vals[0]) == 16 and len(vals[-1]) == len(TEXTS) - 1
     assert all(smaller <= larger for smaller, larger in itertools.pairwise(vals))
 
 
 def test_breaking_off_does_not_matter_where_a_part_is_empty(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor that the text grows by a document with a smaller hash meanwhile."""
+    """Nor that the text grows by documents with smaller hashes meanwhile."""
     settings = dataclasses.replace(BYTES, val_share=1e-9)
     monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
     monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
@@ -259,8 +282,8 @@ def test_breaking_off_does_not_matter_where_a_part_is_empty(
     texts = [f"more {i}" for i in range(3000)]
     text.write_text(text.read_text() + records(texts))
     corpus = tokenize_text([str(text)], tmp_path / "add", settings)
-    smallest = min([*TEXTS, *texts], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
-    assert decoded(corpus, "val") == [smallest] and smallest in texts
+    smallest = sorted([*TEXTS, *texts], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())[:16]
+    assert set(decoded(corpus, "val")) == set(smallest) and set(smallest) & set(texts) and set(smallest) & set(TEXTS)
 
 
 def test_tokenizer_is_not_trained_on_the_document_for_validation(tmp_path: Path) -> None:
@@ -271,9 +294,10 @@ def test_tokenizer_is_not_trained_on_the_document_for_validation(tmp_path: Path)
     for name, some in ("a", TEXTS[:40]), ("b", texts[1:]):
         (tmp_path / f"{name}.jsonl").write_text(records([*some, *some]))
     seen = [set(module._training_text(job_of(tmp_path / f"{name}.jsonl", settings), hashlib.sha256())) for name in "ab"]
-    assert seen == [set(texts[1:]), set(texts[2:])]
+    assert seen == [set(texts[8:]), set(texts[1 + 7 :])]  # a fifth of 40 and of 39
     corpus = tokenize_text([str(tmp_path / "a.jsonl")], tmp_path / "out", settings)
-    assert load_tokenizer(corpus).decode(flat(held(corpus, "val"))) == f"<|bos|>{texts[0]}" * 2
+    val = load_tokenizer(corpus).decode(flat(held(corpus, "val"))).split("<|bos|>")[1:]
+    assert sorted(val) == sorted(texts[:8] * 2)
     all_val = dataclasses.replace(settings, val_share=1 - 1e-9)
     assert list(module._training_text(job_of(tmp_path / "a.jsonl", all_val), hashlib.sha256())) == [texts[-1]]
 
@@ -348,10 +372,66 @@ def test_text_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     tokenize_text([str(text)], tmp_path / "same", BYTES)
     assert contents(tmp_path / "out") == contents(tmp_path / "same")
-    assert f"--data {tmp_path / 'out'}" in said and "vocabulary 257" in said
+    assert f"\ntokenizer byte, vocabulary 257; train with --data {tmp_path / 'out'}\n" in said
     assert "\nleft out as empty: 2\n" in said
     assert main(["data", "text", str(tmp_path / "missing.txt"), "--out", "x"]) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_command_on_a_source_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    for number in range(60):
+        (tree / f"part{number % 3}").mkdir(parents=True, exist_ok=True)
+        for suffix in ".py", ".C", ".pyc":
+            (tree / f"part{number % 3}" / f"{number}{suffix}").write_text(f"{suffix} {number}\n")
+    command = ["data", "text", str(tree), "--out", str(out), "--tokenizer", "byte"]
+    assert main(command) == 3
+    said = capsys.readouterr().err
+    assert "in there; left out: 60 *.c, 60 *.py, 60 *.pyc; --suffix reads" in said and said.count("\n") == 1
+    assert main([*command, "--suffix", "src"]) == 2 and "put paths before --suffix" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--suffix", ".py,.c"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("left out: 60 *.pyc; --suffix reads")
+    assert "\nvalidation has 13.3 % of the documents, not 1 %: " in said and "--val-share" in said
+    corpus = open_corpus(out)
+    assert len(decoded(corpus, "train")) == 104 and len(decoded(corpus, "val")) == 16
+    whole = contents(out)
+    assert main([*command, "--suffix", ".c", "*.py", ".py"]) == 0 and contents(out) == whole
+
+
+@pytest.mark.parametrize("kind", ["book", "log", "tree"])
+def test_an_epoch_of_the_laptop_preset_uses_own_text(tmp_path: Path, kind: str) -> None:
+    """By the tokens of its sequences, counted: at least 90 % of those of the training text come up in one epoch."""
+    random = np.random.default_rng(0)
+    words = ["".join(map(chr, random.integers(97, 123, length))) for length in random.integers(2, 9, 500)]
+    lines = [" ".join(random.choice(words, 12)) + "\n" for _ in range(3000)]
+    given = {
+        "book": ("book.txt", "".join(line + "\n" * (number % 40 == 0) for number, line in enumerate(lines))),
+        "log": (
+            "dpkg.log",
+            "".join(f"2024-05-01 12:{k // 60 % 60:02}:{k % 60:02} {line}" for k, line in enumerate(lines)),
+        ),
+    }
+    if kind == "tree":
+        for k in range(150):
+            path = tmp_path / "tree" / f"{k % 7}" / f"{k}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(lines[17 * k : 17 * k + k % 60]))
+        asked = [str(tmp_path / "tree"), "--suffix", ".py"]
+    else:
+        name, content = given[kind]
+        (tmp_path / name).write_text(content)
+        asked = [str(tmp_path / name)]
+    assert main(["data", "text", *asked, "--out", str(tmp_path / "out"), "--tokenizer", "byte"]) == 0
+    corpus, cfg = open_corpus(tmp_path / "out"), TrainConfig(**PRESETS["laptop"].settings)
+    T, tokens = cfg.micro_batch_tokens, flat(held(corpus, "train"))
+    batches = train_batches(corpus, T, cfg.micro_batches, cfg.seed, order=cfg.data_order)
+    seen = Counter(id for k in range(len(tokens) // T) for id in batches.micro_batch(k)[0].tolist())
+    there = Counter(tokens)
+    used = sum(min(seen[id], count) for id, count in there.items()) / len(tokens)
+    assert used >= 0.9 and batches.usage().share >= 0.9 and len(decoded(corpus, "val")) >= 16
+    assert ValBatches(corpus, T, T)[0][0].numel() == T
 
 
 def test_text_script_reads_standard_input(tmp_path: Path) -> None:

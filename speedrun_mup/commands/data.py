@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.documents import suffix
 from speedrun_mup.files import printable
-from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.flags import new_parser, parse, several
 from speedrun_mup.synonyms import DATA_COMMANDS, command_meaning
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def run_text(argv: Sequence[str]) -> int:
         "paths",
         nargs="+",
         metavar="PATH",
-        help=".txt .md .jsonl .parquet (also .gz .zst), folders of them, - for standard input, hf://OWNER/NAME/CONFIG",
+        help="files (.jsonl and .parquet hold records, all others plain text; also .gz .zst), folders, - for standard input,"
+        " hf://OWNER/NAME/CONFIG",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; --data DIR trains on it"
@@ -76,6 +78,14 @@ def run_text(argv: Sequence[str]) -> int:
         metavar="NAME",
         help="gpt2, byte, train:N (byte pairs, N tokens), a tokenizer.json, or a folder of shards that has one; %(default)s",
     )
+    parser.add_argument(
+        "--suffix",
+        **several(suffix),
+        dest="suffixes",
+        default=[],
+        metavar="SUFFIX",
+        help="of files in folders to read as plain text, such as .py .c, beside .txt .md .jsonl .parquet",
+    )
     parser.add_argument("--bos", metavar="TOKEN", help="opens a document, for a tokenizer.json that does not say")
     parser.add_argument("--field", default="text", metavar="NAME", help="of a record that holds the text; %(default)s")
     parser.add_argument(
@@ -83,7 +93,7 @@ def run_text(argv: Sequence[str]) -> int:
         type=int,
         dest="passage_chars",
         metavar="CHARS",
-        help="cut .txt and .md at the first blank line after so many characters, 0 not at all; 512 for bytes, else 2048",
+        help="cut plain text at the first blank line after so many characters, 0 not at all; 512 for bytes, else 2048",
     )
     parser.add_argument(
         "--val-share", type=float, default=0.01, metavar="SHARE", help="of the documents, for validation; %(default)s"
@@ -114,16 +124,18 @@ def run_text(argv: Sequence[str]) -> int:
     from speedrun_mup.data import uses
     from speedrun_mup.tokenize_text import TextSettings, tokenize_text
 
-    settings = TextSettings(**flags)
+    settings = TextSettings(**flags | {"suffixes": tuple(sorted(set(flags["suffixes"])))})
     corpus = tokenize_text(paths, out, settings, workers, progress=sys.stderr.isatty(), skip_bad=skip_bad)
     print_parts(corpus)
+    if share := _other_share(corpus, settings.val_share):
+        print(share)
     told = [f"{text}: {corpus.tally[why]:,}" for why, text in _TALLY.items() if corpus.tally.get(why)]
     if told:
         print("; ".join(told))
     print(f"order: {corpus.order}")
     for preset, use in uses(corpus).items():
         print(f"use in preset {preset}: {use}")
-    print(f"{corpus.tokenizer} tokens, vocabulary {corpus.vocab_size:,}; train on them with --data {printable(out)}")
+    print(f"tokenizer {corpus.tokenizer}, vocabulary {corpus.vocab_size:,}; train with --data {printable(out)}")
     return 0
 
 
@@ -134,6 +146,18 @@ _TALLY = {
     "files": "files and folders left out",
     "mended": "documents with half a surrogate pair, now a question mark",
 }
+
+
+def _other_share(corpus: Corpus, asked: float) -> str:
+    """What to say of validation's share of the documents if it is not about the one asked for."""
+    from speedrun_mup.tokenize_text import FEWEST_VAL
+
+    val, train = (sum(corpus.facts[path.name].documents for path in paths) for paths in (corpus.val, corpus.train))
+    share = val / (val + train)
+    if abs(share - asked) <= 0.1 * asked:
+        return ""
+    told = f"validation has {100 * share:.3g} % of the documents, not {100 * asked:.3g} %"
+    return f"{told}: different ones are few, and {FEWEST_VAL} go there if that is no more than a fifth; choose with --val-share"
 
 
 def print_parts(corpus: Corpus) -> None:
