@@ -431,14 +431,15 @@ def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResu
         width: seeds * plan.points * run_flops(replace(plan.target, width=width), corpus.vocab_size)
         for width, seeds in zip(plan.widths, plan.seeds, strict=True)
     }
-    for cell in read_results(out):
-        if cell.width in waiting:
-            waiting[cell.width] -= cell.flops
+    finished = [cell for cell in read_results(out) if cell.width in waiting]
+    for cell in finished:
+        waiting[cell.width] -= cell.flops
     left = ran = 0
     for sweep in plan.sweeps:
         waiting = {width: flops for width, flops in waiting.items() if width not in sweep.widths}
         reserved = sum(max(flops, 0.0) for flops in waiting.values())
-        result = run_sweep(sweep, out, engine, budget_flops=most - reserved, **options)
+        part = len(finished) + ran, plan.runs
+        result = run_sweep(sweep, out, engine, budget_flops=most - reserved, part=part, **options)
         left, ran = left + result.left, ran + result.ran
         if not result.complete and not result.used_up:
             return replace(result, left=left, ran=ran)

@@ -800,19 +800,21 @@ def run_sweep(
     budget_minutes: float | None = None,
     budget_flops: float | None = None,
     progress: bool = True,
+    part: tuple[int, int] = (0, 0),
 ) -> SweepResult:
     """Run what is missing of `sweep` in the folder `out`, round after round until the grid needs nothing more.
 
     budget_minutes: for this call; no cell is begun that would end later, as far as is known. budget_flops: for all
-    cells of the folder together. SIGINT, SIGTERM and SIGUSR1 stop it: what is under way is given up, what is finished
-    stays. Raises ConfigError if `out` is in use, cannot be written, or holds cells of another base.
+    cells of the folder together. part: (runs before this sweep, about how many in all), if it is part of more. SIGINT,
+    SIGTERM and SIGUSR1 stop it: what is under way is given up, what is finished stays. Raises ConfigError if
+    `out` is in use, cannot be written, or holds cells of another base.
     """
     corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
     for width in sweep.widths:
         model_shape(replace(sweep.base, width=width), corpus.vocab_size)
     began = time.monotonic()
     stopped = False
-    with _open_folder(out) as scratch, closing(_Progress(progress)) as shown:
+    with _open_folder(out) as scratch, closing(_Progress(progress, *part)) as shown:
         corpus = replace(corpus, fingerprint=_admit(sweep, out, corpus))
         deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
         shown.say(f"seeds draw the {_seeds_draw(sweep.base)}")
@@ -939,16 +941,16 @@ class _Rounds:
 
 
 class _Progress:
-    """A bar on a terminal, a line per run elsewhere."""
+    """A bar on a terminal, a line per run elsewhere. before, about: runs over already, and all that are expected, if known."""
 
-    def __init__(self, show: bool):
+    def __init__(self, show: bool, before: int = 0, about: int = 0):
         self._plain = show and not sys.stderr.isatty()
-        self._bar = tqdm(total=0, unit="run", disable=not show or self._plain, dynamic_ncols=True)
-        self._show, self._total, self._count = show, 0, 0
+        self._bar = tqdm(total=about, initial=before, unit="run", disable=not show or self._plain, dynamic_ncols=True)
+        self._show, self._about, self._total, self._count = show, about, about, before
 
     def expect(self, cells: int) -> None:
         """So many cells more."""
-        self._total = self._count + cells
+        self._total = max(self._count + cells, self._about)
         self._bar.total = self._total
         self._bar.refresh()
 
@@ -958,7 +960,8 @@ class _Progress:
         self._bar.set_postfix_str(text)
         self._bar.update()
         if self._plain:
-            print(f"{self._count}/{self._total}  {text}", flush=True)
+            place = f"run {self._count} of about {self._total}" if self._about else f"{self._count}/{self._total}"
+            print(f"{place}  {text}", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""

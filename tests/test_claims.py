@@ -215,7 +215,7 @@ def test_columns_may_be_called_otherwise(tmp_path, capsys):
     assert main(["transfer", str(table), *columns]) == 0
     told = capsys.readouterr().out
     assert "note: columns not used: seq, Name, State, train/loss" in told and told.count("\nnote: ") == 1
-    assert '. Name ("run 0.125", ' in told and ") differs between runs: harmless where it is only a comment" in told
+    assert '. Name ("run 0.125", ' in told and ") differs between runs: harmless if it is only a comment" in told
     assert read_runs(table, columns={"width": "n_embd", "lr": "learning_rate", "loss": "val/loss"}) == [
         dataclasses.replace(run, arm="runs") for run in runs
     ]

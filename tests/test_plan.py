@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -349,6 +350,20 @@ def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_wit
     assert planned(target, out, {"budget_share": 50.0}) is None
     larger = make_plan(target, out, far, budget_share=50.0)
     assert run_plan(larger, out, far, progress=False).complete
+
+
+def test_progress_is_counted_over_the_whole_plan(target, out, capsys):
+    """Not from 1 in each of its sweeps; a command that goes on counts on."""
+    share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
+    plan = make_plan(target, out, FakeEngine(), budget_share=share)
+    assert len(plan.sweeps) > 1
+    capsys.readouterr()
+    run_sweep(plan.sweeps[0], out, FakeEngine(), progress=False)
+    before = len(read_results(out))
+    result = run_plan(plan, out, FakeEngine())
+    places = re.findall(r"^run (\d+) of about (\d+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert [int(at) for at, _ in places] == list(range(before + 1, len(result.results) + 1)) and before > 0
+    assert {int(of) for _, of in places} == {max(plan.runs, len(result.results))}
 
 
 @pytest.mark.parametrize("trouble", ["stopped", "failed"])

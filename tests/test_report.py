@@ -285,6 +285,14 @@ def test_a_sweep_gives_everything(whole):
     assert [row[0] for row in numbers.rows] == ["mup", "adam-sp"] and numbers.rows[1][1].startswith("control, −1.00")
 
 
+def test_a_forecast_of_a_sweep_gives_a_flag_to_paste(swept, capsys):
+    """The same number as the report of it, which multiplies the factor with the setting that it turns."""
+    main(["transfer", str(swept[0]), "--predict", "128"])
+    (rate,) = re.findall(r"- mup: width 128: .*, --lr-scale (\S+) \(90 %", capsys.readouterr().out)
+    _, prediction = read_plan(swept[0])
+    assert float(rate) == pytest.approx(prediction.lr_scale, rel=1e-3)
+
+
 def test_a_report_begins_with_what_to_do(swept, whole):
     out, run = swept
     _, prediction = read_plan(out)

@@ -36,6 +36,6 @@ def run(argv: Sequence[str]) -> int:
     result = train_and_tell(advised(proxies))
     if not result.finished:
         return STOPPED_BY_SIGNAL
-    print("\n4/4  Did it come true?")
+    print("\n4/4  How far off is it?")
     checked = str(FOLDER / "coord-check" / "coord-check.json")
     return report.run([str(proxies), "--coord-check", checked, "--target", str(result.folder)])

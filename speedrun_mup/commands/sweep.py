@@ -109,7 +109,8 @@ def run(argv: Sequence[str]) -> int:
     sweep = Sweep(cfg, tuple(asked.widths), arms, tuple(asked.octaves), seeds, asked.knob, asked.adaptive)
     print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}")
     with closing(open_engine(**engine, device=cfg.device)) as where:
-        result = run_sweep(sweep, out, where, **budget, progress=cfg.progress)
+        limits: dict[str, Any] = dict(budget)
+        result = run_sweep(sweep, out, where, **limits, progress=cfg.progress)
     write_csv(out, out / "runs.csv")
     print(result.summary())
     print(f"table  {out / 'runs.csv'}")

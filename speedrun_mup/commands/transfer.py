@@ -15,16 +15,8 @@ from speedrun_mup.flags import new_parser, parse
 if TYPE_CHECKING:
     from speedrun_mup.transfer import Forecast, TransferResult
 
-_ASKED = (
-    "knob",
-    "columns",
-    "controls",
-    "tested",
-    "base_width",
-    "sigma",
-    "initial_loss",
-    "accept",
-)  # flags of `add_source`
+# Flags of `add_source`.
+_ASKED = ("knob", "columns", "controls", "tested", "base_width", "sigma", "initial_loss", "accept")
 WIDEST = 2**31  # width that a forecast is made for
 
 

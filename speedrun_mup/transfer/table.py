@@ -293,7 +293,7 @@ def _left_out(names: Sequence[str], seen: Sequence[set[str]]) -> Iterator[str]:
         told = [f"{printable(name, 40)} ({', '.join(_quoted(value) for value in sorted(some))})" for name, some in vary]
         if told:
             more = " and others differ" if len(told) > 4 else " differs" if len(told) == 1 else " differ"
-            text += f". {', '.join(told[:4])}{more} between runs: harmless where it is only a comment"
+            text += f". {', '.join(told[:4])}{more} between runs: harmless if it is only a comment"
         yield text
 
 
