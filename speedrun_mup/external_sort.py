@@ -121,14 +121,15 @@ def split_piece(piece: Piece, chosen: Set[bytes], others: Path, same: Path) -> t
         The pieces of the others and of the same, in lists that are empty where there are no such records.
     """
     count = piece.facts.records
-    keys, tags, (_, records) = piece.keys(0, count), list(piece.tags()), piece.records(0, count)
+    tags = list(piece.tags())
+    if chosen.isdisjoint(tags):
+        return [piece], []
+    keys, (_, records) = piece.keys(0, count), piece.records(0, count)
 
     def some(path: Path, which: list[int]) -> list[Piece]:
         return [write_piece(path, keys[which], [tags[k] for k in which], [records[k] for k in which])]
 
     found = [[k for k in range(count) if (tags[k] in chosen) == wanted] for wanted in (False, True)]
-    if not found[1]:
-        return [piece], []
     return some(others, found[0]) if found[0] else [], some(same, found[1])
 
 

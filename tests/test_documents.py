@@ -254,6 +254,16 @@ def test_suffixes_that_folders_are_searched_for_on_request(tmp_path: Path) -> No
     assert "\n" not in str(error.value) and "sub" not in str(error.value).partition(" left out: ")[2]
 
 
+def test_what_several_folders_hold_is_added_up(tmp_path: Path) -> None:
+    for name in "a/x.txt", "a/y.py", "b/x.md", "b/y.py", "b/z.py", "one.log":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "a" / "pipe")
+    found = find_sources([str(tmp_path / name) for name in ("b", "one.log", "a")])
+    assert [Path(source.name).name for source in found.sources] == ["x.md", "one.log", "x.txt"]
+    assert found.told() == f"3 *.py, 1 that are FIFOs ({tmp_path}/a/pipe); --suffix reads more as plain text"
+
+
 def test_spelling_of_suffixes() -> None:
     assert [suffix(text) for text in (".py", "*.C", ".Jsonl")] == [".py", ".c", ".jsonl"]
     for text in "src", "py", ".", "", "a/b.py", ".gz", "..", ". x":

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -398,6 +399,20 @@ def test_text_command_on_a_source_tree(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(decoded(corpus, "train")) == 104 and len(decoded(corpus, "val")) == 16
     whole = contents(out)
     assert main([*command, "--suffix", ".c", "*.py", ".py"]) == 0 and contents(out) == whole
+
+
+def test_vocabulary_that_the_text_is_too_short_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice is a flag that does it, with the same folder."""
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("rustbpe")
+    (tmp_path / "a.log").write_text("some line of a log\n" * 300 + "and another\n" * 300)
+    command = ["data", "text", str(tmp_path / "a.log"), "--passage", "100", "--out", str(tmp_path / "out")]
+    assert main([*command, "--tokenizer", "train:4096"]) == 2
+    advice = re.search(
+        r"tokenizer=train:4096 is too large for this text; try (train:\d+)$", capsys.readouterr().err.strip()
+    )
+    assert advice and main([*command, "--tokenizer", advice[1]]) == 0
+    assert f"tokenizer bpe:{advice[1][6:]}, vocabulary {advice[1][6:]};" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["book", "log", "tree"])
