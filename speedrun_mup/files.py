@@ -114,8 +114,17 @@ def read_json(path: Path, advice: str, error: type[UserError] = ConfigError, mos
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def refuse_device(path: Path) -> None:
+    """OSError if a device has the name of a file that is about to be written."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise OSError(errno.EINVAL, "it is a device, not a regular file", str(path))
+
+
 def new_file(path: Path) -> BinaryIO:
-    """Open a new file to write; a file, a link or a FIFO in its place goes away. OSError for a folder."""
+    """Open a new file to write; a file, a link or a FIFO in its place goes away. OSError for a folder or a device."""
+    refuse_device(path)
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
@@ -126,8 +135,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to fill that takes the place of `path` when the block ends, and vanishes if the block raises.
 
     Killed at any instant, or with the power cut, this leaves the old file or the new one: the content is on the disk
-    before the rename, and the rename before this returns. A link in the place of `path` is replaced, not followed.
+    before the rename, and the rename before this returns. A link in the place of `path` is replaced, not followed; a device
+    is an OSError, since root could replace it and take it from the whole machine.
     """
+    refuse_device(path)
     part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with new_file(part) as file:

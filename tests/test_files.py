@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "sub").symlink_to(tmp_path)
     with pytest.raises(OSError, match="symbolic link"):
         files.own_folder(tmp_path / "sub")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices, or could replace one")
+def test_no_device_is_replaced(tmp_path):
+    device = tmp_path / "zero"
+    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+    with pytest.raises(ConfigError, match="it is a device, not a regular file.; choose another"):
+        files.write_whole(device, "text", "choose another")
+    with pytest.raises(OSError, match="it is a device"):
+        files.new_file(device)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["zero"] and stat.S_ISCHR(device.lstat().st_mode)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

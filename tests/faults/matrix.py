@@ -34,6 +34,10 @@ PLAN = "tests/test_plan.py"
 FLAGS = "tests/test_flags.py"
 ENTRY = "tests/test_entrypoints.py"
 DOCS = "tests/test_docs_commands.py"
+FILES = "tests/test_files.py"
+TRANSFER_COMMAND = "tests/test_transfer_command.py"
+HARDWARE = "tests/test_hardware.py"
+TOKENIZERS = "tests/test_tokenizers.py"
 
 
 @dataclass(frozen=True)
@@ -876,5 +880,142 @@ MATRIX = _rows(
         "a command in the documentation that fails",
         "its test fails",
         [f"{DOCS}::test_the_commands_of_a_page_work_one_after_the_other"],
+    ),
+    # --- small and received texts
+    (
+        "a text so small that no document falls into a part; a single document",
+        "each part gets one; one line",
+        [
+            f"{TOKENIZE}::test_each_part_has_a_document",
+            f"{TOKENIZE}::test_one_document_cannot_be_both",
+            f"{DATA}::test_uses_of_a_book",
+        ],
+    ),
+    (
+        "links or FIFOs in an unfinished corpus, or in its place",
+        "not followed, not waited for",
+        [
+            f"{TOKENIZE}::test_nothing_in_a_received_folder_is_followed_or_waited_for",
+            f"{TOKENIZE}::test_unfinished_folder_that_is_a_link",
+        ],
+    ),
+    (
+        "corpora and unfinished work of the first version",
+        "read, or one line",
+        [f"{TOKENIZE}::test_what_an_earlier_version_left"],
+    ),
+    (
+        "a tokenizer that is not the manifest's; a shard replaced by one of its size and time",
+        "one line",
+        [
+            f"{TOKENIZERS}::test_tokenizer_that_does_not_fit_the_manifest",
+            f"{SHARDS}::test_shard_replaced_by_one_of_its_size_and_time",
+        ],
+    ),
+    (
+        "very deep folders; standard input closed",
+        "read; one line",
+        [f"{DOCUMENTS}::test_very_deep_folders", f"{DOCUMENTS}::test_standard_input_that_is_closed"],
+    ),
+    # --- tables of one's own
+    (
+        "settings that differ, also under a tracker's prefixes; rules of width, spellings, identifiers",
+        "INCONCLUSIVE and named; no doubt",
+        [
+            f"{CLAIMS}::test_further_columns_matter_if_they_are_settings",
+            f"{CLAIMS}::test_a_diverged_run_may_have_ended_early",
+            f"{CLAIMS}::test_of_two_columns_with_one_name_both_count",
+        ],
+    ),
+    (
+        "a program that ignores the width, with fresh noise; seeds that are names",
+        "a note",
+        [f"{CLAIMS}::test_widths_that_are_alike_but_for_noise_are_a_note", f"{CLAIMS}::test_seeds_may_have_names"],
+    ),
+    (
+        "points of a grown grid that failed for all seeds; a corpus known by a former fingerprint",
+        "missing until they are run; goes on, same ids",
+        [
+            f"{SWEEP}::test_points_that_a_grid_grew_by_and_that_failed_for_all_seeds_are_missing",
+            f"{SWEEP}::test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on",
+        ],
+    ),
+    (
+        "a report on somebody's table",
+        "says only what the table tells",
+        [f"{REPORT}::test_of_a_strangers_table_only_what_it_tells_is_said"],
+    ),
+    # --- busy, suspended and read-only machines
+    (
+        "torch loaded before us without a wait policy, on busy cores",
+        "threads sleep soon while they wait",
+        [f"{HARDWARE}::test_threads_sleep_while_they_wait_where_torch_was_loaded_before_us"],
+    ),
+    (
+        "all ranks suspended for longer than --timeout-s",
+        "over gloo the collective goes on; a rank that hangs is still named, exit code 6",
+        [
+            f"{UTILS}::test_the_time_in_which_a_whole_group_was_suspended_does_not_count",
+            f"{UTILS}::test_a_process_that_lost_a_rank_ends_though_gloo_waits_on",
+        ],
+        "several GPUs for NCCL, whose own clock decides",
+    ),
+    (
+        "a run's folder on a read-only disk",
+        "one line with advice that helps, also for a resume",
+        [f"{RUN_FOLDER}::test_a_run_on_a_disk_that_is_read_only_is_told_what_helps"],
+        "root, to mount a small tmpfs",
+    ),
+    # --- what a first hour brings
+    (
+        "a log, a Makefile, a source tree as text",
+        "read, with --suffix in folders; one line that counts what was passed over; at least 90 % used per epoch",
+        [
+            f"{DOCUMENTS}::test_named_files_of_any_suffix_are_plain_text",
+            f"{TOKENIZE}::test_text_command_on_a_source_tree",
+            f"{TOKENIZE}::test_an_epoch_of_the_laptop_preset_uses_own_text",
+        ],
+    ),
+    (
+        "a small text at the default share of validation",
+        "16 documents, a fifth at most",
+        [f"{TOKENIZE}::test_validation_of_a_small_text", f"{TOKENIZE}::test_vocabulary_that_the_text_is_too_short_for"],
+    ),
+    (
+        "the command that a report names",
+        "runs as it stands",
+        [
+            f"{TRANSFER_COMMAND}::test_the_command_that_a_report_names_measures_the_same",
+            f"{REPORT}::test_a_forecast_of_a_sweep_gives_a_flag_to_paste",
+        ],
+    ),
+    (
+        "an interval so wide that it cannot miss; a PASS without a control",
+        "the miss and the reason are told; the headline says so",
+        [
+            f"{PLAN}::test_a_wide_interval_is_explained",
+            f"{REPORT}::test_a_pass_without_a_control_says_so_in_the_headline",
+        ],
+    ),
+    (
+        "a plan of several sweeps is run or resumed",
+        "one counter over the plan",
+        [f"{PLAN}::test_progress_is_counted_over_the_whole_plan"],
+    ),
+    (
+        "a layer declared as the readout; a message to paste",
+        "starts by the table; works as pasted",
+        [
+            f"{UNUSUAL}::test_a_declared_linear_layer_starts_by_the_table",
+            f"{UNUSUAL}::test_the_line_for_a_tied_linear_layer_works_as_it_is_written",
+            f"{UNUSUAL}::test_the_line_for_a_last_convolution_works_and_starts_it_as_a_readout",
+            f"{UNUSUAL}::test_all_layers_of_the_kind_are_counted_at_once",
+        ],
+    ),
+    (
+        "a device in place of a file to write",
+        "refused, also for root",
+        [f"{FILES}::test_no_device_is_replaced"],
+        "root",
     ),
 )
