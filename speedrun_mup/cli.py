@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from speedrun_mup import __version__
 from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.files import printable
 from speedrun_mup.terminal import guarded
 
 COMMANDS = {  # the command's module in `commands` has the same name, and a function run(argv) -> exit code
@@ -72,6 +73,12 @@ def _run(arguments: list[str]) -> int:
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
+    except OSError as fault:
+        if fault.filename is None:
+            raise
+        # A path that the system takes for impossible, such as a name that is too long, wherever it was first looked at.
+        print(f"error: {printable(fault.filename)}: {fault.strerror}; give another path", file=sys.stderr)
+        return ConfigError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

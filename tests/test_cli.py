@@ -262,3 +262,12 @@ def test_openmp_is_told_to_wait_without_spinning_before_torch_is_loaded(users, u
     environment |= {"OMP_WAIT_POLICY": users} if users else {}
     done = subprocess.run([sys.executable, "-c", WAIT_POLICY], env=environment, capture_output=True, text=True)
     assert done.stderr.strip() == f"{used} False"
+
+
+@pytest.mark.parametrize(
+    "words", [["transfer"], ["report"], ["data", "inspect"], ["doctor", "--preset", "laptop", "--out"]]
+)
+def test_a_path_that_the_system_refuses_is_one_line(words, capsys):
+    assert main([*words, "x" * 5000]) in (2, 3)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "File name too long" in said and len(said) < 500

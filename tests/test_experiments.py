@@ -58,3 +58,14 @@ def test_the_table_of_matrix_seeds_gives_the_published_verdicts(widths, label):
     low, high = arm.drift.interval()
     row = rf"\| {label} \|[^|]*\| {arm.drift.value:+.2f} \({low:+.2f} to {high:+.2f}\) \| {arm.verdict} \|"
     assert re.search(row.replace("+", r"\+"), (FOLDER / "matrix-seeds.md").read_text()), row
+
+
+def test_the_table_of_data_order_gives_the_published_verdicts():
+    runs = read_runs(FOLDER / "data-order" / "runs.csv")
+    result = measure_transfer(runs, controls={"adam-sp": -1.0}, base_width=64)
+    assert result.verdict is Verdict.PASS
+    for name in ("mup", "adam-sp"):
+        drift = result.arms[name].drift
+        low, high = drift.interval()
+        row = f"| `{name}` | 32 to 128 | {drift.value:+.2f} ({low:+.2f} to {high:+.2f}) |"
+        assert row in (FOLDER / "data-order.md").read_text()
