@@ -1,6 +1,7 @@
 """One small cache for all tests, so that the embedded and synthetic corpora are prepared once per run."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.training import train
+
+# A shell that starts this in the background has it ignore Ctrl-C, and everything that it starts as well. Tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
