@@ -216,14 +216,7 @@ def main() -> int:
     parser.add_argument(
         "--workers", type=int, default=3, help="tests of the matrix at a time; %(default)s, many only wait"
     )
-    parser.add_argument(
-        "--from",
-        type=int,
-        default=1,
-        dest="first",
-        metavar="ROW",
-        help="of the matrix, without those before; %(default)s",
-    )
+    parser.add_argument("--from", type=int, default=1, dest="first", metavar="ROW", help="of the matrix; %(default)s")
     parser.add_argument("--publish", action="store_true", help="write results/")
     flags = parser.parse_args()
     if flags.what == "list":
