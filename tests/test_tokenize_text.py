@@ -310,7 +310,7 @@ def job_of(path: Path, settings: TextSettings) -> module._Job:
 def test_no_text_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.jsonl").write_text(records(["", ""]))
-    with pytest.raises(SourceError, match="a.txt, b.jsonl, 0.0 MB: no text in there"):
+    with pytest.raises(SourceError, match=", b.jsonl, 0.0 MB: no text in there"):
         tokenize_text([str(tmp_path)], tmp_path / "out", BYTES)
     assert not (tmp_path / "out").exists()
 
