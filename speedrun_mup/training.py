@@ -941,7 +941,8 @@ def open_folder(cfg: TrainConfig, world: World, lock: FolderLock | None = None) 
         nonlocal lock
         if lock:
             return lock.find()
-        made = f"{cfg.parametrization}-w{cfg.width}-s{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+        made = f"{cfg.parametrization}-w{cfg.width}-s{cfg.seed}-{moment}"
         folder = Path(cfg.resume) if cfg.resume else Path(cfg.out) / (cfg.name or made)
         try:
             folder.mkdir(parents=True, exist_ok=True)

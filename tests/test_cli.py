@@ -158,7 +158,7 @@ def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
     words = ["sweep", *as_flags(settings), "--iterations", "3", *grid, "--out", str(tmp_path / "s")]
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert "4 cells done (4 now" in told and "next   speedrun-mup transfer" in told
+    assert "4 runs done (4 now" in told and "next   speedrun-mup transfer" in told
     assert (tmp_path / "s" / "runs.csv").read_text().count("\n") == 5
     assert main(words) == 0 and "4 runs done (0 now" in capsys.readouterr().out
 

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -186,14 +185,13 @@ def test_other_code_is_told_of_and_goes_on(tiny, monkeypatch):
 
 
 def test_a_run_is_left_out_that_is_in_use_of_other_settings_unreadable_or_diverged(tiny):
-    out, said = Path(tiny().out), []
+    out, said, begun = Path(tiny().out), [], []
     for name in ("taken", "used", "other", "config", "fifo", "log", "metrics", "checkpoint", "diverged", "done"):
         changes = {"matrix_lr": 0.1} if name == "other" else {}
         with closing(Run(tiny(name=name, save_every=1, **changes), World())) as run:
             if name in ("checkpoint", "done"):
                 run.train()
-        moment = time.time() + len(list(out.iterdir()))
-        os.utime(out / name / "config.json", (moment, moment))  # the one to take is the oldest
+        begun.append(out / name / "config.json")
     (out / "config" / "config.json").write_bytes(b"\xff{")
     os.mkfifo(out / "fifo" / "status.json")
     os.unlink(out / "fifo" / "config.json")
@@ -205,6 +203,8 @@ def test_a_run_is_left_out_that_is_in_use_of_other_settings_unreadable_or_diverg
         (step / "state.json").write_bytes(b"")
     (out / "diverged" / "status.json").write_text('{"status": "diverged", "why": "x"}')
     (out / "done" / "status.json").write_text('{"status": "finished", "why": null}')
+    for moment, config in enumerate(begun):  # the one to take is the oldest
+        os.utime(config, (moment, moment))
     with closing(FolderLock(out / "used")):
         lock = claim_unfinished(out, {"matrix_lr": 0.05, "out": "elsewhere", "resume": "auto"}, said.append)
     assert lock and lock.folder == out / "taken"
@@ -214,6 +214,11 @@ def test_a_run_is_left_out_that_is_in_use_of_other_settings_unreadable_or_diverg
     assert told.keys() == {"used", "other", "config", "fifo", "log", "metrics", "checkpoint", "diverged"}
     assert "matrix_lr is 0.1, not 0.05" in told["other"] and "in use by process" in told["used"]
     assert all("\n" not in line for line in said)
+
+
+def test_two_runs_begun_in_one_second_have_folders_of_their_own(tiny):
+    with closing(Run(tiny(), World())) as one, closing(Run(tiny(), World())) as other:
+        assert one.folder != other.folder
 
 
 def test_each_of_several_jobs_takes_a_run_of_its_own(tiny):
