@@ -18,7 +18,7 @@ from common import circumstances, publish, seconds, table, with_spread
 
 from speedrun_mup.config import make_config
 from speedrun_mup.core.utils import World
-from speedrun_mup.training import Run
+from speedrun_mup.training.run import Run
 
 BLOCK = 10  # steps, of which the first saves
 BLOCKS = 30

@@ -28,8 +28,8 @@ from benchmarks.common import circumstances, publish, quantile, seconds, table, 
 from benchmarks.opponent import Opponent
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
-from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import Batch
+from speedrun_mup.data.batches import Batch
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.training import train
 
 SQUARE = 1024  # side of the square matmul that stands for what the machine can do

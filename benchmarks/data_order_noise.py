@@ -20,10 +20,10 @@ from unittest import mock
 
 from common import circumstances, publish, table
 
-from speedrun_mup import training
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
 from speedrun_mup.files import write_whole
+from speedrun_mup.training import run as training
 
 SEEDS_OF = {  # what varies: (seed of the initialisation, seed of the order)
     "initialisation": lambda seed: (seed, 0),

@@ -29,11 +29,11 @@ import numpy as np
 
 from benchmarks.common import circumstances, publish, quantile, seconds, table, with_spread
 from speedrun_mup.config import make_config
-from speedrun_mup.corpus import embedded_corpus
-from speedrun_mup.data import Batch, TrainBatches
-from speedrun_mup.shards import open_corpus, read_shard, write_shard
-from speedrun_mup.tokenize_text import TextSettings, tokenize_text
-from speedrun_mup.tokenizers import BpeTokenizer, Tokenizer, find_tokenizer, gpt2_tokenizer, load_tokenizer
+from speedrun_mup.data.batches import Batch, TrainBatches
+from speedrun_mup.data.corpus import embedded_corpus
+from speedrun_mup.data.shards import open_corpus, read_shard, write_shard
+from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
+from speedrun_mup.data.tokenizers import BpeTokenizer, Tokenizer, find_tokenizer, gpt2_tokenizer, load_tokenizer
 from speedrun_mup.training import train
 
 THREADS = os.cpu_count() or 1

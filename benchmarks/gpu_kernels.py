@@ -22,7 +22,7 @@ from common import table
 from speedrun_mup.bench import Stopwatch
 from speedrun_mup.core import optimizers
 from speedrun_mup.core.attention import BACKENDS, document_numbers
-from speedrun_mup.core.fp8 import E5M2, head_scales, quantize, transposed
+from speedrun_mup.core.kernels.fp8 import E5M2, head_scales, quantize, transposed
 from speedrun_mup.core.model import (
     ATTENTION_SCALE,
     FUSED_LOGIT_BYTES,

@@ -29,7 +29,7 @@ import torch
 from benchmarks.common import circumstances, publish, quantile, table, with_spread
 from speedrun_mup.config import make_config
 from speedrun_mup.core.utils import World
-from speedrun_mup.training import Run
+from speedrun_mup.training.run import Run
 
 ROUNDS = 150
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.data import Batch
-from speedrun_mup.shards import Corpus
+from speedrun_mup.data.batches import Batch
+from speedrun_mup.data.shards import Corpus
 
 WARMUP = 0.05  # of all steps: the learning rate rises linearly, then falls linearly to zero
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.common import circumstances, publish, table
 from speedrun_mup.config import make_config
-from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.sweep import LocalEngine, Sweep, run_cell, run_sweep
 
 

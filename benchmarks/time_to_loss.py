@@ -28,10 +28,10 @@ from benchmarks.common import circumstances, publish, seconds, table
 from benchmarks.opponent import Opponent
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
-from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import Batch, TrainBatches, ValBatches
-from speedrun_mup.tracking import read_metrics
+from speedrun_mup.data.batches import Batch, TrainBatches, ValBatches
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.training import train
+from speedrun_mup.training.tracking import read_metrics
 
 FACTOR = 3  # GPT-2's tokens for one of ours
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

@@ -32,7 +32,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from speedrun_mup.cli import main
 
     code = main(argv)
-    tracking = sys.modules.get("speedrun_mup.tracking")  # not imported: there was no tracker
+    tracking = sys.modules.get("speedrun_mup.training.tracking")  # not imported: there was no tracker
     if tracking and tracking.Tracker.abandoned:  # it is not asked to clean up: that may hang, or end in a traceback
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or None

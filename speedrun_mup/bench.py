@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.attention import document_numbers
-from speedrun_mup.core.fp8 import E4M3
+from speedrun_mup.core.kernels.fp8 import E4M3
 from speedrun_mup.core.utils import Handle, World, deterministic, join_world, leave_world
-from speedrun_mup.data import Batch
-from speedrun_mup.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops
-from speedrun_mup.schedules import window_blocks
-from speedrun_mup.training import Run
+from speedrun_mup.data.batches import Batch
+from speedrun_mup.training.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops
+from speedrun_mup.training.run import Run
+from speedrun_mup.training.schedules import window_blocks
 
 PHASES = ("data", "forward", "backward", "optimizer", "communication", "other")
 # Dense bfloat16, from NVIDIA's data sheets; the first entry that is part of the device's name.

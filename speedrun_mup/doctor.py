@@ -16,19 +16,19 @@ from pathlib import Path
 
 import torch
 
-from speedrun_mup.checkpoint import inspect
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.core.utils import is_out_of_memory, pick_device
-from speedrun_mup.corpus import find_corpus
-from speedrun_mup.data import ValBatches, train_batches
+from speedrun_mup.data.batches import ValBatches, train_batches
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.data.inspect_corpus import inspect_corpus
+from speedrun_mup.data.shards import Corpus, Mixture
 from speedrun_mup.explain import explain
 from speedrun_mup.files import kind_of
-from speedrun_mup.hardware import pick_attention, pick_compile, pick_dtype
-from speedrun_mup.inspect_corpus import inspect_corpus
-from speedrun_mup.run_folder import FolderLock
-from speedrun_mup.shards import Corpus, Mixture
-from speedrun_mup.tracking import (
+from speedrun_mup.training.checkpoint import inspect
+from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype
+from speedrun_mup.training.run_folder import FolderLock
+from speedrun_mup.training.tracking import (
     CONFIG,
     LOG,
     METRICS,

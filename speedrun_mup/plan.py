@@ -21,11 +21,9 @@ from typing import Any
 
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable, read_bytes, write_whole
-from speedrun_mup.flops import run_flops
-from speedrun_mup.run_folder import saved_config
-from speedrun_mup.shards import Corpus
 from speedrun_mup.sweep import (
     Arm,
     Engine,
@@ -38,7 +36,9 @@ from speedrun_mup.sweep import (
     read_results,
     run_sweep,
 )
-from speedrun_mup.tracking import clock, read_metrics
+from speedrun_mup.training.flops import run_flops
+from speedrun_mup.training.run_folder import saved_config
+from speedrun_mup.training.tracking import clock, read_metrics
 from speedrun_mup.transfer import ArmResult, Forecast, Thresholds, TransferError, loss_forecast
 
 PLAN, VERSION = "plan.json", 1

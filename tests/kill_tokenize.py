@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from speedrun_mup import tokenize_text
+from speedrun_mup.data import tokenize_text
 tokenize_text.COMMIT_EVERY_S = 0.0
 tokenize_text._CHUNK_CHARS = 20_000
 from speedrun_mup.cli import main

@@ -15,8 +15,8 @@ from speedrun_mup.bench import PHASES, Stopwatch, TimedWorld, bench
 from speedrun_mup.cli import main
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.utils import World
-from speedrun_mup.flops import attention_flops, model_shape, weight_flops
-from speedrun_mup.training import Run
+from speedrun_mup.training.flops import attention_flops, model_shape, weight_flops
+from speedrun_mup.training.run import Run
 
 CPU = torch.device("cpu")
 

@@ -28,8 +28,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import speedrun_mup
-from speedrun_mup import checkpoint
-from speedrun_mup.checkpoint import (
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.utils import World
+from speedrun_mup.training import checkpoint
+from speedrun_mup.training.checkpoint import (
     MANIFEST,
     MODEL,
     STATE,
@@ -44,8 +46,6 @@ from speedrun_mup.checkpoint import (
     import_dcp,
     import_pt,
 )
-from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.utils import World
 
 KILLS = repeats(20)  # lives ended at a random time
 FLIPS = repeats(60)  # single bits

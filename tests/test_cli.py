@@ -19,8 +19,8 @@ from speedrun_mup.commands.train import config_of
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import World
-from speedrun_mup.run_folder import saved_config
-from speedrun_mup.training import Run
+from speedrun_mup.training.run import Run
+from speedrun_mup.training.run_folder import saved_config
 
 ROOT = Path(__file__).parent.parent
 LEAN = ((-2.0, -1.0, 0.0, 1.0), ())  # wide enough for models so small that it need not be extended

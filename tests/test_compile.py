@@ -14,8 +14,8 @@ import torch
 from speedrun_mup.bench import graphs_compiled
 from speedrun_mup.core import model as model_module
 from speedrun_mup.core.utils import World
-from speedrun_mup.hardware import use_compile_cache
-from speedrun_mup.training import Run
+from speedrun_mup.training.hardware import use_compile_cache
+from speedrun_mup.training.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler has some of its own
 
@@ -104,7 +104,7 @@ def test_a_residual_is_not_folded_into_the_product_before_it():
 
 def test_importing_the_model_leaves_the_compiler_alone():
     """Its import takes seconds, and fixes where compiled code is kept before a run can say so."""
-    command = "import sys; from speedrun_mup import training, coord_check; print('torch._dynamo' in sys.modules)"
+    command = "import sys, speedrun_mup.coord_check, speedrun_mup.training.run; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -113,7 +113,7 @@ COMPILE = """
 import sys, torch
 from pathlib import Path
 from speedrun_mup.core import model
-from speedrun_mup.hardware import use_compile_cache
+from speedrun_mup.training.hardware import use_compile_cache
 use_compile_cache(Path(sys.argv[1]))
 from torch._dynamo.utils import counters
 model.ReluSquared.backward = staticmethod(lambda ctx, grad: grad * ctx.saved_tensors[0] * float(sys.argv[2]))

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speedrun_mup import corpus as module
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.corpus import FINEWEB_COMMAND, cache_folder, embedded_corpus, find_corpus, write_synthetic
-from speedrun_mup.data import TrainBatches, ValBatches
-from speedrun_mup.documents import split_passages
-from speedrun_mup.shards import GPT2_BOS, Corpus, Mixture, ShardError, open_corpus, read_shard, write_shard
-from speedrun_mup.tokenizers import BpeTokenizer, load_tokenizer
+from speedrun_mup.data import corpus as module
+from speedrun_mup.data.batches import TrainBatches, ValBatches
+from speedrun_mup.data.corpus import FINEWEB_COMMAND, cache_folder, embedded_corpus, find_corpus, write_synthetic
+from speedrun_mup.data.documents import split_passages
+from speedrun_mup.data.shards import GPT2_BOS, Corpus, Mixture, ShardError, open_corpus, read_shard, write_shard
+from speedrun_mup.data.tokenizers import BpeTokenizer, load_tokenizer
 
 TEXT = "def área(x):\n    return 'naïve 漢字 🎲', x\n\x00\r\n"
 

@@ -14,11 +14,11 @@ import pytest
 from faults.harness import dice, repeats
 from test_checkpoint import reseal
 
-from speedrun_mup.checkpoint import MANIFEST, STATE
 from speedrun_mup.cli import main
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.report import plot_loss_curve
 from speedrun_mup.training import train
+from speedrun_mup.training.checkpoint import MANIFEST, STATE
 
 COUNT = repeats(4)  # damaged folders of each file
 STEP = "checkpoints/step-00000004"

@@ -19,9 +19,9 @@ from test_cli import as_flags
 
 from speedrun_mup.cli import main
 from speedrun_mup.core.utils import World
-from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.doctor import Level, examine
-from speedrun_mup.training import Run, train
+from speedrun_mup.training.run import Run, train
 
 
 def bad(findings):

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 from loopback_hub import LoopbackHub
 
-from speedrun_mup import documents
 from speedrun_mup.core.errors import UserError
-from speedrun_mup.documents import (
+from speedrun_mup.data import documents
+from speedrun_mup.data.documents import (
     DocumentReader,
     Position,
     Source,
@@ -128,7 +128,7 @@ def test_dataset_streamed_from_a_hub(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     readme = b"---\nconfigs:\n- config_name: small\n  data_files: a.parquet\n---\n"
     files = {"a.parquet": (tmp_path / "a.parquet").read_bytes(), "README.md": readme}
-    command = "import json; from speedrun_mup.documents import *; reader = DocumentReader(find_sources(['hf://me/mine/small']).sources,"
+    command = "import json; from speedrun_mup.data.documents import *; reader = DocumentReader(find_sources(['hf://me/mine/small']).sources,"
     command += " 'text', 0); print(json.dumps([document.text for document in reader]))"
     with LoopbackHub("me/mine", files) as hub:
         known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
@@ -450,7 +450,9 @@ def test_kilobytes_of_parquet_stay_small(tmp_path: Path) -> None:
     column = arrow.array(["spam and " * 900_000] * 100).dictionary_encode()
     parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
-    command = "import re, sys; from speedrun_mup.documents import *; reader = DocumentReader(find_sources(sys.argv[1:])"
+    command = (
+        "import re, sys; from speedrun_mup.data.documents import *; reader = DocumentReader(find_sources(sys.argv[1:])"
+    )
     command += ".sources, 'text', 0); count = sum(1 for document in reader)\n"
     command += "print(count, int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     root = Path(documents.__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speedrun_mup import __main__ as entry
-from speedrun_mup.tracking import read_metrics
+from speedrun_mup.training.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speedrun_mup.external_sort import Block, Merge, Piece, write_piece
+from speedrun_mup.data.external_sort import Block, Merge, Piece, write_piece
 
 
 def make(folder: Path, rows: list[tuple[int, bytes]], cuts: list[int]) -> list[Piece]:

@@ -14,11 +14,11 @@ import pytest
 from loopback_hub import COMMIT, LoopbackHub
 from small_corpus import naive_read
 
-from speedrun_mup import fineweb as module
 from speedrun_mup.cli import main
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.fineweb import FetchError, download_fineweb, parse_tokens
-from speedrun_mup.shards import Corpus, open_corpus, shard_header
+from speedrun_mup.data import fineweb as module
+from speedrun_mup.data.fineweb import FetchError, download_fineweb, parse_tokens
+from speedrun_mup.data.shards import Corpus, open_corpus, shard_header
 
 hub_library = pytest.importorskip("huggingface_hub")
 hub_constants = pytest.importorskip("huggingface_hub.constants")

@@ -5,7 +5,7 @@ import torch
 
 from speedrun_mup.core.attention import may_attend
 from speedrun_mup.core.model import GPTConfig
-from speedrun_mup.flops import attention_flops, keys_seen, weight_flops
+from speedrun_mup.training.flops import attention_flops, keys_seen, weight_flops
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 99])

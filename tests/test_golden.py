@@ -17,7 +17,7 @@ from torch import Tensor
 
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
-from speedrun_mup.schedules import muon_momentum
+from speedrun_mup.training.schedules import muon_momentum
 
 GOLDEN = {
     key.removeprefix("d128/"): value

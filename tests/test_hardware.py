@@ -13,13 +13,13 @@ from contextlib import closing
 import pytest
 import torch
 
-from speedrun_mup import hardware
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.attention import BACKENDS
 from speedrun_mup.core.errors import ConfigError, OutOfMemory
 from speedrun_mup.core.optimizers import Muon
 from speedrun_mup.core.utils import World, is_out_of_memory
-from speedrun_mup.hardware import (
+from speedrun_mup.training import hardware
+from speedrun_mup.training.hardware import (
     fit_micro_batch,
     fit_val_chunk,
     pick_attention,
@@ -28,8 +28,8 @@ from speedrun_mup.hardware import (
     pick_fp8,
     pick_pack,
 )
-from speedrun_mup.tracking import read_metrics
-from speedrun_mup.training import Run, train
+from speedrun_mup.training.run import Run, train
+from speedrun_mup.training.tracking import read_metrics
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 BF16, FP32 = torch.bfloat16, torch.float32

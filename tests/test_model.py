@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speedrun_mup.core import model as model_module
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.fp8 import head_scales
+from speedrun_mup.core.kernels.fp8 import head_scales
 from speedrun_mup.core.model import (
     GPT,
     MLP,

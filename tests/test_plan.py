@@ -18,8 +18,7 @@ from speedrun_mup.cli import main
 from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.corpus import find_corpus
-from speedrun_mup.flops import run_flops
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.plan import (
     Budget,
     NoPlanFits,
@@ -38,6 +37,7 @@ from speedrun_mup.plan import (
 )
 from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_sweep
 from speedrun_mup.training import train
+from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import TransferError, loss_forecast, measure_transfer
 
 SPEED = 1e9  # FLOPs per second of a worker

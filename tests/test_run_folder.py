@@ -16,14 +16,20 @@ from faults.harness import fork, wait
 from test_cli import as_flags
 from test_training import assert_same_training, curve, weights
 
-from speedrun_mup.checkpoint import CheckpointError, Loaded
 from speedrun_mup.cli import main
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.core.utils import World
-from speedrun_mup.corpus import write_synthetic
-from speedrun_mup.run_folder import FolderLock, claim_unfinished, newest_unfinished, saved_config, told_of_extension
-from speedrun_mup.tracking import lives, read_metrics
-from speedrun_mup.training import Run, train
+from speedrun_mup.data.corpus import write_synthetic
+from speedrun_mup.training.checkpoint import CheckpointError, Loaded
+from speedrun_mup.training.run import Run, train
+from speedrun_mup.training.run_folder import (
+    FolderLock,
+    claim_unfinished,
+    newest_unfinished,
+    saved_config,
+    told_of_extension,
+)
+from speedrun_mup.training.tracking import lives, read_metrics
 
 
 def settings(tiny, folder, **changes):
@@ -165,7 +171,7 @@ def test_data_that_moved_are_known_by_their_fingerprint(tiny, tmp_path):
 def test_a_type_that_auto_chooses_may_change_with_the_device(tiny, monkeypatch):
     run = train(tiny(name="a", save_every=3, width=32))
     shutil.rmtree(run.folder / "checkpoints" / "step-00000006")
-    monkeypatch.setattr("speedrun_mup.training.pick_dtype", lambda cfg, device: torch.bfloat16)
+    monkeypatch.setattr("speedrun_mup.training.run.pick_dtype", lambda cfg, device: torch.bfloat16)
     resumed = train(settings(tiny, run.folder))
     assert resumed.finished and weights(resumed)["embed.weight"].dtype is torch.bfloat16
     assert "this device takes bfloat16 instead of float32" in (run.folder / "log.txt").read_text()
@@ -176,7 +182,7 @@ def test_a_type_that_auto_chooses_may_change_with_the_device(tiny, monkeypatch):
 def test_other_code_is_told_of_and_goes_on(tiny, monkeypatch):
     run = train(tiny(name="a"))
     assert "the code changed" not in (train(settings(tiny, run.folder)).folder / "log.txt").read_text()
-    monkeypatch.setattr("speedrun_mup.training.source_sha256", lambda: "f" * 64)
+    monkeypatch.setattr("speedrun_mup.training.run.source_sha256", lambda: "f" * 64)
     assert train(settings(tiny, run.folder)).finished
     assert "the code changed since this run's last life" in (run.folder / "log.txt").read_text()
 
@@ -323,7 +329,7 @@ def test_a_run_on_a_disk_that_is_read_only_is_told_what_helps(tiny, monkeypatch,
     def read_only(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("speedrun_mup.run_folder.open_lock", read_only)
+    monkeypatch.setattr("speedrun_mup.training.run_folder.open_lock", read_only)
     there = f"{cfg.out}/there"
     asked = dataclasses.replace(cfg, resume=there) if resume else dataclasses.replace(cfg, name="other")
     with pytest.raises(ConfigError, match=rf"\.lock cannot be written \(Read-only file system\); .*{fix}$"):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedrun_mup.schedules import lr_factor, muon_momentum, window_blocks
+from speedrun_mup.training.schedules import lr_factor, muon_momentum, window_blocks
 
 STEPS = 1750  # of record 26
 

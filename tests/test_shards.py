@@ -20,10 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 
-from speedrun_mup import bound, shards
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.files import printable
-from speedrun_mup.shards import (
+from speedrun_mup.data import bound, shards
+from speedrun_mup.data.shards import (
     GPT2_BOS,
     GPT2_VOCAB,
     Corpus,
@@ -37,6 +36,7 @@ from speedrun_mup.shards import (
     sole_writer,
     write_shard,
 )
+from speedrun_mup.files import printable
 
 FUZZED_FILES = int(os.environ.get("FUZZED_FILES", 2000))
 FACTS = {"tokens": 5000, "documents": 1, "sha256": "0" * 64}

@@ -30,11 +30,8 @@ from speedrun_mup.core.attention import may_attend
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
-from speedrun_mup.corpus import find_corpus
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import write_whole
-from speedrun_mup.flops import flops_per_token, run_flops
-from speedrun_mup.run_folder import FolderLock
-from speedrun_mup.schedules import window_blocks
 from speedrun_mup.sweep import (
     ARMS,
     COLUMNS,
@@ -60,6 +57,9 @@ from speedrun_mup.sweep import (
     write_csv,
 )
 from speedrun_mup.training import train
+from speedrun_mup.training.flops import flops_per_token, run_flops
+from speedrun_mup.training.run_folder import FolderLock
+from speedrun_mup.training.schedules import window_blocks
 from speedrun_mup.transfer import TransferError, Verdict, read_runs
 
 GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
@@ -902,7 +902,7 @@ def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
 
 
 def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpus, tmp_path, monkeypatch):
-    from speedrun_mup.tracking import read_metrics
+    from speedrun_mup.training.tracking import read_metrics
 
     cell = cell_of(small(), corpus, width=32)
     whole = run_cell(cell, tmp_path)

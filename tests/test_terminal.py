@@ -14,7 +14,7 @@ from test_cli import as_flags
 from speedrun_mup import terminal
 from speedrun_mup.cli import main
 from speedrun_mup.terminal import guarded, tell
-from speedrun_mup.tracking import read_metrics, read_status
+from speedrun_mup.training.tracking import read_metrics, read_status
 
 ROOT = Path(__file__).parent.parent
 

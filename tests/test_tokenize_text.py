@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from small_corpus import naive_read
 
-from speedrun_mup import tokenize_text as module
 from speedrun_mup.cli import main
 from speedrun_mup.config import PRESETS, TrainConfig
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data import TrainBatches, ValBatches, train_batches
-from speedrun_mup.documents import SourceError
-from speedrun_mup.shards import Corpus, ShardError, open_corpus, write_shard
-from speedrun_mup.tokenize_text import TextSettings, tokenize_text
-from speedrun_mup.tokenizers import load_tokenizer
+from speedrun_mup.data import tokenize_text as module
+from speedrun_mup.data.batches import TrainBatches, ValBatches, train_batches
+from speedrun_mup.data.documents import SourceError
+from speedrun_mup.data.shards import Corpus, ShardError, open_corpus, write_shard
+from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
+from speedrun_mup.data.tokenizers import load_tokenizer
 
 TEXTS = [f"document {i}: " + "spam and naïve eggs, " * (i % 17) for i in range(400)]
 BYTES = TextSettings(tokenizer="byte", val_share=0.1, shard_tokens=20_000)
@@ -574,7 +574,7 @@ def test_inspect_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_inspect_what_upstream_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speedrun_mup.inspect_corpus.load_tokenizer", lambda _: pytest.fail("not needed"))
+    monkeypatch.setattr("speedrun_mup.data.inspect_corpus.load_tokenizer", lambda _: pytest.fail("not needed"))
     for name in "fineweb_train_000001.bin", "fineweb_val_000000.bin":
         write_shard(tmp_path / name, [50256, *range(100), 50256, 5])
     assert main(["data", "inspect", str(tmp_path), "--picture", str(tmp_path / "a.png"), "--documents", "0"]) == 0
@@ -639,7 +639,7 @@ def break_encoding(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
             raise PanicException("regex match failed: StackOverflow\nstack backtrace")
         return real(text)
 
-    monkeypatch.setattr("speedrun_mup.tokenizers.ByteTokenizer.encode_array", encode_array)
+    monkeypatch.setattr("speedrun_mup.data.tokenizers.ByteTokenizer.encode_array", encode_array)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

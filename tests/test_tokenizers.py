@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import small_corpus
 
-from speedrun_mup import tokenizers as module
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.corpus import write_synthetic
-from speedrun_mup.shards import ShardError
-from speedrun_mup.tokenize_text import TextSettings, tokenize_text
-from speedrun_mup.tokenizers import (
+from speedrun_mup.data import tokenizers as module
+from speedrun_mup.data.corpus import write_synthetic
+from speedrun_mup.data.shards import ShardError
+from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
+from speedrun_mup.data.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
     HfTokenizer,

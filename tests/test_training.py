@@ -18,17 +18,17 @@ from faults.harness import dice, fork, repeats, wait
 from faults.torchrun import until
 from safetensors.torch import load_file
 
-from speedrun_mup.checkpoint import CheckpointError
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, NonFiniteError, Stopped
 from speedrun_mup.core.utils import PARENT_DIED, World, stop_with_parent
-from speedrun_mup.corpus import find_corpus, write_synthetic
-from speedrun_mup.numerics import SpikeWatch, Vote
+from speedrun_mup.data.corpus import find_corpus, write_synthetic
+from speedrun_mup.data.shards import ShardError, read_shard
 from speedrun_mup.report import plot_loss_curve
-from speedrun_mup.run_folder import check_resumable, newest_unfinished
-from speedrun_mup.shards import ShardError, read_shard
-from speedrun_mup.tracking import read_metrics
-from speedrun_mup.training import Run, pick_pack, stop_signals, train
+from speedrun_mup.training.checkpoint import CheckpointError
+from speedrun_mup.training.numerics import SpikeWatch, Vote
+from speedrun_mup.training.run import Run, pick_pack, stop_signals, train
+from speedrun_mup.training.run_folder import check_resumable, newest_unfinished
+from speedrun_mup.training.tracking import read_metrics
 
 
 def weights(result):
@@ -623,7 +623,7 @@ def test_training_time_counts_the_wait_for_a_step_that_the_device_still_works_on
 @pytest.mark.parametrize("at_once", [2**24, 0])
 def test_shard_that_is_not_the_manifests_ends_a_run(tiny, tmp_path, monkeypatch, capsys, at_once):
     """One token of the training text is another: in one line, before the first step or, if hashed meanwhile, at the end."""
-    monkeypatch.setattr("speedrun_mup.bound.AT_ONCE", at_once)
+    monkeypatch.setattr("speedrun_mup.data.bound.AT_ONCE", at_once)
     corpus, _ = find_corpus("synthetic", "byte")
     data = Path(shutil.copytree(corpus.directory, tmp_path / "data"))
     path = data / corpus.train[0].name

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.documents import suffix
+from speedrun_mup.data.documents import suffix
 from speedrun_mup.files import printable
 from speedrun_mup.flags import new_parser, parse, several
 from speedrun_mup.synonyms import DATA_COMMANDS, command_meaning
 
 if TYPE_CHECKING:
-    from speedrun_mup.shards import Corpus
+    from speedrun_mup.data.shards import Corpus
 
 FINEWEB_FOLDERS = {"10B": "data/fineweb10B", "100B": "data/fineweb100B", "edu": "data/finewebedu10B"}
 
@@ -50,7 +50,7 @@ def run_fineweb(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="downloads at a time; %(default)s")
     flags = vars(parse(parser, argv))
 
-    from speedrun_mup.fineweb import download_fineweb, parse_tokens
+    from speedrun_mup.data.fineweb import download_fineweb, parse_tokens
 
     out = flags.pop("out") or Path(FINEWEB_FOLDERS[flags["dataset"]])
     corpus = download_fineweb(parse_tokens(flags.pop("tokens")), out, progress=sys.stderr.isatty(), **flags)
@@ -121,8 +121,8 @@ def run_text(argv: Sequence[str]) -> int:
     paths, out, workers = flags.pop("paths"), flags.pop("out"), flags.pop("workers")
     skip_bad = flags.pop("on_bad_document") == "skip"
 
-    from speedrun_mup.data import uses
-    from speedrun_mup.tokenize_text import TextSettings, tokenize_text
+    from speedrun_mup.data.batches import uses
+    from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
 
     settings = TextSettings(**flags | {"suffixes": tuple(sorted(set(flags["suffixes"])))})
     corpus = tokenize_text(paths, out, settings, workers, progress=sys.stderr.isatty(), skip_bad=skip_bad)
@@ -150,7 +150,7 @@ _TALLY = {
 
 def _other_share(corpus: Corpus, asked: float) -> str:
     """What to say of validation's share of the documents if it is not about the one asked for."""
-    from speedrun_mup.tokenize_text import FEWEST_VAL
+    from speedrun_mup.data.tokenize_text import FEWEST_VAL
 
     val, train = (sum(corpus.facts[path.name].documents for path in paths) for paths in (corpus.val, corpus.train))
     share = val / (val + train)
@@ -176,8 +176,8 @@ def run_inspect(argv: Sequence[str]) -> int:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="where to draw (default: DIR/document-lengths.png)")
     arguments = parse(parser, argv)
 
-    from speedrun_mup.inspect_corpus import first_documents, inspect_corpus
-    from speedrun_mup.shards import ShardError, open_corpus
+    from speedrun_mup.data.inspect_corpus import first_documents, inspect_corpus
+    from speedrun_mup.data.shards import ShardError, open_corpus
 
     corpus = open_corpus(arguments.directory)
     found = inspect_corpus(corpus)

@@ -14,8 +14,8 @@ from speedrun_mup.files import printable
 from speedrun_mup.flags import Parser, new_parser, parse
 
 if TYPE_CHECKING:
-    from speedrun_mup.run_folder import FolderLock
-    from speedrun_mup.training import TrainResult
+    from speedrun_mup.training.run import TrainResult
+    from speedrun_mup.training.run_folder import FolderLock
 
 STOPPED_BY_SIGNAL = Stopped.exit_code
 
@@ -40,8 +40,8 @@ def config_of(flags: dict[str, object]) -> TrainConfig:
 def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
     """The same; with `--resume auto`, rank 0 also holds the lock of the run that it took, so that no other job takes it."""
     from speedrun_mup.core.utils import pick_device
-    from speedrun_mup.run_folder import run_of_launch, saved_config
-    from speedrun_mup.tracking import CONFIG
+    from speedrun_mup.training.run_folder import run_of_launch, saved_config
+    from speedrun_mup.training.tracking import CONFIG
 
     preset, lock = str(flags.pop("preset")), None
     out, name = Path(str(flags.get("out", TrainConfig.out))), flags.get("name")
@@ -85,7 +85,7 @@ def _claim(out: Path, flags: Mapping[str, object]) -> tuple[Path | None, FolderL
     A run belongs to the flags that were given; sizes that it found itself are its own.
     """
     from speedrun_mup.core.utils import join_world
-    from speedrun_mup.run_folder import claim_unfinished
+    from speedrun_mup.training.run_folder import claim_unfinished
 
     own = ("micro_batch", *SIZES) if flags.get("micro_batch") == "auto" else ()
     wanted = {key: value for key, value in flags.items() if key not in own}
@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
 def train_and_tell(cfg: TrainConfig, lock: FolderLock | None = None) -> TrainResult:
     """Train, draw the loss curve, and print where everything is."""
     from speedrun_mup.report import plot_loss_curve
-    from speedrun_mup.training import train
+    from speedrun_mup.training.run import train
 
     result = train(cfg, lock=lock)
     if os.environ.get("RANK", "0") == "0":

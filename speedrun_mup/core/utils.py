@@ -277,7 +277,7 @@ def has_triton(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        from speedrun_mup.core.triton_kernels import symmetric_product, transpose_bytes
+        from speedrun_mup.core.kernels.triton import symmetric_product, transpose_bytes
 
         x = torch.zeros(1, 128, 128, dtype=torch.bfloat16, device=device)
         symmetric_product(x, symmetric_product(x))

@@ -19,7 +19,7 @@ from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
 from speedrun_mup.sweep import CELLS, RESULT, CellResult, knob_flag, read_definition
-from speedrun_mup.tracking import CONFIG, lives
+from speedrun_mup.training.tracking import CONFIG, lives
 from speedrun_mup.transfer import ArmResult, TransferError, TransferResult, WidthFit, is_rate, knob_name, loss_forecast
 
 SHOWN = 16  # characters of a version or hash

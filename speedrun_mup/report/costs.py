@@ -10,12 +10,12 @@ from typing import Any
 
 from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.model import VOCAB_MULTIPLE
-from speedrun_mup.flops import flops_per_token, run_flops
 from speedrun_mup.report.contents import GREY, Axis, Figure, Key, Mark, Panel, Section, Table
 from speedrun_mup.report.figures import arm_colors, main_arm
 from speedrun_mup.report.words import arm_words
 from speedrun_mup.sweep import CELLS, RESULT, CellResult
-from speedrun_mup.tracking import clock
+from speedrun_mup.training.flops import flops_per_token, run_flops
+from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer import TransferResult
 
 GOAL = 0.1  # a sweep should cost no more of its target than this

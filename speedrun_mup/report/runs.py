@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from speedrun_mup.pictures import picture, plain
 from speedrun_mup.report.contents import ARM_COLORS
-from speedrun_mup.tracking import read_metrics
+from speedrun_mup.training.tracking import read_metrics
 
 DARK = ARM_COLORS[-1][0]
 

@@ -21,12 +21,12 @@ from test_training import assert_same_state, assert_same_training, curve, state_
 
 from faults.harness import dice, fork_together, repeats, wait
 from faults.torchrun import is_alive
-from speedrun_mup import checkpoint
-from speedrun_mup.checkpoint import MANIFEST, CheckpointError, DamagedCheckpoint, Loaded
 from speedrun_mup.config import TrainConfig, from_json, make_config, to_json
 from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.utils import World
-from speedrun_mup.training import Run, train
+from speedrun_mup.training import checkpoint
+from speedrun_mup.training.checkpoint import MANIFEST, CheckpointError, DamagedCheckpoint, Loaded
+from speedrun_mup.training.run import Run, train
 
 STRICT = {"width": 32, "strict": True, "iterations": 12, "save_every": 2, "val_every": 4, "timeout_s": 30.0}
 
@@ -200,7 +200,7 @@ def test_fuzzed_configs(tmp_path):
 @pytest.mark.slow
 def test_a_corrupt_config_does_not_end_the_search_for_a_run(tiny):
     """--resume auto meets a folder whose config cannot be read: it goes on to the next, with a line."""
-    from speedrun_mup.run_folder import claim_unfinished, newest_unfinished
+    from speedrun_mup.training.run_folder import claim_unfinished, newest_unfinished
 
     out, said = Path(tiny().out), list[str]()
     with closing(Run(tiny(name="a", iterations=1), World())):

@@ -34,18 +34,18 @@ from faults.harness import dice, fork, path_of, repeats, tapped, wait
 from faults.matrix import MATRIX
 from faults.torchrun import ROOT, Torchrun, is_alive, until
 from speedrun_mup import files
-from speedrun_mup.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
 from speedrun_mup.cli import main
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.model import SoftcapCrossEntropy
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
-from speedrun_mup.corpus import find_corpus
-from speedrun_mup.run_folder import FREE_TO_CHANGE, check_resumable
-from speedrun_mup.shards import ShardError, measure_shard, read_shard, write_manifest, write_shard
-from speedrun_mup.tracking import read_metrics
-from speedrun_mup.training import STATE_BEFORE, Run, train
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.data.shards import ShardError, measure_shard, read_shard, write_manifest, write_shard
+from speedrun_mup.training.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
+from speedrun_mup.training.run import STATE_BEFORE, Run, train
+from speedrun_mup.training.run_folder import FREE_TO_CHANGE, check_resumable
+from speedrun_mup.training.tracking import read_metrics
 
 SIGNALS = repeats(6)  # at random times
 CYCLES = repeats(5)  # of a scheduler that preempts

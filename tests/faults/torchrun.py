@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speedrun_mup.tracking import read_metrics
+from speedrun_mup.training.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 120

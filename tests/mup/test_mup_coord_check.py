@@ -10,9 +10,9 @@ from torch import nn
 
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.mup import coord_check
-from speedrun_mup.core.mup.coord_check import get_coord_data, plot_coord_data
-from speedrun_mup.core.mup.toy_models import lazy_models
+from speedrun_mup.core.mup.compat import coord_check
+from speedrun_mup.core.mup.compat.coord_check import get_coord_data, plot_coord_data
+from speedrun_mup.core.mup.compat.toy_models import lazy_models
 
 pytest.importorskip("pandas")
 

@@ -8,7 +8,7 @@ from mup_zoo import Tiny, tiny
 from torch import nn
 
 from speedrun_mup.core import mup
-from speedrun_mup.core.mup.toy_models import INITS, cnn, lazy_models, mlp
+from speedrun_mup.core.mup.compat.toy_models import INITS, cnn, lazy_models, mlp
 
 FUNCTIONS = [f for name, f in INITS.items() if name != "default"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.mup.toy_models import cnn, mlp
+from speedrun_mup.core.mup.compat.toy_models import cnn, mlp
 
 HIDDEN = ("qkv", "fc.weight", "proj.weight")
 

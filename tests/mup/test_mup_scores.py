@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from speedrun_mup import coord_check as cc
 from speedrun_mup.core import mup
-from speedrun_mup.core.mup.coord_check import get_coord_data
+from speedrun_mup.core.mup.compat.coord_check import get_coord_data
 from speedrun_mup.core.mup.scores import AttentionScores
 
 BASE, HEADS, VOCAB, TIME = 32, 2, 8, 4

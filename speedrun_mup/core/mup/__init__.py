@@ -1,9 +1,9 @@
 """muP: roles, the rule table, what a parameter is; and a library with microsoft/mup's names (docs/mup-library.md)."""
 
-from speedrun_mup.core.mup import coord_check, infshape, init, layer, optim, shape
-from speedrun_mup.core.mup.fold import fold
-from speedrun_mup.core.mup.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
-from speedrun_mup.core.mup.init import (
+from speedrun_mup.core.mup.compat import coord_check, infshape, init, layer, optim, shape
+from speedrun_mup.core.mup.compat.fold import fold
+from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
+from speedrun_mup.core.mup.compat.init import (
     calculate_gain,
     constant_std_init_,
     eye_,
@@ -16,20 +16,9 @@ from speedrun_mup.core.mup.init import (
     xavier_normal_,
     xavier_uniform_,
 )
-from speedrun_mup.core.mup.layer import MuReadout, MuSharedReadout, rescale_init, rescale_linear_bias
-from speedrun_mup.core.mup.optim import Combined, MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
-from speedrun_mup.core.mup.rules import (
-    PARAMETRIZATIONS,
-    Factors,
-    NoRuleError,
-    Parametrization,
-    Power,
-    Role,
-    Rule,
-    Step,
-    mup,
-)
-from speedrun_mup.core.mup.shape import (
+from speedrun_mup.core.mup.compat.layer import MuReadout, MuSharedReadout, rescale_init, rescale_linear_bias
+from speedrun_mup.core.mup.compat.optim import Combined, MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
+from speedrun_mup.core.mup.compat.shape import (
     apply_infshapes,
     assert_hidden_size_inf,
     clear_dims,
@@ -40,6 +29,17 @@ from speedrun_mup.core.mup.shape import (
     save_base_shapes,
     set_base_shapes,
     zip_infshapes,
+)
+from speedrun_mup.core.mup.rules import (
+    PARAMETRIZATIONS,
+    Factors,
+    NoRuleError,
+    Parametrization,
+    Power,
+    Role,
+    Rule,
+    Step,
+    mup,
 )
 from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError, declare, named_specs
 

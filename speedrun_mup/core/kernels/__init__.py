@@ -1,0 +1,1 @@
+"""Kernels and operators of the head and of Newton-Schulz."""

@@ -1,0 +1,1 @@
+"""A library with the names and the behaviour of microsoft/mup."""

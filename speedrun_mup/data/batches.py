@@ -1,0 +1,650 @@
+"""The batches that training and validation take from a corpus of shards.
+
+There are two orders. "record" is modded-nanogpt's record 26: sequences start at a BOS token, in file order, and the tokens
+between the end of a sequence and the next BOS are skipped. "shuffled" cuts the tokens into sequences without gaps and
+shuffles these anew in every epoch. Which tokens a micro-batch holds depends only on the shards, the seed and its global
+index, so the order is the same on 1 GPU and on 8, and resuming needs no state but the step.
+"""
+
+# T tokens of a micro-batch, N micro-batches of a step, C tokens of a validation chunk
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import json
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+
+from speedrun_mup.config import PRESETS, TrainConfig
+from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.seeds import seed_for
+from speedrun_mup.data.bound import cache_folder
+from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError, TokenRow
+from speedrun_mup.files import printable, read_json, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch: TypeAlias = "tuple[Tensor, Tensor]"  # inputs (T,) int32; targets (T,) int64, the same tokens one place further
+
+
+def _to_batch(tokens: np.ndarray) -> Batch:
+    """T + 1 tokens as inputs (T,) int32 and targets (T,) int64."""
+    import torch  # here, because what only counts tokens is done sooner without it
+
+    return torch.from_numpy(tokens[:-1].astype(np.int32)), torch.from_numpy(tokens[1:].astype(np.int64))
+
+
+def find_steps(bos: np.ndarray, shard_tokens: int, T: int, N: int) -> np.ndarray:
+    """Where the micro-batches of every step that a shard holds start: (steps, N) int64, from its BOS positions (d,).
+
+    The next micro-batch starts at the first BOS that is at least T tokens after the last one's start. A step is taken
+    only while more than 2 N T + 1 tokens remain after its position, which is 0 for the first step (record 26's rule).
+    """
+    following = np.searchsorted(bos, bos + T).tolist()
+    chain, at = [], 0
+    while at < len(bos):
+        chain.append(at)
+        at = following[at]
+    starts = bos[chain]
+    steps = max(len(starts) - 1, 0) // N  # the last start is followed by no BOS that far away
+    position = starts[: steps * N : N].copy()
+    position[:1] = 0
+    steps = int(np.count_nonzero(position + 2 * N * T + 1 < shard_tokens))
+    return starts[: steps * N].reshape(steps, N)
+
+
+class Usage(NamedTuple):
+    """What one epoch trains on: its whole steps, and tokens. `skipped` ones lie between sequences or at an end."""
+
+    steps: int
+    used: int
+    skipped: int
+
+    @property
+    def share(self) -> float:
+        """The part of the tokens that an epoch trains on."""
+        return self.used / (self.used + self.skipped)
+
+
+class Batches(ABC):
+    """The micro-batches of a training run: T tokens each, N to a step, found by their index in the whole run."""
+
+    T: int
+    N: int
+
+    @abstractmethod
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
+
+    @abstractmethod
+    def epoch_of(self, step: int) -> int:
+        """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
+
+    @abstractmethod
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """What one epoch uses and skips. Indexes every shard."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The order, and which share of the tokens one epoch uses, for the log. Indexes no shard."""
+
+    @abstractmethod
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+
+    def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
+        """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
+
+        Reading happens in a thread that ends with the iterator; its errors surface at the step that they belong to.
+        Raises ConfigError if N is not a multiple of `size`.
+        """
+        share = self.share(size)
+        return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
+
+    def share(self, size: int) -> int:
+        """Micro-batches of a step for each of `size` ranks. ConfigError if N is not a multiple of it."""
+        if self.N % size:
+            fits = ", ".join(str(n) for n in range(1, self.N + 1) if self.N % n == 0)
+            raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
+        return self.N // size
+
+    def _load(self, step: int, share: range) -> list[Batch]:
+        return [self.micro_batch(step * self.N + i) for i in share]
+
+    def _prefetch(self, start_step: int, share: range, depth: int) -> Generator[list[Batch], None, None]:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        try:
+            ahead: deque[Future[list[Batch]]] = deque()
+            for step in count(start_step):
+                ahead.append(pool.submit(self._load, step, share))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _no_step(corpus: Corpus, tokens: int, shards: int, needs: str) -> ShardError:
+    return ShardError(
+        f"{corpus.directory}: {tokens:,} train tokens in {shards} shard(s) hold no step: {needs}; lower the batch or "
+        "add data"
+    )
+
+
+def _data_ends(corpus: Corpus, epochs: int, steps: int, step: int) -> ShardError:
+    return ShardError(
+        f"{corpus.directory}: the data ends after {epochs} epoch(s) of {steps:,} steps, but step {step:,} (from 0) was "
+        "asked for; train fewer steps, allow more epochs or add shards"
+    )
+
+
+class TrainBatches(Batches):
+    """The record's order: micro-batches of T tokens that start at a document, N to a step.
+
+    Epoch 0 visits the steps in file order, as record 26 does; epoch e > 0 in an order drawn from (seed, e). `epochs`
+    None repeats for ever. Shards are opened, checked against the vocabulary and indexed when a step first needs them.
+    Raises ShardError for a bad shard, or when the corpus does not hold even one step.
+    """
+
+    def __init__(
+        self, corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+    ):
+        self.corpus, self.T, self.N, self.seed, self.epochs = corpus, micro_batch_tokens, micro_batches, seed, epochs
+        self._shards: list[Shard] = []
+        self._starts: list[np.ndarray] = []  # per shard (steps, N)
+        self._ends: list[int] = []  # per shard: steps of the epoch up to its end
+        self._order: tuple[int, np.ndarray] | None = None  # the last shuffled epoch and its order
+        self._lock = threading.Lock()  # the trainer and its prefetching thread both index
+        self._locate(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass over the corpus. Indexes every shard."""
+        with self._lock:
+            while self._index_next_shard():
+                pass
+        return self._ends[-1]
+
+    def usage(self) -> Usage:
+        """How many tokens one epoch uses and skips. Indexes every shard."""
+        used = self.steps_per_epoch * self.N * self.T
+        return Usage(self.steps_per_epoch, used, sum(len(shard) for shard in self._shards) - used)
+
+    def describe(self) -> str:
+        """The order, and which share of the tokens one epoch uses, judged by the shards that are indexed by now."""
+        with self._lock:
+            indexed, total = len(self._shards), len(self.corpus.train)
+            share = self._ends[-1] * self.N * self.T / sum(len(shard) for shard in self._shards)
+        judged = "" if indexed == total else f", judged by {indexed} of {total} shards"
+        return f"the record's; an epoch trains on {share:.1%} of the tokens, the rest lies between sequences{judged}"
+
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+        for shard in list(self._shards):
+            shard.confirm()
+
+    def epoch_of(self, step: int) -> int:
+        """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
+        return self._locate(step)[0]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        number, start = self._place(index)
+        return self._shards[number].path.name, start
+
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        number, start = self._place(index)
+        return _to_batch(self._shards[number].take(start, start + self.T + 1))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        step, i = divmod(index, self.N)
+        _, number, row = self._locate(step)
+        return number, int(self._starts[number][row, i])
+
+    def _locate(self, step: int) -> tuple[int, int, int]:
+        """The epoch of `step`, the number of the shard that holds it, and the step's row in that shard's index."""
+        if step < 0:
+            raise IndexError(f"step {step} is before the first")
+        with self._lock:
+            while (not self._ends or step >= self._ends[-1]) and self._index_next_shard():
+                pass
+            total = self._ends[-1]
+            if total == 0:
+                tokens, wanted = sum(len(shard) for shard in self._shards), 2 * self.N * self.T + 1
+                needs = f"one of {self.N} x {self.T} needs a shard of more than {wanted:,}"
+                raise _no_step(self.corpus, tokens, len(self._shards), needs)
+            epoch, row = divmod(step, total)
+            if self.epochs is not None and epoch >= self.epochs:
+                raise _data_ends(self.corpus, self.epochs, total, step)
+            if epoch > 0:
+                row = int(self._shuffled(epoch, total)[row])
+        number = bisect.bisect_right(self._ends, row)
+        return epoch, number, row - (self._ends[number - 1] if number else 0)
+
+    def _index_next_shard(self) -> bool:
+        """Open, check and index one more shard. False if there is none left."""
+        if len(self._shards) == len(self.corpus.train):
+            return False
+        shard = self.corpus.open(self.corpus.train[len(self._shards)])
+        bos = shard.find(self.corpus.bos_token, self.corpus.vocab_size)
+        if len(bos) == 0:
+            raise ShardError(
+                f"{shard.path}: none of its {len(shard):,} tokens is the BOS token {self.corpus.bos_token}, so no "
+                "document starts in it; write BOS before every document"
+            )
+        starts = find_steps(bos, len(shard), self.T, self.N)
+        self._shards.append(shard)
+        self._starts.append(starts)
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(starts))
+        return True
+
+    def _shuffled(self, epoch: int, total: int) -> np.ndarray:
+        """The order (total,) of the steps in `epoch`, by raw PCG64 draws: NumPy's permutation() may change some day."""
+        if self._order is None or self._order[0] != epoch:
+            draws = np.random.PCG64(seed_for(self.seed, "epoch", epoch)).random_raw(total)
+            self._order = epoch, np.argsort(draws, kind="stable")
+        return self._order[1]
+
+
+def _mixed(x: int) -> int:
+    """64 bits from 64 bits, well mixed: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _64_BITS
+    return x ^ x >> 31
+
+
+_64_BITS = 2**64 - 1
+_ROUNDS = 8
+
+
+class Permutation:
+    """A permutation of 0 to count - 1 that takes no memory, drawn by a seed.
+
+    A Feistel network over pairs of numbers, not bits, walked until it comes back below count (Black and Rogaway, 2002).
+
+    Args:
+        count: how many there are; at least 1.
+        seed: 63 bits, as `seed_for` gives.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.count = count
+        self._left = math.isqrt(count - 1) + 1
+        self._right = -(-count // self._left)
+        self._keys = [_mixed(seed + number * 0x9E3779B97F4A7C15 & _64_BITS) for number in range(_ROUNDS)]
+
+    def __call__(self, place: int) -> int:
+        """Which one stands at `place`."""
+        while True:
+            left, right = divmod(place, self._right)
+            for number, key in enumerate(self._keys):
+                if number % 2:
+                    right = (right + _mixed(key ^ left)) % self._right
+                else:
+                    left = (left + _mixed(key ^ right)) % self._left
+            place = left * self._right + right
+            if place < self.count:
+                return place
+
+
+class ShuffledBatches(Batches):
+    """The shuffled order: the tokens of all shards as one row, cut every T tokens, in a new order in each epoch.
+
+    A sequence that does not start at a BOS gets one in front, so that sequences side by side never see one another. The
+    cuts are the same in every epoch. A step may take its last sequences from the next epoch; none is left out. `epochs`
+    None repeats for ever. Needs no index: a shard is opened when a sequence of it is first read. Raises ShardError for a
+    bad shard, or when the corpus does not hold even one step.
+    """
+
+    def __init__(
+        self, corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+    ):
+        self.corpus, self.T, self.N, self.seed, self.epochs = corpus, micro_batch_tokens, micro_batches, seed, epochs
+        self._row = TokenRow(corpus, corpus.train)
+        self.sequences = (len(self._row) - 1) // self.T
+        if self.sequences < self.N:
+            needs = f"one of {self.N} x {self.T} needs {self.N * self.T + 1:,}"
+            raise _no_step(corpus, len(self._row), len(corpus.train), needs)
+        self._order = lru_cache(2)(lambda epoch: Permutation(self.sequences, seed_for(seed, "sequences", epoch)))
+
+    def usage(self) -> Usage:
+        """How many tokens one epoch uses and skips."""
+        used = self.sequences * self.T
+        return Usage(self.sequences // self.N, used, len(self._row) - used)
+
+    def describe(self) -> str:
+        """The order, and which share of the tokens one epoch uses."""
+        return f"shuffled by seed {self.seed}; an epoch trains on {self.usage().share:.1%} of the tokens"
+
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+        self._row.confirm()
+
+    def epoch_of(self, step: int) -> int:
+        """Which epoch `step` ends in, from 0. ShardError if the data has run out by then."""
+        return self._locate(step * self.N + self.N - 1)[0]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        path, start = self._row.place(self._locate(index)[1])
+        return path.name, start
+
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        _, start = self._locate(index)
+        tokens = self._row.take(start, start + self.T + 1)
+        if tokens[0] != self.corpus.bos_token:
+            tokens[1:] = tokens[:-1].copy()
+            tokens[0] = self.corpus.bos_token
+        return _to_batch(tokens)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The epoch of a micro-batch, and its first token in the row."""
+        if index < 0:
+            raise IndexError(f"micro-batch {index} is before the first")
+        epoch, place = divmod(index, self.sequences)
+        if self.epochs is not None and epoch >= self.epochs:
+            raise _data_ends(self.corpus, self.epochs, self.sequences // self.N, index // self.N)
+        return epoch, self._order(epoch)(place) * self.T
+
+
+class Turns:
+    """Whose turn it is in a mixture: after any number of turns, each part has had its share as nearly as can be."""
+
+    def __init__(self, shares: Sequence[int]):
+        taken = np.zeros((MIXTURE_PERIOD + 1, len(shares)), np.int64)
+        for turn in range(MIXTURE_PERIOD):
+            owed = (turn + 1) * np.array(shares) - taken[turn] * MIXTURE_PERIOD
+            taken[turn + 1] = taken[turn]
+            taken[turn + 1, np.argmax(owed)] += 1
+        self._taken = taken
+
+    def taken(self, turns: int) -> np.ndarray:
+        """How many of the first `turns` turns were each part's: (parts,) int64."""
+        periods, rest = divmod(turns, MIXTURE_PERIOD)
+        return periods * self._taken[-1] + self._taken[rest]
+
+    def part_of(self, turn: int) -> int:
+        """Whose turn `turn` is."""
+        return int(np.argmax(self.taken(turn + 1) - self.taken(turn)))
+
+
+class MixedBatches(Batches):
+    """Micro-batches of several corpora by turns, each corpus in its own order and, if it is used up, in epochs of its own.
+
+    Which one comes when depends only on the shares: nothing needs to be saved for resuming. Raises what the parts raise.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        micro_batch_tokens: int,
+        micro_batches: int,
+        seed: int,
+        epochs: int | None = None,
+        order: str = "record",
+    ):
+        self.T, self.N = micro_batch_tokens, micro_batches
+        self.parts = [ORDERS[order](part, micro_batch_tokens, 1, seed, epochs) for part in mixture.parts]
+        self._turns = Turns(mixture.shares)
+
+    def describe(self) -> str:
+        """The order, and which share of its tokens one epoch of each part uses."""
+        return "; ".join(f"{part.corpus.directory.name}: {part.describe()}" for part in self.parts)
+
+    def confirm(self) -> None:
+        """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
+        for part in self.parts:
+            part.confirm()
+
+    def micro_batch(self, index: int) -> Batch:
+        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        part, own = self._turn(index)
+        return part.micro_batch(own)
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The folder's and shard's name and the first token in it of micro-batch `index` = step * N + i."""
+        part, own = self._turn(index)
+        name, start = part.place(own)
+        return f"{part.corpus.directory.name}/{name}", start
+
+    def _turn(self, index: int) -> tuple[OneCorpus, int]:
+        """Whose micro-batch `index` is, and its index among that part's."""
+        part = self._turns.part_of(index)
+        return self.parts[part], int(self._turns.taken(index)[part])
+
+    def epoch_of(self, step: int) -> int:
+        """The highest epoch that a part has come to by the end of `step`."""
+        taken = self._turns.taken((step + 1) * self.N)
+        return max(part.epoch_of(int(n) - 1) for part, n in zip(self.parts, taken) if n)
+
+    def usage(self) -> Usage:
+        """What the steps before any part repeats use and skip. Indexes every shard."""
+        usages = [part.usage() for part in self.parts]
+        longest = sum(usage.steps for usage in usages) * MIXTURE_PERIOD
+        turns = min(
+            bisect.bisect_right(range(longest), usage.steps, key=lambda n: self._turns.taken(n)[k]) - 1
+            for k, usage in enumerate(usages)
+        )
+        used = turns // self.N * self.N * self.T
+        return Usage(turns // self.N, used, sum(usage.used + usage.skipped for usage in usages) - used)
+
+
+OneCorpus = TrainBatches | ShuffledBatches
+ORDERS: dict[str, type[TrainBatches] | type[ShuffledBatches]] = {"record": TrainBatches, "shuffled": ShuffledBatches}
+
+
+def train_batches(
+    corpus: Corpus,
+    micro_batch_tokens: int,
+    micro_batches: int,
+    seed: int,
+    epochs: int | None = None,
+    order: str = "record",
+) -> Batches:
+    """The micro-batches of a corpus or a mixture, in one of ORDERS. Raises ShardError."""
+    if isinstance(corpus, Mixture):
+        return MixedBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs, order)
+    return ORDERS[order](corpus, micro_batch_tokens, micro_batches, seed, epochs)
+
+
+class ValBatches:
+    """Validation in contiguous chunks of C tokens, not aligned to documents: chunk i of a shard starts at token i * C.
+
+    There are val_tokens // C chunks, fewer if the shards end before: `len()` and `notes` tell. Split the indices over ranks
+    as you like: a chunk is the same on any number of them. Raises ShardError if the shards do not hold one chunk.
+
+    Parts of a mixture take turns by their weights until each has been through once; the chunks of a part with fewer
+    than its share come again, so that the mean is that of the weights. Documents of one part's validation that another
+    part trains on are left out.
+    """
+
+    def __init__(self, corpus: Corpus, val_tokens: int, chunk_tokens: int):
+        self.chunk_tokens = chunk_tokens
+        self.notes: list[str] = []  # what a user should know about it, a line each
+        asked = val_tokens // chunk_tokens
+        if isinstance(corpus, Mixture):
+            self._chunks = self._mixed_chunks(corpus, asked)
+        else:
+            self._chunks = _val_chunks(corpus, asked, chunk_tokens)
+        if not self._chunks:
+            raise _no_chunk(corpus, chunk_tokens, val_tokens)
+        if len(self._chunks) < asked:
+            self.notes.append(
+                f"{len(self) * chunk_tokens:,} tokens, as there are no more, of the {val_tokens:,} that --val-tokens asks for"
+            )
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def confirm(self) -> None:
+        """Wait until all shards that are read are known to be what the manifest says. ShardError if one is not."""
+        for source in {id(source): source for source, _ in self._chunks}.values():
+            if isinstance(source, Shard):
+                source.confirm()
+
+    def __getitem__(self, i: int) -> Batch:
+        source, start = self._chunks[i]
+        return _to_batch(source.take(start, start + self.chunk_tokens + 1))
+
+    def _mixed_chunks(self, mixture: Mixture, asked: int) -> list[Chunk]:
+        own, turns = [], Turns(mixture.shares)
+        for part, seen in zip(mixture.parts, trained_elsewhere(mixture)):
+            name = printable(part.directory)
+            if seen:
+                self.notes.append(
+                    f"{len(seen):,} validation documents of {name} are left out, as another part trains on them"
+                )
+                chunks = _val_chunks_without(part, seen, asked, self.chunk_tokens)
+            else:
+                chunks = _val_chunks(part, asked, self.chunk_tokens)
+            if asked and not chunks:
+                raise _no_chunk(part, self.chunk_tokens, asked * self.chunk_tokens)
+            own.append(chunks)
+        held = np.array([len(chunks) for chunks in own])
+        total = bisect.bisect_left(range(asked), True, key=lambda n: bool((turns.taken(n) >= held).all()))
+        for part, chunks, due in zip(mixture.parts, own, turns.taken(total)):
+            if len(chunks) < due:
+                self.notes.append(
+                    f"{printable(part.directory)} has {len(chunks) * self.chunk_tokens:,} of the "
+                    f"{due * self.chunk_tokens:,} tokens of its weight; they count as often as it takes"
+                )
+        picked = [(turns.part_of(turn), turns.taken(turn)) for turn in range(total)]
+        return [own[part][taken[part] % len(own[part])] for part, taken in picked]
+
+
+def _no_chunk(corpus: Corpus, chunk_tokens: int, val_tokens: int) -> ShardError:
+    return ShardError(
+        f"{printable(corpus.directory)}: no chunk of {chunk_tokens:,} + 1 tokens fits in val_tokens={val_tokens:,} and "
+        "the val shards; lower --val-chunk-tokens or use more validation data"
+    )
+
+
+class _Tokens:
+    """Tokens in memory, to be taken as from a shard."""
+
+    def __init__(self, tokens: np.ndarray):
+        self._tokens = tokens
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop."""
+        return self._tokens[start:stop]
+
+
+Chunk = tuple[Shard | _Tokens, int]  # where it is, and its first token there
+
+
+def _val_chunks(corpus: Corpus, count: int, chunk_tokens: int) -> list[Chunk]:
+    """Up to `count` chunks of one corpus."""
+    chunks: list[Chunk] = []
+    for shard in map(corpus.open, corpus.val):
+        fitting = min((len(shard) - 1) // chunk_tokens, count - len(chunks))
+        if fitting > 0:
+            shard.find(corpus.bos_token, corpus.vocab_size, stop=fitting * chunk_tokens + 1)
+            chunks += [(shard, i * chunk_tokens) for i in range(fitting)]
+    return chunks
+
+
+def _val_chunks_without(corpus: Corpus, seen: Sequence[Span], count: int, chunk_tokens: int) -> list[Chunk]:
+    """Up to `count` chunks of one corpus, of its documents but those that were `seen`."""
+    kept: list[np.ndarray] = []
+    for path in corpus.val:
+        shard, at = corpus.open(path), 0
+        gone = sorted((start, stop) for name, start, stop in seen if name == path.name)
+        for start, stop in [*gone, (len(shard), len(shard))]:
+            wanted = count * chunk_tokens + 1 - sum(map(len, kept))
+            kept.append(shard.take_ids(at, max(min(start, at + wanted), at), corpus.vocab_size))
+            at = stop
+    tokens = np.concatenate(kept)
+    return [(_Tokens(tokens), i * chunk_tokens) for i in range(min((len(tokens) - 1) // chunk_tokens, count))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several corpora share
+
+Span = tuple[str, int, int]  # of a document: its shard's name, its first token (the BOS), the one behind its last
+_VERSION = 1  # of what is kept about overlaps
+
+
+def trained_elsewhere(mixture: Mixture) -> list[list[Span]]:
+    """For each part, the documents of its validation that stand in the training text of another part.
+
+    Documents are compared as a whole, by hash. All training text is read for it once; the answer is kept in the cache
+    folder, by the fingerprints.
+    """
+    key = hashlib.sha256(repr((_VERSION, [part.fingerprint for part in mixture.parts])).encode()).hexdigest()
+    try:
+        kept = cache_folder() / "overlaps" / f"{key}.json"
+        known = read_json(kept, "delete it")
+        if len(known) != len(mixture.parts):
+            raise ValueError
+        return [[(str(name), int(start), int(stop)) for name, start, stop in spans] for spans in known]
+    except (UserError, TypeError, ValueError):
+        found = [_trained_elsewhere(mixture, number) for number in range(len(mixture.parts))]
+    with contextlib.suppress(UserError):  # it would save time, no more
+        write_whole(cache_folder() / "overlaps" / f"{key}.json", json.dumps(found))
+    return found
+
+
+def _trained_elsewhere(mixture: Mixture, number: int) -> list[Span]:
+    own = mixture.parts[number]
+    spans: dict[bytes, list[Span]] = {}
+    for path in own.val:
+        for start, stop, digest in _documents(own, path, None):
+            spans.setdefault(digest, []).append((path.name, start, stop))
+    sizes = np.array(sorted({stop - start for found in spans.values() for _, start, stop in found}))
+    found: set[bytes] = set()
+    for part in mixture.parts:
+        if part.fingerprint != own.fingerprint:
+            for path in part.train:
+                found.update(digest for _, _, digest in _documents(part, path, sizes) if digest in spans)
+    return sorted(span for digest in found for span in spans[digest])
+
+
+def _documents(corpus: Corpus, path: Path, sizes: np.ndarray | None) -> Iterator[tuple[int, int, bytes]]:
+    """Start, end and hash of every document in a shard that has a token, or only of those that have one of these sizes."""
+    shard = corpus.open(path)
+    starts = shard.find(corpus.bos_token, corpus.vocab_size)
+    stops = np.append(starts[1:], len(shard))
+    alike = stops - starts > 1 if sizes is None else np.isin(stops - starts, sizes)
+    starts, stops = starts[alike], stops[alike]
+    for start, stop in zip(starts.tolist(), stops.tolist()):
+        yield start, stop, hashlib.blake2b(shard.take(start, stop).tobytes(), digest_size=16).digest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uses(corpus: Corpus) -> dict[str, str]:
+    """For each preset, the order of its batches, which share of the tokens an epoch uses, and whether validation fits."""
+    told = {}
+    for name, preset in PRESETS.items():
+        cfg = TrainConfig(**preset.settings)
+        try:
+            batches = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, order=cfg.data_order)
+        except ShardError:
+            told[name] = f"too little text for a step of {cfg.micro_batches} x {cfg.micro_batch_tokens:,} tokens"
+        else:
+            told[name] = f"sequences of {cfg.micro_batch_tokens:,} tokens; order {batches.describe()}"
+            if not any(corpus.tokens_in(path) > cfg.val_chunk_tokens for path in corpus.val):
+                told[name] += (
+                    f"; too little to validate on: train with a --val-chunk-tokens below {cfg.val_chunk_tokens:,}"
+                )
+    return told

@@ -1,0 +1,301 @@
+"""The folder of a run: who works in it, whether a run can go on in it, and which one `--resume auto` takes.
+
+A folder may have come from somebody else: nothing here follows a link, waits for a FIFO, or ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.utils import World
+from speedrun_mup.data.shards import Corpus
+from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_text
+from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from speedrun_mup.training.schedules import lr_factor
+from speedrun_mup.training.tracking import CONFIG, LOG, METRICS, PROVENANCE, launch, lives, read_metrics, read_status
+
+# What a resumed run may change: where it runs and what it shows, not what it computes. The data may have moved, because
+# their fingerprint is compared.
+FREE_TO_CHANGE = {
+    *("out", "name", "resume", "init_from", "save", "save_every", "keep_last", "keep_every", "track", "progress"),
+    *("val_every", "on_nonfinite", "timeout_s", "device", "attention", "compile", "kernel_warmup", "pack"),
+    *("data", "tokenizer"),
+}
+LASTING = ("iterations", "data", "tokenizer")  # changed by a resume, it stays changed: config.json is told
+LINES = 8  # about folders that --resume auto leaves out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who works in it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FolderLock:
+    """Keeps other processes out of a run's folder until it is closed or its process ends, however it ends.
+
+    `folder` is where it is; `find` notices that somebody renamed it. Raises ConfigError naming the process that holds it.
+    """
+
+    def __init__(self, folder: Path, flag: str = "--name"):
+        self.folder, self._file, self._place = folder, -1, -1
+        try:
+            self._place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._file = open_lock(folder / ".lock")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._file, 32).decode(errors="replace")
+            self.close()
+            raise ConfigError(
+                f"{folder} is in use by process {printable(owner)}; stop it or choose another {flag}"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        os.ftruncate(self._file, 0)
+        os.write(self._file, str(os.getpid()).encode())
+
+    @staticmethod
+    def holder(folder: Path) -> str | None:
+        """The process that holds `folder`, or None; nothing is written."""
+        try:
+            with open_regular(folder / ".lock") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return file.read(32).decode(errors="replace")
+        except OSError:  # not there, or nothing that can be held
+            pass
+        return None
+
+    def find(self) -> Path:
+        """Where the folder is now, which becomes `folder`. UserError if its name is another's and Linux cannot tell its own."""
+        held = os.fstat(self._place)
+        if not _is_at(self.folder, held):
+            with contextlib.suppress(OSError):
+                moved = Path(os.readlink(f"/proc/self/fd/{self._place}"))
+                if _is_at(moved, held):
+                    self.folder = moved
+                    return moved
+            raise UserError(
+                f"{self.folder} was renamed or deleted while the run worked in it, and cannot be found; nothing more was "
+                "written; go on with --resume and its new name"
+            )
+        return self.folder
+
+    def close(self) -> None:
+        """Let others in."""
+        for descriptor in (self._file, self._place):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._place = -1
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit, `os` may be gone before this is
+        for descriptor in (self._file, self._place):
+            if descriptor >= 0:
+                close(descriptor)
+
+
+def _is_at(path: Path, held: os.stat_result) -> bool:
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a run can go on in it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The settings of the run in `folder`. ConfigError if there are none."""
+    path = folder / CONFIG
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no run (no {CONFIG}); give --resume a run's folder") from None
+    except OSError as fault:
+        raise ConfigError(
+            f"{printable(path)} cannot be read ({fault.strerror}); give --resume a run's folder"
+        ) from None
+    return from_json(text, path)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` came to its end, the last validation included."""
+    return read_status(folder)["status"] == "finished"
+
+
+_STATE: dict[str, Any] = {  # what a checkpoint says of the run that it is from
+    "step": int,
+    "train_s": int | float,
+    "data_offset": int,
+    "val_loss": int | float | None,
+    "losses": list,
+    "optimizer_steps": dict,
+    "corpus": str,
+    "config": dict,
+}
+
+
+def checked_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state in the checkpoint `path`, which may be anybody's. DamagedCheckpoint unless a run could have written it."""
+    lists = {name: state.get(name) for name in ("losses", "optimizer_steps")}
+    steps = lists["optimizer_steps"]
+    counts = [state.get("step"), state.get("data_offset"), *(steps.values() if isinstance(steps, dict) else ())]
+    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name, ()), kind)]
+    wrong += ["a count"] * any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
+    if not wrong:
+        numbers = [*state["losses"], state["train_s"], state["val_loss"] or 0.0]
+        wrong = ["a number"] * any(type(number) not in (int, float) or not abs(number) < 1e300 for number in numbers)
+        wrong += ["iterations"] * (type(state["config"].get("iterations")) is not int)
+    if wrong:
+        raise DamagedCheckpoint(
+            f"{printable(path)}: its state has no right {wrong[0]}; remove it, or restore it from a copy"
+        )
+    return state
+
+
+def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError listing every setting that differs from those that `path` was made with.
+
+    A run may get longer; `told_of_extension` says what that means.
+    """
+    now = dataclasses.asdict(cfg)
+    before = dataclasses.asdict(TrainConfig()) | state["config"]  # a setting that is newer than the run has its default
+    fixed = [key for key in now if key not in FREE_TO_CHANGE and before[key] != now[key]]
+    if is_longer(before["iterations"], cfg.iterations):
+        fixed.remove("iterations")
+    differ = [f"{key} was {printable(before[key])}, is {now[key]}" for key in fixed]
+    if not corpus.is_known_as(state["corpus"]):
+        differ.append("the corpus is not the same")
+    if differ:
+        raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
+
+
+def is_longer(before: Any, now: int) -> bool:
+    """Whether a run of `before` steps is extended by asking for `now`."""
+    return isinstance(before, int) and before < now
+
+
+def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
+    """What it does to the schedules that a run of `before` steps goes on to `cfg.iterations` from step `start`."""
+    now, cooled = cfg.iterations, math.ceil(before * (1 - cfg.cooldown))
+    said = (
+        f"extended from {before} to {now} steps: the attention window and the cooldown of the learning rate, now from step "
+        f"{math.ceil(now * (1 - cfg.cooldown))}, are laid over the new length"
+    )
+    if start <= cooled:
+        return f"{said}; up to step {start} the learning rate was that of the longer run too"
+    fell, rises = (lr_factor(start / length, cfg.cooldown, cfg.lr_floor) for length in (before, now))
+    return (
+        f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its height, and "
+        f"it goes on at {rises:.2f}: the result is not that of {now} steps from the start, for which start anew, or "
+        f"delete the checkpoints after step {cooled} if an older one was kept (--keep-every), and resume"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claim_unfinished(
+    out: Path, wanted: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+) -> FolderLock | None:
+    """Lock the run folder in `out` that `--resume auto` takes.
+
+    Args:
+        out: the folder that holds run folders.
+        wanted: settings that the run must have, as far as they change what it computes.
+        say: gets a line for each unfinished run that is left out: in use, of other settings, or not to be read.
+
+    Returns:
+        The lock of the newest run that is not at its end, nobody's, of these settings and readable; None if there is none.
+    """
+    left_out = 0
+    for folder in _runs(out):
+        try:
+            lock = _claim(folder, wanted or {})
+        except (UserError, OSError) as fault:
+            left_out += 1
+            if left_out <= LINES:
+                say(f"--resume auto leaves out {printable(folder)}: {printable(_why(fault), 400)}")
+            continue
+        if lock:
+            return lock
+    if left_out > LINES:
+        say(f"--resume auto leaves out {left_out - LINES} more")
+    return None
+
+
+def _claim(folder: Path, wanted: Mapping[str, Any]) -> FolderLock | None:
+    """The lock of `folder`, or None if its run is at its end. UserError or OSError if it cannot be gone on with."""
+    if is_finished(folder):
+        return None
+    saved = vars(saved_config(folder))
+    differ = [f"{name} is {saved[name]}, not {value}" for name, value in wanted.items() if _differs(name, saved, value)]
+    if differ:
+        raise ConfigError(f"it has other settings: {'; '.join(differ)}")
+    lock = FolderLock(folder)
+    try:
+        status = read_status(folder)
+        if status["status"] == "finished":  # meanwhile
+            lock.close()
+            return None
+        if status["status"] == "diverged":
+            raise ConfigError(f"it diverged; to go on with it all the same, --resume {folder}")
+        for name in (PROVENANCE, METRICS, LOG):
+            open_to_append(folder / name).close()
+        read_metrics(folder)
+        Checkpoints(folder / "checkpoints", World()).newest(lambda line: None)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _differs(name: str, saved: Mapping[str, Any], value: Any) -> bool:
+    """Whether a run that was saved with other settings is another run, by the setting `name`."""
+    if name not in saved or saved[name] == value or (name in FREE_TO_CHANGE and name not in LASTING):
+        return False
+    return name != "data" or os.path.realpath(saved[name]) != os.path.realpath(value)
+
+
+def _why(fault: Exception) -> str:
+    return str(fault) if isinstance(fault, UserError) else getattr(fault, "strerror", None) or str(fault)
+
+
+def newest_unfinished(out: Path) -> Path | None:
+    """The run folder in `out` that `--resume auto` would take."""
+    lock = claim_unfinished(out)
+    if lock is None:
+        return None
+    lock.close()
+    return lock.folder
+
+
+def run_of_launch(out: Path) -> Path | None:
+    """The run folder in `out` that this torchrun was the last to work in; what its ranks resume after a restart."""
+    return next(
+        (folder for folder in _runs(out) if [life.get("launch") for life in lives(folder)[-1:]] == [launch()]), None
+    )
+
+
+def _runs(out: Path) -> Iterator[Path]:
+    """The folders in `out` that hold something called config.json, the last started first."""
+    started = {}
+    for folder in out.glob("*"):
+        with contextlib.suppress(OSError):
+            started[folder] = (folder / CONFIG).lstat().st_mtime
+    yield from sorted(started, key=started.__getitem__, reverse=True)
