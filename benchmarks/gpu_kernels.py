@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import table
 
 from speedrun_mup.bench import Stopwatch
-from speedrun_mup.core import optimizers
 from speedrun_mup.core.attention import BACKENDS, document_numbers
 from speedrun_mup.core.kernels.fp8 import E5M2, head_scales, quantize, transposed
 from speedrun_mup.core.model import (
@@ -30,6 +29,7 @@ from speedrun_mup.core.model import (
     SOFTCAP_SLOPE,
     SoftcapCrossEntropy,
 )
+from speedrun_mup.core.optimizers import orthogonalization
 
 T, D, V, C, BLOCK = 49_152, 768, 50_304, 128, 128
 REPEATS = 8
@@ -40,19 +40,19 @@ Pair = tuple[str, Callable[[], Tensor], str, Callable[[], Tensor]]
 
 def newton_schulz_pairs() -> Iterator[Pair]:
     """Half of each symmetric product, mirrored, against the whole of it."""
-    whole = optimizers.symmetric_products_pay
+    whole = orthogonalization.symmetric_products_pay
 
     def plain(x: Tensor) -> Tensor:
-        optimizers.symmetric_products_pay = lambda x: False
+        orthogonalization.symmetric_products_pay = lambda x: False
         try:
-            return optimizers.newton_schulz(x)
+            return orthogonalization.newton_schulz(x)
         finally:
-            optimizers.symmetric_products_pay = whole
+            orthogonalization.symmetric_products_pay = whole
 
     for n, rows, columns in ((44, D, D), (24, D, 4 * D), (8, 2048, 2048)):
         x = torch.randn(n, rows, columns, device=CUDA, dtype=torch.bfloat16)
         what = f"Newton-Schulz of {n} x ({rows}, {columns})"
-        yield what, lambda x=x: optimizers.newton_schulz(x), "whole products", lambda x=x: plain(x)
+        yield what, lambda x=x: orthogonalization.newton_schulz(x), "whole products", lambda x=x: plain(x)
 
 
 def transpose_pairs() -> Iterator[Pair]:

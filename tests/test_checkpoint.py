@@ -872,7 +872,7 @@ def test_background_saves_beside_training_collectives(tmp_path):
 @pytest.mark.dist
 @pytest.mark.parametrize("background", [False, True])
 def test_losing_a_rank_leaves_the_last_commit(tmp_path, background, monkeypatch):
-    monkeypatch.setattr("speedrun_mup.core.utils.ROLL_CALL_S", 0.2)
+    monkeypatch.setattr("speedrun_mup.core.distributed.ROLL_CALL_S", 0.2)
     rng = dice(3)
     for trial in range(RANK_KILLS):
         root = tmp_path / str(trial)

@@ -12,6 +12,8 @@ PACKAGE = ROOT / "speedrun_mup"
 FLOORS = [
     ["core.errors", "core.seeds"],
     [
+        "core.device",
+        "core.distributed",
         "core.mup",
         "core.kernels.triton",
         "core.utils",

@@ -10,9 +10,8 @@ import sys
 import pytest
 import torch
 
-from speedrun_mup.core import optimizers
 from speedrun_mup.core.kernels.fp8 import transposed
-from speedrun_mup.core.optimizers import newton_schulz, orthogonalize
+from speedrun_mup.core.optimizers import newton_schulz, orthogonalization, orthogonalize
 from speedrun_mup.core.utils import generator
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -61,13 +60,13 @@ def test_turned_bytes_are_torchs(shape):
 @pytest.mark.parametrize("shape", [(3, 768, 768), (2, 768, 3072), (2, 520, 1000)])
 def test_newton_schulz_with_half_the_products_is_newton_schulz(shape, monkeypatch):
     x = torch.randn(shape, generator=generator(0, "ns")).bfloat16().cuda()
-    assert optimizers.symmetric_products_pay(x)
+    assert orthogonalization.symmetric_products_pay(x)
     fast = newton_schulz(x)
-    monkeypatch.setattr(optimizers, "symmetric_products_pay", lambda x: False)
+    monkeypatch.setattr(orthogonalization, "symmetric_products_pay", lambda x: False)
     plain, exact = newton_schulz(x), orthogonalize(x.float())
     assert (fast - plain).float().norm() < 0.02 * plain.float().norm()
     assert (fast.float() - exact).norm() < 0.35 * exact.norm()  # Newton-Schulz leaves singular values in [0.7, 1.2]
 
 
 def test_products_are_plain_on_a_cpu_and_for_small_matrices():
-    assert not optimizers.symmetric_products_pay(torch.zeros(1, 1024, 1024, dtype=torch.bfloat16))
+    assert not orthogonalization.symmetric_products_pay(torch.zeros(1, 1024, 1024, dtype=torch.bfloat16))

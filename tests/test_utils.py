@@ -197,7 +197,7 @@ def _lose_rank_1(how: str, world: World) -> str:
 @pytest.mark.dist
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_the_others_name_a_rank_that_is_lost(how, monkeypatch):
-    monkeypatch.setattr("speedrun_mup.core.utils.ROLL_CALL_S", 1.0)
+    monkeypatch.setattr("speedrun_mup.core.distributed.ROLL_CALL_S", 1.0)
     begun = time.monotonic()
     told = run_ranks(3, partial(_lose_rank_1, how), join_timeout_s=8, lost=[1])
     assert time.monotonic() - begun < 30

@@ -47,7 +47,7 @@ def rank_life(cfg: TrainConfig, rank: int, size: int, port: int) -> None:
 @pytest.mark.usefixtures("warm")
 def test_killed_lives_over_world_sizes(tiny, monkeypatch):
     """One random rank or all are killed at a random time, and 1, 2 or 4 ranks go on: bitwise the run of one process."""
-    monkeypatch.setattr("speedrun_mup.core.utils.ROLL_CALL_S", 0.2)
+    monkeypatch.setattr("speedrun_mup.core.distributed.ROLL_CALL_S", 0.2)
     begun = time.monotonic()
     whole = train(tiny(name="whole", **STRICT))
     duration, rng, killed, runs = time.monotonic() - begun, dice(5), 0, 0

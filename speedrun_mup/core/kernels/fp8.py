@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speedrun_mup.core.utils import has_triton, is_out_of_memory
+from speedrun_mup.core.device import has_triton, is_out_of_memory
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = 448.0  # of e4m3; of e5m2 it is 128 times that

@@ -24,7 +24,7 @@ from speedrun_mup.core.attention import BACKENDS, Window, document_numbers
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.kernels.fp8 import E5M2, Scales, head_scales, mm, mm_backward, quantize
 from speedrun_mup.core.mup import Role
-from speedrun_mup.core.utils import generator
+from speedrun_mup.core.seeds import generator
 
 RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too since January 2025
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim

@@ -1,0 +1,43 @@
+"""Ways to set all singular values of a matrix near 1: Newton-Schulz, and an SVD as the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speedrun_mup.core.device import has_triton
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: singular values end in about [0.7, 1.2]
+NEWTON_SCHULZ_STEPS = 5
+SMALLEST_SYMMETRIC = 512  # rows: from four tiles of 128 on, computing the lower half saves a third of the tiles or more
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Roughly orthogonalize each of (N, d_out, d_in): same singular vectors, singular values near 1. Zero stays zero."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    pays = symmetric_products_pay(x)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        if pays:
+            from speedrun_mup.core.kernels.triton import symmetric_product
+
+            gram = symmetric_product(x)
+            polynomial = symmetric_product(gram, gram, alpha=c, beta=b)
+        else:
+            gram = x @ x.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def symmetric_products_pay(x: Tensor) -> bool:
+    """Whether computing half of x x^T (N, m, n) and mirroring it is worth a kernel of our own, where there is Triton."""
+    return x.dtype is torch.bfloat16 and x.size(-2) >= SMALLEST_SYMMETRIC and has_triton(x.device)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The reference of `newton_schulz`: set every singular value of (N, d_out, d_in) to exactly 1, by SVD."""
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    return u @ vh
