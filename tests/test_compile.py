@@ -13,6 +13,7 @@ import torch
 
 from speedrun_mup.bench import graphs_compiled
 from speedrun_mup.core import model as model_module
+from speedrun_mup.core.model import loss as loss_module
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.hardware import use_compile_cache
 from speedrun_mup.training.run import Run
@@ -24,10 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's
 def traced(monkeypatch):
     """Capture graphs and derive their backward as ever, but run them without generating code: that takes minutes here."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    model_module._fused_loss_and_gradient.cache_clear()
+    loss_module._fused_loss_and_gradient.cache_clear()
     torch._dynamo.reset()
     yield
-    model_module._fused_loss_and_gradient.cache_clear()
+    loss_module._fused_loss_and_gradient.cache_clear()
     torch._dynamo.reset()
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrun_mup.core import model as model_module
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.kernels.fp8 import head_scales
@@ -33,6 +32,7 @@ from speedrun_mup.core.model import (
     softcap_cross_entropy,
     strip_compiled,
 )
+from speedrun_mup.core.model import gpt as gpt_module
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import generator
@@ -628,7 +628,7 @@ def test_the_models_loss_is_that_of_its_logits_for_any_budget(monkeypatch):
     with torch.no_grad():
         expected = F.cross_entropy(model.logits(tokens, 3), targets, reduction="sum")
         for budget in (1, 10 * 384, 2**24):
-            monkeypatch.setattr(model_module, "LOGIT_BUDGET", budget)
+            monkeypatch.setattr(gpt_module, "LOGIT_BUDGET", budget)
             torch.testing.assert_close(model(tokens, targets, 3), expected)
 
 

@@ -1,0 +1,131 @@
+"""Head, soft cap and cross-entropy: a reference, and one function over chunks of rows that is what training uses.
+
+T tokens, D width, V padded vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speedrun_mup.core.kernels.fp8 import E5M2, Scales, mm, mm_backward, quantize
+
+SOFTCAP, SOFTCAP_SLOPE = 30.0, 7.5  # logits = 30 * sigmoid(z / (7.5 * sqrt(width)))
+LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in float32
+FUSED_LOGIT_BYTES = 2**31  # of them where none is written in float32: 16,384 rows of the record's head in bfloat16
+
+
+def softcap(z: Tensor, scale: float) -> Tensor:
+    """30 * sigmoid(z * scale) in float32: equal to 15 * tanh(z * scale / 2) up to a constant that the softmax ignores."""
+    return SOFTCAP * torch.sigmoid(z.float() * scale)
+
+
+def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """The reference of `SoftcapCrossEntropy`: all logits at once, gradients by autograd."""
+    return F.cross_entropy(softcap(F.linear(x, weight.type_as(x)), scale), targets, reduction="sum")
+
+
+def loss_and_gradient(
+    z: Tensor, targets: Tensor, scale: float, wanted: bool, grad_s: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (R,) of a head's raw output z (R, V) and, if wanted, their gradient: z's type, or e5m2 divided by grad_s.
+
+    As few operations for each of the T x V entries as there can be, for a compiler to fuse into two passes: on a GPU they,
+    and not memory, are what the time goes into. Capped logits are below 30, so no maximum is subtracted; a gradient is
+    below a quarter of the cap's slope, at most 448 in units of `head_scales`, so `quantize` would find nothing to clamp.
+    """
+    gate = torch.sigmoid(z.float() * scale)
+    likely = torch.exp2(gate * (SOFTCAP * math.log2(math.e)))
+    total = likely.sum(dim=-1)
+    target_gate = torch.sigmoid(z.gather(1, targets[:, None])[:, 0].float() * scale)
+    losses = total.log() - SOFTCAP * target_gate
+    if not wanted:
+        return losses, None
+    slope = SOFTCAP * scale if grad_s is None else SOFTCAP * scale / grad_s
+    hit = torch.arange(z.size(1), device=z.device) == targets[:, None]
+    share = likely * total.reciprocal()[:, None]
+    grad = torch.where(hit, share - 1, share) * (gate - gate * gate) * slope
+    return losses, grad.to(z.dtype if grad_s is None else E5M2)
+
+
+def loss_and_gradient_in_place(
+    z: Tensor, targets: Tensor, scale: float, wanted: bool, grad_s: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same in fewer passes and less memory, for where nothing fuses."""
+    gate = z.float().mul_(scale).sigmoid_()
+    likely = (gate * SOFTCAP).exp_()
+    total = likely.sum(dim=-1, keepdim=True)
+    target = targets[:, None]
+    losses = (total.log() - gate.gather(1, target) * SOFTCAP)[:, 0]
+    if not wanted:
+        return losses, None
+    grad = likely.div_(total)
+    grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+    grad.mul_(gate).mul_(gate.neg_().add_(1).mul_(SOFTCAP * scale))
+    return losses, grad.type_as(z) if grad_s is None else quantize(grad, grad_s, E5M2)
+
+
+@functools.cache
+def _fused_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(loss_and_gradient, dynamic=False)
+
+
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Head, softcap and summed cross-entropy over chunks of rows, so that (T, V) logits never exist.
+
+    The gradient is computed beside the loss, while a chunk's logits are there, so nothing is computed twice. fp8: scales
+    of 8-bit products; fused: compile what is around the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        budget: int,
+        fp8: Scales | None = None,
+        fused: bool = False,
+    ) -> Tensor:
+        """x (T, D), weight (V, D), targets (T,), scale on the logits, logits to hold at a time -> float32 scalar."""
+        w = weight if fp8 else weight.type_as(x)
+        rows = 1 << (max(1, budget // len(w)).bit_length() - 1)  # a power of two, so that chunks are alike
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_w: Tensor | None = None
+        both = _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
+        for begin in range(0, len(x), rows):
+            chunk = slice(begin, begin + rows)
+            z, *stored = mm(x[chunk], w, *fp8) if fp8 else (F.linear(x[chunk], w),)
+            losses[chunk], grad = both(z, targets[chunk], scale, needs_x or needs_w, fp8.grad if fp8 else None)
+            if grad is None:
+                continue
+            by_x, by_w = mm_backward(grad, *stored, *fp8) if fp8 else (grad @ w, grad.T @ x[chunk])
+            if grad_x is not None:
+                grad_x[chunk] = by_x
+            if needs_w:
+                grad_w = by_w.float() if grad_w is None else grad_w.add_(by_w)
+        if needs_w and grad_w is None:  # no rows
+            grad_w = torch.zeros_like(weight, dtype=torch.float32)
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.weight_dtype = weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        """Scale the gradients that forward left."""
+        grad_x, grad_w = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return (
+            None if grad_x is None else grad_x * grad.type_as(grad_x),
+            None if grad_w is None else (grad_w * grad).to(ctx.weight_dtype),
+            *[None] * 5,
+        )
