@@ -201,7 +201,7 @@ def test_budgets_are_read_with_their_units(text, budget):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("speedrun_mup.plan.LEAN", LEAN)
+    monkeypatch.setattr("speedrun_mup.plan.design.LEAN", LEAN)
     words = [
         "plan",
         *as_flags(TINY | {"width": 128, "iterations": 24, "base_width": 32, "lr_scale": 2.5, "data_order": "record"}),
@@ -224,7 +224,7 @@ def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
     monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "--seeds", "1", "--tokens", "128"])
     monkeypatch.setattr(demo, "BUDGET", "160%")
-    monkeypatch.setattr("speedrun_mup.plan.LEAN", LEAN)
+    monkeypatch.setattr("speedrun_mup.plan.design.LEAN", LEAN)
     target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
     monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape, "--device", "cpu"])
     assert main(["demo"]) == 0

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from test_transfer import sweep
 
-from speedrun_mup import plan as plan_module
 from speedrun_mup.cli import main
 from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.config import TrainConfig, make_config
@@ -35,6 +34,7 @@ from speedrun_mup.plan import (
     read_plan,
     run_plan,
 )
+from speedrun_mup.plan.forecast import _why_wide
 from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_sweep
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import run_flops
@@ -142,7 +142,7 @@ def test_a_plan_is_found_again_and_not_taken_for_another(target, out, monkeypatc
     real = find_corpus(target.data, target.tokenizer)[0]
     newer = dataclasses.replace(real, fingerprint="new", former_fingerprint=real.fingerprint)
     with monkeypatch.context() as patch:  # a later version may give the same tokens another fingerprint
-        patch.setattr("speedrun_mup.plan.find_corpus", lambda *_: (newer, ""))
+        patch.setattr("speedrun_mup.plan.folder.find_corpus", lambda *_: (newer, ""))
         assert planned(target, out, {}).sweeps == plan.sweeps
     deeper = dataclasses.replace(target, n_layer=8)
     assert planned(deeper, out, {}) is None  # nothing was run, so nothing is lost with it
@@ -186,7 +186,7 @@ def test_finished_cells_make_timing_unnecessary(target, out):
 
 def test_a_width_that_would_take_long_to_time_is_not_timed(wide, out, monkeypatch):
     engine = FakeEngine()
-    monkeypatch.setattr("speedrun_mup.plan.PROBE_S", OVERHEAD_S + 0.001)
+    monkeypatch.setattr("speedrun_mup.plan.design.PROBE_S", OVERHEAD_S + 0.001)
     make_plan(wide, out, engine, budget_flops=1e18)
     assert {cell.width for cell in engine.ran} == {16}
 
@@ -372,7 +372,7 @@ def test_an_earlier_sweep_without_room_hides_no_later_trouble(target, out, monke
     share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
     plan = make_plan(target, out, FakeEngine(), budget_share=share)
     assert len(plan.sweeps) > 1
-    whole, calls = plan_module.run_sweep, []
+    whole, calls = run_sweep, []
 
     def run(sweep, out, engine, **options):
         calls.append(sweep)
@@ -380,7 +380,7 @@ def test_an_earlier_sweep_without_room_hides_no_later_trouble(target, out, monke
         broken = {"stopped": True} if trouble == "stopped" else {"failed": {"a cell": "no luck"}}
         return result if len(calls) == 1 else dataclasses.replace(result, left=1, used_up=False, **broken)
 
-    monkeypatch.setattr(plan_module, "run_sweep", run)
+    monkeypatch.setattr("speedrun_mup.plan.folder.run_sweep", run)
     result = run_plan(plan, out, FakeEngine(optimum=-3.0), progress=False)
     assert len(calls) == 2 and not result.complete and not result.used_up and result.left > 1
 
@@ -412,13 +412,13 @@ def test_a_wide_interval_is_explained():
         next(iter(measure_transfer(sweep(widths=widths, sigma=0.001, offset=0.001, seeds=range(8))).arms.values()))
         for widths in ((64, 128, 256), (64, 128, 256, 512))
     )
-    told = plan_module._why_wide(three, loss_forecast(three, 2048))
+    told = _why_wide(three, loss_forecast(three, 2048))
     assert "because 3 widths do not tell how the loss falls with width" in told and "seeds" not in told
     few = next(
         iter(measure_transfer(sweep(widths=(64, 128, 256), sigma=0.001, offset=0.001, seeds=(0, 1))).arms.values())
     )
-    assert "seeds are few (2, 2, 2 at widths 64, 128, 256)" in plan_module._why_wide(few, loss_forecast(few, 2048))
-    assert plan_module._why_wide(four, loss_forecast(four, 512)) == ""
+    assert "seeds are few (2, 2, 2 at widths 64, 128, 256)" in _why_wide(few, loss_forecast(few, 2048))
+    assert _why_wide(four, loss_forecast(four, 512)) == ""
 
 
 def test_predicted_against_measured(swept, target, out):

@@ -477,7 +477,7 @@ def test_a_budget_of_minutes_is_kept_by_what_is_known_of_the_pace(small, tmp_pat
                 now[0] += seconds
                 yield cell, result_of(cell, 3.0, seconds)
 
-    monkeypatch.setattr("speedrun_mup.sweep.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("speedrun_mup.sweep.run.time", SimpleNamespace(monotonic=lambda: now[0]))
     engine = Clockwork(None)
     result = quietly(small(octaves=GRID, adaptive=False), tmp_path / "s", engine, budget_minutes=5)
     assert now[0] <= 300 and now[0] > 275 and result.left > 0
@@ -638,19 +638,20 @@ def test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on(small,
     def found(fingerprint, former):
         real = find_corpus("synthetic", "byte")[0]
         known = dataclasses.replace(real, fingerprint=fingerprint, former_fingerprint=former)
-        return lambda *_: (known, "")
+        for place in ("run", "one_run"):
+            monkeypatch.setattr(f"speedrun_mup.sweep.{place}.find_corpus", lambda *_: (known, ""))
 
-    monkeypatch.setattr("speedrun_mup.sweep.find_corpus", found("former", ""))
+    found("former", "")
     quietly(small(), tmp_path / "s", FakeEngine(bowl()))
     before = {result.id for result in read_results(tmp_path / "s")}
-    monkeypatch.setattr("speedrun_mup.sweep.find_corpus", found("new", "former"))
+    found("new", "former")
     never = FakeEngine(lambda cell: pytest.fail("ran again"))
     assert quietly(small(), tmp_path / "s", never).ran == 0
     more = FakeEngine(bowl())
     quietly(small(seeds=(0, 1)), tmp_path / "s", more)
     assert {cell.corpus for cell in more.ran} == {"former"} and before < {r.id for r in read_results(tmp_path / "s")}
     assert not isinstance(attempt(more.ran[0], tmp_path), Failure)
-    monkeypatch.setattr("speedrun_mup.sweep.find_corpus", found("new", "another"))
+    found("new", "another")
     with pytest.raises(ConfigError, match="corpus was former, is new"):
         quietly(small(), tmp_path / "s", never)
 
@@ -683,10 +684,10 @@ def test_runs_that_were_made_differently_are_named_and_nothing_passes(finished, 
 
 def test_a_sweep_that_goes_on_under_other_code_says_so(small, tmp_path, monkeypatch, capsys):
     quietly(small(), tmp_path / "s", FakeEngine(bowl()))
-    monkeypatch.setattr("speedrun_mup.sweep.source_sha256", lambda: "0")
+    monkeypatch.setattr("speedrun_mup.sweep.run.source_sha256", lambda: "0")
     run_sweep(small(), tmp_path / "s", FakeEngine(bowl()))
     assert "made by other code" not in capsys.readouterr().out
-    monkeypatch.setattr("speedrun_mup.sweep.source_sha256", lambda: "f" * 64)
+    monkeypatch.setattr("speedrun_mup.sweep.run.source_sha256", lambda: "f" * 64)
     run_sweep(small(), tmp_path / "s", FakeEngine(bowl()))
     assert "10 runs here were made by other code, 0 (10); this is fffffffff...: the verdict" in capsys.readouterr().out
 
@@ -908,7 +909,7 @@ def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpu
     whole = run_cell(cell, tmp_path)
     for skipped in (0, 2):
         kept = lambda folder, skipped=skipped: [row for row in read_metrics(folder) if row["step"] != skipped]  # noqa: E731
-        monkeypatch.setattr("speedrun_mup.sweep.read_metrics", kept)
+        monkeypatch.setattr("speedrun_mup.sweep.one_run.read_metrics", kept)
         result = run_cell(cell, tmp_path)
         assert math.isnan(result.curve[skipped]) and not result.diverged
         assert [loss for loss in result.curve if loss == loss] == whole.curve[:skipped] + whole.curve[skipped + 1 :]
@@ -925,7 +926,7 @@ def test_divergence_is_a_result(small, tmp_path):
 
 @pytest.mark.parametrize("end", [9.0, math.nan])
 def test_ending_above_the_initial_loss_is_divergence(small, corpus, tmp_path, monkeypatch, end):
-    monkeypatch.setattr("speedrun_mup.sweep.train", lambda cfg: dataclasses.replace(train(cfg), val_loss=end))
+    monkeypatch.setattr("speedrun_mup.sweep.one_run.train", lambda cfg: dataclasses.replace(train(cfg), val_loss=end))
     result = run_cell(cell_of(small(), corpus, width=32), tmp_path)
     assert result.diverged and result.reason == f"ended at a loss of {end:.4f}, began at 4.8520"
 
@@ -942,7 +943,7 @@ def test_a_cell_refuses_other_data(small, corpus, tmp_path):
 
 
 def test_an_exception_is_a_failure_in_one_line(small, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("speedrun_mup.sweep.train", lambda cfg: [][1])
+    monkeypatch.setattr("speedrun_mup.sweep.one_run.train", lambda cfg: [][1])
     assert attempt(cell_of(small(), corpus), tmp_path) == Failure("IndexError: list index out of range")
 
 
@@ -1057,7 +1058,7 @@ def test_gpus_are_counted_from_what_is_visible(monkeypatch):
     assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in engine._pool] == ["3", "GPU-7", "3", "GPU-7"]
     assert LocalEngine().workers == 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr("speedrun_mup.sweep.pick_device", lambda device: torch.device("mps"))
+    monkeypatch.setattr("speedrun_mup.sweep.engines.pick_device", lambda device: torch.device("mps"))
     assert LocalEngine().workers == 1  # a Mac has one GPU
 
 

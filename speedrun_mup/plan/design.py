@@ -1,47 +1,30 @@
-"""Which small runs a big one needs, what they cost, what learning rate and loss they promise, and by how much they miss.
-
-    plan = make_plan(target, out, engine, budget_minutes=30)    # widths, seeds, cost; writes plan.json
-    run_plan(plan, out, engine)
-    print(predict(out).summary())                               # learning rate and loss, with intervals
-    print(compare(out, run_folder).summary())                   # predicted against measured
-
-The proxies train for as many steps on as many tokens as the target: it is width that learning rates transfer over.
-"""
+"""The sweep that finds a target's learning rate most exactly within a budget."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.shards import Corpus
-from speedrun_mup.files import printable, read_bytes, write_whole
 from speedrun_mup.sweep import (
     Arm,
     Engine,
     Failure,
     Pace,
     Sweep,
-    SweepResult,
-    computed_settings,
-    measure_sweep,
     read_results,
-    run_sweep,
 )
 from speedrun_mup.training.flops import run_flops
-from speedrun_mup.training.run_folder import saved_config
-from speedrun_mup.training.tracking import clock, read_metrics
-from speedrun_mup.transfer import ArmResult, Forecast, Thresholds, TransferError, loss_forecast
+from speedrun_mup.training.tracking import clock
+from speedrun_mup.transfer import Thresholds
 
-PLAN, VERSION = "plan.json", 1
 # Octaves to run, and those that the sweep usually adds to them: half octaves if it is refined, else one on the better side.
 # The lean grid is for small budgets: cheap if the optimum is less than an octave from what was tuned at base width, else
 # extended like any other.
@@ -55,8 +38,6 @@ FORWARD_SHARE = 1 / 3  # of a training step's FLOPs
 # Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
 # per octave squared is usual for small language models. It only serves to say in advance what a plan will achieve.
 NOISE_OVER_CURVATURE = 0.25
-LAW_WIDTHS, FEW_SEEDS = 4, 3  # widths that tell the law of the loss; fewer seeds leave the noise uncertain
-WIDE = 20  # standard deviations of one run; an interval of the loss wider than this is explained
 
 
 @dataclass(frozen=True)
@@ -95,7 +76,7 @@ class Plan:
             Sweep(
                 base,
                 tuple(width for width, _ in pairs),
-                (_arm(self.target),),
+                (arm_of(self.target),),
                 self.octaves,
                 tuple(range(seeds)),
                 refine=self.refine,
@@ -139,7 +120,7 @@ def _proxy_base(target: TrainConfig) -> TrainConfig:
     return replace(target, base_width=target.base_width or target.width)
 
 
-def _arm(target: TrainConfig) -> Arm:
+def arm_of(target: TrainConfig) -> Arm:
     """The target's own optimizer and rule table. Without a base width, or with the record's rules at their own width, all
     tables are one, and muP is what carries over."""
     own = target.base_width is None or (target.parametrization == "record26" and target.base_width == target.width)
@@ -183,31 +164,6 @@ class Budget:
         if self.share is not None:
             return f"{math.ceil(1000 * plan.flops / plan.target_flops) / 10:g}%"
         return f"{1.01 * plan.flops:.3g}"
-
-
-def make_plan(
-    target: TrainConfig,
-    out: Path,
-    engine: Engine,
-    *,
-    budget_minutes: float | None = None,
-    budget_flops: float | None = None,
-    budget_share: float | None = None,
-    tell: Tell = lambda line: None,
-) -> Plan:
-    """Choose the sweep for `target` and write it to plan.json in `out`, the folder of the sweep. See `choose_plan`."""
-    budget = Budget(budget_minutes, budget_flops, budget_share)
-    plan, _ = choose_plan(target, out, engine, budget, tell)
-    save_plan(plan, out, budget)
-    return plan
-
-
-def save_plan(plan: Plan, out: Path, budget: Budget) -> None:
-    """Write plan.json in the folder `out`, for `planned` and `run_plan`."""
-    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
-    asked = {f"budget_{name}": value for name, value in asdict(budget).items() if value is not None}
-    content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "budget": asked, "prediction": None}
-    write_whole(out / PLAN, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def choose_plan(
@@ -374,7 +330,7 @@ def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], octaves: Sequ
 
 def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: Corpus, pace: Pace, tell: Tell) -> None:
     """Teach `pace` how long runs take: a few steps per width, on all workers at once, as a sweep would run them."""
-    base, arm = _proxy_base(target), _arm(target)
+    base, arm = _proxy_base(target), arm_of(target)
     chunk = target.val_chunk_tokens
     val_tokens = min(target.val_tokens, max(chunk, PROBE_VAL_TOKENS // chunk * chunk))
     base = replace(base, iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1), val_tokens=val_tokens)
@@ -392,233 +348,3 @@ def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: C
                         raise ConfigError(f"timing {cell} failed: {outcome.why}; fix that first")
                     if turn == "warm":
                         pace.learn(replace(outcome, seconds=outcome.seconds + left_out * outcome.train_s))
-
-
-def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
-    """The plan in `out`, if one was made for this budget, or none is given.
-
-    ConfigError for another target or other data, if any of its runs were made; a plan alone may be replaced.
-    """
-    if not (out / PLAN).exists():
-        return None
-    content = _read_plan(out)
-    found = _target(content, out)
-    mine, theirs = computed_settings(target), computed_settings(found)
-    differ = [f"{key} was {theirs[key]}, is {mine[key]}" for key in mine if mine[key] != theirs[key]]
-    if not find_corpus(target.data, target.tokenizer)[0].is_known_as(content["corpus"]):
-        differ.append(f"data={target.data} is not the corpus that it was made on")
-    if differ and not read_results(out):
-        return None
-    if differ:
-        raise ConfigError(f"{out} holds another plan, and runs of it: {'; '.join(differ)}; choose another --out")
-    if budget and dict(budget) != content["budget"]:
-        return None
-    values: dict[str, Any] = {entry.name: content[entry.name] for entry in fields(Plan)}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Plan(**values | lists | {"target": found})
-
-
-def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResult:
-    """Run the sweeps of a plan one after another, widest last, until one stops or fails. options: of `run_sweep`.
-
-    A budget of FLOPs is kept: a grid is extended only with what the planned cells leave of it; where that is too little, the
-    result is `used_up`.
-    """
-    budget = _read_plan(out)["budget"]
-    most = min(budget.get("budget_flops", math.inf), budget.get("budget_share", math.inf) * plan.target_flops)
-    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
-    waiting = {  # FLOPs of planned cells that are not done
-        width: seeds * plan.points * run_flops(replace(plan.target, width=width), corpus.vocab_size)
-        for width, seeds in zip(plan.widths, plan.seeds, strict=True)
-    }
-    finished = [cell for cell in read_results(out) if cell.width in waiting]
-    for cell in finished:
-        waiting[cell.width] -= cell.flops
-    left = ran = 0
-    for sweep in plan.sweeps:
-        waiting = {width: flops for width, flops in waiting.items() if width not in sweep.widths}
-        reserved = sum(max(flops, 0.0) for flops in waiting.values())
-        part = len(finished) + ran, plan.runs
-        result = run_sweep(sweep, out, engine, budget_flops=most - reserved, part=part, **options)
-        left, ran = left + result.left, ran + result.ran
-        if not result.complete and not result.used_up:
-            return replace(result, left=left, ran=ran)
-    return replace(result, left=left, ran=ran, used_up=left > 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prediction and comparison
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the sweep says about the target run; intervals hold 90 %.
-
-    lr_scale: what to give the target. verdict: of the transfer measurement. method: of both forecasts, in words.
-    wide: why the interval of the loss is wide, where it is.
-    """
-
-    width: int
-    lr_scale: float
-    lr_scale_interval: tuple[float, float]
-    loss: float
-    loss_interval: tuple[float, float]
-    verdict: str
-    method: str
-    wide: str = ""
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Prediction:
-        """From the object in plan.json."""
-        pairs: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return Prediction(**(values | pairs))
-
-    def summary(self) -> str:
-        """For a terminal."""
-        (slow, fast), (low, high) = self.lr_scale_interval, self.loss_interval
-        return (
-            f"width {self.width}: use --lr-scale {self.lr_scale:.4g} (90 % {slow:.4g} to {fast:.4g})\n"
-            f"expect a validation loss of {self.loss:.4f} (90 % {low:.4f} to {high:.4f})\n"
-            f"transfer: {self.verdict}; {self.method}"
-        )
-
-
-def predict(out: Path) -> Prediction:
-    """Learning rate and loss of the target from the finished sweep in `out`; also written to its plan.json.
-
-    Raises ConfigError without a plan, TransferError if the sweep does not bear a forecast.
-    """
-    content = _read_plan(out)
-    target = _target(content, out)
-    name = _arm(target).name
-    arm = measure_sweep(out, [name]).arms[name]
-    try:
-        forecast = loss_forecast(arm, target.width)
-    except TransferError as fault:
-        raise TransferError(f"{fault}; or plan again with a larger --budget, for more seeds and widths") from None
-    slow, fast = forecast.log2_lr.interval()
-    if math.isnan(slow):
-        raise ConfigError(f"{out}: with one seed the noise is unknown, and so is every interval; run a second seed")
-    prediction = Prediction(
-        width=target.width,
-        lr_scale=target.lr_scale * 2**forecast.log2_lr.value,
-        lr_scale_interval=(target.lr_scale * 2**slow, target.lr_scale * 2**fast),
-        loss=forecast.loss.value,
-        loss_interval=forecast.loss.interval(),
-        verdict=arm.verdict.value,
-        method=forecast.method,
-        wide=_why_wide(arm, forecast),
-    )
-    write_whole(out / PLAN, json.dumps(content | {"prediction": asdict(prediction)}, indent=1, allow_nan=False) + "\n")
-    return prediction
-
-
-def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
-    """A sentence where the interval of the loss is far wider than the scatter of runs alone would make it."""
-    low, high = forecast.loss.interval()
-    if not high - low > WIDE * arm.noise.total > 0:
-        return ""
-    widths, seeds = [fit.width for fit in arm.usable], [len(fit.cells.losses) for fit in arm.usable]
-    reasons = []
-    if len(widths) < LAW_WIDTHS:
-        reasons.append(f"{len(widths)} widths do not tell how the loss falls with width: more widths narrow it")
-    if min(seeds) < FEW_SEEDS:
-        reasons.append(
-            f"seeds are few ({', '.join(map(str, seeds))} at widths {', '.join(map(str, widths))}): more narrow it"
-        )
-    why = ", and because ".join(reasons) or f"width {forecast.width} is far from the widths of the sweep"
-    return f"the interval is {(high - low) / arm.noise.total:.0f} standard deviations of one run wide because {why}"
-
-
-def advised(out: Path) -> TrainConfig:
-    """The target of the plan in `out`, with the learning rate that was predicted. Raises ConfigError before `predict`."""
-    target, prediction = _predicted(out)
-    return replace(target, lr_scale=prediction.lr_scale)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Predicted against measured. octaves: learning rate used over the predicted one, log2."""
-
-    prediction: Prediction
-    measured: float
-    octaves: float
-
-    @property
-    def inside(self) -> bool:
-        """Whether the measured loss lies in the predicted interval."""
-        low, high = self.prediction.loss_interval
-        return low <= self.measured <= high
-
-    @property
-    def miss(self) -> str:
-        """How far off the prediction was, in words."""
-        low, high = self.prediction.loss_interval
-        apart, where = self.measured - self.prediction.loss, "inside" if self.inside else "outside"
-        return f"missed by {apart:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})"
-
-    def summary(self) -> str:
-        """For a terminal."""
-        predicted = f"validation loss: predicted {self.prediction.loss:.4f}, measured {self.measured:.4f}"
-        lines = [f"{predicted}: {self.miss}", *([self.prediction.wide] if self.prediction.wide else [])]
-        if abs(self.octaves) > 0.01:
-            lines.append(f"the run's learning rate is 2^{self.octaves:+.2f} times the predicted one")
-        return "\n".join(lines)
-
-
-def compare(out: Path, run: Path) -> Comparison:
-    """The prediction in the plan.json of `out` against the finished target run in the folder `run`.
-
-    Raises ConfigError if there is no prediction, if the run is not at its end, or if it is not the target that was
-    planned; another learning rate or seed is no obstacle.
-    """
-    planned, prediction = _predicted(out)
-    done = saved_config(run)
-    if not find_corpus(done.data, done.tokenizer)[0].is_known_as(_read_plan(out)["corpus"]):
-        raise ConfigError(
-            f"{run} is not the planned run: it was trained on other data; compare the run that was planned"
-        )
-    mine, theirs = computed_settings(planned), computed_settings(done)
-    differ = [key for key in mine if mine[key] != theirs[key] and key not in ("lr_scale", "seed")]
-    if differ:
-        changes = "; ".join(f"{key} was planned as {mine[key]}, is {theirs[key]}" for key in differ)
-        raise ConfigError(f"{run} is not the planned run: {changes}; compare the run that was planned")
-    losses = [row["loss"] for row in read_metrics(run) if row["kind"] == "val" and row["step"] == done.iterations]
-    if not losses or losses[-1] is None:
-        raise ConfigError(f"{run} has no loss at step {done.iterations}; train it to its end first")
-    return Comparison(prediction, losses[-1], math.log2(done.lr_scale / prediction.lr_scale))
-
-
-def read_plan(out: Path) -> tuple[TrainConfig, Prediction | None]:
-    """The target in the plan.json of `out`, and the prediction if there is one. Raises ConfigError without a plan."""
-    content = _read_plan(out)
-    prediction = content["prediction"] and Prediction.from_json(content["prediction"])
-    return _target(content, out), prediction
-
-
-def _read_plan(out: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_bytes(out / PLAN))
-        needed = {entry.name for entry in fields(Plan)} | {"corpus", "budget", "prediction"}
-        promised = {entry.name for entry in fields(Prediction)}
-        whole = (
-            needed <= content.keys()
-            and promised - {"wide"} <= (content["prediction"] or dict.fromkeys(promised)).keys() <= promised
-        )
-        if content["version"] != VERSION or not whole:
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{printable(out / PLAN)} is missing or damaged; make a plan first") from None
-    return content
-
-
-def _predicted(out: Path) -> tuple[TrainConfig, Prediction]:
-    target, prediction = read_plan(out)
-    if not prediction:
-        raise ConfigError(f"{out / PLAN} holds no prediction yet; finish the sweep and predict first")
-    return target, prediction
-
-
-def _target(content: dict[str, Any], out: Path) -> TrainConfig:
-    return from_json(json.dumps(content["target"]), out / PLAN)

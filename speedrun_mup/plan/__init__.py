@@ -1,0 +1,33 @@
+"""Which small runs a big one needs, what they cost, what learning rate and loss they promise, and by how much they miss.
+
+    plan = make_plan(target, out, engine, budget_minutes=30)    # widths, seeds, cost; writes plan.json
+    run_plan(plan, out, engine)
+    print(predict(out).summary())                               # learning rate and loss, with intervals
+    print(compare(out, run_folder).summary())                   # predicted against measured
+
+The proxies train for as many steps on as many tokens as the target: it is width that learning rates transfer over.
+"""
+
+from speedrun_mup.plan.design import Budget, NoPlanFits, Plan, choose_plan, design_table, expected_lr_error
+from speedrun_mup.plan.folder import PLAN, Prediction, make_plan, planned, read_plan, run_plan, save_plan
+from speedrun_mup.plan.forecast import Comparison, advised, compare, predict
+
+__all__ = [
+    "PLAN",
+    "Budget",
+    "Comparison",
+    "NoPlanFits",
+    "Plan",
+    "Prediction",
+    "advised",
+    "choose_plan",
+    "compare",
+    "design_table",
+    "expected_lr_error",
+    "make_plan",
+    "planned",
+    "predict",
+    "read_plan",
+    "run_plan",
+    "save_plan",
+]

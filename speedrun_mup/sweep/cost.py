@@ -1,0 +1,62 @@
+"""How long runs take, learnt from finished ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.sweep.result import CellResult
+
+
+class Pace:
+    """How long a cell takes in one worker, learnt from finished ones: steps by their FLOPs, and what comes with a run.
+
+    What comes with a run is setting up and validation. What is known of the nearest width counts.
+    """
+
+    def __init__(self, results: Iterable[CellResult] = ()):
+        self._known: dict[int, _Spent] = {}
+        for result in results:
+            self.learn(result)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to go by."""
+        return bool(self._known)
+
+    def learn(self, result: CellResult) -> None:
+        """Count a finished cell."""
+        if result.flops:
+            spent = self._known.setdefault(result.width, _Spent())
+            spent.flops += result.flops
+            spent.train_s += result.train_s
+            spent.other_s += result.seconds - result.train_s
+            spent.cells += 1
+
+    def seconds(self, width: int, flops: float) -> float:
+        """What a cell will take; 0 while nothing is known."""
+        if not self.known:
+            return 0.0
+        spent = self._nearest(width)
+        return spent.other_s / spent.cells + flops * spent.train_s / spent.flops
+
+    def flops_per_s(self, width: int) -> float:
+        """Training speed of one worker. Raises ConfigError while nothing is known."""
+        if not self.known:
+            raise ConfigError("no cell has finished, so nothing is known about speed; run one first")
+        return self._nearest(width).flops / self._nearest(width).train_s
+
+    def _nearest(self, width: int) -> _Spent:
+        return self._known[min(self._known, key=lambda at: abs(math.log(at / width)))]
+
+
+@dataclass
+class _Spent:
+    """Sums over cells of one width."""
+
+    flops: float = 0.0
+    train_s: float = 0.0
+    other_s: float = 0.0
+    cells: int = 0

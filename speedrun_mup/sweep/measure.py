@@ -1,0 +1,137 @@
+"""A sweep folder as the estimator takes it: runs, training curves, and doubts about them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.sweep.folder import knob_label, read_definition, read_results
+from speedrun_mup.sweep.grid import next_points
+from speedrun_mup.sweep.result import CellResult, mean_losses
+from speedrun_mup.transfer import (
+    MADE_WITH,
+    Array,
+    CurveKey,
+    Doubt,
+    Run,
+    TransferResult,
+    differing,
+    is_rate,
+    measure_transfer,
+    missing,
+)
+
+
+def runs_table(out: Path) -> list[Run]:
+    """The finished cells as the estimator takes them: lr is the factor on the knob; a diverged run's loss is nan."""
+    return [_as_run(result) for result in read_results(out)]
+
+
+def _as_run(result: CellResult) -> Run:
+    return Run(result.width, result.lr, result.seed, math.nan if result.diverged else result.loss, result.arm)
+
+
+def made_differently(results: Sequence[CellResult]) -> list[Doubt]:
+    """Doubts about results that several versions of the code, of torch, several devices or types of numbers made."""
+    pairs = [(result, _as_run(result)) for result in results]
+    return [
+        doubt
+        for name in MADE_WITH
+        for doubt in differing(name, ((result.made_with.get(name, ""), run) for result, run in pairs))
+    ]
+
+
+def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> tuple[list[Doubt], list[str]]:
+    """Doubts about runs of `arms` that were asked for in a folder and have no result; and what its grids still grow by."""
+    curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
+    for (arm, width, octaves), loss in mean_losses(results).items():
+        curves[arm, width][octaves] = loss
+    requests: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    definition = read_definition(out)
+    for asked in definition["asked"]:
+        for key in itertools.product(asked["arms"], asked["widths"]):
+            requests[key].append(asked)
+    have = {(result.arm, result.width, result.octaves, result.seed) for result in results}
+    wanted: dict[str, set[tuple[int, float, int]]] = {arm: set() for arm in arms}
+    for (arm, width), some in requests.items():
+        if arm in wanted:
+            wanted[arm] |= {(width, at, seed) for at, seed in _points_asked(some, curves[arm, width])}
+    for arm, width, octaves, seed in definition.get("failed", []):
+        if arm in wanted:
+            wanted[arm].add((width, octaves, seed))
+    absent = {arm: [place for place in sorted(places) if (arm, *place) not in have] for arm, places in wanted.items()}
+    names = {arm: [f"width {w} 2^{at:g} seed {seed}" for w, at, seed in places] for arm, places in absent.items()}
+    growing = sum(_grows(some, curves[key]) for key, some in requests.items() if key[0] in wanted)
+    notes = [f"the grid still grows by {growing} points: run the same sweep again"] if growing else []
+    return [*missing(names, {arm: len(places) for arm, places in wanted.items()})], notes
+
+
+def _points_asked(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> set[tuple[float, int]]:
+    """(octaves, seed) of all runs that `requests` want at one width of one arm. curve: octaves -> mean loss, so far.
+
+    Points outside all grids come from growing them, and want all seeds.
+    """
+    grids = [set(map(float, asked["octaves"])) for asked in requests]
+    grown = set(curve) - set().union(*grids)
+    points: set[tuple[float, int]] = set()
+    for asked, grid in zip(requests, grids):
+        if asked.get("adaptive"):
+            grid = grid | grown
+        points |= set(itertools.product(grid, asked["seeds"]))
+    return points
+
+
+def _grows(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> int:
+    """How many points an adaptive grid still asks for; of several requests, which saw other curves, nobody knows."""
+    asked = requests[0]
+    if len(requests) > 1 or not asked.get("adaptive") or not set(map(float, asked["octaves"])) <= set(curve):
+        return 0
+    return len(next_points(curve, asked["octaves"], asked.get("refine", True)))
+
+
+def training_curves(out: Path) -> dict[CurveKey, Array]:
+    """(arm, width, lr, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended."""
+    curves = {}
+    for result in read_results(out):
+        losses = np.full(result.config["iterations"], np.nan)
+        losses[: len(result.curve)] = result.curve
+        curve = np.stack([np.arange(len(losses), dtype=float), losses], axis=1)
+        curves[result.arm, result.width, result.lr, result.seed] = curve
+    return curves
+
+
+def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any) -> TransferResult:
+    """`measure_transfer` on a sweep folder, with its controls, base width and training curves.
+
+    arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
+    of these. A prediction is about learning rates: with another knob that arm is neither tested nor a control. options:
+    for `measure_transfer`. Raises ConfigError, TransferError.
+    """
+    definition = read_definition(out)
+    known = [name for name in definition["arms"] if arms is None or name in arms]
+    unknown = set(arms or ()) - set(known)
+    if unknown:
+        raise ConfigError(f"{out} has no arm {', '.join(sorted(unknown))}; it has {', '.join(definition['arms'])}")
+    results = [result for result in read_results(out) if result.arm in known]
+    runs = [_as_run(result) for result in results]
+    several = [name for name in known if len({run.width for run in runs if run.arm == name}) > 1]
+    curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
+    knob = knob_label(definition)
+    predicted = {name: definition["arms"][name]["predicted"] for name in known}
+    if not is_rate(knob):
+        tested = [name for name in known if predicted[name] is None] or known
+        options["tested"] = options.get("tested") or tested
+        predicted = {}
+    base = definition["base"]["base_width"]
+    everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
+    absent, notes = not_run(out, results, known)
+    about = {"doubts": [*made_differently(results), *absent], "notes": notes}
+    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob, **about} | options
+    return measure_transfer(runs, controls={k: v for k, v in predicted.items() if v is not None}, **options)

@@ -1,0 +1,103 @@
+"""One run of a sweep: train it in a folder of its own and keep what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.errors import ConfigError, Diverged, UserError, in_a_line
+from speedrun_mup.core.utils import pick_device
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.sweep.result import CellResult, Failure, or_nan
+from speedrun_mup.sweep.spec import Cell, computed_settings
+from speedrun_mup.training.hardware import pick_dtype
+from speedrun_mup.training.run import train
+from speedrun_mup.training.tracking import PROVENANCE, read_metrics
+
+TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
+
+
+def run_cell(cell: Cell, scratch: Path) -> CellResult:
+    """Train one cell in a folder of its own inside `scratch`, which is removed afterwards. Prints nothing.
+
+    Raises what `train` raises, except for divergence, and ConfigError if this machine has other data.
+    """
+    began = time.perf_counter()
+    corpus, _ = find_corpus(cell.cfg.data, cell.cfg.tokenizer)
+    if not corpus.is_known_as(cell.corpus):
+        raise ConfigError(f"data={cell.cfg.data}: not the corpus that the sweep began with; bring back the same files")
+    torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
+    gc.collect()  # a compiled model is in a cycle, and would keep its memory on the GPU
+    folder = scratch / f"{cell.id}-{os.getpid()}"
+    loss, reason = math.nan, ""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                result = train(replace(cell.cfg, out=str(scratch), name=folder.name))
+            except Diverged as fault:
+                reason = str(fault)
+            else:
+                if not result.finished:
+                    raise UserError(f"stopped by a signal at step {result.steps}; run the sweep again")
+                loss = or_nan(result.val_loss)
+        records = [record for record in read_metrics(folder) if record["kind"] == "train"]
+        made_with = json.loads((folder / PROVENANCE).read_text().splitlines()[-1])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    curve = [math.nan] * (records[-1]["step"] + 1 if records else 0)  # nan stays where a bad step was skipped
+    for record in records:
+        curve[record["step"]] = round(or_nan(record["loss"]), 6)
+    first = next((value for value in curve if math.isfinite(value)), math.nan)
+    if not reason and not loss < first:
+        reason = f"ended at a loss of {loss:.4f}, began at {first:.4f}"
+    tail = [value for value in curve[-max(1, round(TAIL * cell.cfg.iterations)) :] if math.isfinite(value)]
+    return CellResult(
+        id=cell.id,
+        arm=cell.arm,
+        width=cell.width,
+        octaves=cell.octaves,
+        seed=cell.seed,
+        loss=loss,
+        train_loss=float(np.mean(tail)) if tail and len(curve) == cell.cfg.iterations else math.nan,
+        diverged=bool(reason),
+        reason=reason,
+        curve=curve,
+        seconds=time.perf_counter() - began,
+        train_s=records[-1]["train_s"] if records else 0.0,
+        flops=cell.flops * len(curve) / cell.cfg.iterations,
+        corpus=cell.corpus,
+        config=computed_settings(cell.cfg),
+        made_with={name: made_with[name] for name in ("speedrun_mup", "revision", "source_sha256", "torch", "platform")}
+        | {"device": _device_name(cell.cfg.device), "dtype": _dtype_name(cell.cfg)},
+    )
+
+
+def _device_name(device: str) -> str:
+    kind = pick_device(device).type
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
+def _dtype_name(cfg: TrainConfig) -> str:
+    return str(pick_dtype(cfg, pick_device(cfg.device))).removeprefix("torch.")
+
+
+def attempt(cell: Cell, scratch: Path) -> CellResult | Failure:
+    """`run_cell`, with any exception as a Failure."""
+    try:
+        return run_cell(cell, scratch)
+    except UserError as fault:
+        return Failure(str(fault))
+    except Exception as fault:
+        return Failure(in_a_line(fault))

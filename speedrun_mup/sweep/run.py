@@ -1,0 +1,303 @@
+"""Run a sweep: what is missing, round after round, within a budget, until the grid needs nothing more."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.files import printable
+from speedrun_mup.interrupts import after_imports
+from speedrun_mup.sweep.cost import Pace
+from speedrun_mup.sweep.engines import Engine
+from speedrun_mup.sweep.folder import (
+    CELLS,
+    RESULT,
+    check_and_record,
+    note_failed,
+    open_folder,
+    read_results,
+    write_file,
+)
+from speedrun_mup.sweep.grid import next_points
+from speedrun_mup.sweep.measure import made_differently
+from speedrun_mup.sweep.result import CellResult, Failure, mean_losses, place_of
+from speedrun_mup.sweep.spec import Cell, Sweep
+from speedrun_mup.training.flops import model_shape, run_flops
+from speedrun_mup.training.tracking import clock, source_sha256
+
+ATTEMPTS = 3  # a cell that fails is tried again twice
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a call of `run_sweep` leaves.
+
+    results: every finished cell of the folder, also of earlier calls. ran: cells finished by this call. failed: cell ->
+    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal. used_up: nothing but
+    the budget of FLOPs, which has no room for any of those left, is in the way.
+    """
+
+    out: Path
+    results: tuple[CellResult, ...]
+    ran: int
+    failed: dict[str, str]
+    left: int
+    stopped: bool
+    seconds: float
+    used_up: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to run."""
+        return not self.left and not self.failed
+
+    @property
+    def flops(self) -> float:
+        """Of all finished cells."""
+        return sum(result.flops for result in self.results)
+
+    def cost(self, target: TrainConfig, vocab_size: int) -> float:
+        """FLOPs of all finished cells over those of the run that they are to save from being tuned."""
+        return self.flops / run_flops(target, vocab_size)
+
+    def summary(self) -> str:
+        """Counts and cost, and a table of mean losses for each arm."""
+        diverged = sum(result.diverged for result in self.results)
+        worked = clock(sum(result.seconds for result in self.results))
+        lines = [
+            f"{self.out}: {len(self.results)} runs done ({self.ran} now, in {clock(self.seconds)}), "
+            f"{diverged} diverged, {len(self.failed)} failed, {self.left} left",
+            f"cost: {self.flops:.3g} FLOPs, {worked} of one worker's time",
+            *(f"failed: {cell}: {why}" for cell, why in self.failed.items()),
+        ]
+        lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results)]
+        if self.used_up:
+            lines.append(f"the budget of FLOPs has no room for the {self.left} runs left; a larger one goes on")
+        elif self.left:
+            lines.append("run the same command again to go on")
+        return "\n".join([*lines, *_tables(self.results)])
+
+
+def _tables(results: Sequence[CellResult]) -> Iterator[str]:
+    """Mean validation loss, a table per arm: widths down, octaves across."""
+    for arm in dict.fromkeys(result.arm for result in results):
+        means = mean_losses(result for result in results if result.arm == arm)
+        grid = sorted({at for _, _, at in means})
+        yield ""
+        yield f"{arm:<12}" + "".join(f"{f'2^{at:g}':>9}" for at in grid)
+        for width in sorted({width for _, width, _ in means}):
+            losses = (means.get((arm, width, at)) for at in grid)
+            shown = ("" if loss is None else "diverged" if math.isnan(loss) else f"{loss:.4f}" for loss in losses)
+            yield f"width {width:<6}" + "".join(f"{text:>9}" for text in shown)
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    engine: Engine,
+    *,
+    budget_minutes: float | None = None,
+    budget_flops: float | None = None,
+    progress: bool = True,
+    part: tuple[int, int] = (0, 0),
+) -> SweepResult:
+    """Run what is missing of `sweep` in the folder `out`, round after round until the grid needs nothing more.
+
+    budget_minutes: for this call; no cell is begun that would end later, as far as is known. budget_flops: for all
+    cells of the folder together. part: (runs before this sweep, about how many in all), if it is part of more. SIGINT,
+    SIGTERM and SIGUSR1 stop it: what is under way is given up, what is finished stays. Raises ConfigError if
+    `out` is in use, cannot be written, or holds cells of another base.
+    """
+    corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
+    for width in sweep.widths:
+        model_shape(replace(sweep.base, width=width), corpus.vocab_size)
+    began = time.monotonic()
+    stopped = False
+    with open_folder(out) as scratch, closing(_Progress(progress, *part)) as shown:
+        corpus = replace(corpus, fingerprint=check_and_record(sweep, out, corpus))
+        deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
+        shown.say(f"seeds draw the {_seeds_draw(sweep.base)}")
+        rounds = _Rounds(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
+        if other := _of_other_code(rounds.done.values()):
+            shown.say(other)
+        points = {(arm.name, width): set(map(float, sweep.octaves)) for arm in sweep.arms for width in sweep.widths}
+        if sweep.adaptive:  # where an earlier call refined the grid, new seeds follow
+            points = {key: points[key] | set(losses) for key, losses in rounds.curves(points).items()}
+        try:
+            with _signals_interrupt():
+                while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
+                    curves = rounds.curves(points)
+                    more = {key: points[key] | next_points(curves[key], sweep.octaves, sweep.refine) for key in points}
+                    if more == points:
+                        break
+                    points = more
+        except KeyboardInterrupt as stop:
+            stopped = True
+            shown.say(f"stopped by {stop}; {len(rounds.done)} runs are finished, run the same command again to go on")
+        left = [
+            cell
+            for cell in sweep.cells(points, corpus)
+            if cell.id not in rounds.done and str(cell) not in rounds.failed
+        ]
+        note_failed(out, (cell for cell in sweep.cells(points, corpus) if str(cell) in rounds.failed))
+        results = tuple(sorted(rounds.done.values(), key=place_of))
+        used_up = bool(left) and not stopped and not rounds.failed and not any(map(rounds.pays_for, left))
+        took = time.monotonic() - began
+        return SweepResult(out, results, rounds.ran, rounds.failed, len(left), stopped, took, used_up)
+
+
+def _seeds_draw(cfg: TrainConfig) -> str:
+    """What differs between the seeds of a sweep."""
+    if cfg.data_order == "record":
+        return "initialisation; the data keep the record's order, the same for all seeds, in the first epoch"
+    return "initialisation and the order of the data"
+
+
+def _of_other_code(results: Iterable[CellResult]) -> str:
+    """A line about results that other code made than what runs now, or nothing."""
+    mine = source_sha256()
+    others = Counter(hashed for result in results if (hashed := result.made_with.get("source_sha256", mine)) != mine)
+    if not others:
+        return ""
+    made = ", ".join(f"{printable(name, 12)} ({count})" for name, count in others.most_common(3))
+    return f"{others.total()} runs here were made by other code, {made}; this is {printable(mine, 12)}: the verdict will say so"
+
+
+class _Rounds:
+    """What one call has done so far, and what it may still spend. done: id -> result, of all cells in the folder."""
+
+    def __init__(
+        self, out: Path, scratch: Path, engine: Engine, shown: _Progress, deadline: float, budget_flops: float
+    ):
+        self.out, self.scratch, self.engine, self.shown = out, scratch, engine, shown
+        self.deadline, self.budget_flops = deadline, budget_flops
+        self.done = {result.id: result for result in read_results(out)}
+        self.pace = Pace(self.done.values())
+        self.spent = sum(result.flops for result in self.done.values())
+        self.ran = 0
+        self.tries: Counter[str] = Counter()
+        self.failed: dict[str, str] = {}
+        self.waiting: list[Cell] = []
+
+    def curves(self, points: Collection[tuple[str, int]]) -> dict[tuple[str, int], dict[float, float]]:
+        """(arm, width) -> octaves -> mean loss of the finished cells, for those in `points`."""
+        curves: dict[tuple[str, int], dict[float, float]] = {key: {} for key in points}
+        for (arm, width, octaves), loss in mean_losses(self.done.values()).items():
+            if (arm, width) in curves:
+                curves[arm, width][octaves] = loss
+        return curves
+
+    def run(self, cells: Sequence[Cell]) -> bool:
+        """Run those of `cells` that are not done, failed ones up to ATTEMPTS times; False if the budget ended it."""
+        while todo := [cell for cell in cells if cell.id not in self.done and self.tries[cell.id] < ATTEMPTS]:
+            self.waiting = sorted(todo, key=lambda cell: -cell.flops)
+            self.shown.expect(len(self.waiting))
+            with closing(self.engine.run(self._affordable(), self.scratch)) as outcomes:
+                for cell, outcome in outcomes:
+                    self.tries[cell.id] += 1
+                    self._note(cell, outcome)
+            if self.waiting:
+                return False
+        return True
+
+    def _affordable(self) -> Iterator[Cell]:
+        """Take waiting cells, longest first, as long as one fits the budget; with unknown pace, the shortest first."""
+        while fitting := [cell for cell in self.waiting if self._fits(cell)]:
+            cell = fitting[0 if self.pace.known or self.deadline == math.inf else -1]
+            self.waiting.remove(cell)
+            self.spent += cell.flops
+            yield cell
+
+    def _fits(self, cell: Cell) -> bool:
+        return time.monotonic() + self.pace.seconds(cell.width, cell.flops) <= self.deadline and self.pays_for(cell)
+
+    def pays_for(self, cell: Cell) -> bool:
+        """Whether the budget of FLOPs has room for `cell`."""
+        return self.spent + cell.flops <= self.budget_flops
+
+    def _note(self, cell: Cell, outcome: CellResult | Failure) -> None:
+        """Keep a result; say a failure once."""
+        name = str(cell)
+        self.spent += (0.0 if isinstance(outcome, Failure) else outcome.flops) - cell.flops
+        if isinstance(outcome, Failure):
+            what = "failed"
+            if name not in self.failed:
+                self.shown.say(f"{name}: {outcome.why}; it will be tried {ATTEMPTS} times")
+            self.failed[name] = outcome.why
+        else:
+            what = "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}"
+            write_file(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
+            self.done[cell.id] = outcome
+            self.failed.pop(name, None)
+            self.pace.learn(outcome)
+            self.ran += 1
+        left = sum(self.pace.seconds(cell.width, cell.flops) for cell in self.waiting)
+        self.shown.finished(f"{name}: {what}, {clock(left / self.engine.workers)} left")
+
+
+class _Progress:
+    """A bar on a terminal, a line per run elsewhere. before, about: runs over already, and all that are expected, if known."""
+
+    def __init__(self, show: bool, before: int = 0, about: int = 0):
+        self._plain = show and not sys.stderr.isatty()
+        self._bar = tqdm(total=about, initial=before, unit="run", disable=not show or self._plain, dynamic_ncols=True)
+        self._show, self._about, self._total, self._count = show, about, about, before
+
+    def expect(self, cells: int) -> None:
+        """So many cells more."""
+        self._total = max(self._count + cells, self._about)
+        self._bar.total = self._total
+        self._bar.refresh()
+
+    def finished(self, text: str) -> None:
+        """One cell more is over."""
+        self._count += 1
+        self._bar.set_postfix_str(text)
+        self._bar.update()
+        if self._plain:
+            place = f"run {self._count} of about {self._total}" if self._about else f"{self._count}/{self._total}"
+            print(f"{place}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._show:
+            self._bar.clear()
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self._bar.close()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 raise KeyboardInterrupt with their name, but in other threads than the main one."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        def stop() -> None:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+
+        after_imports(stop, frame)
+
+    previous = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                previous[number] = signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
