@@ -24,7 +24,7 @@ from odd.inputs import Materials, everything  # noqa: E402
 
 # What a child shall not have to import.
 HEAVY = (
-    "training",
+    "training.run",
     "sweep",
     "plan",
     "transfer",
@@ -32,9 +32,9 @@ HEAVY = (
     "coord_check",
     "bench",
     "doctor",
-    "tokenize_text",
+    "data.tokenize_text",
     "explain",
-    "fineweb",
+    "data.fineweb",
 )
 
 

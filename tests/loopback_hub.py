@@ -42,6 +42,7 @@ class LoopbackHub:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
+            disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *args: object) -> None:

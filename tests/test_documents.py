@@ -132,7 +132,7 @@ def test_dataset_streamed_from_a_hub(tmp_path: Path) -> None:
     command += " 'text', 0); print(json.dumps([document.text for document in reader]))"
     with LoopbackHub("me/mine", files) as hub:
         known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-        root = Path(documents.__file__).parents[1]
+        root = Path(documents.__file__).parents[2]
         done = subprocess.run(
             [sys.executable, "-c", command], env=os.environ | known, cwd=root, capture_output=True, timeout=300
         )
@@ -414,7 +414,7 @@ def test_bad_documents_are_named_one_by_one(tmp_path: Path, name: str) -> None:
     assert len(told) == len(words) and all(re.search(*pair) for pair in zip(words, told))
     good = [document.text.strip() for document in whole if document.text.strip()]
     assert good[-1] == "last" and (name in NO_UTF8 or good[0] == "one") and ("gz" in name or len(good) < 4)
-    for cut in range(1, len(whole)):
+    for cut in range(1, len(whole), 1 + len(whole) // 20):
         assert list(DocumentReader(sources, "text", 1, whole[cut - 1].end, skip_bad=True)) == whole[cut:]
 
 
@@ -455,7 +455,7 @@ def test_kilobytes_of_parquet_stay_small(tmp_path: Path) -> None:
     )
     command += ".sources, 'text', 0); count = sum(1 for document in reader)\n"
     command += "print(count, int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
-    root = Path(documents.__file__).parents[1]
+    root = Path(documents.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", command, str(tmp_path / "a.parquet")],
         cwd=root,

@@ -113,7 +113,7 @@ TRAIN = ["train", "--data", "synthetic", "--device", "cpu", "--iterations", "1",
 
 
 @pytest.mark.parametrize(
-    "number", [20, 40, 120, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in range(400, 2000, 100))]
+    "number", [20, 40, 120, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in range(400, 2000, 200))]
 )
 def test_ctrl_c_while_modules_are_imported_is_one_line(number, tmp_path):
     """Libraries catch KeyboardInterrupt, pass it on as ImportError, or abort; torch alone imports 1,500 modules."""
@@ -132,7 +132,9 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(number, tmp_path):
     "words", [TRAIN, ["explain"], ["transfer", "x.csv"], ["coord-check"], ["plan", "--budget", "1h"]]
 )
 def test_ctrl_c_at_any_moment_is_one_line(words, tmp_path):
-    for tenth in range(10, 40, 3):  # a busy machine takes a while until Python has begun
+    for tenth in (
+        range(10, 40, 3) if words == TRAIN else (12, 19, 26, 33)
+    ):  # a busy machine takes a while until Python has begun
         command = [sys.executable, "-m", "speedrun_mup", *words]
         with subprocess.Popen(
             command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

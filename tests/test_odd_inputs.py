@@ -27,7 +27,17 @@ def test_the_judge_sees_what_it_must_see(tmp_path):
 
 @pytest.mark.slow
 def test_a_sample_of_odd_inputs(tmp_path):
-    for name in ("training", "sweep", "plan", "transfer", "report", "coord_check", "bench", "doctor", "tokenize_text"):
+    for name in (
+        "training.run",
+        "sweep",
+        "plan",
+        "transfer",
+        "report",
+        "coord_check",
+        "bench",
+        "doctor",
+        "data.tokenize_text",
+    ):
         importlib.import_module(f"speedrun_mup.{name}")
     materials = Materials(tmp_path, TABLE)
     cases = everything(materials, seed=1)

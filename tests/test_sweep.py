@@ -21,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from faults.harness import repeats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1084,9 +1085,9 @@ def alive(process):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_twenty_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
+def test_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
     """In every life some cell is under way when the kill comes, and none to two have finished since the last one."""
-    out, rng, kills, stamps = tmp_path / "s", random.Random(1), 0, {}
+    out, rng, kills, stamps, most = tmp_path / "s", random.Random(1), 0, {}, repeats(10)
     command = COMMAND.format(config=to_json(tiny()), out=str(out))
 
     def finished():  # looks into no folder that may vanish
@@ -1094,7 +1095,7 @@ def test_twenty_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
 
     while True:
         life = subprocess.Popen([sys.executable, "-c", command], start_new_session=True, stdout=subprocess.DEVNULL)
-        enough = len(stamps) + rng.choice((0, 0, 1, 2)) if kills < 20 else math.inf
+        enough = len(stamps) + rng.choice((0, 0, 1, 2)) if kills < most else math.inf
         while life.poll() is None and not (len(finished()) >= enough and list(out.glob("running/*-*"))):
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.2))
@@ -1111,7 +1112,7 @@ def test_twenty_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
             time.sleep(0.05)
         assert stamps.items() <= finished().items()
         stamps = finished()
-    assert once(read_results(out)) == 24 and kills >= 10
+    assert once(read_results(out)) == 24 and kills >= most / 2
 
 
 @pytest.mark.slow
