@@ -78,7 +78,7 @@ def _values(
     for name, _, spec in mup.named_specs(model):
         optimizer, group = groups[name]
         forward = spec.factors(shape.table, optimizer).forward
-        values = Values(model.init_std(name, spec), forward, group["lr"], group.get("eps"), group["weight_decay"])
+        values = Values(spec.init_std(shape.table), forward, group["lr"], group.get("eps"), group["weight_decay"])
         found[name] = spec, optimizer, values
     return found
 

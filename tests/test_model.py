@@ -122,8 +122,7 @@ def state_dict_of_the_record(width: int, vocab: int) -> dict[str, tuple[int, ...
     return shapes | {"scalars": (64,)}
 
 
-def test_names_shapes_and_parameter_count_are_the_records(monkeypatch):
-    monkeypatch.setattr(GPT, "init_weights", lambda self, seed: None)
+def test_names_shapes_and_parameter_count_are_the_records():
     with torch.device("meta"):
         model = GPT(RECORD)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -181,6 +180,19 @@ def test_init_depends_on_the_seed_and_each_parameters_own_name_only():
         assert torch.equal(ours[name], theirs[name])
         assert not torch.equal(ours[name], dict(other.named_parameters())[name])
     assert not torch.equal(ours["blocks.0.attn.qkv_w"], ours["blocks.1.attn.qkv_w"])
+
+
+def test_a_parameter_without_a_declared_init_is_an_error(monkeypatch):
+    """It used to start at zero in silence, unless its name ended like one that does not."""
+    monkeypatch.setattr("speedrun_mup.core.model.layers.INTO_THE_LAYER", None)
+    for device in ("cpu", "meta"):
+        with (
+            pytest.raises(
+                mup.UndeclaredParameterError, match=r"blocks.0.attn.qkv_w \(3, 32, 32\) has no declared init"
+            ),
+            torch.device(device),
+        ):
+            GPT(tiny())
 
 
 # Any shape

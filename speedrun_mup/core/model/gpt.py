@@ -22,8 +22,7 @@ from speedrun_mup.core.kernels.fp8 import head_scales
 from speedrun_mup.core.model.config import GPTConfig
 from speedrun_mup.core.model.layers import Block, Embedding, Linear, rms_norm, rotary_table
 from speedrun_mup.core.model.loss import FUSED_LOGIT_BYTES, LOGIT_BUDGET, SOFTCAP_SLOPE, SoftcapCrossEntropy, softcap
-from speedrun_mup.core.mup import Role
-from speedrun_mup.core.seeds import generator
+from speedrun_mup.core.mup import Init, Role
 
 
 class GPT(nn.Module):
@@ -38,43 +37,17 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(L))
         self.lm_head = Linear(D, V)
         self.scalars = nn.Parameter(torch.empty(5 * L))
-        mup.declare(self.embed, "weight", Role.INPUT, (V, base), "in out", "embed")
+        mup.declare(self.embed, "weight", Role.INPUT, (V, base), "in out", "embed", init="unit")
         for table in self.value_embeds:
-            mup.declare(table, "weight", Role.INPUT, (V, base), "in out", "value_embed")
-        head = mup.declare(self.lm_head, "weight", Role.OUTPUT, (V, base), "out in", "head")
-        mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar")
+            mup.declare(table, "weight", Role.INPUT, (V, base), "in out", "value_embed", init="unit")
+        head = mup.declare(self.lm_head, "weight", Role.OUTPUT, (V, base), "out in", "head", init="zero")
+        first = Init(constant=(*[1.0] * L, *[1.0, 0.0] * L, *[0.5, 0.5] * L))
+        mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar", init=first)
         forward = head.factors(cfg.table, "adam").forward
         self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
         self.scales = head_scales(D, forward) if cfg.fp8 else None
         self.fused = False
-        self.init_weights(seed)
-
-    def init_std(self, name: str, spec: mup.ParamSpec) -> float:
-        """Standard deviation of a parameter's first values; 0 where they are constant."""
-        factor = spec.factors(self.cfg.table, "adam").init
-        if spec.role is Role.INPUT:
-            return factor
-        if name.endswith(("attn.qkv_w", "mlp.c_fc.weight")):
-            return 0.5 * spec.base_fan_in**-0.5 * factor
-        return 0.0  # projections back into the stream, and the head, start at zero
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fill every parameter from `seed` and its own name: the same bits on every device and rank. Skips meta tensors."""
-        for name, parameter, spec in mup.named_specs(self):
-            if parameter.is_meta:
-                continue
-            std, rng = self.init_std(name, spec), generator(seed, "init", name)
-            values = torch.zeros(parameter.shape)
-            if spec.role is Role.INPUT:
-                values.normal_(std=std, generator=rng)
-            elif spec.role is Role.SCALAR:
-                L = self.cfg.n_layer
-                values = torch.tensor([1.0] * L + [1.0, 0.0] * L + [0.5, 0.5] * L)
-            elif std:
-                bound = math.sqrt(3) * std
-                values.uniform_(-bound, bound, generator=rng)
-            parameter.copy_(values)
+        mup.init_parameters(self, cfg.table, seed)
 
     def hidden(self, tokens: Tensor, window: Window) -> Tensor:
         """(T,) ids and the long window in blocks -> (T, D), the normed stream that the head reads."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from speedrun_mup.core import mup
 from speedrun_mup.core.attention import BACKENDS
 from speedrun_mup.core.model.config import GPTConfig
-from speedrun_mup.core.mup import Role
+from speedrun_mup.core.mup import Init, Role
 
 RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too since January 2025
+# Matrices that read the stream; those that write it start at zero, so that every layer starts as the identity.
+INTO_THE_LAYER = Init(std=0.5, by_fan_in=True, uniform=True)
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 
 
@@ -122,8 +124,8 @@ class Attention(nn.Module):
         self.backend = BACKENDS[cfg.attention]()
         self.qkv_w = nn.Parameter(torch.empty(3, D, D))
         self.c_proj = Linear(D, D)
-        mup.declare(self, "qkv_w", Role.HIDDEN, (3, base, base), "stack out in", "matrix")
-        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, base), "out in", "matrix")
+        mup.declare(self, "qkv_w", Role.HIDDEN, (3, base, base), "stack out in", "matrix", init=INTO_THE_LAYER)
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, base), "out in", "matrix", init="zero")
 
     def forward(
         self, x: Tensor, value_embed: Tensor | None, lambdas: Tensor, mask: Any, table: tuple[Tensor, Tensor]
@@ -149,8 +151,8 @@ class MLP(nn.Module):
         D, base = cfg.width, cfg.base_width
         self.c_fc = Linear(D, 4 * D)
         self.c_proj = Linear(4 * D, D)
-        mup.declare(self.c_fc, "weight", Role.HIDDEN, (4 * base, base), "out in", "matrix")
-        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, 4 * base), "out in", "matrix")
+        mup.declare(self.c_fc, "weight", Role.HIDDEN, (4 * base, base), "out in", "matrix", init=INTO_THE_LAYER)
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, 4 * base), "out in", "matrix", init="zero")
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""

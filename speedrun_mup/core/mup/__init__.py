@@ -41,7 +41,7 @@ from speedrun_mup.core.mup.rules import (
     Step,
     mup,
 )
-from speedrun_mup.core.mup.spec import ParamSpec, UndeclaredParameterError, declare, named_specs
+from speedrun_mup.core.mup.spec import Init, ParamSpec, UndeclaredParameterError, declare, init_parameters, named_specs
 
 __all__ = [
     "PARAMETRIZATIONS",
@@ -50,6 +50,7 @@ __all__ = [
     "Factors",
     "InfDim",
     "InfShape",
+    "Init",
     "MuAdam",
     "MuAdamW",
     "MuMuon",
@@ -77,6 +78,7 @@ __all__ = [
     "get_shapes",
     "infshape",
     "init",
+    "init_parameters",
     "kaiming_normal_",
     "kaiming_uniform_",
     "layer",

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.mup.rules import Factors, Parametrization, Role
+from speedrun_mup.core.seeds import generator
 
 
 class BaseShapeError(UserError, ValueError):
@@ -29,6 +31,31 @@ class UndeclaredParameterError(UserError, KeyError):
 
 
 @dataclass(frozen=True)
+class Init:
+    """The distribution of a parameter's first values at base width; the rule table scales its std with width.
+
+    std: standard deviation; 0 for constants. by_fan_in: std is meant for a fan-in of 1 and falls with its root.
+    uniform: uniform instead of normal. constant: the values where std is 0, repeated over the parameter.
+    """
+
+    std: float = 0.0
+    by_fan_in: bool = False
+    uniform: bool = False
+    constant: tuple[float, ...] = (0.0,)
+
+    def draw(self, shape: tuple[int, ...], std: float, rng: torch.Generator) -> Tensor:
+        """Values of `shape` in float32. std: what ParamSpec.init_std makes of `self.std`."""
+        values = torch.empty(shape)
+        if not std:
+            return values.copy_(torch.tensor(self.constant[0] if len(self.constant) == 1 else self.constant))
+        bound = math.sqrt(3) * std
+        return values.uniform_(-bound, bound, generator=rng) if self.uniform else values.normal_(std=std, generator=rng)
+
+
+INITS = {"zero": Init(), "unit": Init(std=1.0), "fan_in": Init(std=1.0, by_fan_in=True)}
+
+
+@dataclass(frozen=True)
 class ParamSpec:
     """Role, shape at base width, shape here, and which dimensions are the fan-in and fan-out.
 
@@ -37,6 +64,7 @@ class ParamSpec:
     group: the learning-rate group that the parameter belongs to (embed, value_embed, matrix, head, scalar, ...).
     m_depth: depth multiplier, for a parameter that writes a residual branch into the stream; see rules.py.
     inferred: whether set_base_shapes worked out role and layout by itself; if so, it may do that again.
+    init: how it starts; None where that is left to whoever made the parameter.
     """
 
     role: Role
@@ -46,6 +74,7 @@ class ParamSpec:
     group: str = ""
     m_depth: float = 1.0
     inferred: bool = False
+    init: Init | None = None
 
     def __post_init__(self) -> None:
         if not len(self.base_shape) == len(self.shape) == len(self.layout):
@@ -91,6 +120,13 @@ class ParamSpec:
         """This parameter's row of the table in numbers; see Parametrization.factors."""
         return table.factors(self.role, self.m_in, self.m_out, optimizer, self.group, self.m_depth)
 
+    def init_std(self, table: Parametrization) -> float:
+        """Standard deviation of the first values at this width; 0 where they are constant, or not declared."""
+        if self.init is None or not self.init.std:
+            return 0.0
+        base = self.init.std * self.base_fan_in**-0.5 if self.init.by_fan_in else self.init.std
+        return base * self.factors(table, "adam").init
+
 
 def declare(
     module: nn.Module,
@@ -100,17 +136,33 @@ def declare(
     layout: str,
     group: str = "",
     m_depth: float = 1.0,
+    init: Init | str | None = None,
 ) -> ParamSpec:
     """Record what `module`'s own parameter `name` is. Call it right after creating the parameter.
 
     Args:
         name: of a parameter of `module`, or of one of its submodules ("parametrizations.weight.original").
         layout: one word per dimension, "3 out in" for three stacked matrices.
+        init: how it starts: "zero", "unit" (normal, std 1), "fan_in" (normal, std 1 / sqrt(fan-in)), or an Init.
         role, base_shape, group, m_depth: ParamSpec's fields.
+
+    Raises:
+        BaseShapeError: for a base shape or a layout of another number of dimensions.
+        UndeclaredParameterError: for an init of another name.
     """
+    if isinstance(init, str) and init not in INITS:
+        raise UndeclaredParameterError(f"{name}: init={init!r} is unknown; choose {', '.join(INITS)} or an mup.Init")
     parameter = module.get_parameter(name)
     owner, _, local = name.rpartition(".")
-    spec = ParamSpec(role, tuple(base_shape), tuple(parameter.shape), tuple(layout.split()), group, m_depth)
+    spec = ParamSpec(
+        role,
+        tuple(base_shape),
+        tuple(parameter.shape),
+        tuple(layout.split()),
+        group,
+        m_depth,
+        init=INITS[init] if isinstance(init, str) else init,
+    )
     vars(parameter).pop("infshape", None)  # a convenience of set_base_shapes that says something else now
     vars(module.get_submodule(owner)).setdefault("mup_specs", {})[local] = spec
     return spec
@@ -165,6 +217,25 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec
             size = "" if isinstance(parameter, nn.parameter.UninitializedParameter) else f" {tuple(parameter.shape)}"
             raise UndeclaredParameterError(f"parameter {name}{size} has no declared role; {_advice(model, name)}")
         yield name, parameter, place.spec
+
+
+@torch.no_grad()
+def init_parameters(model: nn.Module, table: Parametrization, seed: int) -> None:
+    """Fill every parameter as declared, from `seed` and its own name: the same bits on every device and rank.
+
+    Parameters on the meta device are checked and skipped.
+
+    Raises:
+        UndeclaredParameterError: for a parameter without a spec, or whose spec has no init.
+    """
+    for name, parameter, spec in named_specs(model):
+        if spec.init is None:
+            raise UndeclaredParameterError(
+                f"parameter {name} {spec.shape} has no declared init; give mup.declare(..., init=...)"
+            )
+        if not parameter.is_meta:
+            rng = generator(seed, "init", name)
+            parameter.copy_(spec.init.draw(spec.shape, spec.init_std(table), rng))
 
 
 def adapter_advice(model: nn.Module, name: str) -> str:
