@@ -77,7 +77,7 @@ def _values(
     found = {}
     for name, _, spec in mup.named_specs(model):
         optimizer, group = groups[name]
-        forward = spec.factors(shape.table, optimizer).forward
+        forward = shape.table.forward(spec)
         values = Values(spec.init_std(shape.table), forward, group["lr"], group.get("eps"), group["weight_decay"])
         found[name] = spec, optimizer, values
     return found

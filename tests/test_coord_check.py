@@ -18,7 +18,7 @@ from speedrun_mup.config import make_config
 from speedrun_mup.coord_check import Control, CoordCheckError, Series, Thresholds, Verdict, coord_check, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.mup import PARAMETRIZATIONS, Power, Role
+from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, Update
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.report.checks import check_section
 
@@ -38,9 +38,8 @@ class Layer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         spec = mup.declare(self, "weight", role, base_shape, "out in", "matrix" if role is Role.HIDDEN else "")
-        factors = spec.factors(table, "adam")
-        self.scale = factors.forward
-        nn.init.normal_(self.weight, std=std * factors.init)
+        self.scale = table.forward(spec)
+        nn.init.normal_(self.weight, std=std * table.init(spec))
 
     def forward(self, x):
         return F.linear(x, self.weight) * self.scale
@@ -119,13 +118,14 @@ def test_a_mup_mlp_passes(kind, options):
 
 def broken(role, column, kind, power=0.5):
     """muP with one entry off by sqrt(m)."""
-    extra = Power(fan_out=power) if role is Role.INPUT else Power(fan_in=power)
+    extra = Exponents(fan_out=power) if role is Role.INPUT else Exponents(fan_in=power)
     rule = MUP.rules[role]
     if column in ("init", "forward"):
         rule = replace(rule, **{column: getattr(rule, column) * extra})
     else:
-        step = getattr(rule, kind)
-        rule = replace(rule, **{kind: replace(step, **{column: getattr(step, column) * extra})})
+        scaling = rule.scaling(Update(kind))
+        scaling = replace(scaling, **{column: getattr(scaling, column) * extra})
+        rule = replace(rule, **{Update(kind).value: scaling})
     return replace(MUP, name=f"{role.value} {column} broken", rules={**MUP.rules, role: rule})
 
 

@@ -427,7 +427,7 @@ def test_an_undeclared_parameter_or_an_untuned_group_is_an_error():
         param_groups(
             tiny(16, "mup"), PARAMETRIZATIONS["mup"], {k: v for k, v in tuned("muon").items() if k != "scalar"}
         )
-    with pytest.raises(ValueError, match="muon must not own output parameters"):
+    with pytest.raises(ValueError, match="spectral update must not own output parameters"):
         param_groups(tiny(16, "mup"), PARAMETRIZATIONS["mup"], tuned("muon") | {"head": Tuned("muon", 0.1)})
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from speedrun_mup.coord_check import Verdict, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.model import GPT, GPTConfig, softcap_cross_entropy
-from speedrun_mup.core.mup import PARAMETRIZATIONS, Power, Role, named_specs
+from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, named_specs
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.run import Run, tuned_values
@@ -87,7 +87,7 @@ def test_pitfall_3_muon_with_a_factor_that_it_does_not_need(small, table, slope)
 def test_pitfall_4_every_table_is_the_identity_at_base_width(name):
     for _, _, spec in named_specs(gpt(16, 16)):
         for optimizer in ("adam", "sgd", *(["muon"] if spec.role is Role.HIDDEN else [])):
-            assert spec.factors(PARAMETRIZATIONS[name], optimizer) == mup.Factors(1.0, 1.0, 1.0, 1.0, 1.0)
+            assert spec.factors(PARAMETRIZATIONS[name], optimizer) == mup.Multipliers(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.slow
@@ -273,5 +273,5 @@ def test_pitfall_21_a_checkpoint_is_not_rescaled_again():
 
 def test_tuned_values_cover_every_group_of_the_model(tiny):
     assert {spec.group for _, _, spec in named_specs(gpt())} == set(tuned_values(tiny()))
-    assert Power(1, 0)(2, 3) == 2 and Power(0, -1)(2, 4) == 0.25
+    assert Exponents(1, 0)(2, 3) == 2 and Exponents(0, -1)(2, 4) == 0.25
     assert isinstance(Muon(param_groups(gpt(), PARAMETRIZATIONS["mup"], TUNED)["muon"]), Muon)

@@ -54,7 +54,7 @@ def test_examples_run(capsys):
         exec(code, names)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6
-    assert "2.weight  hidden  Factors(init=0.5, forward=1.0, lr=0.25, eps=0.25, weight_decay=4.0)" in printed
+    assert "2.weight  hidden  Multipliers(init=0.5, forward=1.0, lr=0.25, eps=0.25, weight_decay=4.0)" in printed
     assert names["loss"] < 1.4 and [o.param_groups[0]["lr"] for o in names["optimizers"]] == [0.02, 1e-3]
     assert names["experts"].mup_specs["router"].factors(mup.mup(), "adam").lr == 1 / 4
     assert [len(o.param_groups[0]["params"]) for o in names["both"].optimizers] == [1, 4]

@@ -43,7 +43,7 @@ class GPT(nn.Module):
         head = mup.declare(self.lm_head, "weight", Role.OUTPUT, (V, base), "out in", "head", init="zero")
         first = Init(constant=(*[1.0] * L, *[1.0, 0.0] * L, *[0.5, 0.5] * L))
         mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar", init=first)
-        forward = head.factors(cfg.table, "adam").forward
+        forward = cfg.table.forward(head)
         self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
         self.scales = head_scales(D, forward) if cfg.fp8 else None
         self.fused = False

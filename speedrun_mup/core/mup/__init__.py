@@ -32,21 +32,25 @@ from speedrun_mup.core.mup.compat.shape import (
 )
 from speedrun_mup.core.mup.rules import (
     PARAMETRIZATIONS,
-    Factors,
+    Exponents,
+    Multipliers,
     NoRuleError,
     Parametrization,
-    Power,
     Role,
     Rule,
-    Step,
+    Update,
+    UpdateScaling,
     mup,
 )
 from speedrun_mup.core.mup.spec import Init, ParamSpec, UndeclaredParameterError, declare, init_parameters, named_specs
+
+Power, Step, Factors = Exponents, UpdateScaling, Multipliers  # their first names
 
 __all__ = [
     "PARAMETRIZATIONS",
     "BaseShapeError",
     "Combined",
+    "Exponents",
     "Factors",
     "InfDim",
     "InfShape",
@@ -57,6 +61,7 @@ __all__ = [
     "MuReadout",
     "MuSGD",
     "MuSharedReadout",
+    "Multipliers",
     "NoRuleError",
     "ParamSpec",
     "Parametrization",
@@ -65,6 +70,8 @@ __all__ = [
     "Rule",
     "Step",
     "UndeclaredParameterError",
+    "Update",
+    "UpdateScaling",
     "apply_infshapes",
     "assert_hidden_size_inf",
     "calculate_gain",

@@ -1,11 +1,11 @@
 """The rule table: how every quantity of training scales with width, for each role a parameter can play.
 
-A parametrization is a table with one row per role. The standard parametrization is another such table, and so is every
-deliberately wrong one that the coordinate check uses as a control. At base width every factor is exactly 1, so all of
-them are the same model there, bit for bit.
+A parametrization is a table: a row for each role, a column for each kind of update (not for each optimizer). The standard
+parametrization is another such table, and so is every deliberately wrong one that the coordinate check uses as a control.
+At base width every factor is exactly 1, so all of them are the same model there, bit for bit.
 
-Sources: Yang et al., Tensor Programs V (arXiv 2203.03466), Tables 3 and 8, for Adam and SGD; Yang, Simon and Bernstein
-(arXiv 2310.17813) for the spectral condition that gives Muon's row; Everett et al. (arXiv 2407.05872) for Adam's eps.
+Sources: Yang et al., Tensor Programs V (arXiv 2203.03466), Tables 3 and 8, for entrywise updates and gradients; Yang,
+Simon and Bernstein (arXiv 2310.17813) for the spectral condition; Everett et al. (arXiv 2407.05872) for Adam's eps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from speedrun_mup.core.errors import ConfigError
 
 
 class NoRuleError(ConfigError, ValueError):
-    """The table has no rule for this: an optimizer that must not own a role, an unknown optimizer or regime."""
+    """The table has no rule for this: a kind of update that must not own a role, an unknown kind or regime."""
 
 
 class Role(enum.Enum):
@@ -30,8 +31,23 @@ class Role(enum.Enum):
     SCALAR = "scalar"  # nothing grows
 
 
+class Update(enum.Enum):
+    """How the size of an optimizer's update depends on the gradient. Update("adam") is its kind, likewise sgd and muon."""
+
+    GRADIENT = "gradient"  # proportional to it: SGD
+    ENTRYWISE = "entrywise"  # each entry about 1, whatever its gradient: Adam, Lion, signSGD
+    SPECTRAL = "spectral"  # all singular values about 1: Muon, NorMuon, Scion
+
+    @classmethod
+    def _missing_(cls, value: object) -> Update:
+        best_known = {"sgd": cls.GRADIENT, "adam": cls.ENTRYWISE, "muon": cls.SPECTRAL}
+        if not isinstance(value, str) or value not in best_known:
+            raise NoRuleError(f"{value!r} is no kind of update; choose {', '.join(kind.value for kind in cls)}")
+        return best_known[value]
+
+
 @dataclass(frozen=True)
-class Power:
+class Exponents:
     """A factor m_in**fan_in * m_out**fan_out * m_depth**depth of a parameter's width and depth multipliers."""
 
     fan_in: float = 0.0
@@ -42,38 +58,46 @@ class Power:
         """The factor itself; exactly 1.0 at m_in = m_out = m_depth = 1."""
         return m_in**self.fan_in * m_out**self.fan_out * m_depth**self.depth
 
-    def __mul__(self, other: Power) -> Power:
-        return Power(self.fan_in + other.fan_in, self.fan_out + other.fan_out, self.depth + other.depth)
+    def __mul__(self, other: Exponents) -> Exponents:
+        return Exponents(self.fan_in + other.fan_in, self.fan_out + other.fan_out, self.depth + other.depth)
 
-    def inverse(self) -> Power:
-        """The power whose product with this one is 1."""
-        return Power(-self.fan_in, -self.fan_out, -self.depth)
+    def inverse(self) -> Exponents:
+        """The exponents of 1 over this factor."""
+        return Exponents(-self.fan_in, -self.fan_out, -self.depth)
 
 
-ONE = Power()
+ONE = Exponents()
 
 
 @dataclass(frozen=True)
-class Step:
-    """How one optimizer's learning rate and epsilon scale."""
+class UpdateScaling:
+    """How the learning rate of one kind of update scales, and the epsilon of an entrywise one."""
 
-    lr: Power = ONE
-    eps: Power = ONE
+    lr: Exponents = ONE
+    eps: Exponents = ONE
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: init std, multiplier on the activation that leaves the parameter, Step per optimizer that may own it."""
+    """One row: init std, multiplier on the activation that leaves the parameter, scaling of each kind of update."""
 
-    init: Power = ONE
-    forward: Power = ONE
-    adam: Step = Step()
-    sgd: Step = Step()
-    muon: Step | None = None  # None: an orthogonalized update makes no sense for this role
+    init: Exponents = ONE
+    forward: Exponents = ONE
+    gradient: UpdateScaling = UpdateScaling()
+    entrywise: UpdateScaling = UpdateScaling()
+    spectral: UpdateScaling | None = None  # None: an orthogonalized update makes no sense for this role
+
+    def __post_init__(self) -> None:
+        if self.gradient.eps != ONE or (self.spectral or self.gradient).eps != ONE:
+            raise NoRuleError("only an entrywise update has an eps")
+
+    def scaling(self, update: Update) -> UpdateScaling | None:
+        """The column of this kind of update."""
+        return getattr(self, update.value)
 
 
 @dataclass(frozen=True)
-class Factors:
+class Multipliers:
     """The numbers that a rule gives for one parameter: multiply the values tuned at base width by these."""
 
     init: float
@@ -83,18 +107,38 @@ class Factors:
     weight_decay: float
 
 
+class Sized(Protocol):
+    """What a rule needs to know of a parameter; a ParamSpec is one."""
+
+    @property
+    def role(self) -> Role:
+        """Which sides grow."""
+
+    @property
+    def m_in(self) -> float:
+        """Width multiplier of the input side."""
+
+    @property
+    def m_out(self) -> float:
+        """Width multiplier of the output side."""
+
+    @property
+    def m_depth(self) -> float:
+        """Depth multiplier."""
+
+
 @dataclass(frozen=True)
 class Parametrization:
     """A named rule table.
 
-    weight_decay: one of WEIGHT_DECAY_REGIMES. lr_by_group: extra LR powers for named parameter groups, for the
-    exponents on which the literature disagrees.
+    weight_decay: one of WEIGHT_DECAY_REGIMES. lr_by_group: extra exponents of the learning rate for named parameter
+    groups, on which the literature disagrees.
     """
 
     name: str
     rules: Mapping[Role, Rule]
     weight_decay: str = "independent"
-    lr_by_group: Mapping[str, Power] = field(default_factory=dict)
+    lr_by_group: Mapping[str, Exponents] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weight_decay not in WEIGHT_DECAY_REGIMES:
@@ -102,33 +146,47 @@ class Parametrization:
                 f"weight_decay={self.weight_decay!r} is not a regime; choose {' or '.join(WEIGHT_DECAY_REGIMES)}"
             )
 
+    def init(self, parameter: Sized) -> float:
+        """What to multiply the init std at base width by."""
+        return self.rules[parameter.role].init(parameter.m_in, parameter.m_out, parameter.m_depth)
+
+    def forward(self, parameter: Sized) -> float:
+        """What to multiply the activation that leaves the parameter by."""
+        return self.rules[parameter.role].forward(parameter.m_in, parameter.m_out, parameter.m_depth)
+
     def factors(
-        self, role: Role, m_in: float, m_out: float, optimizer: str, group: str = "", m_depth: float = 1.0
-    ) -> Factors:
-        """The factors for a parameter of this role and these multipliers under `optimizer` (adam, sgd or muon).
+        self, role: Role, m_in: float, m_out: float, update: Update | str, group: str = "", m_depth: float = 1.0
+    ) -> Multipliers:
+        """All numbers for a parameter of this role and these multipliers.
 
-        Raises NoRuleError for an optimizer that must not own the role, and for a combination without a known rule.
+        Args:
+            role: which sides grow.
+            m_in, m_out: width multipliers of the two sides.
+            update: the kind of update, by name too ("spectral" or "muon").
+            group: learning-rate group, for `lr_by_group`.
+            m_depth: depth multiplier.
+
+        Raises:
+            NoRuleError: a kind of update that must not own the role, or a combination without a known rule.
         """
-        rule = self.rules[role]
-        if optimizer not in ("adam", "sgd", "muon"):
-            raise NoRuleError(f"optimizer {optimizer!r} has no rule; choose adam, sgd or muon")
-        step: Step | None = getattr(rule, optimizer)
-        if step is None:
-            raise NoRuleError(f"{optimizer} must not own {role.value} parameters: use adam or sgd for them")
-        if optimizer == "sgd" and m_depth != 1:
-            raise NoRuleError("sgd has no depth rule (it is not scale-invariant); use adam or muon")
-        lr = step.lr * self.lr_by_group.get(group, ONE)
-        decay = self._decay(role, lr, optimizer)
-        return Factors(*(power(m_in, m_out, m_depth) for power in (rule.init, rule.forward, lr, step.eps, decay)))
+        kind, rule = Update(update), self.rules[role]
+        scaling = rule.scaling(kind)
+        if scaling is None:
+            raise NoRuleError(f"a {kind.value} update must not own {role.value} parameters: use adam or sgd for them")
+        if kind is Update.GRADIENT and m_depth != 1:
+            raise NoRuleError("a gradient update has no depth rule (it is not scale-invariant); use adam or muon")
+        lr = scaling.lr * self.lr_by_group.get(group, ONE)
+        columns = (rule.init, rule.forward, lr, scaling.eps, self._decay(role, lr, kind))
+        return Multipliers(*(exponents(m_in, m_out, m_depth) for exponents in columns))
 
-    def _decay(self, role: Role, lr: Power, optimizer: str) -> Power:
+    def _decay(self, role: Role, lr: Exponents, kind: Update) -> Exponents:
         if self.weight_decay == "independent":
             return lr.inverse()
         if self.weight_decay == "compute-optimal":
             return lr.inverse() * PER_WIDTH[role]
         if self.weight_decay == "steady-state" and role is Role.HIDDEN:
-            if optimizer != "adam":
-                raise NoRuleError(f"weight_decay='steady-state' is derived for adam, not for {optimizer}")
+            if kind is not Update.ENTRYWISE:
+                raise NoRuleError(f"weight_decay='steady-state' is derived for adam, not for a {kind.value} update")
             return ROOT_IN
         return ONE
 
@@ -140,30 +198,30 @@ class Parametrization:
 #   steady-state     AdamW only: sqrt(width) on hidden matrices, constant elsewhere (Fan et al., arXiv 2510.15262)
 WEIGHT_DECAY_REGIMES = ("independent", "coupled", "compute-optimal", "steady-state")
 
-IN, OUT = Power(fan_in=1.0), Power(fan_out=1.0)
-PER_IN, PER_OUT, PER_DEPTH = IN.inverse(), OUT.inverse(), Power(depth=-1.0)
-ROOT_IN, ROOT_PER_IN = Power(fan_in=0.5), Power(fan_in=-0.5)
-SPECTRAL = Power(fan_in=-0.5, fan_out=0.5)
+IN, OUT = Exponents(fan_in=1.0), Exponents(fan_out=1.0)
+PER_IN, PER_OUT, PER_DEPTH = IN.inverse(), OUT.inverse(), Exponents(depth=-1.0)
+ROOT_IN, ROOT_PER_IN = Exponents(fan_in=0.5), Exponents(fan_in=-0.5)
+SPECTRAL = Exponents(fan_in=-0.5, fan_out=0.5)
 PER_WIDTH = {Role.INPUT: PER_OUT, Role.HIDDEN: PER_IN, Role.OUTPUT: PER_IN, Role.SCALAR: ONE}
 
 _SP = {
     Role.INPUT: Rule(),
-    Role.HIDDEN: Rule(init=ROOT_PER_IN, muon=Step()),
+    Role.HIDDEN: Rule(init=ROOT_PER_IN, spectral=UpdateScaling()),
     Role.OUTPUT: Rule(init=ROOT_PER_IN),
     Role.SCALAR: Rule(),
 }
 
-# The powers of depth act on parameters with an m_depth only: those that write a residual branch into the stream, whose
+# The exponents of depth act on parameters with an m_depth only: those that write a residual branch into the stream, whose
 # 1/depth then needs no multiplier in the forward pass (Dey et al., CompleteP, arXiv 2505.01618), and residual scalars.
 _MUP_BUT_READOUT = {
-    Role.INPUT: Rule(adam=Step(eps=PER_OUT), sgd=Step(lr=OUT)),
+    Role.INPUT: Rule(entrywise=UpdateScaling(eps=PER_OUT), gradient=UpdateScaling(lr=OUT)),
     Role.HIDDEN: Rule(
         init=ROOT_PER_IN * PER_DEPTH,
-        adam=Step(lr=PER_IN * PER_DEPTH, eps=PER_OUT),
-        sgd=Step(lr=OUT * PER_IN),
-        muon=Step(lr=SPECTRAL * PER_DEPTH),
+        entrywise=UpdateScaling(lr=PER_IN * PER_DEPTH, eps=PER_OUT),
+        gradient=UpdateScaling(lr=OUT * PER_IN),
+        spectral=UpdateScaling(lr=SPECTRAL * PER_DEPTH),
     ),
-    Role.SCALAR: Rule(adam=Step(lr=PER_DEPTH)),
+    Role.SCALAR: Rule(entrywise=UpdateScaling(lr=PER_DEPTH)),
 }
 
 
@@ -172,13 +230,16 @@ def mup(
 ) -> Parametrization:
     """muP. The three exponents are those the literature disagrees on; docs/mup.md argues for the defaults.
 
-    embed_lr, value_embed_lr: powers of the width multiplier on those learning rates. head: the logits are divided by
+    embed_lr, value_embed_lr: exponents of the width multiplier in those learning rates. head: the logits are divided by
     m**head; 1 is muP (full alignment), 1/2 is what the record's sqrt(d) amounts to.
     """
-    logits = Power(fan_in=-head)  # whose gradients Adam's eps has to follow
-    rules = _MUP_BUT_READOUT | {Role.OUTPUT: Rule(forward=logits, adam=Step(eps=logits), sgd=Step(lr=IN))}
-    groups = {"embed": Power(fan_out=embed_lr), "value_embed": Power(fan_out=value_embed_lr)}
-    return Parametrization("mup", rules, weight_decay, {name: power for name, power in groups.items() if power != ONE})
+    logits = Exponents(fan_in=-head)  # whose gradients Adam's eps has to follow
+    rules = _MUP_BUT_READOUT | {
+        Role.OUTPUT: Rule(forward=logits, entrywise=UpdateScaling(eps=logits), gradient=UpdateScaling(lr=IN))
+    }
+    groups = {"embed": Exponents(fan_out=embed_lr), "value_embed": Exponents(fan_out=value_embed_lr)}
+    groups = {name: exponents for name, exponents in groups.items() if exponents != ONE}
+    return Parametrization("mup", rules, weight_decay, groups)
 
 
 def _changed(name: str, role: Role, **columns: object) -> Parametrization:
@@ -198,9 +259,9 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
             "record26", _SP | {Role.OUTPUT: Rule(init=ROOT_PER_IN, forward=ROOT_PER_IN)}, weight_decay="coupled"
         ),
         # Controls: muP with one exponent wrong.
-        _changed("muon-over-m", Role.HIDDEN, muon=Step(lr=PER_IN * PER_DEPTH)),
-        _changed("muon-sqrt-m", Role.HIDDEN, muon=Step(lr=ROOT_IN * PER_DEPTH)),
-        _changed("adam-constant", Role.HIDDEN, adam=Step(lr=PER_DEPTH, eps=PER_OUT)),
+        _changed("muon-over-m", Role.HIDDEN, spectral=UpdateScaling(lr=PER_IN * PER_DEPTH)),
+        _changed("muon-sqrt-m", Role.HIDDEN, spectral=UpdateScaling(lr=ROOT_IN * PER_DEPTH)),
+        _changed("adam-constant", Role.HIDDEN, entrywise=UpdateScaling(lr=PER_DEPTH, eps=PER_OUT)),
         _changed("head-sqrt", Role.OUTPUT, forward=ROOT_PER_IN),
     )
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speedrun_mup.core.errors import UserError
-from speedrun_mup.core.mup.rules import Factors, Parametrization, Role
+from speedrun_mup.core.mup.rules import Multipliers, Parametrization, Role, Update
 from speedrun_mup.core.seeds import generator
 
 
@@ -116,16 +116,16 @@ class ParamSpec:
         """Width multiplier of the output side."""
         return self.fan_out / self.base_fan_out
 
-    def factors(self, table: Parametrization, optimizer: str) -> Factors:
+    def factors(self, table: Parametrization, update: Update | str) -> Multipliers:
         """This parameter's row of the table in numbers; see Parametrization.factors."""
-        return table.factors(self.role, self.m_in, self.m_out, optimizer, self.group, self.m_depth)
+        return table.factors(self.role, self.m_in, self.m_out, update, self.group, self.m_depth)
 
     def init_std(self, table: Parametrization) -> float:
         """Standard deviation of the first values at this width; 0 where they are constant, or not declared."""
         if self.init is None or not self.init.std:
             return 0.0
         base = self.init.std * self.base_fan_in**-0.5 if self.init.by_fan_in else self.init.std
-        return base * self.factors(table, "adam").init
+        return base * table.init(self)
 
 
 def declare(

@@ -229,7 +229,7 @@ def rescale_start(module: nn.Module) -> None:
     for name, spec in specs.items():
         start = torch_start(module, name, spec)
         if start is not None:
-            factors[name] = spec.factors(PARAMETRIZATIONS["mup"], "adam").init / start
+            factors[name] = PARAMETRIZATIONS["mup"].init(spec) / start
     _rescale(module, factors)
 
 
@@ -250,4 +250,4 @@ def rescale_init(model: nn.Module) -> None:
     for module in modules:
         specs: dict[str, ParamSpec] = vars(module).get("mup_specs", {})
         vars(module)["mup_own_start"] = True
-        _rescale(module, {name: spec.factors(PARAMETRIZATIONS["mup"], "adam").init for name, spec in specs.items()})
+        _rescale(module, {name: PARAMETRIZATIONS["mup"].init(spec) for name, spec in specs.items()})

@@ -19,7 +19,7 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup.compat.infshape import InfShape, spec_of
-from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, NoRuleError, Parametrization
+from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, NoRuleError, Parametrization, Update
 from speedrun_mup.core.mup.spec import ParamSpec, named_specs
 
 Params = nn.Module | Iterable[Any]  # a model; or tensors, (name, tensor) pairs or group dicts, as torch takes them
@@ -62,7 +62,7 @@ class _Split:
     compensate: what to multiply the LR by to undo what the optimizer does to it; lr * weight_decay does not feel it.
     """
 
-    optimizer: str
+    update: Update
     options: dict[str, Any]
     table: Parametrization
     model: nn.Module | None
@@ -88,7 +88,7 @@ class _Split:
 
     def _factors(self, spec: ParamSpec, name: str) -> tuple[float, float, float]:
         try:
-            factors, undo = spec.factors(self.table, self.optimizer), self.compensate(spec)
+            factors, undo = spec.factors(self.table, self.update), self.compensate(spec)
         except NoRuleError as fault:
             raise NoRuleError(f"{name or 'a parameter'} {spec.shape}: {fault}") from None
         return factors.lr * undo, factors.weight_decay / undo, factors.eps if self.scale_eps else 1.0
@@ -169,7 +169,9 @@ def MuAdam(
     as the table says. kwargs: for `impl`, whose defaults hold. As in torch, weight_decay is an L2 penalty here; MuAdamW
     decays weights. Raises UndeclaredParameterError.
     """
-    return _scaled(params, impl, kwargs, _Split("adam", {}, _table(parametrization, decoupled_wd), model, scale_eps))
+    return _scaled(
+        params, impl, kwargs, _Split(Update.ENTRYWISE, {}, _table(parametrization, decoupled_wd), model, scale_eps)
+    )
 
 
 def MuAdamW(params: Params, **kwargs: Any) -> Optimizer:
@@ -187,7 +189,7 @@ def MuSGD(
     **kwargs: Any,
 ) -> Optimizer:
     """SGD, or another `impl` whose update is proportional to the gradient, with muP. Arguments as for MuAdam."""
-    return _scaled(params, impl, kwargs, _Split("sgd", {}, _table(parametrization, decoupled_wd), model))
+    return _scaled(params, impl, kwargs, _Split(Update.GRADIENT, {}, _table(parametrization, decoupled_wd), model))
 
 
 def _original(rows: int, columns: int) -> float:
@@ -224,7 +226,7 @@ def MuMuon(
             raise NoRuleError("torch's muon must not own what is no matrix of two dimensions: use adam for it")
         return shape_factor(*spec.base_shape[-2:]) / shape_factor(*spec.shape[-2:])
 
-    return _scaled(params, impl, kwargs, _Split("muon", {}, parametrization, model, compensate=compensate))
+    return _scaled(params, impl, kwargs, _Split(Update.SPECTRAL, {}, parametrization, model, compensate=compensate))
 
 
 class Combined(Optimizer):

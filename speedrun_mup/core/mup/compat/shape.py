@@ -299,7 +299,7 @@ def _check_magnitude(specs: Mapping[Place, ParamSpec], made: Mapping[tuple[int, 
         direction = directions[id(source.layer), source.tensor]
         sides = zip(direction.shape, direction.base_shape, spec.shape if spec.shape else itertools.repeat(1))
         summed = math.prod(size / base for size, base, kept in sides if kept == 1)
-        if not math.isclose(summed * direction.factors(PARAMETRIZATIONS["mup"], "adam").init ** 2, 1.0):
+        if not math.isclose(summed * PARAMETRIZATIONS["mup"].init(direction) ** 2, 1.0):
             raise BaseShapeError(
                 f"{place.name} {spec.shape}: weight_norm over these dimensions makes a magnitude that grows with width: "
                 "take one magnitude for each output (dim=0; dim=1 of a transposed convolution), or leave the layer plain"
