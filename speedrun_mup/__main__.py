@@ -32,8 +32,8 @@ def _run(argv: Sequence[str] | None) -> int:
     from speedrun_mup.cli import main
 
     code = main(argv)
-    tracking = sys.modules.get("speedrun_mup.training.tracking")  # not imported: there was no tracker
-    if tracking and tracking.Tracker.abandoned:  # it is not asked to clean up: that may hang, or end in a traceback
+    trackers = sys.modules.get("speedrun_mup.training.trackers")  # not imported: there was no tracker
+    if trackers and trackers.Tracker.abandoned:  # it is not asked to clean up: that may hang, or end in a traceback
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or None
                 stream.flush()

@@ -25,7 +25,7 @@ from speedrun_mup.data.inspect_corpus import inspect_corpus
 from speedrun_mup.data.shards import Corpus, Mixture
 from speedrun_mup.explain import explain
 from speedrun_mup.files import kind_of
-from speedrun_mup.training.checkpoint import inspect
+from speedrun_mup.training.checkpoint import list_checkpoints
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.training.tracking import (
@@ -256,7 +256,7 @@ def _state_of_run(folder: Path) -> Iterator[Finding]:
 
 def _checkpoints(folder: Path) -> Iterator[Finding]:
     root = folder / "checkpoints"
-    found = inspect(root)
+    found = list_checkpoints(root)
     intact = [path.name for path, damage in found if damage is None]
     for _, damage in found:
         if damage:

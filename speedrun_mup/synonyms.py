@@ -375,7 +375,7 @@ COMMANDS = {  # what is typed -> what there is
     "env diagnose check-env health install setup verify": "doctor",
     "example quickstart tutorial hello init": "demo",
     "generate sample chat inference infer serve complete": "none: models are trained here, and generate no text",
-    "export convert push upload": "none: checkpoints are safetensors; speedrun_mup.training.checkpoint has export_pt",
+    "export convert push upload": "none: checkpoints are safetensors; speedrun_mup.export has export_pt",
 }
 
 

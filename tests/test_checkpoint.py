@@ -12,7 +12,6 @@ import subprocess
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from hashlib import sha256
@@ -30,7 +29,8 @@ from torch import Tensor
 import speedrun_mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import World
-from speedrun_mup.training import checkpoint
+from speedrun_mup.export.dcp import import_dcp
+from speedrun_mup.export.record import import_pt
 from speedrun_mup.training.checkpoint import (
     MANIFEST,
     MODEL,
@@ -41,11 +41,9 @@ from speedrun_mup.training.checkpoint import (
     Loaded,
     Slice,
     check_match,
-    export_dcp,
-    export_pt,
-    import_dcp,
-    import_pt,
+    list_checkpoints,
 )
+from speedrun_mup.training.manifest import json_bytes, json_with_digest
 
 KILLS = repeats(20)  # lives ended at a random time
 FLIPS = repeats(60)  # single bits
@@ -120,7 +118,7 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     body = json.loads((folder / MANIFEST).read_bytes())
     del body["sha256"]
     change(body)
-    (folder / MANIFEST).write_bytes(checkpoint._seal(body))
+    (folder / MANIFEST).write_bytes(json_with_digest(body))
 
 
 # --- round trips ---
@@ -152,8 +150,8 @@ def test_every_dtype_and_shape_comes_back_bitwise(tmp_path, dtype):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_state_floats_are_exact(value):
-    assert math.copysign(1, json.loads(checkpoint._json(value))) == math.copysign(1, value)
-    assert json.loads(checkpoint._json({"x": [value]})) == {"x": [value]}
+    assert math.copysign(1, json.loads(json_bytes(value))) == math.copysign(1, value)
+    assert json.loads(json_bytes({"x": [value]})) == {"x": [value]}
 
 
 @pytest.mark.parametrize("state", [{"x": math.nan}, {"x": math.inf}, {"x": (1, 2)}, {1: 2}, {"x": torch.ones(1)}])
@@ -928,9 +926,9 @@ def test_no_planted_code_runs(tmp_path):
     for file in (MODEL, "optim-0000-of-0001.safetensors"):  # instead, by somebody who can seal: not safetensors
         kept, seal = (path / file).read_bytes(), (path / MANIFEST).read_bytes()
         shutil.copy(bomb, path / file)
-        size, sha256 = bomb.stat().st_size, checkpoint.hashlib.sha256(bomb.read_bytes()).hexdigest()
+        size, digest = bomb.stat().st_size, sha256(bomb.read_bytes()).hexdigest()
         reseal(
-            path, lambda body, file=file, entry={"size": size, "sha256": sha256}: body["files"].update({file: entry})
+            path, lambda body, file=file, entry={"size": size, "sha256": digest}: body["files"].update({file: entry})
         )
         assert_unusable(path)
         (path / file).write_bytes(kept)
@@ -954,42 +952,6 @@ def test_the_package_never_unpickles():
             assert "weights_only=True" in call, (file, call)
 
 
-def test_pt_round_trip(tmp_path):
-    path = save(tmp_path, 3)
-    out = tmp_path / "model.pt"
-    for _ in range(2):
-        export_pt(path, out)
-    plain = torch.load(out, weights_only=True)
-    assert list(plain) == ["model"]
-    back = import_pt(out)
-    check_match(back, model_of(3))
-    assert all(torch.equal(back[name], tensor) for name, tensor in model_of(3).items())
-    torch.save({"step": 1, "code": "", "model": {"_orig_mod.embed": torch.ones(2)}}, out)
-    assert list(import_pt(out)) == ["embed"]
-    for content in ({"weights": 1}, torch.ones(1), {"model": {"w": 1}}):
-        torch.save(content, out)
-        with pytest.raises(CheckpointError, match="no state dict"):
-            import_pt(out)
-    for text in (b"", b"PK\x03\x04 not a zip", b"\x80\x02."):
-        out.write_bytes(text)
-        with pytest.raises(CheckpointError, match=r"not a \.pt file"):
-            import_pt(out)
-    with pytest.raises(CheckpointError, match="ENOENT"):
-        export_pt(path, tmp_path / "no such folder" / "model.pt")
-
-
-def test_dcp_round_trip(tmp_path):
-    path = save(tmp_path, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what DCP itself deprecates
-        export_dcp(path, tmp_path / "dcp")
-        back = import_dcp(tmp_path / "dcp", trusted=True)
-    check_match(back, model_of(3))
-    assert all(torch.equal(back[name], tensor) for name, tensor in model_of(3).items())
-    with pytest.raises(CheckpointError, match="would overwrite"):
-        export_dcp(path, tmp_path / "dcp")
-
-
 # --- folders that somebody else made ---
 
 
@@ -1005,7 +967,7 @@ def test_what_is_no_regular_file_is_damage_and_no_wait(name, kind, tmp_path):
     with pytest.raises(DamagedCheckpoint) as caught:
         Loaded(path.parent).slice("head/momentum", 0, 12)
     assert "\n" not in str(caught.value)
-    assert [fault is None for _, fault in checkpoint.inspect(tmp_path)] == [False, True]
+    assert [fault is None for _, fault in list_checkpoints(tmp_path)] == [False, True]
 
 
 def test_nothing_is_written_or_removed_through_a_link(tmp_path):
@@ -1052,7 +1014,7 @@ def test_a_sealed_manifest_of_any_types_is_one_line(value, tmp_path):
             body[place[-1]] = value
 
         reseal(folder, change)
-        found = dict(checkpoint.inspect(tmp_path))[folder]
+        found = dict(list_checkpoints(tmp_path))[folder]
         if found is None:  # its bytes are right, but who holds what is a lie: told when it is asked for
             with pytest.raises(CheckpointError) as caught:
                 Loaded(folder).slice("embed/exp_avg", 0, 35)
@@ -1067,20 +1029,4 @@ def test_a_sealed_state_of_any_type_is_one_line(content, tmp_path):
     reseal(folder, lambda body: body["files"][STATE].update(size=len(content), sha256=sha256(content).hexdigest()))
     with pytest.raises(DamagedCheckpoint, match="state.json") as caught:
         Loaded(folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_pt_file_and_a_dcp_folder_of_any_kind_are_one_line(tmp_path):
-    os.mkfifo(tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="it is a FIFO"):
-        import_pt(tmp_path / "a.pt")
-    torch.save({"model": {3: torch.ones(1)}}, tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match="has no state dict"):
-        import_pt(tmp_path / "b.pt")
-    (tmp_path / "dcp").mkdir()
-    with pytest.raises(CheckpointError, match="is no folder of torch.distributed.checkpoint") as caught:
-        import_dcp(tmp_path / "dcp", trusted=True)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="is not whole") as caught:
-        export_dcp(save(tmp_path / "c", 1), tmp_path / "a.pt" / "x")
     assert "\n" not in str(caught.value)

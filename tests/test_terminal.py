@@ -145,7 +145,7 @@ def init(**settings):
 def test_a_tracker_that_hangs_does_not_keep_the_process(tmp_path):
     (tmp_path / "wandb.py").write_text(HANGING)
     (tmp_path / "program.py").write_text(
-        "import sys\nfrom speedrun_mup import tracking\ntracking.TRACKER_WAIT_S = 0.5\n"
+        "import sys\nfrom speedrun_mup.training import trackers\ntrackers.TRACKER_WAIT_S = 0.5\n"
         "from speedrun_mup.__main__ import main\nsys.exit(main())\n"
     )
     words = [sys.executable, "program.py", "train", *as_flags(TINY), "--track", "wandb", "--name", "a"]

@@ -319,7 +319,7 @@ def test_a_tracker_that_raises_is_switched_off_in_one_line(where, fault, log, tm
 def test_a_tracker_that_hangs_is_waited_for_a_bounded_time(where, log, capsys, monkeypatch):
     never = threading.Event()
     monkeypatch.setitem(sys.modules, "wandb", Service(where, lambda: never.wait(30)))
-    monkeypatch.setattr("speedrun_mup.training.tracking.TRACKER_WAIT_S", 0.2)
+    monkeypatch.setattr("speedrun_mup.training.trackers.TRACKER_WAIT_S", 0.2)
     run = log(track="wandb", progress=False)
     began = time.monotonic()
     run.train(record(0, 1.0))

@@ -3,7 +3,7 @@
     step-00001234/model.safetensors                 all parameters, written by rank 0
     step-00001234/optim-0003-of-0008.safetensors    what rank 3 of 8 held of the optimizer, as flat ranges
     step-00001234/state.json                        step counts, data position and other small facts
-    step-00001234/manifest.json                     sizes and SHA-256 of the others, who holds which range; sealed
+    step-00001234/manifest.json                     sizes and SHA-256 of the others, who holds which range; with its own hash
 
 A save fills `.tmp-step-00001234` on all ranks, gathers what was written (the only "all written" signal), writes the
 manifest, syncs, renames and syncs again; older checkpoints go away by a rename to `.trash-*` first. So a process may
@@ -16,17 +16,13 @@ All ranks must see the same folder. Rename is atomic on local disks and NFS, not
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,38 +31,32 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from speedrun_mup import __version__
-from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
+from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
-from speedrun_mup.files import open_regular, printable, read_bytes, sync_folder, whole_file
-
-SCHEMA = 1
-MODEL, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
-# fmt: off
-DTYPE_NAMES = {  # of safetensors
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-}
-# fmt: on
+from speedrun_mup.files import open_regular, printable, sync_folder
+from speedrun_mup.training.manifest import (
+    MANIFEST,
+    MODEL,
+    SCHEMA,
+    STATE,
+    CheckpointError,
+    DamagedCheckpoint,
+    Manifest,
+    Range,
+    describe_fault,
+    json_bytes,
+    json_with_digest,
+    merge_slices,
+    optim_name,
+    os_faults,
+    this_version,
+    verify,
+)
+from speedrun_mup.training.safetensors_writer import Content, write_file
 
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # every rank's value, on every rank
-Content = dict[str, Tensor] | bytes  # of one file
-Range = tuple[int, int]  # [begin, end)
-Part = tuple[int, int, int]  # (rank, begin, end)
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, read or used."""
-
-    exit_code = 4
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A folder that is not what a finished save left behind: something is missing, cut or changed."""
 
 
 class Checkpoints:
@@ -101,13 +91,13 @@ class Checkpoints:
         save before it first; if that one failed, raises its fault instead of saving.
         """
         self.poll(wait=True)
-        state_text = _json(state)
+        state_text = json_bytes(state)
         if json.loads(state_text) != state:
             raise ValueError("checkpoint state must be plain JSON: text keys, lists instead of tuples")
         held = {key: part for key, part in optim.items() if part.end > part.begin}
         ranges = {key: (part.begin, part.end) for key, part in held.items()}
         tensors = {key: _on_cpu(part.tensor, copy=not wait) for key, part in held.items()}
-        files: dict[str, Content] = {_optim_name(self.world.rank, self.world.size): tensors}
+        files: dict[str, Content] = {optim_name(self.world.rank, self.world.size): tensors}
         if self.world.is_main:
             files[MODEL] = {name: _on_cpu(tensor, copy=not wait) for name, tensor in model.items()}
             files[STATE] = state_text
@@ -147,7 +137,7 @@ class Checkpoints:
             for leftover in [*self.root.glob(".tmp-step-*"), *self.root.glob(".trash-step-*")]:
                 _remove(leftover)
 
-        _together(self.world.gather_objects, lambda: remove() if self.world.is_main else None)
+        _all_ranks(self.world.gather_objects, lambda: remove() if self.world.is_main else None)
 
     def newest(self, report: Callable[[str], None]) -> Path | None:
         """The newest intact checkpoint, or None if the folder has none at all.
@@ -156,17 +146,17 @@ class Checkpoints:
         all are damaged, one was written by a newer version, or a rank does not see the chosen one.
         """
         gather = self.world.gather_objects
-        chosen = _together(gather, lambda: self._choose(report) if self.world.is_main else None)[0]
+        chosen = _all_ranks(gather, lambda: self._choose(report) if self.world.is_main else None)[0]
         if chosen is None:
             return None
-        step, seal = chosen
+        step, digest = chosen
         path = self._folder(step)
 
         def check_same() -> None:
-            if _Manifest.read(path).seal != seal:
+            if Manifest.read(path).digest != digest:
                 raise CheckpointError(f"{path} is not the one that rank 0 sees; all ranks must share one disk")
 
-        _together(gather, check_same)
+        _all_ranks(gather, check_same)
         return path
 
     def load(self, path: Path) -> Loaded:
@@ -177,17 +167,17 @@ class Checkpoints:
         return self.root / f"step-{step:08d}"
 
     def _choose(self, report: Callable[[str], None]) -> tuple[int, str] | None:
-        """The newest intact step and its seal."""
+        """The newest intact step and its digest."""
         steps = _newest_first(self.root)
         for step in steps:
             path = self._folder(step)
             try:
-                manifest = _verify(path)
+                manifest = verify(path)
             except DamagedCheckpoint as fault:
                 report(f"skipping a damaged checkpoint: {fault}")
             else:
                 self._intact.add(path)
-                return step, manifest.seal
+                return step, manifest.digest
         if steps:
             raise CheckpointError(
                 f"none of the {len(steps)} checkpoints in {self.root} is intact; move them to start anew"
@@ -200,11 +190,11 @@ class Checkpoints:
         temp = self.root / f".tmp-{final.name}"
         needed = sum(gather(sum(_size(content) for content in files.values())))
         try:
-            if _together(gather, lambda: main and self._prepare(final, temp))[0]:
+            if _all_ranks(gather, lambda: main and self._prepare(final, temp))[0]:
                 return final
-            written = _together(gather, lambda: [(name, *_write_file(temp / name, files[name])) for name in files])
+            written = _all_ranks(gather, lambda: [(name, *write_file(temp / name, files[name])) for name in files])
             holders = gather(ranges)
-            _together(gather, lambda: self._commit(step, temp, written, holders) if main else None)
+            _all_ranks(gather, lambda: self._commit(step, temp, written, holders) if main else None)
         except CheckpointError as fault:
             if main:
                 shutil.rmtree(temp, ignore_errors=True)  # what cannot be removed now is removed by clean()
@@ -212,14 +202,14 @@ class Checkpoints:
                 f"step {step} is not saved: {fault}. It needs {needed:,} bytes, {_free(self.root)} are free; "
                 f"earlier checkpoints are untouched"
             ) from fault
-        _together(gather, lambda: self._purge(step) if main else None)
+        _all_ranks(gather, lambda: self._purge(step) if main else None)
         return final
 
     def _prepare(self, final: Path, temp: Path) -> bool:
         """Make an empty `temp`. True if `final` is there already, and intact; a damaged one goes away."""
         if os.path.lexists(final):
             try:
-                _verify(final)
+                verify(final)
                 return True
             except DamagedCheckpoint:
                 _discard(final)
@@ -243,13 +233,13 @@ class Checkpoints:
         """Seal `temp` and give it its final name. Nothing is saved before the last fsync has returned."""
         body = {
             "schema": SCHEMA,
-            "written_by": _this_version(),
+            "written_by": this_version(),
             "step": step,
             "ranks": self.world.size,
             "files": {name: {"size": size, "sha256": sha256} for rank in written for name, size, sha256 in rank},
-            "slices": _tile(holders),
+            "slices": merge_slices(holders),
         }
-        _write_file(temp / MANIFEST, _seal(body))
+        write_file(temp / MANIFEST, json_with_digest(body))
         sync_folder(temp)
         os.rename(temp, self._folder(step))
         sync_folder(self.root)
@@ -266,12 +256,14 @@ class Checkpoints:
                 try:
                     _discard(path)
                 except OSError as fault:
-                    raise CheckpointError(f"step {saved} is saved, but {path} stays: {_explain(fault)}") from fault
+                    raise CheckpointError(
+                        f"step {saved} is saved, but {path} stays: {describe_fault(fault)}"
+                    ) from fault
 
     def _is_intact(self, path: Path) -> bool:
         if path not in self._intact:
             try:
-                _verify(path)
+                verify(path)
             except DamagedCheckpoint:
                 return False
             self._intact.add(path)
@@ -288,7 +280,7 @@ class Loaded:
 
     def __init__(self, path: Path):
         self.path = path
-        self._manifest = _Manifest.read(path)
+        self._manifest = Manifest.read(path)
         self.step = self._manifest.step
         self.state: dict[str, Any] = self._json(STATE)
         self.model: dict[str, Tensor] = self._tensors(MODEL)
@@ -310,7 +302,7 @@ class Loaded:
 
     def _part(self, rank: int, key: str) -> Tensor:
         if rank not in self._optim:
-            self._optim[rank] = self._tensors(_optim_name(rank, self._manifest.ranks))
+            self._optim[rank] = self._tensors(optim_name(rank, self._manifest.ranks))
         tensor = self._optim[rank].get(key)
         size = next(hi - lo for owner, lo, hi in self._manifest.slices[key] if owner == rank)
         if tensor is None or tensor.shape != (size,):
@@ -321,7 +313,7 @@ class Loaded:
 
     def _bytes(self, name: str) -> bytes:
         path = self.path / name
-        with _os_faults(path, DamagedCheckpoint), open_regular(path) as file:
+        with os_faults(path, DamagedCheckpoint), open_regular(path) as file:
             data = file.read(self._manifest.files[name][0] + 1)  # no more than would be right
         self._manifest.check(path, len(data), hashlib.sha256(data).hexdigest())
         return data
@@ -342,13 +334,13 @@ class Loaded:
             raise DamagedCheckpoint(f"{printable(self.path / name)}: {printable(in_a_line(fault))}") from fault
 
 
-def inspect(root: Path) -> list[tuple[Path, str | None]]:
+def list_checkpoints(root: Path) -> list[tuple[Path, str | None]]:
     """Every checkpoint in `root`, the newest first, with what is wrong with it. Reads every byte and changes none."""
     found: list[tuple[Path, str | None]] = []
     for step in _newest_first(root):
         path = root / f"step-{step:08d}"
         try:
-            _verify(path)
+            verify(path)
             found.append((path, None))
         except CheckpointError as fault:
             found.append((path, str(fault)))
@@ -367,152 +359,12 @@ def check_match(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         raise CheckpointError(f"the checkpoint belongs to another model, {len(faults)} keys differ: {shown}")
 
 
-def export_pt(path: Path, out: Path) -> None:
-    """Write the model of checkpoint `path` as {"model": state_dict} to the file `out`, as the speedrun itself saves."""
-    buffer = io.BytesIO()
-    torch.save({"model": Loaded(path).model}, buffer)
-    with _os_faults(out, CheckpointError), whole_file(out) as file:
-        file.write(buffer.getvalue())
-
-
-def import_pt(path: Path) -> dict[str, Tensor]:
-    """The state dict under "model" in a .pt file, without torch.compile's "_orig_mod." prefix. Executes no code."""
-    try:
-        with open_regular(path) as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as fault:  # a bad file can make the parser raise anything
-        why = printable(in_a_line(fault))
-        raise CheckpointError(f"{printable(path)} is not a .pt file of plain tensors: {why}") from fault
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in model.items()):
-        raise CheckpointError(f'{path} has no state dict under "model"; save {{"model": model.state_dict()}}')
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in model.items()}
-
-
-def export_dcp(path: Path, out_dir: Path) -> None:
-    """Write the model of checkpoint `path` to a new folder as "model.<name>", for torch.distributed.checkpoint."""
-    import torch.distributed.checkpoint as dcp  # takes seconds to import
-
-    if os.path.lexists(out_dir):
-        raise CheckpointError(f"{printable(out_dir)} exists, and DCP would overwrite it in place; name a new folder")
-    content = {"model": Loaded(path).model}
-    try:
-        dcp.save(content, checkpoint_id=out_dir, no_dist=True)
-    except Exception as fault:  # of torch, which wraps those of the disk in several ways
-        why = printable(in_a_line(fault.__cause__ or fault))
-        raise CheckpointError(f"{printable(out_dir)} is not whole: {why}; remove it, and make room") from fault
-
-
-def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
-    """The "model.<name>" tensors of a DCP folder. Its metadata is a pickle: reading it can run code."""
-    if not trusted:
-        raise CheckpointError(
-            f"reading {folder} can execute code hidden in it; pass trusted=True if you know who wrote it"
-        )
-    import torch.distributed.checkpoint as dcp  # takes seconds to import
-
-    try:
-        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
-        }
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    except Exception as fault:  # of a damaged folder, anything
-        why = printable(in_a_line(fault.__cause__ or fault))
-        raise CheckpointError(f"{printable(folder)} is no folder of torch.distributed.checkpoint: {why}") from fault
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    """What a folder must hold. files: name -> (size, SHA-256). slices: key -> (rank, begin, end), tiling [0, size)."""
-
-    step: int
-    ranks: int
-    files: dict[str, tuple[int, str]]
-    slices: dict[str, list[Part]]
-    seal: str
-
-    @classmethod
-    def read(cls, folder: Path) -> _Manifest:
-        """Parse and check the seal. Raises DamagedCheckpoint, or CheckpointError for a newer schema."""
-        path = folder / MANIFEST
-        with _os_faults(path, DamagedCheckpoint):
-            data = read_bytes(path)
-        try:
-            body = json.loads(data)
-            seal = body.pop("sha256")
-            if _seal(body) != data:
-                raise ValueError("its own SHA-256 is wrong")
-            if _count(body["schema"]) > SCHEMA:
-                raise CheckpointError(
-                    f"{path}: written by {body['written_by']} in schema {body['schema']}, "
-                    f"this is {_this_version()} with schema {SCHEMA}; update to read it"
-                )
-            files = {name: (_count(entry["size"]), entry["sha256"]) for name, entry in body["files"].items()}
-            slices = {key: _parts(parts, _count(body["ranks"])) for key, parts in body["slices"].items()}
-            optim = [_optim_name(rank, body["ranks"]) for rank in range(len(files) - 2)]
-            if sorted(files) != sorted([MODEL, STATE, *optim]) or len(optim) != body["ranks"]:
-                raise ValueError(f"the files are not those of {body['ranks']} ranks")
-            return cls(_count(body["step"]), body["ranks"], files, slices, seal)
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as fault:
-            raise DamagedCheckpoint(f"{printable(path)}: {printable(_explain(fault))}") from fault
-
-    def check(self, path: Path, size: int, sha256: str) -> None:
-        """Raise DamagedCheckpoint unless the file of that name is to have that size and hash."""
-        right_size, right_sha256 = self.files[path.name]
-        if size != right_size:
-            raise DamagedCheckpoint(f"{path}: has {size} bytes instead of {right_size}")
-        if sha256 != right_sha256:
-            raise DamagedCheckpoint(f"{path}: its SHA-256 is not the one in the manifest")
-
-
-def _count(value: Any) -> int:
-    """A whole number from a stranger's JSON. ValueError for anything else."""
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
-def _parts(parts: Any, ranks: int) -> list[Part]:
-    """(rank, begin, end) of each part of one state, which tile it. ValueError for anything else."""
-    checked = [(_count(rank), _count(begin), _count(end)) for rank, begin, end in parts]
-    ends = [0, *(end for _, _, end in checked)]
-    owners = {rank for rank, _, _ in checked if rank < ranks}
-    if not checked or len(owners) < len(checked) or any(b != e or b > f for (_, b, f), e in zip(checked, ends)):
-        raise ValueError("its ranges do not follow each other")
-    return checked
-
-
 def _newest_first(root: Path) -> list[int]:
     matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in root.glob("step-*")]
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def _verify(folder: Path) -> _Manifest:
-    """The manifest, after every file was hashed (in parallel). Raises as `_Manifest.read` does."""
-    if folder.is_symlink():
-        raise DamagedCheckpoint(f"{printable(folder)}: is a symbolic link, not a folder")
-    manifest = _Manifest.read(folder)
-    if folder.name != f"step-{manifest.step:08d}":
-        raise DamagedCheckpoint(f"{printable(folder)}: holds step {manifest.step}")
-
-    def check(name: str) -> None:
-        path = folder / name
-        with _os_faults(path, DamagedCheckpoint), open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            right = size == manifest.files[name][0]
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if right else ""
-        manifest.check(path, size, sha256)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, manifest.files))
-    return manifest
-
-
-def _together(gather: Gather, work: Callable[[], T]) -> list[T]:
+def _all_ranks(gather: Gather, work: Callable[[], T]) -> list[T]:
     """Do `work` on this rank and return every rank's result. CheckpointError on all ranks if it failed on any."""
     result: T | None = None
     fault: Exception | None = None
@@ -520,7 +372,7 @@ def _together(gather: Gather, work: Callable[[], T]) -> list[T]:
         result = work()
     except Exception as error:  # any: a rank that left alone would make the others wait for it
         fault = error
-    outcomes = gather((result, fault and _explain(fault)))
+    outcomes = gather((result, fault and describe_fault(fault)))
     faults = {rank: text for rank, (_, text) in enumerate(outcomes) if text}
     if faults:
         alone = len(outcomes) == 1
@@ -528,36 +380,6 @@ def _together(gather: Gather, work: Callable[[], T]) -> list[T]:
             "; ".join(text if alone else f"rank {r}: {text}" for r, text in faults.items())
         ) from fault
     return [result for result, _ in outcomes]
-
-
-def _tile(holders: list[dict[str, Range]]) -> dict[str, list[Part]]:
-    """Who holds which range of each key, in order of the ranges. Raises CheckpointError for a gap or an overlap."""
-    slices: dict[str, list[Part]] = {}
-    for rank, ranges in enumerate(holders):
-        for key, (begin, end) in ranges.items():
-            slices.setdefault(key, []).append((rank, begin, end))
-    for key, parts in slices.items():
-        parts.sort(key=lambda part: part[1])
-        if [begin for _, begin, _ in parts] != [0, *(end for _, _, end in parts[:-1])]:
-            raise CheckpointError(f"the ranges (rank, begin, end) {parts} of {key} leave a gap or overlap")
-    return slices
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, indent=1, sort_keys=True).encode()
-
-
-def _seal(body: dict[str, Any]) -> bytes:
-    """JSON of `body` and the SHA-256 of itself. Reading compares all bytes with it, so no flipped bit goes unseen."""
-    return _json({**body, "sha256": hashlib.sha256(_json(body)).hexdigest()})
-
-
-def _optim_name(rank: int, ranks: int) -> str:
-    return f"optim-{rank:04d}-of-{ranks:04d}.safetensors"
-
-
-def _this_version() -> str:
-    return f"speedrun-mup {__version__}"
 
 
 def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
@@ -570,45 +392,6 @@ def _describe(tensor: Tensor) -> str:
 
 def _size(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else sum(tensor.nbytes for tensor in content.values())
-
-
-def _pieces(content: Content) -> Iterator[bytes | memoryview]:
-    """The bytes of a file. Tensors: as safetensors, without a copy; its own writer makes two and holds the GIL."""
-    if isinstance(content, bytes):
-        yield content
-        return
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in content.items():
-        begin, end = end, end + tensor.nbytes
-        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in content.values():
-        yield tensor.flatten().view(torch.uint8).numpy().data
-
-
-def _write_file(path: Path, content: Content) -> tuple[int, str]:
-    """Create `path` and sync it; the size and SHA-256 of the very buffers that were written."""
-    size, digest = 0, hashlib.sha256()
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            for piece in _pieces(content):
-                size += len(piece)
-                digest.update(piece)
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as fault:
-        fault.filename = str(path)
-        raise
-    return size, digest.hexdigest()
 
 
 def _discard(folder: Path) -> None:
@@ -626,23 +409,6 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
-
-
-@contextmanager
-def _os_faults(path: Path, kind: type[CheckpointError]) -> Iterator[None]:
-    """Turn an OSError into a `kind` that names the file."""
-    try:
-        yield
-    except OSError as fault:
-        fault.filename = fault.filename or str(path)
-        raise kind(_explain(fault)) from fault
-
-
-def _explain(fault: Exception) -> str:
-    if isinstance(fault, OSError) and fault.errno:
-        where = f"{fault.filename}: " if fault.filename else ""
-        return f"{where}{errno.errorcode[fault.errno]} ({fault.strerror})"
-    return str(fault) if isinstance(fault, CheckpointError) else in_a_line(fault)
 
 
 def _free(folder: Path) -> str:

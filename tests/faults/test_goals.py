@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,6 @@ from faults.torchrun import is_alive
 from speedrun_mup.config import TrainConfig, from_json, make_config, to_json
 from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.utils import World
-from speedrun_mup.training import checkpoint
 from speedrun_mup.training.checkpoint import MANIFEST, CheckpointError, DamagedCheckpoint, Loaded
 from speedrun_mup.training.run import Run, train
 
@@ -157,7 +157,7 @@ def test_fuzzed_checkpoints(tmp_path):
         data = mutated(kept[name], rng)
         (folder / name).write_bytes(data)
         if resealed and name != MANIFEST:
-            entry = {"size": len(data), "sha256": checkpoint.hashlib.sha256(data).hexdigest()}
+            entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             reseal(folder, lambda body, name=name, entry=entry: body["files"].update({name: entry}))
         try:
             loaded = Loaded(folder)

@@ -1,0 +1,1 @@
+"""A checkpoint's model in other programs' formats, and back."""

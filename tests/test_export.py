@@ -1,0 +1,64 @@
+"""A model in other programs' formats, and back; files that mean harm."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from test_checkpoint import model_of, save
+
+from speedrun_mup.export.dcp import export_dcp, import_dcp
+from speedrun_mup.export.record import export_pt, import_pt
+from speedrun_mup.training.checkpoint import CheckpointError, check_match
+
+
+def test_pt_round_trip(tmp_path):
+    path = save(tmp_path, 3)
+    out = tmp_path / "model.pt"
+    for _ in range(2):
+        export_pt(path, out)
+    plain = torch.load(out, weights_only=True)
+    assert list(plain) == ["model"]
+    back = import_pt(out)
+    check_match(back, model_of(3))
+    assert all(torch.equal(back[name], tensor) for name, tensor in model_of(3).items())
+    torch.save({"step": 1, "code": "", "model": {"_orig_mod.embed": torch.ones(2)}}, out)
+    assert list(import_pt(out)) == ["embed"]
+    for content in ({"weights": 1}, torch.ones(1), {"model": {"w": 1}}):
+        torch.save(content, out)
+        with pytest.raises(CheckpointError, match="no state dict"):
+            import_pt(out)
+    for text in (b"", b"PK\x03\x04 not a zip", b"\x80\x02."):
+        out.write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"not a \.pt file"):
+            import_pt(out)
+    with pytest.raises(CheckpointError, match="ENOENT"):
+        export_pt(path, tmp_path / "no such folder" / "model.pt")
+
+
+def test_dcp_round_trip(tmp_path):
+    path = save(tmp_path, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what DCP itself deprecates
+        export_dcp(path, tmp_path / "dcp")
+        back = import_dcp(tmp_path / "dcp", trusted=True)
+    check_match(back, model_of(3))
+    assert all(torch.equal(back[name], tensor) for name, tensor in model_of(3).items())
+    with pytest.raises(CheckpointError, match="would overwrite"):
+        export_dcp(path, tmp_path / "dcp")
+
+
+def test_a_pt_file_and_a_dcp_folder_of_any_kind_are_one_line(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="it is a FIFO"):
+        import_pt(tmp_path / "a.pt")
+    torch.save({"model": {3: torch.ones(1)}}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="has no state dict"):
+        import_pt(tmp_path / "b.pt")
+    (tmp_path / "dcp").mkdir()
+    with pytest.raises(CheckpointError, match="is no folder of torch.distributed.checkpoint") as caught:
+        import_dcp(tmp_path / "dcp", trusted=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="is not whole") as caught:
+        export_dcp(save(tmp_path / "c", 1), tmp_path / "a.pt" / "x")
+    assert "\n" not in str(caught.value)
