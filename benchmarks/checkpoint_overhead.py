@@ -30,25 +30,27 @@ class Taker:
 
     def __init__(self, run: Run):
         self.run, self.numbers = run, count()
-        self.stream = run.batches.stream(0, 0, 1)
+        self.stream = run.passes.batches.stream(0, 0, 1)
 
     def step(self, save: str) -> None:
         """One training step, as the loop takes it. save: no, aside (in the background) or now."""
         run, number = self.run, next(self.numbers)
-        vote = run.vote(number, run.accumulate_gradients(next(self.stream), number), stop=False)
+        check = run.recovery.check(number, run.passes.accumulate_gradients(next(self.stream), number), stop=False)
         run.set_schedule(number)
         for optimizer in run.optimizers:
-            optimizer.step(vote.good)
+            optimizer.step(check.is_finite)
         run.model.zero_grad(set_to_none=True)
-        run.votes.clear()
-        run.hear_of_saves()
+        run.recovery.pending.clear()
+        run.recovery.poll_checkpoint()
         if save != "no":
             run.save(number + 1, last=save == "now")
 
     def block(self, save: str) -> tuple[float, float]:
         """Seconds of a step that saves, and of a whole block that begins with it and ends with the checkpoint durable."""
         first = seconds(lambda: self.step(save))
-        rest = seconds(lambda: [self.step("no") for _ in range(BLOCK - 1)] and self.run.hear_of_saves(wait=True))
+        rest = seconds(
+            lambda: [self.step("no") for _ in range(BLOCK - 1)] and self.run.recovery.poll_checkpoint(wait=True)
+        )
         return first, first + rest
 
 

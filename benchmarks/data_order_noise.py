@@ -23,7 +23,7 @@ from common import circumstances, publish, table
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
 from speedrun_mup.files import write_whole
-from speedrun_mup.training import run as training
+from speedrun_mup.training import build, train
 
 SEEDS_OF = {  # what varies: (seed of the initialisation, seed of the order)
     "initialisation": lambda seed: (seed, 0),
@@ -38,9 +38,9 @@ def loss_of(cfg: TrainConfig, init_seed: int, order_seed: int, out: Path) -> flo
     if result.exists():
         return float(json.loads(result.read_text())["loss"])
     cfg = replace(cfg, seed=order_seed, out=str(out / "runs"), name=result.stem, save=False, progress=False)
-    model = mock.patch.object(training, "GPT", lambda model_cfg, seed: GPT(model_cfg, init_seed))
+    model = mock.patch.object(build, "GPT", lambda model_cfg, seed: GPT(model_cfg, init_seed))
     with model, contextlib.redirect_stdout(io.StringIO()):
-        loss = training.train(cfg).val_loss
+        loss = train(cfg).val_loss
     write_whole(result, json.dumps({"loss": loss, "config": vars(cfg)}))
     return float(loss)
 

@@ -50,12 +50,12 @@ def main() -> None:
         stream = runs[0].batches.stream(0, 0, 1)
 
         def step(run: Run, micro_batches: list, number: int) -> None:
-            vote = run.vote(number, run.accumulate_gradients(micro_batches, number), stop=False)
+            check = run.recovery.check(number, run.passes.accumulate_gradients(micro_batches, number), stop=False)
             run.set_schedule(number)
             for optimizer in run.optimizers:
-                optimizer.step(vote.good)
+                optimizer.step(check.is_finite)
             run.model.zero_grad(set_to_none=True)
-            run.act_on_votes()
+            run.process_pending_steps()
 
         ratios: dict[Run, list[float]] = {run: [] for run in runs[1:]}
         for number in range(rounds + 2):

@@ -212,20 +212,20 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
     _wait_for(device)
     memory = {"warmup and validation": _peak_memory(device)}
     warmup_s, start_s, graphs = time.perf_counter() - warming, 0.0, graphs_compiled()
-    run.phase = watch
+    run.passes.phase = watch
     keys: list[tuple[float, float]] = []
-    with closing(run.batches.stream(0, world.rank, world.size)) as stream:
+    with closing(run.passes.batches.stream(0, world.rank, world.size)) as stream:
         for step in range(steps):
             with watch("other"):
                 with watch("data"):
                     micro_batches = next(stream)
                 run.take_step(micro_batches, step)
-                run.act_on_votes(at_once=False)
+                run.process_pending_steps(at_once=False)
             if step == 0:
                 _wait_for(device)
                 start_s = time.perf_counter() - began
             keys.append(_mean_keys(run, micro_batches, step))
-        run.act_on_votes()
+        run.process_pending_steps()
         laps = watch.laps()[-steps:]
         memory["training"] = _peak_memory(device)
         graphs_after = graphs_compiled() - graphs
@@ -248,7 +248,7 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
         torch=torch.__version__,
         settings=asdict(cfg),
         vocab=run.corpus.vocab_size,
-        chosen=run.choices,
+        chosen=run.passes.describe(),
         ranks=world.size,
         steps=steps,
         step_ms=step_ms,
@@ -314,7 +314,7 @@ def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20
     with profile(activities=activities, acc_events=True) as profiler:
         run.take_step(micro_batches, step)
         _wait_for(run.world.device)
-    run.act_on_votes()
+    run.process_pending_steps()
 
     def took(entry: Any) -> float:
         return entry.self_device_time_total if on_cuda else entry.self_cpu_time_total

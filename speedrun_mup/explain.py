@@ -15,7 +15,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core import mup
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import param_groups
-from speedrun_mup.training.run import tuned_values
+from speedrun_mup.training.build import tuned_values
 
 
 @dataclass(frozen=True)

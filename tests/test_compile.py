@@ -16,6 +16,7 @@ from speedrun_mup.core import model as model_module
 from speedrun_mup.core.model import loss as loss_module
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.hardware import use_compile_cache
+from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler has some of its own
@@ -54,7 +55,7 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
         before = graphs_compiled()
         with closing(Run(tiny(name=f"compiled-{compiled}", compile=compiled, **settings), World())) as run:
             run.warm_up_kernels()
-            warm, windows = graphs_compiled(), {int(run.window(step)) for step in range(8)}
+            warm, windows = graphs_compiled(), {int(run.passes.window(step)) for step in range(8)}
             result = run.train()
             losses[compiled] = result.val_loss
         assert windows == {1, 2, 3, 4}
@@ -66,7 +67,7 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
 @pytest.mark.slow
 def test_sizes_that_do_not_fit_leave_no_compiled_code_behind(tiny, traced, monkeypatch):
     """Torch keeps the code of a few sizes of a function and runs the others uncompiled, here with an error."""
-    passes = Run.accumulate_gradients
+    passes = Passes.accumulate_gradients
 
     def limited(run, micro_batches, step):
         loss = passes(run, micro_batches, step)
@@ -74,7 +75,7 @@ def test_sizes_that_do_not_fit_leave_no_compiled_code_behind(tiny, traced, monke
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 
-    monkeypatch.setattr(Run, "accumulate_gradients", limited)
+    monkeypatch.setattr(Passes, "accumulate_gradients", limited)
     settings = {"attention": "dense", "compile": True, "micro_batch": "auto", "micro_batch_tokens": 256, "pack": 1}
     limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
     with limit, closing(Run(tiny(**settings, val_chunk_tokens=32), World())) as run:

@@ -20,14 +20,13 @@ from speedrun_mup.core.optimizers import Muon
 from speedrun_mup.core.utils import World, is_out_of_memory
 from speedrun_mup.training import hardware
 from speedrun_mup.training.hardware import (
-    fit_micro_batch,
-    fit_val_chunk,
     pick_attention,
     pick_compile,
     pick_dtype,
     pick_fp8,
-    pick_pack,
 )
+from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack
+from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.tracking import read_metrics
 
@@ -188,7 +187,7 @@ def test_memory_decides_on_the_validation_chunk(tiny, whole, most, expected):
 
 def no_memory_above(most: int, monkeypatch):
     """Let a pass over more than `most` tokens fail as it does on a full GPU."""
-    passes, chunk = Run.accumulate_gradients, Run.chunk_loss
+    passes, chunk = Passes.accumulate_gradients, Passes.chunk_loss
 
     def fill(tokens: int) -> None:
         if tokens > most:
@@ -202,8 +201,8 @@ def no_memory_above(most: int, monkeypatch):
         fill(run.cfg.val_chunk_tokens)
         return chunk(run, number, step)
 
-    monkeypatch.setattr(Run, "accumulate_gradients", limited)
-    monkeypatch.setattr(Run, "chunk_loss", limited_chunk)
+    monkeypatch.setattr(Passes, "accumulate_gradients", limited)
+    monkeypatch.setattr(Passes, "chunk_loss", limited_chunk)
 
 
 def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, monkeypatch):
@@ -265,14 +264,16 @@ def test_a_model_without_memory_is_one_line(tiny, monkeypatch):
 @pytest.mark.parametrize(("strict", "expected"), [(False, 2), (True, 8)])
 def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, strict, expected):
     """A second pass finds the gradients of the first; a strict sum keeps those of many."""
-    tried, whole = [], Run.accumulate_gradients
+    tried, whole = [], Passes.accumulate_gradients
     monkeypatch.setattr(
-        Run,
+        Passes,
         "accumulate_gradients",
         lambda run, batches, step: tried.append((len(batches), step)) or whole(run, batches, step),
     )
-    validated, chunk = [], Run.chunk_loss
-    monkeypatch.setattr(Run, "chunk_loss", lambda run, number, step: validated.append(step) or chunk(run, number, step))
+    validated, chunk = [], Passes.chunk_loss
+    monkeypatch.setattr(
+        Passes, "chunk_loss", lambda run, number, step: validated.append(step) or chunk(run, number, step)
+    )
     with closing(Run(tiny(micro_batch="auto", micro_batches=8, pack=1, strict=strict), World())):
         assert tried == [(expected, 5)] and validated == [6]  # with the widest window
 
@@ -292,7 +293,7 @@ def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
     with closing(Run(tiny(name="whole", **sizes), world)) as run:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        assert run.fits(run.cfg)
+        assert run.passes.fits(run.cfg)
         peak = torch.cuda.max_memory_allocated()
     del run
     torch.cuda.empty_cache()

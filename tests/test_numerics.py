@@ -95,7 +95,7 @@ def test_metrics_tell_rate_and_gradient(tiny):
     rates = [0.05 * 0.5 * lr_factor(step / 8, 0.5, cfg.lr_floor) for step in range(8)]
     assert [record["lr"] for record in records] == pytest.approx(rates) and rates[7] < rates[0]
     again, norms = Run(tiny(name="b", iterations=8, lr_scale=0.5, cooldown=0.5), World()), []
-    accumulate = again.accumulate_gradients
+    accumulate = again.passes.accumulate_gradients
 
     def measured(batches, step):
         loss = accumulate(batches, step)
@@ -104,7 +104,7 @@ def test_metrics_tell_rate_and_gradient(tiny):
         )
         return loss
 
-    again.accumulate_gradients = measured
+    again.passes.accumulate_gradients = measured
     again.train()
     again.close()
     assert [record["grad_norm"] for record in records] == pytest.approx(norms, rel=1e-5)
@@ -128,7 +128,7 @@ def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_text(tiny):
     cfg = tiny(name="bytes", data="embedded", iterations=1, val_every=0, width=32)
     with_bytes = [r for r in read_metrics(train(cfg).folder) if r["kind"] == "val"]
     run = Run(tiny(name="again", data="embedded", iterations=1, val_every=0, width=32), World())
-    targets = torch.cat([run.val_batches[i][1] for i in range(len(run.val_batches))])
+    targets = torch.cat([run.passes.val_batches[i][1] for i in range(len(run.passes.val_batches))])
     run.close()
     bits = with_bytes[0]["loss"] * len(targets) / int((targets != 256).sum()) / math.log(2)
     assert with_bytes[0]["bits_per_byte"] == pytest.approx(bits)

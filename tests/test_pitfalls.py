@@ -14,7 +14,8 @@ from speedrun_mup.core.model import GPT, GPTConfig, softcap_cross_entropy
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, named_specs
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import World
-from speedrun_mup.training.run import Run, tuned_values
+from speedrun_mup.training.build import tuned_values
+from speedrun_mup.training.run import Run
 from speedrun_mup.transfer import Run as Point
 from speedrun_mup.transfer import measure_transfer
 

@@ -171,7 +171,7 @@ def test_data_that_moved_are_known_by_their_fingerprint(tiny, tmp_path):
 def test_a_type_that_auto_chooses_may_change_with_the_device(tiny, monkeypatch):
     run = train(tiny(name="a", save_every=3, width=32))
     shutil.rmtree(run.folder / "checkpoints" / "step-00000006")
-    monkeypatch.setattr("speedrun_mup.training.run.pick_dtype", lambda cfg, device: torch.bfloat16)
+    monkeypatch.setattr("speedrun_mup.training.build.pick_dtype", lambda cfg, device: torch.bfloat16)
     resumed = train(settings(tiny, run.folder))
     assert resumed.finished and weights(resumed)["embed.weight"].dtype is torch.bfloat16
     assert "this device takes bfloat16 instead of float32" in (run.folder / "log.txt").read_text()
@@ -182,7 +182,7 @@ def test_a_type_that_auto_chooses_may_change_with_the_device(tiny, monkeypatch):
 def test_other_code_is_told_of_and_goes_on(tiny, monkeypatch):
     run = train(tiny(name="a"))
     assert "the code changed" not in (train(settings(tiny, run.folder)).folder / "log.txt").read_text()
-    monkeypatch.setattr("speedrun_mup.training.run.source_sha256", lambda: "f" * 64)
+    monkeypatch.setattr("speedrun_mup.training.resume.source_sha256", lambda: "f" * 64)
     assert train(settings(tiny, run.folder)).finished
     assert "the code changed since this run's last life" in (run.folder / "log.txt").read_text()
 

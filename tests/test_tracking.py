@@ -139,7 +139,7 @@ def full_disk(code=errno.ENOSPC):
 def test_a_full_disk_costs_one_warning(log, tmp_path, capsys):
     """Once there is room again, the gap is told."""
     run = log()
-    run.tell_status("running")
+    run.write_status("running")
     run.train(record(0, 1.0))
     with full_disk():
         for step in range(1, 4):
@@ -152,7 +152,7 @@ def test_a_full_disk_costs_one_warning(log, tmp_path, capsys):
     assert gap in capsys.readouterr().err and gap in (tmp_path / "log.txt").read_text()
     assert read_status(tmp_path) == {"status": "running", "why": None, "missing_steps": [(1, 3)]}
     run.close()
-    log(start=5).tell_status("running")  # a later life knows of it, too
+    log(start=5).write_status("running")  # a later life knows of it, too
     assert read_status(tmp_path)["missing_steps"] == [(1, 3)]
     assert "lacks steps 1 to 3" in capsys.readouterr().err
 
@@ -162,7 +162,7 @@ def test_a_gap_at_the_end_is_told_in_the_status(log, tmp_path):
     run.train(record(0, 1.0))
     with full_disk():
         run.train(record(1, 2.0))
-    run.tell_status("finished")
+    run.write_status("finished")
     assert read_status(tmp_path)["missing_steps"] == [(1, 1)]
 
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_written_never_raises(code, log, tmp_path, capsys):
     with full_disk(code):
         run.say("a line")
         run.train(record(0, 1.0))
-        run.tell_status("finished")
+        run.write_status("finished")
         run.dump("bad-step-00000001.json", {})
         run.close()
     assert "a line" in capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_nothing_is_written_through_a_link_or_into_a_fifo(name, log, tmp_path):
 def test_a_status_is_replaced_whatever_stands_in_its_place(log, tmp_path):
     os.mkfifo(tmp_path / "status.json")
     assert read_status(tmp_path)["status"] == "not known"
-    log().tell_status("running")
+    log().write_status("running")
     assert read_status(tmp_path)["status"] == "running"
 
 

@@ -25,9 +25,12 @@ from speedrun_mup.data.corpus import find_corpus, write_synthetic
 from speedrun_mup.data.shards import ShardError, read_shard
 from speedrun_mup.report import plot_loss_curve
 from speedrun_mup.training.checkpoint import CheckpointError
-from speedrun_mup.training.numerics import SpikeWatch, Vote
-from speedrun_mup.training.run import Run, pick_pack, stop_signals, train
+from speedrun_mup.training.memory import pick_pack
+from speedrun_mup.training.numerics import FiniteCheck, LossSpikeDetector
+from speedrun_mup.training.passes import Passes
+from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.run_folder import check_resumable, newest_unfinished
+from speedrun_mup.training.signals import stop_signals
 from speedrun_mup.training.tracking import read_metrics
 
 
@@ -272,7 +275,7 @@ LAGS = pytest.mark.parametrize("lag", [0, 1], ids=["at once", "a step late"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_non_finite_gradient_stops_before_the_update(tiny, opened, value, lag):
     until, run = opened(tiny(name="until", iterations=8)), opened(tiny(name="nan", iterations=8))
-    run.vote_lag, seen = lag, {}
+    run.recovery.lag, seen = lag, {}
 
     def observe(step, model, batches):
         poison(4, value=value)(step, model, batches)
@@ -303,13 +306,13 @@ def test_the_bad_step_is_dumped(tiny, opened):
         tokens = read_shard(run.corpus.directory / place["shard"])[place["first_token"] :][:128].tolist()
         bos = run.corpus.bos_token  # stands in front of a sequence that starts inside a document
         expected = tokens if tokens[0] == bos else [bos, *tokens[:-1]]
-        assert expected == run.batches.micro_batch(3 * 2 + i)[0].tolist()
+        assert expected == run.passes.batches.micro_batch(3 * 2 + i)[0].tolist()
 
 
 @LAGS
 def test_skipping_leaves_out_the_update_and_nothing_else(tiny, opened, lag):
     run, seen = opened(tiny(name="skip", on_nonfinite="skip", iterations=8)), {}
-    run.vote_lag = lag
+    run.recovery.lag = lag
 
     def observe(step, model, batches):
         seen[step] = state_of(run)
@@ -345,8 +348,8 @@ def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, op
 def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
     """Bad data at step 5, a checkpoint at step 4: steps 4 and on train on what follows that data, and a resume knows."""
     run = opened(tiny(name="back", on_nonfinite="rollback", iterations=9, save_every=2))
-    run.vote_lag, trained = lag, {}
-    bad = run.batches.micro_batch(5 * 4)[0]
+    run.recovery.lag, trained = lag, {}
+    bad = run.passes.batches.micro_batch(5 * 4)[0]
 
     def observe(step, model, batches):
         trained[step] = batches[0][0]
@@ -357,7 +360,7 @@ def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
     assert [step for step, _ in curve(run.folder)] == list(range(9))  # no line twice
     for step in range(9):
         data_step = step if step < 4 else step + 2
-        assert torch.equal(trained[step], run.batches.micro_batch(data_step * 4)[0])
+        assert torch.equal(trained[step], run.passes.batches.micro_batch(data_step * 4)[0])
     run.close()
     again = opened(tiny(name="back", on_nonfinite="rollback", iterations=9, save_every=2, resume=str(run.folder)))
     assert again.start == 9 and again.data_offset == 2
@@ -392,13 +395,13 @@ def test_rolling_back_without_a_checkpoint_says_what_is_missing(tiny, opened):
 def test_a_spike_is_told_and_a_resumed_run_tells_it_too():
     rng = random.Random(0)
     losses = [3 + rng.gauss(0, 0.01) for _ in range(200)]
-    watch = SpikeWatch()
-    assert [watch.see(loss) for loss in losses] == [None] * 200
+    watch = LossSpikeDetector()
+    assert [watch.update(loss) for loss in losses] == [None] * 200
     assert len(watch.history) == 128 and watch.history[-1] == losses[-1]
-    for each in (SpikeWatch(watch.history), watch):
-        assert "jumped to 3.1000; the last 128 were " in each.see(3.1)
-        assert each.see(3.02) is None
-    assert SpikeWatch([3.0] * 31).see(9.0) is None  # too few to say
+    for each in (LossSpikeDetector(watch.history), watch):
+        assert "jumped to 3.1000; the last 128 were " in each.update(3.1)
+        assert each.update(3.02) is None
+    assert LossSpikeDetector([3.0] * 31).update(9.0) is None  # too few to say
 
 
 @pytest.mark.slow
@@ -414,11 +417,11 @@ def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
     assert "warning: step 38: the loss jumped to" in (run.folder / "log.txt").read_text()
     run.close()
     again = opened(tiny(name="spike", iterations=40, on_nonfinite="skip", resume=str(run.folder)))
-    assert again.spikes.history == [loss for _, loss in curve(run.folder)]
+    assert again.recovery.spikes.history == [loss for _, loss in curve(run.folder)]
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(Run, "evaluate", lambda run, step: 3.0 if step == 0 else math.nan)
+    monkeypatch.setattr(Passes, "evaluate", lambda passes, step: 3.0 if step == 0 else math.nan)
     with pytest.raises(NonFiniteError, match="step 3: the validation loss is nan") as fault:
         train(tiny(name="a", save_every=1))
     folder = Path(tiny().out) / "a"
@@ -520,8 +523,8 @@ def test_adam_can_own_the_hidden_matrices(tiny):
 def test_micro_batches_are_summed_over_tokens_and_averaged(tiny, opened):
     """The gradient of N micro-batches is the mean over them of the gradient summed over tokens (record26: AVG of SUMs)."""
     run = opened(tiny())
-    batches = next(run.batches.stream(0, 0, 1))
-    run.accumulate_gradients(batches, 0)
+    batches = next(run.passes.batches.stream(0, 0, 1))
+    run.passes.accumulate_gradients(batches, 0)
     accumulated = run.model.lm_head.weight.grad.clone()
     run.model.zero_grad()
     for inputs, targets in batches:
@@ -612,10 +615,10 @@ def test_a_mixture_trains_and_resumes(tiny, tmp_path):
 
 def test_training_time_counts_the_wait_for_a_step_that_the_device_still_works_on(tiny, monkeypatch):
     """As on a GPU, whose verdict on a step is read during the next one."""
-    read = Vote.read
-    monkeypatch.setattr(Vote, "read", lambda vote: time.sleep(0.1) or read(vote))
+    read = FiniteCheck.read
+    monkeypatch.setattr(FiniteCheck, "read", lambda check: time.sleep(0.1) or read(check))
     with closing(Run(tiny(), World())) as run:
-        run.vote_lag = 1
+        run.recovery.lag = 1
         run.train()
     assert run.train_s > 0.1 * run.cfg.iterations
 

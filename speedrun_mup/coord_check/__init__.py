@@ -52,7 +52,7 @@ from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import train_batches
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.pictures import picture, plain
-from speedrun_mup.training.run import build_optimizers, model_config
+from speedrun_mup.training.build import build_optimizers, model_config
 
 Array = NDArray[np.float64]
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable
-from speedrun_mup.interrupts import after_imports
 from speedrun_mup.sweep.cost import Pace
 from speedrun_mup.sweep.engines import Engine
 from speedrun_mup.sweep.folder import (
@@ -36,6 +32,7 @@ from speedrun_mup.sweep.measure import made_differently
 from speedrun_mup.sweep.result import CellResult, Failure, mean_losses, place_of
 from speedrun_mup.sweep.spec import Cell, Sweep
 from speedrun_mup.training.flops import model_shape, run_flops
+from speedrun_mup.training.signals import signals_interrupt
 from speedrun_mup.training.tracking import clock, source_sha256
 
 ATTEMPTS = 3  # a cell that fails is tried again twice
@@ -137,7 +134,7 @@ def run_sweep(
         if sweep.adaptive:  # where an earlier call refined the grid, new seeds follow
             points = {key: points[key] | set(losses) for key, losses in rounds.curves(points).items()}
         try:
-            with _signals_interrupt():
+            with signals_interrupt():
                 while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
                     curves = rounds.curves(points)
                     more = {key: points[key] | next_points(curves[key], sweep.octaves, sweep.refine) for key in points}
@@ -280,24 +277,3 @@ class _Progress:
     def close(self) -> None:
         """Leave the terminal in order."""
         self._bar.close()
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 raise KeyboardInterrupt with their name, but in other threads than the main one."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        def stop() -> None:
-            raise KeyboardInterrupt(signal.Signals(number).name)
-
-        after_imports(stop, frame)
-
-    previous = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                previous[number] = signal.signal(number, interrupt)
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

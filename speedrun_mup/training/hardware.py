@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +18,6 @@ from speedrun_mup.core.attention import Flex
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.kernels.fp8 import GRANULE, has_fp8
 from speedrun_mup.core.utils import is_out_of_memory
-
-TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forward pass takes at most, by itself
 
 
 @contextmanager
@@ -150,62 +147,3 @@ def use_compile_cache(folder: Path) -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-
-
-def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
-    """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --strict cannot be kept."""
-    share = max(cfg.micro_batches // world_size, 1)
-    if cfg.strict:
-        if world_size > 1 and share & (share - 1):
-            raise ConfigError(
-                f"{share} micro-batches per process are no branch of the tree that --strict sums in; start 1 process, or "
-                "so many that each has 1, 2, 4, 8, ... of them"
-            )
-        return 1
-    if cfg.pack:
-        return min(cfg.pack, share)
-    fits = TOKENS_AT_ONCE[device.type] // cfg.micro_batch_tokens
-    return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
-
-
-def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
-    """`cfg` with as many tokens in one forward pass as `fits` says do fit, for the same tokens in a step.
-
-    At first fewer micro-batches go side by side, which changes nothing but rounding; then they get half as long and twice
-    as many, which puts other tokens into a step. ConfigError if not even one block fits.
-    """
-    cfg = replace(cfg, micro_batch="fixed", pack=pack)
-    while not fits(cfg):
-        if cfg.pack > 1:
-            cfg = replace(cfg, pack=cfg.pack // 2)
-        else:
-            half = half_in_blocks(cfg.micro_batch_tokens, cfg.block_size)
-            if 2 * half != cfg.micro_batch_tokens:
-                raise _too_large("a micro-batch", cfg.micro_batch_tokens, cfg.block_size)
-            cfg = replace(cfg, micro_batch_tokens=half, micro_batches=2 * cfg.micro_batches)
-    return cfg
-
-
-def fit_val_chunk(cfg: TrainConfig, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
-    """`cfg` with as many tokens in a validation chunk as `fits` says do fit. ConfigError if not even one block fits.
-
-    A document that begins in the chunk before is seen without its beginning, which more documents then are.
-    """
-    while not fits(cfg):
-        half = half_in_blocks(cfg.val_chunk_tokens, cfg.block_size)
-        if not half:
-            raise _too_large("a validation chunk", cfg.val_chunk_tokens, cfg.block_size)
-        cfg = replace(cfg, val_chunk_tokens=half)
-    return cfg
-
-
-def half_in_blocks(tokens: int, block_size: int) -> int:
-    """Half of `tokens`, rounded down to whole blocks."""
-    return tokens // (2 * block_size) * block_size
-
-
-def _too_large(what: str, tokens: int, block_size: int) -> ConfigError:
-    return ConfigError(
-        f"{what} of {tokens} tokens does not fit into memory and cannot be halved: "
-        f"it must be a multiple of block_size={block_size}; use a smaller --width"
-    )

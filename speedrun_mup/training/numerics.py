@@ -23,7 +23,7 @@ JUDGED_SHARE = 0.1  # of the steps so far; the median of their losses is judged
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepStatus:
     """What all ranks agreed on. loss: summed over ranks; bad: something is not finite; stop: someone must.
 
     grad_norm: of the gradient summed over ranks, all parameters together.
@@ -35,20 +35,20 @@ class Verdict:
     grad_norm: float
 
 
-class Vote:
+class FiniteCheck:
     """One step's all-reduced loss, finiteness and wish to stop. Nothing here makes the host wait for the device.
 
-    good: a boolean scalar on the device, for the optimizers. `read` waits; a step later there is nothing to wait for.
+    is_finite: a boolean scalar on the device, for the optimizers. `read` waits; a step later there is nothing to wait for.
     """
 
     def __init__(self, step: int, gradients: dict[str, Tensor], loss_sum: Tensor, stop: bool, world: World):
         self.step, self.names, self.loss_sum = step, list(gradients), loss_sum
-        self.norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
-        bad = ~(self.norms.isfinite().all() & loss_sum.isfinite())
+        self._norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients.values()))])
+        bad = ~(self._norms.isfinite().all() & loss_sum.isfinite())
         vote = torch.stack([loss_sum.nan_to_num(0, 0, 0), bad.float(), torch.full_like(loss_sum, float(stop))])
         world.all_reduce(vote).wait()
-        self.good = vote[1] == 0
-        self._told = [_to_host(vote), _to_host(torch.linalg.vector_norm(self.norms))]
+        self.is_finite = vote[1] == 0
+        self._told = [_to_host(vote), _to_host(torch.linalg.vector_norm(self._norms))]
         self._arrived = _arrival(vote)
 
     def sum_norms(self, squares: Iterable[Tensor], world: World) -> None:
@@ -63,16 +63,16 @@ class Vote:
             self._told[1] = _to_host(total.sqrt())
             self._arrived = _arrival(total)
 
-    def read(self) -> Verdict:
+    def read(self) -> StepStatus:
         """What was decided; the same on all ranks."""
         if self._arrived:
             self._arrived.synchronize()
         loss, bad, stop = self._told[0].tolist()
-        return Verdict(loss, bad > 0, stop > 0, self._told[1].item())
+        return StepStatus(loss, bad > 0, stop > 0, self._told[1].item())
 
-    def evidence(self) -> dict[str, float]:
+    def norms(self) -> dict[str, float]:
         """This rank's loss, as "the loss", and the norm of every gradient."""
-        return {"the loss": self.loss_sum.item(), **dict(zip(self.names, self.norms.tolist(), strict=True))}
+        return {"the loss": self.loss_sum.item(), **dict(zip(self.names, self._norms.tolist(), strict=True))}
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ def _arrival(tensor: Tensor) -> Any:
     return event
 
 
-def not_finite(evidence: dict[str, float]) -> list[str]:
+def not_finite(norms: dict[str, float]) -> list[str]:
     """The names of the values that are not finite; a loss that is not says nothing more than its gradients do."""
-    names = [name for name, value in evidence.items() if not math.isfinite(value)]
+    names = [name for name, value in norms.items() if not math.isfinite(value)]
     return names[1:] if names[1:] and names[0] == "the loss" else names
 
 
-class SpikeWatch:
+class LossSpikeDetector:
     """Tells when a loss lies SPIKE_SIGMAS standard deviations above the mean of the last SPIKE_WINDOW.
 
     history: the losses so far, of a resumed run.
@@ -108,7 +108,7 @@ class SpikeWatch:
         """The losses that the next one is compared with."""
         return list(self._losses)
 
-    def see(self, loss: float) -> str | None:
+    def update(self, loss: float) -> str | None:
         """What there is to say about the next loss, if it is a spike."""
         losses = self.history
         self._losses.append(loss)

@@ -8,20 +8,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.config import TrainConfig, from_json, to_json
+from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.core.utils import World
 from speedrun_mup.data.shards import Corpus
-from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_text
+from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_text, write_whole
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from speedrun_mup.training.ranks import attempt, on_main, unwrap
 from speedrun_mup.training.schedules import lr_factor
-from speedrun_mup.training.tracking import CONFIG, LOG, METRICS, PROVENANCE, launch, lives, read_metrics, read_status
+from speedrun_mup.training.tracking import (
+    CONFIG,
+    LOG,
+    METRICS,
+    PROVENANCE,
+    RunLog,
+    launch,
+    lives,
+    provenance,
+    read_metrics,
+    read_status,
+)
 
 # What a resumed run may change: where it runs and what it shows, not what it computes. The data may have moved, because
 # their fingerprint is compared.
@@ -110,6 +125,124 @@ def _is_at(path: Path, held: os.stat_result) -> bool:
     except OSError:
         return False
     return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run at work in it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """The folder that a run works in, and on rank 0 its lock; from `open_log` on, its log.
+
+    Args:
+        cfg: the settings of the run: a new folder is made, or that of `resume` reopened.
+        world: all its ranks make one.
+        lock: rank 0's of the folder to resume, if it holds it already; `close` closes it.
+
+    Raises:
+        ConfigError: on all ranks, if the folder is in use, holds a run already, or cannot be written.
+    """
+
+    log: RunLog
+
+    def __init__(self, cfg: TrainConfig, world: World, lock: FolderLock | None = None):
+        self.world, self.lock = world, lock
+
+        def open_it() -> Path:
+            self.lock = lock or _open_folder(cfg)
+            return self.lock.find()
+
+        self.path: Path = on_main(world, open_it)
+
+    def open_log(self, cfg: TrainConfig, start: int) -> None:
+        """Open the log of a run from step `start`; then write its provenance and config.json, with which a run exists.
+
+        A resumed run's config.json is told what the resume changed for good. Raises ConfigError on all ranks.
+        """
+
+        def open_it() -> RunLog:
+            main, settings = self.world.is_main, dataclasses.asdict(cfg)
+            log = RunLog(self.path, cfg.iterations, start, main, cfg.progress, cfg.track, settings)
+            if main:
+                _note_start(cfg, self.path, start)
+            return log
+
+        log = attempt(open_it)
+        on_main(self.world, lambda: unwrap(log) and None)
+        self.log = unwrap(log)
+
+    def find(self) -> bool:
+        """Have rank 0's log write where the folder is now. False if that is not known, so that another's is left alone."""
+        if self.lock:
+            try:
+                self.log.move(self.lock.find())
+            except UserError:
+                return False
+        return True
+
+    def follow(self) -> Path:
+        """Work on in the folder under its new name, if somebody renamed it; returns it. UserError on all ranks if it is lost."""
+        found: Path = on_main(self.world, lambda: self.lock and self.lock.find())
+        if found != self.path:
+            self.log.move(found)
+            self.log.say(f"{printable(self.path)} was renamed to {printable(found)}; the run goes on there")
+            self.path = found
+        return found
+
+    def write_status(self, status: str, why: str | None = None) -> None:
+        """Write status.json, because torchrun hides the exit codes of its ranks.
+
+        status: running, finished, stopped, diverged, failed.
+        """
+        if self.find():
+            self.log.write_status(status, why)
+
+    def close(self) -> None:
+        """Close the log and let others into the folder."""
+        self.log.close()
+        if self.lock:
+            self.lock.close()
+
+
+def _open_folder(cfg: TrainConfig) -> FolderLock:
+    """Make or, to resume, reopen the run's folder, and lock it."""
+    moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+    made = f"{cfg.parametrization}-w{cfg.width}-s{cfg.seed}-{moment}"
+    folder = Path(cfg.resume) if cfg.resume else Path(cfg.out) / (cfg.name or made)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+    except OSError as fault:
+        raise _cannot_write(cfg, folder, fault) from None
+    if not cfg.resume and os.path.lexists(folder / CONFIG):
+        lock.close()
+        raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
+    return lock
+
+
+def _note_start(cfg: TrainConfig, folder: Path, start: int) -> None:
+    """Write provenance.json and config.json."""
+    before = saved_config(folder) if cfg.resume else None
+    now = dataclasses.replace(before, **{name: getattr(cfg, name) for name in LASTING}) if before else cfg
+    changed = {name: [getattr(before, name), getattr(now, name)] for name in LASTING if before and before != now}
+    life = provenance(sys.argv) | {
+        "from_step": start,
+        "changed": {k: v for k, v in changed.items() if v[0] != v[1]},
+    }
+    try:
+        with open_to_append(folder / PROVENANCE) as file:
+            file.write(json.dumps(life) + "\n")
+    except OSError as fault:
+        raise _cannot_write(cfg, folder, fault) from None
+    if now != before:
+        write_whole(folder / CONFIG, to_json(now) + "\n", "choose another folder with --out")
+
+
+def _cannot_write(cfg: TrainConfig, folder: Path, fault: OSError) -> ConfigError:
+    where = printable(fault.filename or folder)
+    advice = "go on in a copy of its folder, with --resume" if cfg.resume else "choose another with --out"
+    return ConfigError(f"{where} cannot be written ({fault.strerror}); {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -279,13 +279,13 @@ class RunLog:
         """Go on in `folder`, which is the same one under a new name."""
         self._folder = folder
 
-    def tell_status(self, status: str, why: str | None = None) -> None:
+    def write_status(self, status: str, why: str | None = None) -> None:
         """Write status.json, because torchrun hides the exit codes of its ranks. status: running, finished, stopped, failed."""
         if self._main:
             self._status = {"status": status, "why": why, "pid": os.getpid()}
-            self._write_status()
+            self._update_status()
 
-    def _write_status(self) -> None:
+    def _update_status(self) -> None:
         missing = self.missing + ([(min(self._lost), max(self._lost))] if self._lost else [])
         told = {**self._status, "time": time.time(), **({"missing_steps": missing} if missing else {})}
         fault = _write_json(self._folder / STATUS, told)
@@ -363,7 +363,7 @@ class RunLog:
         self.missing.append(gap)
         self._warn(f"warning: {METRICS} can be written again; it lacks steps {spans([gap])}")
         if self._status:
-            self._write_status()
+            self._update_status()
 
     def _write_log(self, text: str) -> None:
         try:

@@ -43,7 +43,8 @@ from speedrun_mup.core.utils import World
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.shards import ShardError, measure_shard, read_shard, write_manifest, write_shard
 from speedrun_mup.training.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
-from speedrun_mup.training.run import STATE_BEFORE, Run, train
+from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
+from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.run_folder import FREE_TO_CHANGE, check_resumable
 from speedrun_mup.training.tracking import read_metrics
 
@@ -224,7 +225,7 @@ def test_row_18_a_checkpoint_of_version_0_1_0_resumes(tiny):
     train(cut, leave)
     path = folder_of(cut) / "checkpoints" / "step-00000004"
     state = json.loads((path / STATE).read_text())
-    for key in STATE_BEFORE:
+    for key in DEFAULTS_FOR_OLD_CHECKPOINTS:
         del state[key]
     for key in ("strict", "on_nonfinite", "keep_every", "timeout_s"):
         del state["config"][key]

@@ -1,0 +1,117 @@
+"""What a run is built of: its corpus, the model on its device, and the optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.distributed import World
+from speedrun_mup.core.errors import CollectiveError, UserError
+from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.optimizers import DistAdam, GroupHyperparams, Muon, ShardedOptimizer, param_groups
+from speedrun_mup.data.corpus import cache_folder, find_corpus
+from speedrun_mup.data.shards import Corpus
+from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
+from speedrun_mup.training.memory import translate_oom
+from speedrun_mup.training.ranks import on_main
+from speedrun_mup.training.schedules import window_blocks
+
+
+def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
+    """The corpus that `cfg` names and a line about it. Rank 0 comes first, because it may have to write the corpus."""
+
+    def find() -> tuple[Corpus, str]:
+        try:
+            return find_corpus(cfg.data, cfg.tokenizer)
+        except UserError as fault:
+            if cfg.resume:
+                raise type(fault)(f"{fault}; if the data moved, add --data and their new place") from None
+            raise
+
+    found: tuple[Corpus, str] = on_main(world, find)
+    return found
+
+
+class BuiltModel(NamedTuple):
+    """A model on its device, whether it is compiled, and a line about what was chosen for the device and why."""
+
+    model: GPT
+    compiled: bool
+    choices: str
+
+
+def build_model(cfg: TrainConfig, corpus: Corpus, world: World) -> BuiltModel:
+    """The model with its first weights. Raises OutOfMemory; ConfigError for what this device cannot do."""
+    use_compile_cache(cache_folder() / "compiled")
+    with translate_oom(cfg, 0, "model"):
+        compiled, why_compiled = pick_compile(cfg, world.device)
+        dtype = pick_dtype(cfg, world.device)
+        attention, why_attention = pick_attention(cfg, world.device, dtype, compiled)
+        fp8, why_head = pick_fp8(cfg, world.device, dtype, compiled)
+        model = GPT(model_config(cfg, corpus, attention, dtype, fp8), cfg.seed).to(world.device)
+    if compiled:
+        model.compile_parts()
+    precision = str(dtype).removeprefix("torch.")
+    choices = (
+        f"device: {world.size} x {world.device.type}, {precision}; {'' if compiled else 'not '}compiled ({why_compiled}); "
+        f"attention {attention} ({why_attention}); head in {'fp8' if fp8 else precision} ({why_head})"
+    )
+    return BuiltModel(model, compiled, choices)
+
+
+def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.dtype, fp8: bool = False) -> GPTConfig:
+    """The model that `cfg` describes, for the vocabulary of `corpus`."""
+    return GPTConfig(
+        vocab_size=corpus.vocab_size,
+        bos_token=corpus.bos_token,
+        n_layer=cfg.n_layer,
+        width=cfg.width,
+        base_width=cfg.base_width or cfg.width,
+        head_dim=cfg.head_dim,
+        block_size=cfg.block_size,
+        parametrization=cfg.parametrization,
+        embed_dtype=dtype,
+        attention=attention,
+        fp8=fp8,
+        widest_window=window_blocks(1.0, cfg.window_tokens, cfg.block_size),
+    )
+
+
+def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
+    """What each parameter group was tuned to at base width."""
+
+    def tuned(lr: float, optimizer: str = "adam", eps: float = cfg.adam_eps) -> GroupHyperparams:
+        return GroupHyperparams(optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps)
+
+    return {
+        "embed": tuned(cfg.embed_lr),
+        "value_embed": tuned(cfg.embed_lr),
+        "matrix": tuned(cfg.matrix_lr, cfg.hidden_optimizer),
+        "head": tuned(cfg.head_lr),
+        "scalar": tuned(cfg.scalar_lr, eps=cfg.scalar_eps),
+    }
+
+
+def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool = False) -> list[ShardedOptimizer]:
+    """DistAdam and, unless Adam has the hidden matrices too, Muon."""
+    groups = param_groups(model, model.cfg.table, tuned_values(cfg))
+    optimizers: list[ShardedOptimizer] = [DistAdam(groups["adam"], world, betas=(cfg.adam_beta1, cfg.adam_beta2))]
+    if "muon" in groups:
+        optimizers.append(Muon(groups["muon"], world, momentum=cfg.momentum))
+    for optimizer in optimizers if compiled else ():
+        optimizer.compile_parts()
+    return optimizers
+
+
+def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
+    """CollectiveError unless all ranks have the same settings, data and versions."""
+    mine = {"torch": torch.__version__, "corpus": corpus.fingerprint, **dataclasses.asdict(cfg)}
+    for rank, theirs in enumerate(world.gather_objects(mine)):
+        differ = [key for key in mine if theirs.get(key) != mine[key]]
+        if differ:
+            raise CollectiveError(
+                f"ranks {world.rank} and {rank} differ in {', '.join(differ)}; start all with one command"
+            )

@@ -1,0 +1,185 @@
+"""Forward and backward passes: which micro-batches go through the model together, and what comes out of them."""
+
+# T tokens of a micro-batch, N micro-batches of a step over all ranks
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.core.attention import Window
+from speedrun_mup.core.device import is_out_of_memory
+from speedrun_mup.core.distributed import TreeSum, World
+from speedrun_mup.data.batches import Batch, Batches, ValBatches, train_batches
+from speedrun_mup.data.shards import Corpus
+from speedrun_mup.data.tokenizers import bytes_of_tokens
+from speedrun_mup.training.build import build_model
+from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack, translate_oom
+from speedrun_mup.training.schedules import window_blocks
+
+
+class Passes:
+    """The model and the data that go through it: gradients of a step, losses of validation.
+
+    Args:
+        cfg: the settings; those of sizes may be lowered by `fit`.
+        corpus: the data.
+        world: this rank takes its share of every step and of validation.
+    """
+
+    batches: Batches
+    val_batches: ValBatches
+
+    def __init__(self, cfg: TrainConfig, corpus: Corpus, world: World):
+        self.corpus, self.world = corpus, world
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext  # a benchmark puts a stopwatch here
+        self.configure_batches(cfg)
+        self.model, self.compiled, self._choices = build_model(cfg, corpus, world)
+
+    def fit(self) -> TrainConfig:
+        """Choose how many micro-batches go side by side, and with --micro-batch auto all sizes; the settings in force."""
+        cfg = self.cfg
+        self.pack = pick_pack(cfg, self.world.size, self.world.device)
+        if cfg.micro_batch == "auto":
+            self.configure_batches(fit_val_chunk(fit_micro_batch(cfg, self.pack, self.fits), self.val_fits))
+        return self.cfg
+
+    def describe(self) -> str:
+        """What was chosen for this device, and why."""
+        cfg = self.cfg
+        return (
+            f"{self._choices}; {self.pack} of {cfg.micro_batches} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
+            f"{cfg.val_chunk_tokens:,} in validation"
+        )
+
+    def configure_batches(self, cfg: TrainConfig) -> None:
+        """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
+        self.cfg, self.pack = cfg, cfg.pack
+        self.batches = train_batches(
+            self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs, cfg.data_order
+        )
+        self.batches.share(self.world.size)  # raises now, before there is a folder
+        if cfg.epochs:
+            self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
+        self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
+
+    def fits(self, cfg: TrainConfig) -> bool:
+        """Whether a step's passes of `cfg`, beside the optimizers' state, fit into every rank's memory.
+
+        Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them. The
+        window is that of the last step, the widest.
+        """
+        self.configure_batches(cfg)
+        with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
+            micro_batches = next(stream)[: None if cfg.strict else 2 * self.pack]
+            return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, cfg.iterations - 1))
+
+    def val_fits(self, cfg: TrainConfig) -> bool:
+        """Whether a validation chunk of `cfg`, beside the optimizers' state, fits into every rank's memory."""
+        self.configure_batches(cfg)
+        return self._has_memory_for(lambda: self.chunk_loss(0, cfg.iterations))
+
+    def _has_memory_for(self, work: Callable[[], object]) -> bool:
+        """Whether every rank can do `work`, beside the optimizers' state."""
+        fits = True
+        try:
+            state = sum(2 * p.numel() * p.element_size() for p in self.model.parameters()) // self.world.size
+            reserved = torch.empty(state, dtype=torch.uint8, device=self.world.device)
+            work()
+            del reserved
+        except (RuntimeError, MemoryError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            fits = False
+        self.model.zero_grad(set_to_none=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not all(self.world.gather_objects(fits)):
+            torch.compiler.reset()  # a function keeps the code of 8 sizes; the next ones would run uncompiled
+            return False
+        return True
+
+    def window(self, step: int) -> Window:
+        """The long attention window at `step`, in blocks; a tensor where the graph must not depend on its value."""
+        blocks = window_blocks(step / self.cfg.iterations, self.cfg.window_tokens, self.cfg.block_size)
+        if not self.compiled:
+            return blocks
+        # unlike torch.tensor, does not synchronise
+        return torch.full((), blocks, dtype=torch.int32, device=self.world.device)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle.
+
+        Only CUDA does not wait for the copy: MPS may read what is gone by then.
+        """
+        device, on_cuda = self.world.device, self.world.device.type == "cuda"
+        inputs, targets = (tokens.pin_memory() if on_cuda else tokens for tokens in batch)
+        return inputs.to(device, non_blocking=on_cuda), targets.to(device, non_blocking=on_cuda)
+
+    def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> Tensor:
+        """Backward through this rank's micro-batches; returns their summed loss, a scalar on the device.
+
+        As in the record, the gradient is that of the loss summed over T tokens and averaged over the N micro-batches,
+        on whichever rank. Micro-batches start with a BOS, so several in a row are the same as several in turn.
+        """
+        if self.cfg.strict:
+            return self._accumulate_as_tree(micro_batches, step)
+        window, total = self.window(step), torch.zeros((), device=self.world.device)
+        for first in range(0, len(micro_batches), self.pack):
+            group = micro_batches[first : first + self.pack]
+            inputs, targets = self.to_device((torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])))
+            with self.phase("forward"):
+                loss = self.model(inputs, targets, window)
+            with self.phase("backward"):
+                (loss / self.cfg.micro_batches).backward()
+            total += loss.detach()
+        return total
+
+    def _accumulate_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
+        """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
+        window, tree = self.window(step), TreeSum()
+        for batch in micro_batches:
+            with self.phase("forward"):
+                loss = self.model(*self.to_device(batch), window)
+            with self.phase("backward"):
+                (loss / self.cfg.micro_batches).backward()
+            tree.add([loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)])
+            reached = [p for p in self.model.parameters() if p.grad is not None]
+            self.model.zero_grad(set_to_none=True)
+        loss, *gradients = tree.total()
+        for parameter, gradient in zip(reached, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    @torch.no_grad()
+    def chunk_loss(self, chunk: int, step: int) -> Tensor:
+        """Summed loss of a chunk of the validation tokens, a scalar on the device."""
+        loss: Tensor = self.model(*self.to_device(self.val_batches[chunk]), self.window(step))
+        return loss
+
+    def evaluate(self, step: int) -> float:
+        """Mean validation loss with the window of `step`. Ranks share the chunks, which are summed in a fixed order."""
+        losses = torch.zeros(len(self.val_batches), device=self.world.device)
+        with translate_oom(self.cfg, step, "validation"):
+            for chunk in range(self.world.rank, len(losses), self.world.size):
+                losses[chunk] = self.chunk_loss(chunk, step)
+        self.world.all_reduce(losses).wait()
+        return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
+
+    @functools.cached_property
+    def tokens_per_byte(self) -> float | None:
+        """Validation tokens for each byte of their text, on rank 0; None if the tokenizer does not tell bytes.
+
+        BOS tokens have no bytes, and their loss counts all the same.
+        """
+        lengths = bytes_of_tokens(self.corpus) if self.world.is_main else None
+        if lengths is None:
+            return None
+        size = sum(int(lengths[self.val_batches[i][1].numpy()].sum()) for i in range(len(self.val_batches)))
+        return len(self.val_batches) * self.cfg.val_chunk_tokens / size if size else None
