@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import gc
 import gzip
 import io
 import itertools
@@ -443,9 +444,13 @@ class DocumentReader:
             )
         repo, config, split = matched.groups()
         datasets = import_extra("datasets", "load_dataset", "this source", "text")
-        rows = datasets.load_dataset(repo, config, split=split or "train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{printable(name)}, row {number:,}", *self._field_of(row)
+        rows = iter(datasets.load_dataset(repo, config, split=split or "train", streaming=True))
+        try:
+            for number, row in enumerate(rows, 1):
+                yield f"{printable(name)}, row {number:,}", *self._field_of(row)
+        finally:  # Arrow aborts the process if its scanner is collected only when Python ends (apache/arrow issue 45214)
+            del rows
+            gc.collect()
 
     def _field_of(self, record: Any) -> tuple[str, str]:
         """The text of a record, and why it has none."""
