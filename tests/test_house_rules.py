@@ -158,3 +158,14 @@ def test_the_readme_names_every_command_and_links_to_what_exists():
         assert path.stem == "__init__" or re.search(rf"\b{name}\b", readme), f"README.md does not mention {name}"
     for target in re.findall(r"\]\((?!http)([^)#]+)", readme):
         assert (ROOT / target).exists(), target
+
+
+def test_the_log_has_a_dated_result_per_entry_in_six_lines_at_most():
+    entries = re.split(r"^(?=## )", (ROOT / "docs" / "LOG.md").read_text(), flags=re.M)[1:]
+    heads = [re.fullmatch(r"## (\d{4}-\d\d-\d\d): .+", entry.splitlines()[0]) for entry in entries]
+    assert all(heads), [entry.splitlines()[0] for entry, head in zip(entries, heads, strict=True) if not head]
+    dates = [head[1] for head in heads]
+    assert dates == sorted(dates, reverse=True), "the newest entry comes first"
+    for entry in entries:
+        lines = entry.strip().splitlines()
+        assert len(lines) <= 8 and all(len(line) <= 120 for line in lines), f"too long: {lines[0]}"
