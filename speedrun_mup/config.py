@@ -1,4 +1,4 @@
-"""Every setting of a training run, declared once: its default, type, flag and help all come from one field.
+"""Every setting of a training run, declared once: its flag, its checks, and what it means for a resume come from one field.
 
 Imports no torch, so that `--help` and a misspelt flag answer at once.
 """
@@ -9,246 +9,378 @@ import argparse
 import dataclasses
 import json
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import LARGEST, Parser
-
-
-def setting(
-    group: str, help: str, default: Any, choices: Sequence[str] = (), shorthand: Mapping[str, str] | None = None
-):
-    """A field of TrainConfig with what its flag needs. shorthand: {flag: value}, such as {"--mup": "mup"}."""
-    metadata = {"group": group, "help": help, "choices": tuple(choices), "shorthand": dict(shorthand or {})}
-    return field(default=default, metadata=metadata)
-
+from speedrun_mup.presets import PRESETS
+from speedrun_mup.settings import (
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Setting,
+    add_flags,
+    at_least,
+    at_most,
+    problems,
+    setting,
+    settings_of,
+    value_types,
+)
 
 TABLES = ("mup", "sp", "record26", "muon-over-m", "muon-sqrt-m", "adam-constant", "head-sqrt")
+COUNT = (at_most(2**20), at_least(1))
+TOKENS = (at_most(2**31), at_least(1))
+STEPS = (at_most(LARGEST), at_least(0))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 
-    width: int = setting("model", "residual width; a multiple of --head-dim", 768)
+    width: int = setting("scaling", "residual width; a multiple of --head-dim", 768, affects="result", valid=COUNT)
     base_width: int | None = setting(
-        "model",
+        "scaling",
         "width that the learning rates were tuned at; switches muP on (default: the preset's with muP, else --width)",
         None,
+        affects="result",
+        valid=COUNT,
     )
     parametrization: str = setting(
-        "model", "rule table for scaling with width; --mup is short for mup", "record26", TABLES, {"--mup": "mup"}
+        "scaling",
+        "rule table for scaling with width; --mup is short for mup",
+        "record26",
+        affects="result",
+        choices=TABLES,
+        shorthand={"--mup": "mup"},
     )
-    n_layer: int = setting("model", "layers; even, at least 6", 12)
-    head_dim: int = setting("model", "size of an attention head", 128)
-    block_size: int = setting("model", "granularity of the attention window, in tokens", 128)
-    window_tokens: int = setting("model", "long attention window at the end of training; it grows from one block", 1728)
 
-    iterations: int = setting("training", "optimizer steps", 1750)
-    micro_batch_tokens: int = setting("training", "tokens of one micro-batch; a multiple of --block-size", 49152)
-    micro_batches: int = setting("training", "micro-batches of a step, over all ranks; a multiple of the rank count", 8)
-    pack: int = setting("training", "micro-batches that one forward pass takes side by side; 0 chooses", 0)
-    micro_batch: str = setting(
+    n_layer: int = setting(
+        "model",
+        "layers; even, at least 6",
+        12,
+        affects="result",
+        valid=(at_most(4096), at_least(1)),  # nothing is allocated yet, but every layer is built
+    )
+    head_dim: int = setting("model", "size of an attention head", 128, affects="result", valid=COUNT)
+    block_size: int = setting(
+        "model", "granularity of the attention window, in tokens", 128, affects="result", valid=TOKENS
+    )
+    window_tokens: int = setting(
+        "model",
+        "long attention window at the end of training; it grows from one block",
+        1728,
+        affects="result",
+        valid=TOKENS,
+    )
+
+    micro_batch_tokens: int = setting(
+        "batch", "tokens of one micro-batch; a multiple of --block-size", 49152, affects="result", valid=TOKENS
+    )
+    micro_batches: int = setting(
+        "batch",
+        "micro-batches of a step, over all ranks; a multiple of the rank count",
+        8,
+        affects="result",
+        valid=COUNT,
+    )
+    pack: int = setting(
+        "batch",
+        "micro-batches that one forward pass takes side by side; 0 chooses",
+        0,
+        affects="speed",
+        valid=(at_most(2**20), at_least(0)),
+    )
+
+    seed: int = setting(
         "training",
-        "auto: until a step fits the device's memory, halve --pack, then --micro-batch-tokens (with twice the "
-        "--micro-batches); until a validation pass fits, halve --val-chunk-tokens",
-        "fixed",
-        ("fixed", "auto"),
+        "fixes the initial weights and the order of the data (see --data-order)",
+        0,
+        affects="result",
+        valid=(at_least(0),),
     )
-    seed: int = setting("training", "fixes the initial weights and the order of the data (see --data-order)", 0)
-
     strict: bool = setting(
         "training",
         "sum gradients in a fixed tree over micro-batches, with deterministic kernels: the same bits on any number of ranks",
         False,
+        affects="result",
     )
     on_nonfinite: str = setting(
         "training",
         "when the loss or a gradient is not finite: stop, skip the step, or roll back to the last checkpoint and leave "
         "the data out",
         "stop",
-        ("stop", "skip", "rollback"),
+        affects="result",
+        on_resume="free",
+        choices=("stop", "skip", "rollback"),
+    )
+    micro_batch: str = setting(
+        "training",
+        "auto: until a step fits the device's memory, halve --pack, then --micro-batch-tokens (with twice the "
+        "--micro-batches); until a validation pass fits, halve --val-chunk-tokens",
+        "fixed",
+        affects="result",
+        choices=("fixed", "auto"),
     )
 
-    matrix_lr: float = setting("optimizer", "hidden matrices", 0.05)
-    embed_lr: float = setting("optimizer", "embedding and value embeddings", 0.6)
-    head_lr: float = setting("optimizer", "readout", 0.22)
-    scalar_lr: float = setting("optimizer", "skip weights and mixing coefficients", 0.04)
-    lr_scale: float = setting("optimizer", "one factor on all four learning rates: the knob that a sweep turns", 1.0)
-    hidden_optimizer: str = setting("optimizer", "who updates the hidden matrices", "muon", ("muon", "adam"))
-    adam_beta1: float = setting("optimizer", "first moment decay", 0.8)
-    adam_beta2: float = setting("optimizer", "second moment decay", 0.95)
-    adam_eps: float = setting("optimizer", "for gradients summed over a micro-batch's tokens", 1e-10)
-    scalar_eps: float = setting("optimizer", "the scalars'; 1e-10 turns their first, noisy gradient into a kick", 1e-10)
-    weight_decay: float = setting("optimizer", "decoupled; multiplied by the learning rate", 0.0)
-    momentum: float = setting("optimizer", "Muon's, after warmup", 0.95)
-    momentum_start: float = setting("optimizer", "Muon's, at step 0", 0.85)
-    momentum_warmup: int = setting("optimizer", "steps from the one to the other", 300)
-    cooldown: float = setting("optimizer", "last fraction of training in which the learning rate falls", 0.45)
-    lr_floor: float = setting("optimizer", "where it falls to, as a fraction", 0.10)
-
-    data: str = setting(
-        "data", "auto, embedded, synthetic, a folder of shards, or several with weights: a:0.7,b:0.3", "auto"
+    matrix_lr: float = setting("optimizer", "hidden matrices", 0.05, affects="result", valid=(POSITIVE,))
+    embed_lr: float = setting("optimizer", "embedding and value embeddings", 0.6, affects="result", valid=(POSITIVE,))
+    head_lr: float = setting("optimizer", "readout", 0.22, affects="result", valid=(POSITIVE,))
+    scalar_lr: float = setting(
+        "optimizer", "skip weights and mixing coefficients", 0.04, affects="result", valid=(POSITIVE,)
     )
-    tokenizer: str = setting("data", "of the embedded corpus: byte, or bpe:N with N tokens", "byte")
+    lr_scale: float = setting(
+        "optimizer",
+        "multiplier on all learning rates; the default sweep variable",
+        1.0,
+        affects="result",
+        valid=(POSITIVE,),
+    )
+    hidden_optimizer: str = setting(
+        "optimizer", "optimizer for hidden matrices", "muon", affects="result", choices=("muon", "adam")
+    )
+    adam_eps: float = setting(
+        "optimizer", "for gradients summed over a micro-batch's tokens", 1e-10, affects="result", valid=(POSITIVE,)
+    )
+    scalar_eps: float = setting(
+        "optimizer",
+        "the scalars'; 1e-10 lets their first noisy gradient take a full-size step",
+        1e-10,
+        affects="result",
+        valid=(POSITIVE,),
+    )
+    weight_decay: float = setting(
+        "optimizer", "decoupled; multiplied by the learning rate", 0.0, affects="result", valid=(NOT_NEGATIVE,)
+    )
+
+    adam_beta1: float = setting("momentum", "Adam's first moment decay", 0.8, affects="result", valid=(BELOW_ONE,))
+    adam_beta2: float = setting("momentum", "Adam's second moment decay", 0.95, affects="result", valid=(BELOW_ONE,))
+    momentum: float = setting("momentum", "Muon's, after warmup", 0.95, affects="result", valid=(BELOW_ONE,))
+    momentum_start: float = setting("momentum", "Muon's, at step 0", 0.85, affects="result", valid=(BELOW_ONE,))
+
+    iterations: int = setting(
+        "schedule",
+        "optimizer steps",
+        1750,
+        affects="result",
+        on_resume="lasting",
+        valid=(at_most(LARGEST), at_least(1)),
+    )
+    momentum_warmup: int = setting(
+        "schedule", "steps to warm Muon's momentum up from start to final", 300, affects="result", valid=STEPS
+    )
+    cooldown: float = setting(
+        "schedule",
+        "last fraction of training in which the learning rate falls",
+        0.45,
+        affects="result",
+        valid=(FRACTION,),
+    )
+    lr_floor: float = setting(
+        "schedule", "final learning rate, as a fraction of the peak", 0.10, affects="result", valid=(FRACTION,)
+    )
+
+    data: str = setting(  # what it holds is compared by its fingerprint
+        "data",
+        "auto, embedded, synthetic, a folder of shards, or several with weights: a:0.7,b:0.3",
+        "auto",
+        affects="storage",
+        on_resume="lasting",
+    )
+    tokenizer: str = setting(
+        "data",
+        "of the embedded corpus: byte, or bpe:N with N tokens",
+        "byte",
+        affects="storage",
+        on_resume="lasting",
+    )
     data_order: str = setting(
         "data",
         "record: sequences start at documents, in file order, what lies between is skipped, and --seed counts from the "
         "second epoch on; shuffled: all tokens, in an order drawn by --seed and epoch",
         "record",
-        ("record", "shuffled"),
+        affects="result",
+        choices=("record", "shuffled"),
     )
     epochs: int | None = setting(
-        "data", "stop with an error rather than see the data more often (default: repeat)", None
+        "data",
+        "maximum epochs; error instead of repeating more (default: repeat)",
+        None,
+        affects="result",
+        valid=(at_most(LARGEST), at_least(1)),
     )
-    val_tokens: int = setting("data", "tokens of the validation split to use", 10_485_760)
-    val_chunk_tokens: int = setting("data", "tokens that one validation pass sees at once", 262_144)
-    val_every: int = setting("data", "steps between validations; 0 is only at the end", 125)
+    val_tokens: int = setting(
+        "data",
+        "tokens of the validation split to use",
+        10_485_760,
+        affects="result",
+        valid=(at_most(LARGEST), at_least(1)),
+    )
+    val_chunk_tokens: int = setting(
+        "data", "tokens that one validation pass sees at once", 262_144, affects="result", valid=TOKENS
+    )
+    val_every: int = setting(
+        "run", "steps between validations; 0 is only at the end", 125, affects="display", valid=STEPS
+    )
 
-    out: str = setting("run", "folder that holds run folders", "runs")
-    name: str | None = setting("run", "run folder's name (default: made from the settings and the time)", None)
-    resume: str | None = setting("run", "go on with a run: its folder, or auto for the newest unfinished one", None)
-    init_from: str | None = setting(
-        "run", "begin a new run with the weights of another: its folder, or that of one of its checkpoints", None
+    out: str = setting("run", "folder that holds run folders", "runs", affects="storage")
+    name: str | None = setting(
+        "run", "run folder's name (default: made from the settings and the time)", None, affects="storage"
     )
-    save: bool = setting("run", "write checkpoints; the sweep's many small runs do without", True)
-    save_every: int = setting("run", "steps between checkpoints; 0 is only at the end", 0)
-    keep_last: int = setting("run", "checkpoints to keep, at least 2", 2)
-    keep_every: int = setting("run", "also keep every checkpoint whose step is a multiple of this; 0 is none", 0)
-    track: str = setting("run", "mirror metrics to a tracker", "none", ("none", "tensorboard", "wandb", "trackio"))
-    progress: bool = setting("run", "show progress", True)
+    resume: str | None = setting(
+        "run", "resume a run: its folder, or auto for the newest unfinished one", None, affects="storage"
+    )
+    init_from: str | None = setting(
+        "run",
+        "begin a new run with the weights of another: its folder, or that of one of its checkpoints",
+        None,
+        affects="result",
+        on_resume="free",  # the checkpoint has the weights
+    )
+    save: bool = setting("run", "write checkpoints; the sweep's many small runs do without", True, affects="storage")
+    save_every: int = setting(
+        "run", "steps between checkpoints; 0 is only at the end", 0, affects="storage", valid=STEPS
+    )
+    keep_last: int = setting(
+        "run", "checkpoints to keep, at least 2", 2, affects="storage", valid=(at_most(2**20), at_least(2))
+    )
+    keep_every: int = setting(
+        "run",
+        "also keep every checkpoint whose step is a multiple of this; 0 is none",
+        0,
+        affects="storage",
+        valid=STEPS,
+    )
+    track: str = setting(
+        "run",
+        "mirror metrics to a tracker",
+        "none",
+        affects="display",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+    )
+    timeout_s: float = setting(
+        "run",
+        "seconds that a rank waits for the others before it gives up",
+        600.0,
+        affects="speed",
+        valid=(POSITIVE,),
+    )
+    progress: bool = setting("display", "show progress", True, affects="display")
 
     device: str = setting(
-        "device", "CUDA_VISIBLE_DEVICES chooses among several GPUs", "auto", ("auto", "cpu", "cuda", "mps")
+        "device",
+        "CUDA_VISIBLE_DEVICES chooses among several GPUs",
+        "auto",
+        affects="speed",
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     dtype: str = setting(
-        "device", "of activations and embeddings: auto is bfloat16 on CUDA", "auto", ("auto", "float32", "bfloat16")
+        "device",
+        "of activations and embeddings: auto is bfloat16 on CUDA",
+        "auto",
+        affects="result",
+        choices=("auto", "float32", "bfloat16"),
     )
-    attention: str = setting("device", "backend; auto probes the device", "auto", ("auto", "flex", "blocked", "dense"))
-    compile: bool | None = setting("device", "torch.compile the model (default: only on CUDA)", None)
-    timeout_s: float = setting("device", "seconds that a rank waits for the others before it gives up", 600.0)
+    attention: str = setting(
+        "device",
+        "backend; auto probes the device",
+        "auto",
+        affects="speed",
+        choices=("auto", "flex", "blocked", "dense"),
+    )
+    compile: bool | None = setting("device", "torch.compile the model (default: only on CUDA)", None, affects="speed")
     fp8: bool | None = setting(
-        "device", "8-bit products in the head's training (default: where the GPU has them and it is compiled)", None
+        "device",
+        "FP8 matmuls in lm_head during training (default: where the GPU has them and it is compiled)",
+        None,
+        affects="result",
     )
-    kernel_warmup: int = setting("device", "throw-away steps before training, to compile and warm up", 10)
+    kernel_warmup: int = setting(
+        "device",
+        "untimed warmup steps to compile kernels",
+        10,
+        affects="speed",
+        valid=(at_most(2**20), at_least(0)),
+    )
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name}={getattr(self, name)} must be {what}"
-            for what, ok, names in _RANGES
-            for name in names.split()
-            if getattr(self, name) is not None and not ok(getattr(self, name))
-        ]
+        wrong = problems(self)
         for name in ("micro_batch_tokens", "val_chunk_tokens"):
             value = getattr(self, name)
             if self.block_size > 0 and value % self.block_size:
                 near = max(value // self.block_size, 1) * self.block_size
-                problems.append(f"{name}={value} is not a multiple of block_size={self.block_size}; try {near}")
-        for setting_field in dataclasses.fields(self):
-            choices, value = setting_field.metadata["choices"], getattr(self, setting_field.name)
-            if choices and value not in choices:
-                problems.append(f"{setting_field.name}={value!r} is not one of {', '.join(choices)}")
+                wrong.append(f"{name}={value} is not a multiple of block_size={self.block_size}; try {near}")
         if self.name is not None and not re.fullmatch(r"(?!\.)[^/\0]{1,200}", self.name):
-            problems.append(
+            wrong.append(
                 f"name={self.name[:40]!r} is no name for a folder inside out; it may hold no / and no leading dot"
             )
-        if problems:
-            raise ConfigError("; ".join(problems))
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
     @property
     def batch_tokens(self) -> int:
         """Tokens of one optimizer step, over all ranks."""
         return self.micro_batch_tokens * self.micro_batches
 
+    @property
+    def tuned_width(self) -> int:
+        """The width that the learning rates are meant for: base_width, else the run's own."""
+        return self.base_width or self.width
 
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "at most 2^53",
-        lambda value: value <= LARGEST,
-        "iterations epochs val_tokens val_every save_every keep_every momentum_warmup",
-    ),
-    ("at most 2^31", lambda value: value <= 2**31, "block_size window_tokens micro_batch_tokens val_chunk_tokens"),
-    (
-        "at most 2^20",
-        lambda value: value <= 2**20,
-        "width base_width head_dim micro_batches pack keep_last kernel_warmup",
-    ),
-    ("at most 4096", lambda value: value <= 4096, "n_layer"),  # nothing is allocated yet, but every layer is built
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        "width base_width n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches epochs "
-        "val_tokens val_chunk_tokens",
-    ),
-    (
-        "at least 0",
-        lambda value: value >= 0,
-        "pack seed momentum_warmup val_every save_every keep_every kernel_warmup",
-    ),
-    ("finite and at least 0", lambda value: 0 <= value < float("inf"), "weight_decay"),
-    ("at least 2", lambda value: value >= 2, "keep_last"),
-    (
-        "positive and finite",
-        lambda value: 0 < value < float("inf"),
-        "matrix_lr embed_lr head_lr scalar_lr lr_scale adam_eps scalar_eps timeout_s",
-    ),
-    ("in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 momentum momentum_start"),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, "cooldown lr_floor"),
+
+GROUPS = (
+    "scaling",
+    "model",
+    "batch",
+    "training",
+    "optimizer",
+    "momentum",
+    "schedule",
+    "data",
+    "run",
+    "display",
+    "device",
 )
+# What the hash of a run was made of at first. A setting that came later counts where it is not at its default.
+_FIRST_HASHED = (
+    "width base_width parametrization n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches "
+    "micro_batch seed strict on_nonfinite matrix_lr embed_lr head_lr scalar_lr lr_scale hidden_optimizer adam_beta1 adam_beta2 "
+    "adam_eps scalar_eps weight_decay momentum momentum_start momentum_warmup cooldown lr_floor epochs val_tokens "
+    "val_chunk_tokens dtype fp8"
+)
+FIRST_HASHED = frozenset(_FIRST_HASHED.split())
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A complete set of settings and what it costs: hardware, minutes, and the loss to expect from which tokens.
-
-    base_width: the width that its learning rates were tuned at, for runs with muP.
-    """
-
-    about: str
-    base_width: int
-    tokenizer: str
-    expected_loss: float
-    settings: Mapping[str, Any]
+def settings() -> dict[str, Setting]:
+    """All settings by name."""
+    return settings_of(TrainConfig)
 
 
-PRESETS: dict[str, Preset] = {
-    "laptop": Preset(
-        "width 128, 6 layers, bytes of Python source; 2 CPU cores, about a minute",
-        64,
-        "byte",
-        1.63,
-        {
-            "width": 128,
-            "n_layer": 6,
-            "head_dim": 32,
-            "block_size": 64,
-            "window_tokens": 256,
-            "iterations": 200,
-            "micro_batch_tokens": 256,
-            "micro_batches": 8,
-            "scalar_eps": 1e-3,
-            "momentum": 0.85,
-            "data_order": "shuffled",
-            "val_tokens": 131_072,
-            "val_chunk_tokens": 4096,
-            "val_every": 50,
-            "kernel_warmup": 0,
-            "compile": False,  # over in 10 s on an H100, where compiling takes longer
-        },
-    ),
-    "record26": Preset(
-        "record 26 as published, width 768, 12 layers, FineWeb; 8xH100, about 3 minutes, validation loss 3.28",
-        768,
-        "gpt2",
-        3.28,
-        {},
-    ),
-}
+def defaults() -> dict[str, Any]:
+    """The default of every setting."""
+    return {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes, without where it runs and what it shows."""
+    return {name: getattr(cfg, name) for name, meta in settings().items() if meta.is_result}
+
+
+def hashed_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """`computed_settings` as the hash of a run has them: the same in every edition that computes the same."""
+    usual = defaults()
+    return {
+        name: value for name, value in computed_settings(cfg).items() if name in FIRST_HASHED or value != usual[name]
+    }
+
+
+def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier edition saved, with the default for each setting that is newer."""
+    return {**defaults(), **saved}
 
 
 def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -257,72 +389,41 @@ def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
     muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
     rule table alone takes the preset's base width. With neither, the rules are the record's own.
     """
-    settings = {**PRESETS[preset].settings, **overrides}
-    if settings.get("base_width") is not None:
-        settings.setdefault("parametrization", "mup")
-    elif "parametrization" in settings:
-        settings["base_width"] = PRESETS[preset].base_width
-    return TrainConfig(**settings)
+    values = {**PRESETS[preset].settings, **overrides}
+    if values.get("base_width") is not None:
+        values.setdefault("parametrization", "mup")
+    elif "parametrization" in values:
+        values["base_width"] = PRESETS[preset].base_width
+    return TrainConfig(**values)
 
 
 def rules_in_force(cfg: TrainConfig) -> str:
     """How this run scales with width, as a line for its reader."""
-    base, name = cfg.base_width or cfg.width, "muP" if cfg.parametrization == "mup" else cfg.parametrization
+    name = "muP" if cfg.parametrization == "mup" else cfg.parametrization
     if cfg.parametrization == "record26":
         return "rules: the record's own (no muP; --mup switches it on)"
-    own = ", the width of this model: every factor is 1" if base == cfg.width else ""
-    return f"rules: {name} from base width {base}{own}"
+    own = ", the width of this model: every factor is 1" if cfg.tuned_width == cfg.width else ""
+    return f"rules: {name} from base width {cfg.tuned_width}{own}"
 
 
-def _value_type(hint: Any) -> Any:
-    """int | None -> int."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    return hint
+def add_settings(parser: Parser, groups: Collection[str] = (), plus: Collection[str] = ()) -> None:
+    """Give `parser` one flag per setting that its command takes. A flag that is not given leaves no trace.
 
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def add_settings(parser: Parser, leave_out: Iterable[str] = ()) -> None:
-    """Give `parser` one flag per setting, grouped. A flag that is not given leaves no trace in the parsed namespace.
-
-    leave_out: settings, or "all run" for the whole group "run".
+    Args:
+        parser: the command's.
+        groups: taken as a whole, of GROUPS.
+        plus: names of single settings.
     """
-    hints = typing.get_type_hints(TrainConfig)
-    groups: dict[str, Any] = {}
-    for setting_field in dataclasses.fields(TrainConfig):
-        name, meta = setting_field.name, setting_field.metadata
-        if name in leave_out or f"all {meta['group']}" in leave_out:
-            parser.elsewhere |= {_flag(name), *meta["shorthand"]}
-            continue
-        group = groups.setdefault(meta["group"], None) or parser.add_argument_group(meta["group"])
-        groups[meta["group"]] = group
-        if meta["shorthand"]:
-            group = group.add_mutually_exclusive_group()
-        values = {key: preset.settings.get(name, setting_field.default) for key, preset in PRESETS.items()}
+    unknown = {*groups} - {*GROUPS} | {*plus} - {*settings()}
+    if unknown:
+        raise ValueError(f"no such settings: {', '.join(sorted(unknown))}")
+    shown = {}
+    for name, usual in defaults().items():
+        values = {preset: str(recipe.settings.get(name, usual)) for preset, recipe in PRESETS.items()}
         same = len(set(values.values())) == 1
-        shown = str(setting_field.default) if same else ", ".join(f"{key}: {value}" for key, value in values.items())
-        text = meta["help"] if "(default" in meta["help"] else f"{meta['help']} ({shown})"
-        kind = _value_type(hints[name])
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if kind is bool:
-            group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **options)
-        else:
-            extra = (
-                {"choices": meta["choices"]} if meta["choices"] else {"type": kind, "metavar": kind.__name__.upper()}
-            )
-            group.add_argument(_flag(name), **options, **extra)
-        for flag, value in meta["shorthand"].items():
-            group.add_argument(
-                flag,
-                dest=name,
-                action="store_const",
-                const=value,
-                default=argparse.SUPPRESS,
-                help=f"= {_flag(name)} {value}",
-            )
+        shown[name] = str(usual) if same else ", ".join(f"{preset}: {value}" for preset, value in values.items())
+    taken = [name for name, meta in settings().items() if meta.group in groups or name in plus]
+    add_flags(parser, TrainConfig, taken, shown)
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
@@ -342,10 +443,8 @@ def from_json(text: str, source: Path) -> TrainConfig:
     """Read back `to_json`. ConfigError naming `source` for anything that is not a TrainConfig."""
     try:
         values = json.loads(text)
-        hints = typing.get_type_hints(TrainConfig)
         for name, value in values.items():
-            kind = _value_type(hints[name])
-            optional = isinstance(hints[name], types.UnionType)
+            kind, optional = value_types(TrainConfig)[name]
             fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)
             if not fits:
                 raise TypeError(f"{name}={value!r} should be {kind.__name__}")

@@ -44,7 +44,7 @@ class Row:
 
 def explain(cfg: TrainConfig, vocab_size: int = 50257) -> list[Row]:
     """A row for every parameter of the model that `cfg` describes, in the model's order. Allocates no weights."""
-    base_width = cfg.base_width or cfg.width
+    base_width = cfg.tuned_width
     here, base = (_values(cfg, width, base_width, vocab_size) for width in (cfg.width, base_width))
     return [
         Row(

@@ -27,7 +27,7 @@ FLOORS = [
         "training.signals",
     ],
     ["core.attention", "core.kernels.fp8", "core.optimizers"],
-    ["core.model", "synonyms", "flags", "config"],
+    ["core.model", "presets", "synonyms", "flags", "settings", "config"],
     [
         "training.checkpoint",
         "training.flops",

@@ -19,7 +19,7 @@ from torch import nn
 
 from speedrun_mup.cli import main
 from speedrun_mup.commands.report import _guide
-from speedrun_mup.config import make_config
+from speedrun_mup.config import computed_settings, make_config
 from speedrun_mup.coord_check import coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
@@ -37,7 +37,6 @@ from speedrun_mup.report.write import write_report
 from speedrun_mup.sweep import (
     CellResult,
     Sweep,
-    computed_settings,
     measure_sweep,
     pick_arms,
     read_results,

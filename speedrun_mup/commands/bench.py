@@ -11,20 +11,6 @@ from speedrun_mup.config import add_preset, add_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
 
-LEFT_OUT = (
-    "iterations",
-    "out",
-    "name",
-    "resume",
-    "save",
-    "save_every",
-    "keep_last",
-    "keep_every",
-    "track",
-    "progress",
-    "val_every",
-)
-
 
 def run(argv: Sequence[str]) -> int:
     """Measure a training step: time by phase, tokens/s, MFU beside the device's own ceilings, peak memory."""
@@ -34,7 +20,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--profile", action="store_true", help="also list the dearest operations of one step")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_preset(parser)
-    add_settings(parser, leave_out=LEFT_OUT)
+    add_settings(
+        parser,
+        groups=("scaling", "model", "batch", "optimizer", "momentum", "data", "device"),
+        plus=("seed", "strict", "on_nonfinite", "micro_batch"),
+    )
     flags = vars(parse(parser, argv))
     steps, profiled, as_json = (flags.pop(name) for name in ("steps", "profile", "json"))
     if steps < 1:

@@ -10,12 +10,6 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable, write_whole
 from speedrun_mup.flags import new_parser, parse, several
 
-LEFT_OUT = (  # a check has its own widths and steps, a constant learning rate, and runs on the CPU in float32
-    *("width", "iterations", "micro_batch_tokens", "micro_batches", "pack", "micro_batch", "strict", "on_nonfinite"),
-    *("momentum_start", "momentum_warmup", "cooldown", "lr_floor", "epochs", "val_tokens", "val_chunk_tokens"),
-    *("val_every", "resume", "save", "save_every", "keep_last", "keep_every", "track", "all device"),
-)
-
 
 def run(argv: Sequence[str]) -> int:
     """Check how every update scales with width, against controls that must fail. Exit code 0 only for PASS."""
@@ -27,8 +21,18 @@ def run(argv: Sequence[str]) -> int:
     check_group.add_argument(
         "--tokens", type=int, default=512, help="of a step, at least the widest width; %(default)s"
     )
-    check_group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="the rest of the settings")
-    add_settings(parser, LEFT_OUT)
+    check_group.add_argument(
+        "--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given"
+    )
+    # A check has its own widths and steps, a constant learning rate, and runs on the CPU in float32.
+    add_settings(
+        parser,
+        groups=("model", "optimizer", "display"),
+        plus=(
+            *("base_width", "parametrization", "seed", "adam_beta1", "adam_beta2", "momentum"),
+            *("data", "tokenizer", "data_order", "out", "name"),
+        ),
+    )
     flags = vars(parse(parser, argv))
     check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}
     cfg = make_config(flags.pop("preset"), {"parametrization": "mup"} | flags)  # muP is what is checked, unless told

@@ -8,21 +8,16 @@ from speedrun_mup.config import PRESETS, add_settings, make_config, rules_in_for
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
 
-LEFT_OUT = (  # has no part in a rule
-    *("all training", "all data", "all run", "all device", "block_size", "window_tokens", "adam_beta1", "adam_beta2"),
-    *("momentum", "momentum_start", "momentum_warmup", "cooldown", "lr_floor"),
-)
-
 
 def run(argv: Sequence[str]) -> int:
     """Print what muP comes to for every parameter: role, shape, init, multiplier, LR, eps, decay, at base and here."""
     parser = new_parser("speedrun-mup explain", run.__doc__ or "")
     parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="record26", help="the rest of the settings; %(default)s"
+        "--preset", choices=tuple(PRESETS), default="record26", help="preset for all settings not given; %(default)s"
     )
     parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_settings(parser, LEFT_OUT)
+    add_settings(parser, groups=("scaling", "optimizer"), plus=("n_layer", "head_dim"))
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
     if vocab < 1:

@@ -34,7 +34,11 @@ def run(argv: Sequence[str]) -> int:
     group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
     group.add_argument("--json", action="store_true", help="the plan and the designs considered, as JSON")
     add_engine(parser, "; 10%% of the target's FLOPs")
-    add_settings(parser, leave_out=("micro_batch", "out", "name", "resume"))
+    add_settings(
+        parser,
+        groups=("scaling", "model", "batch", "optimizer", "momentum", "schedule", "data", "display", "device"),
+        plus=("seed", "strict", "on_nonfinite", "val_every"),
+    )
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))
     engine = take(flags, "engine", "workers")

@@ -13,23 +13,6 @@ from speedrun_mup.config import PRESETS, add_settings, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several
 
-NOT_OF_A_SWEEP = (
-    "micro_batch",
-    "width",
-    "seed",
-    "out",
-    "name",
-    "resume",
-    "save",
-    "save_every",
-    "keep_last",
-    "keep_every",
-    "init_from",
-    "timeout_s",
-    "track",
-    "val_every",
-)
-
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
     """Give `parser` the flags that say where cells run and what they may cost. more: further kinds of budget."""
@@ -87,9 +70,13 @@ def run(argv: Sequence[str]) -> int:
         help="extend the grid where the best point is at its edge, and refine it around the best point",
     )
     group.add_argument("--out", default="sweeps/sweep", metavar="DIR", help="the sweep's folder; %(default)s")
-    group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="the rest of the settings")
+    group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
     add_engine(parser)
-    add_settings(parser, leave_out=NOT_OF_A_SWEEP)
+    add_settings(
+        parser,
+        groups=("model", "batch", "optimizer", "momentum", "schedule", "data", "display", "device"),
+        plus=("base_width", "parametrization", "strict", "on_nonfinite"),
+    )
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))
     if "budget_share" in budget:
@@ -97,8 +84,7 @@ def run(argv: Sequence[str]) -> int:
     engine = take(flags, "engine", "workers")
     asked = argparse.Namespace(**take(flags, "widths", "arms", "octaves", "seeds", "knob", "adaptive", "out", "preset"))
     given = dict(flags)
-    flags.setdefault("base_width", PRESETS[asked.preset].base_width)  # every arm is a rule table
-    cfg = make_config(asked.preset, flags)
+    cfg = make_config(asked.preset, {"parametrization": "mup"} | flags)  # for its base width: every arm is a rule table
 
     from speedrun_mup.sweep import Sweep, check_given, open_engine, pick_arms, run_sweep, write_csv
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedrun_mup.config import PRESETS, TrainConfig, add_preset, add_settings, make_config
+from speedrun_mup.config import GROUPS, PRESETS, TrainConfig, add_preset, add_settings, computed_settings, make_config
 from speedrun_mup.core.errors import ConfigError, Stopped, UserError
 from speedrun_mup.files import printable
 from speedrun_mup.flags import Parser, new_parser, parse
@@ -28,7 +28,7 @@ def train_parser(prog: str = "speedrun-mup train", about: str = ABOUT) -> Parser
     """The flags of training, for a command that takes them."""
     parser = new_parser(prog, about)
     add_preset(parser)
-    add_settings(parser)
+    add_settings(parser, GROUPS)
     return parser
 
 
@@ -130,7 +130,8 @@ def train_and_tell(cfg: TrainConfig, lock: FolderLock | None = None) -> TrainRes
 def _expected(cfg: TrainConfig, tokenizer: str) -> str:
     """What a preset promises, if the run is just that preset on its own kind of tokens."""
     for name, preset in PRESETS.items():
-        changed = {key for key, value in vars(make_config(name, {})).items() if value != getattr(cfg, key)}
-        if preset.tokenizer == tokenizer and changed <= {"data", "out", "name", "resume", "seed", "track", "progress"}:
+        usual = computed_settings(make_config(name, {}))
+        changed = {key for key, value in computed_settings(cfg).items() if value != usual[key]}
+        if preset.tokenizer == tokenizer and changed <= {"seed"}:
             return f"; expect about {preset.expected_loss:.2f}"
     return ""

@@ -696,7 +696,7 @@ def gpt_coord_check(
     corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)
     window = min(cfg.window_tokens, tokens) // cfg.block_size
     lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.batch_tokens)
-    cfg = replace(cfg, base_width=cfg.base_width or cfg.width, lr_scale=lr_scale, kernel_warmup=0)
+    cfg = replace(cfg, base_width=cfg.tuned_width, lr_scale=lr_scale, kernel_warmup=0)
 
     def recipe(cfg: TrainConfig, table: Parametrization | None = None) -> dict[str, Any]:
         shapes = {width: model_config(replace(cfg, width=width), corpus, "dense", torch.float32) for width in widths}

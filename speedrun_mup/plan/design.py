@@ -117,7 +117,7 @@ class Plan:
 
 def _proxy_base(target: TrainConfig) -> TrainConfig:
     """The target's settings as the base of a sweep; without a base width, its rates are meant for its own width."""
-    return replace(target, base_width=target.base_width or target.width)
+    return replace(target, base_width=target.tuned_width)
 
 
 def arm_of(target: TrainConfig) -> Arm:

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.config import TrainConfig, computed_settings, from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable, read_bytes, write_whole
 from speedrun_mup.plan.design import Budget, Plan, Tell, choose_plan
-from speedrun_mup.sweep import Engine, SweepResult, computed_settings, read_results, run_sweep
+from speedrun_mup.sweep import Engine, SweepResult, read_results, run_sweep
 from speedrun_mup.training.flops import run_flops
 
 PLAN, VERSION = "plan.json", 1

@@ -7,13 +7,13 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, computed_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import write_whole
 from speedrun_mup.plan.design import arm_of
 from speedrun_mup.plan.folder import PLAN, Prediction, read_content, read_prediction, target_in
-from speedrun_mup.sweep import computed_settings, measure_sweep
+from speedrun_mup.sweep import measure_sweep
 from speedrun_mup.training.run_folder import saved_config
 from speedrun_mup.training.tracking import read_metrics
 from speedrun_mup.transfer import ArmResult, Forecast, TransferError, loss_forecast

@@ -154,7 +154,7 @@ def rates(seen: Measured) -> Table | None:
     header = [
         "parameters",
         "optimizer",
-        f"learning rate at width {cfg.base_width or cfg.width}",
+        f"learning rate at width {cfg.tuned_width}",
         f"at width {cfg.width}",
     ]
     title = "What each group of parameters gets, at the peak of the schedule:"
@@ -190,7 +190,7 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     heads = ", ".join(f"{width} ({width // cfg.head_dim})" for width in widths)
     target = f"; target {seen.target.width} ({seen.target.width // cfg.head_dim})" if seen.target else ""
     yield "Model", f"GPT of record 26: {cfg.n_layer} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
-    yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.base_width or cfg.width}"
+    yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.tuned_width}"
     hidden = "Muon for hidden matrices, Adam for the rest" if cfg.hidden_optimizer == "muon" else "Adam for everything"
     yield "Optimizer", f"{hidden} (of {arm_words(cell.arm)})"
     steps, batch = cfg.iterations, cfg.batch_tokens

@@ -19,7 +19,7 @@ from speedrun_mup.sweep.measure import measure_sweep, runs_table, training_curve
 from speedrun_mup.sweep.one_run import attempt, run_cell
 from speedrun_mup.sweep.result import CellResult, Failure
 from speedrun_mup.sweep.run import SweepResult, run_sweep
-from speedrun_mup.sweep.spec import ARMS, Arm, Cell, Sweep, check_given, computed_settings, pick_arms
+from speedrun_mup.sweep.spec import ARMS, Arm, Cell, Sweep, check_given, pick_arms
 
 __all__ = [
     "ARMS",
@@ -39,7 +39,6 @@ __all__ = [
     "SweepResult",
     "attempt",
     "check_given",
-    "computed_settings",
     "cores",
     "knob_flag",
     "measure_sweep",

@@ -12,11 +12,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from speedrun_mup.config import computed_settings, known_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
 from speedrun_mup.sweep.result import CellResult, place_of
-from speedrun_mup.sweep.spec import ADDED, KNOBS, SCHEMA, Cell, Sweep, computed_settings
+from speedrun_mup.sweep.spec import KNOBS, SCHEMA, Cell, Sweep
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.transfer import MADE_WITH, is_rate
 
@@ -59,7 +60,7 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("widths", "octaves", "seeds")}
     asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
     before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
-    known = ADDED | before["base"]
+    known = known_settings(before["base"])
     if corpus.is_known_as(known.get("corpus", "")):
         base["corpus"] = known["corpus"]
     differ = [f"{key} was {printable(known.get(key))}, is {base[key]}" for key in base if known.get(key) != base[key]]

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, computed_settings
 from speedrun_mup.core.errors import ConfigError, Diverged, UserError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.sweep.result import CellResult, Failure, or_nan
-from speedrun_mup.sweep.spec import Cell, computed_settings
+from speedrun_mup.sweep.spec import Cell
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.run import train
 from speedrun_mup.training.tracking import PROVENANCE, read_metrics

@@ -6,24 +6,19 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, hashed_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.flops import run_flops
-from speedrun_mup.training.run_folder import FREE_TO_CHANGE
 
 SCHEMA = 1  # of result.json; part of every id
 # What a factor of powers of two makes sense on.
 KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "adam_eps", "scalar_eps")
 MOST_OCTAVES = 32.0  # either way that a grid may go
 MOST_SEEDS = 100
-# Settings without a part in an id. The corpus has a fingerprint; what happens to a diverging run is part of the result.
-NOT_COMPUTED = FREE_TO_CHANGE - {"on_nonfinite"}
-# Settings that came after the first results, with what those had in their place. An id says nothing of them there.
-ADDED = {"data_order": "record"}
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,7 @@ class Cell:
     @functools.cached_property
     def id(self) -> str:
         """16 hex digits, the same wherever the cell runs: a hash of its arm, what it computes, and the data."""
-        settings = {name: value for name, value in computed_settings(self.cfg).items() if ADDED.get(name, ()) != value}
-        what = [SCHEMA, self.arm, self.corpus, settings]
+        what = [SCHEMA, self.arm, self.corpus, hashed_settings(self.cfg)]
         text = json.dumps(what, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -111,11 +105,6 @@ class Cell:
     def flops(self) -> float:
         """What training it takes."""
         return run_flops(self.cfg, self.vocab)
-
-
-def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a run computes, without where it runs and what it shows."""
-    return {name: value for name, value in asdict(cfg).items() if name not in NOT_COMPUTED}
 
 
 @dataclass(frozen=True)

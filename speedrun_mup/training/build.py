@@ -69,7 +69,7 @@ def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.
         bos_token=corpus.bos_token,
         n_layer=cfg.n_layer,
         width=cfg.width,
-        base_width=cfg.base_width or cfg.width,
+        base_width=cfg.tuned_width,
         head_dim=cfg.head_dim,
         block_size=cfg.block_size,
         parametrization=cfg.parametrization,

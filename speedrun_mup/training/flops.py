@@ -43,8 +43,9 @@ def attention_flops(shape: GPTConfig, long: float, short: float) -> float:
 
 def model_shape(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
     """The model's shape. Raises ConfigError for an impossible one."""
-    base = cfg.base_width or cfg.width
-    return GPTConfig(vocab_size, 0, cfg.n_layer, cfg.width, base, cfg.head_dim, cfg.block_size, cfg.parametrization)
+    return GPTConfig(
+        vocab_size, 0, cfg.n_layer, cfg.width, cfg.tuned_width, cfg.head_dim, cfg.block_size, cfg.parametrization
+    )
 
 
 @functools.cache

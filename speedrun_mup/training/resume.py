@@ -110,7 +110,7 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
     if theirs.head_dim != cfg.head_dim or not math.isclose(scale, model.logit_scale):
         raise CheckpointError(
             f"--init-from {path}: the same weights give other predictions with these settings; keep its --parametrization "
-            f"{theirs.parametrization} --base-width {theirs.base_width or theirs.width} --head-dim {theirs.head_dim}"
+            f"{theirs.parametrization} --base-width {theirs.tuned_width} --head-dim {theirs.head_dim}"
         )
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in loaded.model.items()})
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json, to_json
+from speedrun_mup.config import TrainConfig, from_json, known_settings, settings, to_json
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.shards import Corpus
@@ -38,14 +38,6 @@ from speedrun_mup.training.tracking import (
     read_status,
 )
 
-# What a resumed run may change: where it runs and what it shows, not what it computes. The data may have moved, because
-# their fingerprint is compared.
-FREE_TO_CHANGE = {
-    *("out", "name", "resume", "init_from", "save", "save_every", "keep_last", "keep_every", "track", "progress"),
-    *("val_every", "on_nonfinite", "timeout_s", "device", "attention", "compile", "kernel_warmup", "pack"),
-    *("data", "tokenizer"),
-}
-LASTING = ("iterations", "data", "tokenizer")  # changed by a resume, it stays changed: config.json is told
 LINES = 8  # about folders that --resume auto leaves out
 
 
@@ -162,8 +154,8 @@ class RunFolder:
         """
 
         def open_it() -> RunLog:
-            main, settings = self.world.is_main, dataclasses.asdict(cfg)
-            log = RunLog(self.path, cfg.iterations, start, main, cfg.progress, cfg.track, settings)
+            main, values = self.world.is_main, dataclasses.asdict(cfg)
+            log = RunLog(self.path, cfg.iterations, start, main, cfg.progress, cfg.track, values)
             if main:
                 _note_start(cfg, self.path, start)
             return log
@@ -224,8 +216,9 @@ def _open_folder(cfg: TrainConfig) -> FolderLock:
 def _note_start(cfg: TrainConfig, folder: Path, start: int) -> None:
     """Write provenance.json and config.json."""
     before = saved_config(folder) if cfg.resume else None
-    now = dataclasses.replace(before, **{name: getattr(cfg, name) for name in LASTING}) if before else cfg
-    changed = {name: [getattr(before, name), getattr(now, name)] for name in LASTING if before and before != now}
+    lasting = [name for name, meta in settings().items() if meta.lasts]
+    now = dataclasses.replace(before, **{name: getattr(cfg, name) for name in lasting}) if before else cfg
+    changed = {name: [getattr(before, name), getattr(now, name)] for name in lasting if before and before != now}
     life = provenance(sys.argv) | {
         "from_step": start,
         "changed": {k: v for k, v in changed.items() if v[0] != v[1]},
@@ -304,9 +297,8 @@ def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], pat
 
     A run may get longer; `told_of_extension` says what that means.
     """
-    now = dataclasses.asdict(cfg)
-    before = dataclasses.asdict(TrainConfig()) | state["config"]  # a setting that is newer than the run has its default
-    fixed = [key for key in now if key not in FREE_TO_CHANGE and before[key] != now[key]]
+    now, before = vars(cfg), known_settings(state["config"])
+    fixed = [key for key, meta in settings().items() if meta.must_match and before[key] != now[key]]
     if is_longer(before["iterations"], cfg.iterations):
         fixed.remove("iterations")
     differ = [f"{key} was {printable(before[key])}, is {now[key]}" for key in fixed]
@@ -400,7 +392,8 @@ def _claim(folder: Path, wanted: Mapping[str, Any]) -> FolderLock | None:
 
 def _differs(name: str, saved: Mapping[str, Any], value: Any) -> bool:
     """Whether a run that was saved with other settings is another run, by the setting `name`."""
-    if name not in saved or saved[name] == value or (name in FREE_TO_CHANGE and name not in LASTING):
+    meta = settings().get(name)
+    if meta is None or saved[name] == value or not (meta.must_match or meta.lasts):
         return False
     return name != "data" or os.path.realpath(saved[name]) != os.path.realpath(value)
 
