@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from speedrun_mup import coord_check as cc
 from speedrun_mup.config import make_config
 from speedrun_mup.coord_check import Control, CoordCheckError, Series, Thresholds, Verdict, coord_check, gpt_coord_check
+from speedrun_mup.coord_check.observe import Observer, Setting, norms
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.model import GPT
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, Update
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.report.checks import check_section
+from speedrun_mup.training.build import model_config
 
 MUP = PARAMETRIZATIONS["mup"]
 ROOT = Path(__file__).parent.parent
@@ -264,7 +267,7 @@ def test_all_named_activations_are_there(gpt_result):
 
 @pytest.mark.slow
 def test_every_parameter_of_the_gpt_has_an_effect_and_a_gradient(gpt_result):
-    names = {name for name, _ in cc.GPT(cc.model_config(*small_shape())).named_parameters()}
+    names = {name for name, _ in GPT(model_config(*small_shape())).named_parameters()}
     for quantity in ("effect", "gradient"):
         found = {series.name.split("[")[0] for series in gpt_result.arm.series if series.quantity == quantity}
         assert found == names
@@ -272,7 +275,7 @@ def test_every_parameter_of_the_gpt_has_an_effect_and_a_gradient(gpt_result):
 
 def small_shape():
     cfg = make_config("laptop", SMALL)
-    return cfg, cc.find_corpus("synthetic")[0], "dense", torch.float32
+    return cfg, find_corpus("synthetic")[0], "dense", torch.float32
 
 
 def test_the_gpt_with_adam_alone_is_right_too():
@@ -387,7 +390,7 @@ def test_a_readout_that_is_the_embedding_knows_the_token_it_read():
 
     rows = {}
     for wrong in (False, True):
-        result = cc.coord_check(
+        result = coord_check(
             partial(build, wrong=wrong),
             [64, 128, 256, 512],
             [torch.randint(0, 16, (64,), generator=torch.Generator().manual_seed(t)) for t in range(7)],
@@ -406,8 +409,8 @@ def test_a_readout_that_is_the_embedding_knows_the_token_it_read():
 def test_effects_are_those_of_the_plain_formulas(dtype):
     torch.manual_seed(0)
     model, tokens = Zoo(dtype=dtype), torch.randint(0, 5, (2, 7))
-    observer = cc._Observer(
-        model, cc._Setting(None, [[]], lambda model, record: None, lambda model: {"turned": 10.0}, Thresholds())
+    observer = Observer(
+        model, Setting(None, [[]], lambda model, record: None, lambda model: {"turned": 10.0}, Thresholds())
     )
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     observer.look(0, lambda: model(tokens))
@@ -443,14 +446,14 @@ def test_norms_are_those_of_the_singular_values():
     torch.manual_seed(0)
     spec = mup.ParamSpec(Role.HIDDEN, (2, 4, 6), (2, 12, 18), ("stack", "in", "out"))
     weight, moved, last = (torch.randn(2, 12, 18) for _ in range(3))
-    values = cc._norms(spec, weight, moved, last)
+    values = norms(spec, weight, moved, last)
     scale = (12 / 18) ** 0.5
     assert values["norm"] == pytest.approx(scale * torch.linalg.matrix_norm(weight, ord=2).mean().item(), rel=0.05)
     assert values["update norm"] == pytest.approx(
         scale * torch.linalg.matrix_norm(moved, ord=2).mean().item(), rel=0.05
     )
     orthogonal = torch.linalg.qr(torch.randn(2, 18, 12))[0].mT
-    assert cc._norms(spec, weight, moved, orthogonal)["flatness"] == pytest.approx(1, rel=1e-4)
+    assert norms(spec, weight, moved, orthogonal)["flatness"] == pytest.approx(1, rel=1e-4)
     assert values["flatness"] < 0.8
 
 
@@ -517,7 +520,8 @@ def test_a_control_that_does_not_fail_makes_it_inconclusive():
     result = check_mlp(controls=[blind])
     assert result.arm.verdict is not Verdict.FAIL and result.verdict is Verdict.INCONCLUSIVE
     assert (
-        result.reasons == (result.reasons[0],) and "control same was not seen: its hidden updates" in result.reasons[0]
+        result.reasons == (result.reasons[0],)
+        and "control same was not detected: its hidden updates" in result.reasons[0]
     )
 
 
@@ -609,7 +613,7 @@ def test_impossible_wishes_are_refused_at_once_in_one_line(call, error, text):
 def test_summary_json_and_picture(gpt_result, tmp_path):
     text = gpt_result.summary()
     assert text.endswith("verdict: PASS")
-    for part in ("blocks.*.attn.qkv_w", "lm_head.weight", "control head-sqrt", "fails, as it must", "flatness"):
+    for part in ("blocks.*.attn.qkv_w", "lm_head.weight", "control head-sqrt", ": detected", "flatness"):
         assert part in text
     report = json.loads(gpt_result.to_json(), parse_constant=pytest.fail)
     assert report["verdict"] == "PASS" and report["reasons"] == []

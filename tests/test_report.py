@@ -40,10 +40,10 @@ from speedrun_mup.sweep import (
     measure_sweep,
     pick_arms,
     read_results,
-    run_flops,
     run_sweep,
 )
 from speedrun_mup.training import train
+from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import Doubt, Run, TransferError, measure_transfer, read_runs
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "experiments" / "width-transfer" / "all"

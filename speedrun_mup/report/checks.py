@@ -21,7 +21,7 @@ def check_section(path: Path, number: int) -> Section:
     """What one check found. Raises ConfigError for a file that `speedrun-mup coord-check` did not write."""
     try:
         check = json.loads(read_bytes(path))
-        figure, tables = _figure(check, number), [_slopes(check), _controls(check)]
+        figure, tables = check_figure(check, number), [_slopes(check), _controls(check)]
         arm, verdict = check["arm"], check["verdict"]
         text = [
             f"{path.parent.name}: {verdict}. Model {arm['name']}, widths {', '.join(map(str, arm['widths']))}; "
@@ -36,24 +36,30 @@ def check_section(path: Path, number: int) -> Section:
     return Section(f"Coordinate check: {verdict}", text, [figure], [table for table in tables if table.rows])
 
 
-def _figure(check: dict[str, Any], number: int) -> Figure:
-    """Effects or activations against width at one t, a panel for the checked arm and one for each control."""
+def check_figure(check: dict[str, Any], number: int = 0) -> Figure:
+    """Updates, start or activations against width, a panel for the checked arm and one for each control.
+
+    Args:
+        check: what `CoordCheck.to_json` holds.
+        number: of the check within a report.
+    """
     last, first = check["steps"], min(check["thresholds"]["first_step"], check["steps"])
     shown = [(f"updates, t = {t}", "effect", t) for t in range(last, first - 1, -1)]
     shown += [("updates: t = 0, of W_0 x_0", "effect", 0), (f"activations, t = {last}", "activation", last)]
-    panels = [Panel(f"checked: {check['arm']['name']}", _marks(check["arm"], shown))]
+    panels = [Panel(f"checked: {check['arm']['name']}\n{check['verdict']}", _marks(check["arm"], shown))]
     for control in check["controls"]:
         whose = f"{control['role'] or 'all'} {signed(control['slope'])}"
         panels.append(Panel(f"control {control['arm']['name']}\nslope of {whose}", _marks(control["arm"], shown)))
     roles = {series["role"] for series in check["arm"]["series"] if series["quantity"] in ("effect", "activation")}
-    keys = [Key(role or "modules", "line", color) for role, color in ROLE_COLORS.items() if role in roles and role]
+    keys = [Key(role or "modules", "line", color, marked=True) for role, color in ROLE_COLORS.items() if role in roles]
     caption = (
         "Coordinate check: what all updates so far do to the present input, a line per parameter. Flat means that the rule "
-        "scales as muP says. Beside it the controls, each with one rule wrong on purpose and the slope that this gives."
+        "scales as muP says. Next to it the controls, each with one rule wrong on purpose and the slope that this gives."
     )
     name = "coord-check" if number == 0 else f"coord-check-{number + 1}"
     x = Axis("width", "log2", ticks=check["arm"]["widths"])
-    choice = Choice("what", "shown", [label for label, _, _ in shown])
+    options = [label for label, _, _ in shown]
+    choice = Choice("what", "shown", options, printed=[options[0], *options[-2:]])
     return Figure(name, caption, x, Axis("rms", "log"), panels, keys, choice, size=(1.9, 2.1))
 
 
@@ -66,7 +72,9 @@ def _marks(arm: dict[str, Any], shown: list[tuple[str, str, int]]) -> list[Mark]
                 widths, values = zip(*pairs)
                 color = ROLE_COLORS[series["role"]]
                 name = f"{series['name']} ({series['role'] or 'module'})"
-                marks.append(Mark("line", widths, values, color, name, {"what": label}, size=0.9, opacity=0.75))
+                marks.append(
+                    Mark("line", widths, values, color, name, {"what": label}, size=0.9, opacity=0.75, marked=True)
+                )
     return marks
 
 
@@ -88,7 +96,7 @@ def _controls(check: dict[str, Any]) -> Table:
             control["role"] or "all",
             signed(control["slope"]),
             signed(control["predicted"]),
-            "fails, as it must" if control["seen"] else "NOT SEEN",
+            "detected" if control["seen"] else "NOT DETECTED",
         ]
         for control in check["controls"]
     ]

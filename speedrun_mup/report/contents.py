@@ -91,11 +91,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a figure shows one at a time: marks whose tag `tag` is the chosen option. The first is shown at first."""
+    """What a page shows one at a time: marks whose tag `tag` is the chosen option, at first the first one.
+
+    A picture shows those that are `printed`, a row of panels each; by default the first alone.
+    """
 
     tag: str
     label: str
     options: Sequence[str]
+    printed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -39,29 +40,35 @@ def draw(figure: Figure, path: Path) -> None:
     Raises:
         PictureError: in one line, for whatever keeps it from being drawn or written.
     """
-    rows = math.ceil(len(figure.panels) / MOST_COLUMNS)
-    columns = math.ceil(len(figure.panels) / rows)
+    options = _options(figure)
+    rows = math.ceil(len(figure.panels) / MOST_COLUMNS) if len(options) == 1 else len(options)
+    columns = math.ceil(len(figure.panels) * len(options) / rows)
     width, height = figure.size
     wide = max(width * columns, LEAST_WIDTH) + 0.5
     legend = _columns(figure.keys, wide)
     below = 0.18 * math.ceil(len(figure.keys) / legend)
     with picture(path, (wide, (height + 0.3) * rows + below), _STYLE) as canvas:
-        axes = canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for spare in axes.flat[len(figure.panels) :]:
+        axes = canvas.subplots(rows, columns, sharex=True, sharey="row" if len(options) > 1 else True, squeeze=False)
+        for spare in axes.flat[len(figure.panels) * len(options) :]:
             spare.remove()
-        for panel, drawn in zip(figure.panels, axes.flat):
+        for (option, panel), drawn in zip(itertools.product(options, figure.panels), axes.flat):
             for mark in panel.marks:
-                if not figure.choice or mark.tags.get(figure.choice.tag) in (None, figure.choice.options[0]):
+                if not figure.choice or mark.tags.get(figure.choice.tag) in (None, option):
                     _draw_mark(drawn, mark)
-            drawn.set_title(_title(panel.title, wide / columns), loc="left")
+            drawn.set_title(_title(panel.title, wide / columns) if option == options[0] else "", loc="left")
             drawn.set_xlabel(plain(figure.x.label))
             drawn.tick_params(labelbottom=True)
-        for name, axis in (("x", figure.x), ("y", figure.y)):
-            _set_axis(axes[0, 0], name, axis)
-        for drawn in axes[:, 0]:
-            drawn.set_ylabel(plain(figure.y.label))
+        _set_axis(axes[0, 0], "x", figure.x)
+        for row, drawn in enumerate(axes[:, 0]):
+            _set_axis(drawn, "y", figure.y)
+            drawn.set_ylabel(plain(f"{figure.y.label}: {options[row]}" if len(options) > 1 else figure.y.label))
         if figure.keys:
             _draw_legend(canvas, figure.keys, legend)
+
+
+def _options(figure: Figure) -> Sequence[str]:
+    """Which options of a figure's choice the picture has, a row each; one without a name if there is no choice."""
+    return (figure.choice.printed or figure.choice.options[:1]) if figure.choice else [""]
 
 
 def _title(text: str, width: float) -> str:

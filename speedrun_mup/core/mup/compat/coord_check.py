@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup.compat.optim import MuAdam, MuAdamW, MuSGD
+from speedrun_mup.core.mup.compat.scores import AttentionScores
 from speedrun_mup.core.mup.compat.toy_models import lazy_models
-from speedrun_mup.core.mup.scores import AttentionScores
 
 Stat = Callable[[Tensor], Tensor]
 

@@ -1,0 +1,168 @@
+"""The coordinate check of any model: arms are observed at every width, judged, and compared with their controls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from speedrun_mup.coord_check.observe import Arm, Findings, Loss, Record, Setting, observe
+from speedrun_mup.coord_check.results import (
+    NORMS,
+    PREDICTED,
+    THRESHOLDS,
+    TIED,
+    ArmResult,
+    ControlResult,
+    CoordCheck,
+    Row,
+    Series,
+    Thresholds,
+)
+from speedrun_mup.core.errors import UserError
+from speedrun_mup.core.mup import Role
+
+
+class CoordCheckError(UserError):
+    """A check that cannot be run as asked."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Control(Arm):
+    """An arm with a rule wrong on purpose: the updates of `role` (None: all) must be seen to go as width**slope.
+
+    Where an lr_power makes the difference, times whatever the checked arm's go as.
+    """
+
+    role: Role | None = None
+    slope: float = 0.5
+
+
+def coord_check(
+    build_model: Callable[[int], nn.Module],
+    widths: Sequence[int],
+    data: Iterable[Any],
+    loss: Loss,
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+    *,
+    controls: Sequence[Control] | None = None,
+    steps: int = 6,
+    seeds: int = 4,
+    taps: Callable[[nn.Module, Record], None] = lambda model, record: None,
+    output_scale: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
+    thresholds: Thresholds = THRESHOLDS,
+    name: str = "model",
+    progress: bool = True,
+) -> CoordCheck:
+    """Check the scaling of any model in muP, in float32 on the CPU.
+
+    Args:
+        build_model: width -> a module whose parameters have roles (mup.declare or mup.set_base_shapes), initialised from
+            torch's seed.
+        widths: three or more, the widest at least four times the narrowest.
+        data: batches; steps + 1 of them are used per seed, the same at every width, from the start again when they run out.
+        loss: (model, batch) -> a scalar.
+        optimizer: model -> one optimizer or several; only their learning rates are ever changed.
+        controls: arms that must fail; by default the same model with all learning rates times sqrt(width / narrowest).
+        steps: updates, at least 4; more if layers that start at zero hide many others.
+        seeds: models per width.
+        taps: called once with (model, record), to arrange for record(name, tensor) in forward passes, for activations that
+            no module puts out (scores of torch's attention are recorded without).
+        output_scale: model -> what it multiplies the product of a parameter by, by the parameter's name, where it is not
+            done by a module of its own on the way in, as MuReadout does.
+        thresholds: what decides a verdict.
+        name: of the model, in the results.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CoordCheckError: for widths, steps, seeds or data that cannot give a verdict.
+        UndeclaredParameterError: for a parameter without a role.
+    """
+    widths = sorted(set(widths))
+    fits = thresholds.min_widths <= len(widths) and widths[-1] >= thresholds.min_span * widths[0]
+    if not fits or steps < 1 or seeds < 1:
+        raise CoordCheckError(
+            f"widths={widths}, steps={steps}, seeds={seeds}: give at least {thresholds.min_widths} widths, the widest "
+            f"{thresholds.min_span:g} times the narrowest, and at least one step and seed"
+        )
+    batches = list(itertools.islice(itertools.cycle(data), seeds * (steps + 1)))
+    if not batches:
+        raise CoordCheckError("data has no batch; give an iterable of what loss(model, batch) takes")
+    per_seed = [batches[seed * (steps + 1) : (seed + 1) * (steps + 1)] for seed in range(seeds)]
+    setting = Setting(loss, per_seed, taps, output_scale, thresholds)
+    if controls is None:
+        controls = [Control("lr-sqrt-m", build_model, optimizer, lr_power=0.5)]
+    fewer = widths[:-1]  # enough for controls, if it is enough at all
+    if len(fewer) < thresholds.min_widths or fewer[-1] < thresholds.min_span * fewer[0]:
+        fewer = widths
+    runs = len(widths) * seeds + len(fewer) * len(controls)
+    with torch.random.fork_rng(devices=[]), tqdm(total=runs, disable=not progress, leave=False) as bar:
+        checked = _measure(Arm(name, build_model, optimizer), widths, seeds, setting, bar)
+        results = []
+        for control in controls:
+            arm = _measure(control, fewer, 1, setting, bar)
+            slope = arm.update_slope(control.role) - (checked.update_slope(control.role) if control.lr_power else 0.0)
+            seen = slope * math.copysign(1.0, control.slope) > thresholds.fail
+            results.append(ControlResult(arm, control.role, slope, control.slope, seen))
+    return CoordCheck(checked, tuple(results), steps, thresholds)
+
+
+def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: Setting, progress: tqdm) -> ArmResult:
+    """Observe `arm` at all widths and with all seeds, and judge it."""
+    found = []
+    for seed, width in itertools.product(range(seeds), widths):
+        progress.set_postfix_str(f"{arm.name}, width {width}")
+        found.append(observe(arm, width, min(widths), seed, setting))
+        progress.update()
+    series = []
+    for quantity, name in dict.fromkeys(key for findings in found for key in findings.values):
+        taken = [findings.values.get((quantity, name), {}) for findings in found]
+        values = np.array([[at.get(t, math.nan) for t in range(setting.steps + 1)] for at in taken])
+        logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
+        series.append(Series(quantity, name, found[0].roles.get(name), np.exp2(logs.mean(axis=0))))
+    rows = tuple(judge(series, widths, setting.thresholds))
+    problems = tuple(_problems(found, rows, setting))
+    return ArmResult(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
+
+
+def _problems(found: Sequence[Findings], rows: Iterable[Row], setting: Setting) -> Iterator[str]:
+    """Why the slopes of an arm prove nothing, in words."""
+    if setting.steps <= setting.thresholds.first_step:
+        yield f"{setting.steps} updates are too few; take {setting.thresholds.first_step + 1} or more"
+    still = set().union(*(findings.still for findings in found))
+    unseen = set().union(*(findings.unseen for findings in found))
+    if still:
+        yield f"{', '.join(sorted(still))} did not move in {setting.steps} updates"
+    if unseen:
+        yield f"{', '.join(sorted(unseen))} cannot be followed: not seen to multiply anything"
+
+
+def judge(series: Iterable[Series], widths: Sequence[int], thresholds: Thresholds) -> Iterator[Row]:
+    """The rows of an arm: the mean over tensors of one kind of every slope that is judged or shown."""
+    late = slice(thresholds.first_step, None)
+    kinds: dict[tuple[str, str, Role | None], list[Series]] = {}
+    for one in series:
+        kinds.setdefault((one.quantity, one.kind, one.role), []).append(one)
+    for (quantity, kind, role), alike in kinds.items():
+        parts = {"effect": {"init": slice(0, 1), "update": late}, "gradient": {"gradient": late}}.get(quantity)
+        for row, times in (parts or {quantity: slice(-1, None) if quantity in NORMS else late}).items():
+            slopes = [slope for one in alike if (slope := one.slope(widths, times)) is not None]
+            if not slopes:
+                continue
+            slope, predicted, verdict = sum(slopes) / len(slopes), None, None
+            starts_tied = row == "init" and kind.endswith(TIED)
+            if role and not starts_tied and (predicted := PREDICTED.get(row, {}).get(role)) is not None:
+                verdict = thresholds.judge(slope - predicted)
+            elif row == "activation" or starts_tied:
+                verdict = thresholds.judge(max(slope, 0.0))
+            yield Row(row, kind, role, len(slopes), slope, predicted, verdict)

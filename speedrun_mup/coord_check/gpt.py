@@ -1,0 +1,129 @@
+"""The coordinate check of this project's GPT, with a control for every rule that could be wrong."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun_mup.config import TrainConfig, make_config
+from speedrun_mup.coord_check.check import Control, CoordCheckError, coord_check
+from speedrun_mup.coord_check.observe import Record
+from speedrun_mup.coord_check.results import CoordCheck
+from speedrun_mup.core.attention import Dense
+from speedrun_mup.core.model import GPT
+from speedrun_mup.core.mup import Parametrization, Role
+from speedrun_mup.core.utils import World
+from speedrun_mup.data.batches import train_batches
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.training.build import build_optimizers, model_config
+
+ADAM_MATRIX_LR = 0.004  # at base width; what a control gives Adam where the settings' matrix_lr is meant for Muon
+# Rule table, who updates the hidden matrices (None: as in the settings), whose updates must be seen to go how.
+_GPT_CONTROLS = (
+    ("muon-over-m", "muon", Role.HIDDEN, -1.0),
+    ("muon-sqrt-m", "muon", Role.HIDDEN, 0.5),
+    ("adam-constant", "adam", Role.HIDDEN, 1.0),
+    ("head-sqrt", None, Role.OUTPUT, 0.5),
+)
+
+
+def gpt_coord_check(
+    cfg: TrainConfig | None = None,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    *,
+    table: Parametrization | None = None,
+    steps: int = 6,
+    seeds: int = 1,
+    tokens: int = 512,
+    controls: bool = True,
+    progress: bool = True,
+) -> CoordCheck:
+    """Check the GPT as `cfg` (default: the laptop preset) trains it, at all `widths` instead of its own.
+
+    Learning rates follow the square root of `tokens`, so that the few, small steps of a check stay where the loss is not
+    yet saturated.
+
+    Args:
+        cfg: settings of the model, the optimizers and the data (auto: the embedded corpus).
+        widths: as for coord_check.
+        table: a rule table of your own instead of cfg.parametrization.
+        steps: updates, at least 4.
+        seeds: models per width.
+        tokens: of a step; no fewer than the widest width, or Muon's updates cannot have full rank.
+        controls: whether to run the controls; without them the check can fail, but not pass.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CoordCheckError: for widths, steps, seeds or tokens that cannot give a verdict.
+        ConfigError: for data that cannot be read.
+    """
+    cfg = cfg or make_config("laptop", {"parametrization": "mup"})
+    if tokens < max(widths):
+        raise CoordCheckError(f"tokens={tokens} is less than the widest width, {max(widths)}; take as many or more")
+    corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)
+    window = min(cfg.window_tokens, tokens) // cfg.block_size
+    lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.batch_tokens)
+    cfg = replace(cfg, base_width=cfg.tuned_width, lr_scale=lr_scale, kernel_warmup=0)
+
+    def recipe(cfg: TrainConfig, table: Parametrization | None = None) -> dict[str, Any]:
+        shapes = {width: model_config(replace(cfg, width=width), corpus, "dense", torch.float32) for width in widths}
+        if table is not None:
+            shapes = {width: replace(shape, parametrization=table) for width, shape in shapes.items()}
+        return {
+            "build_model": lambda width: GPT(shapes[width], cfg.seed + torch.initial_seed()),
+            "optimizer": lambda model: build_optimizers(model, cfg, World()),
+        }
+
+    arms = []
+    for name, hidden_optimizer, role, slope in _GPT_CONTROLS if controls else ():
+        changes: dict[str, Any] = {"parametrization": name}
+        if hidden_optimizer and hidden_optimizer != cfg.hidden_optimizer:
+            if cfg.hidden_optimizer == "adam":
+                continue  # Muon's rules are not in use
+            changes |= {"hidden_optimizer": hidden_optimizer, "matrix_lr": ADAM_MATRIX_LR}
+        arms.append(Control(name, **recipe(replace(cfg, **changes)), role=role, slope=slope))
+    batches = train_batches(corpus, tokens, 1, cfg.seed, order=cfg.data_order)
+    return coord_check(
+        widths=widths,
+        data=map(batches.micro_batch, itertools.count()),
+        loss=lambda model, batch: model(*batch, window),
+        **recipe(cfg, table),
+        controls=arms,
+        steps=steps,
+        seeds=seeds,
+        taps=_tap_scores,
+        output_scale=_logit_scale,
+        name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.hidden_optimizer}",
+        progress=progress,
+    )
+
+
+class _TappedAttention(Dense):
+    """The reference attention, which tells `record` its scores."""
+
+    def __init__(self, name: str, record: Record):
+        self.name, self.record = name, record
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """q, k, v (T, H, C) -> (T, H, C)."""
+        if not torch.is_grad_enabled():  # looks are taken without
+            self.record(self.name, torch.einsum("qhc,khc->hqk", q, k)[:, mask] * scale)
+        return super().attend(q, k, v, mask, scale)
+
+
+def _logit_scale(model: Any) -> dict[str, float]:
+    """What a GPT multiplies the product of its head by."""
+    return {"lm_head.weight": model.logit_scale}
+
+
+def _tap_scores(model: Any, record: Record) -> None:
+    """Have every attention layer of a GPT record what goes into its softmax."""
+    for layer, block in enumerate(model.blocks):
+        if block.attn is not None:
+            block.attn.backend = _TappedAttention(f"blocks.{layer}.attn.scores", record)

@@ -1,0 +1,249 @@
+"""What a coordinate check measured, what muP predicts of it, and the verdict."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speedrun_mup.core.mup import Role
+
+Array = NDArray[np.float64]
+
+
+class Verdict(enum.StrEnum):
+    """What the check shows, from best to worst. Only PASS is success."""
+
+    PASS = "PASS"
+    WARN = "WARN"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+def worst(verdicts: Iterable[Verdict | None]) -> Verdict:
+    """The worst verdict there is; None stands for what is not judged."""
+    order = list(Verdict)
+    return max((verdict for verdict in verdicts if verdict), key=order.index, default=Verdict.PASS)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Every number that decides a verdict. Wrong rules are off by a multiple of 1/2, right ones measure below 0.15."""
+
+    warn: float = 0.15  # octaves per doubling of width, between the measured and the predicted slope
+    fail: float = 0.30
+    first_step: int = 3  # from here on t is judged; before, layers that start at zero hide what lies behind them
+    min_widths: int = 3
+    min_span: float = 4.0  # widest width over narrowest
+
+    def judge(self, deviation: float) -> Verdict:
+        """The verdict on a slope that is off by `deviation`. What is not finite is a FAIL."""
+        size = abs(deviation)
+        return Verdict.PASS if size <= self.warn else Verdict.WARN if size <= self.fail else Verdict.FAIL
+
+
+THRESHOLDS = Thresholds()
+
+
+# The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small; but one that is the embedding
+# too, TIED, already knows the token just read: its start has no slope of its own, it only must not grow. Scalars have no
+# rule that could be wrong, and few entries, which make their slopes noisy: they are shown, and have to move, but are not judged.
+PREDICTED: dict[str, dict[Role, float]] = {
+    "update": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: 0.0},
+    "init": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: -0.5},
+    "gradient": {Role.INPUT: -1.0, Role.HIDDEN: -1.0, Role.OUTPUT: -1.0},
+}
+TIED = " (readout)"  # follows the name of an embedding where that is the readout too
+NORMS = ("norm", "update norm", "flatness")  # of HIDDEN matrices after the last update, not judged: see observe.norms
+
+
+def kind_of(name: str) -> str:
+    """`name` with stars for the numbers in it, but for a leading one: the layers of a bare nn.Sequential are not alike."""
+    return re.sub(r"(?<=\.)\d+(?![^.])", "*", name)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity of one tensor. values (W, T + 1): geometric mean over seeds; nan where it is zero or not taken.
+
+    quantity: effect (init at t = 0, update from then on), gradient, activation, loss or one of NORMS. role: None for
+    what is no parameter.
+    """
+
+    quantity: str
+    name: str
+    role: Role | None
+    values: Array
+
+    @property
+    def kind(self) -> str:
+        """What the same tensors of all layers share: the name with stars for numbers, without the place in a stack."""
+        kind = kind_of(self.name)
+        return kind if self.quantity == "activation" else re.sub(r"\[\d+\]$", "", kind)
+
+    def slope(self, widths: Sequence[int], times: slice) -> float | None:
+        """Of log2(value) on log2(width), by least squares. Mean over those `times` when no width lacks it; None if never."""
+        logs = np.log2(self.values[:, times])
+        logs = logs[:, ~np.isnan(logs).any(axis=0)]
+        if not logs.size:
+            return None
+        x = np.log2(widths) - np.log2(widths).mean()
+        with np.errstate(invalid="ignore"):
+            return float(x @ logs.mean(axis=1) / (x @ x))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The mean slope of the `tensors` of one kind. predicted and verdict: None for what is not judged."""
+
+    quantity: str
+    kind: str
+    role: Role | None
+    tensors: int
+    slope: float
+    predicted: float | None
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What one arm measured. problems: why its slopes prove nothing, in words."""
+
+    name: str
+    widths: tuple[int, ...]
+    seeds: int
+    series: tuple[Series, ...]
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """INCONCLUSIVE if there are problems, else the worst of the rows."""
+        return Verdict.INCONCLUSIVE if self.problems else worst(row.verdict for row in self.rows)
+
+    def update_slope(self, role: Role | None) -> float:
+        """The mean update slope of all tensors of `role` (None: of all that are judged); nan if there are none."""
+        rows = [row for row in self.rows if row.quantity == "update" and row.verdict and role in (None, row.role)]
+        return sum(row.slope * row.tensors for row in rows) / sum(row.tensors for row in rows) if rows else math.nan
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """What a control measured. slope: of the updates of `role`, `predicted` to be so far off. seen: it is, by a FAIL."""
+
+    arm: ArmResult
+    role: Role | None
+    slope: float
+    predicted: float
+    seen: bool
+
+    @property
+    def whose(self) -> str:
+        """Whose slope it is, in words."""
+        return "all updates" if self.role is None else f"{self.role.value} updates"
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """The outcome of a check: its `verdict`, the `reasons` if it is INCONCLUSIVE, and all that was measured."""
+
+    arm: ArmResult
+    controls: tuple[ControlResult, ...]
+    steps: int
+    thresholds: Thresholds
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a PASS would prove nothing, in words; empty if it does."""
+        blind = (
+            f"control {c.arm.name} was not detected: its {c.whose} have slope {c.slope:+.2f}, not about {c.predicted:+.1f}"
+            for c in self.controls
+            if not c.seen
+        )
+        untested = () if self.controls else ("no control was run: nothing shows that a wrong rule would be detected",)
+        return (*self.arm.problems, *untested, *blind)
+
+    @property
+    def verdict(self) -> Verdict:
+        """That on the checked arm, but INCONCLUSIVE if there are reasons against it. A FAIL needs no control."""
+        return self.arm.verdict if self.arm.verdict is Verdict.FAIL or not self.reasons else Verdict.INCONCLUSIVE
+
+    def summary(self) -> str:
+        """A table for the terminal."""
+        return "\n".join(_summary_lines(self))
+
+    def to_json(self) -> str:
+        """All that was measured, as strict JSON; null where a value is zero, not finite or was not taken."""
+        return json.dumps(_plain({"verdict": self.verdict, "reasons": self.reasons} | asdict(self)), allow_nan=False)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw updates, start and activations against width, for the model and for its controls: the figure of a report."""
+        from speedrun_mup.report.checks import check_figure  # not for everybody who reads results
+        from speedrun_mup.report.png import draw
+
+        draw(check_figure(json.loads(self.to_json())), Path(path))
+
+
+def _summary_lines(check: CoordCheck) -> Iterator[str]:
+    arm = check.arm
+    by_kind: dict[tuple[str, Role | None], dict[str, Row]] = {}
+    for row in arm.rows:
+        by_kind.setdefault((row.kind, row.role), {})[row.quantity] = row
+    pad = 2 + max(20, *(len(kind) for kind, _ in by_kind), *(len("control " + c.arm.name) for c in check.controls))
+
+    def table(title: str, quantities: Sequence[str]) -> Iterator[str]:
+        judged = quantities != NORMS
+        yield ""
+        yield f"{title:<{pad}}{'role':<8}{''.join(f'{q:<15}' for q in quantities)}{'verdict' if judged else ''}".rstrip()
+        for (kind, role), rows in by_kind.items():
+            if shown := [rows[q] for q in quantities if q in rows]:
+                cells = "".join(f"{_cell(rows.get(q)):<15}" for q in quantities)
+                verdict = worst(row.verdict for row in shown) if any(row.verdict for row in shown) else ""
+                yield f"{kind:<{pad}}{role.value if role else '':<8}{cells}{verdict}".rstrip()
+
+    yield f"coordinate check of {arm.name}: widths {', '.join(map(str, arm.widths))}; {check.steps} updates; seeds: {arm.seeds}"
+    yield from table("slope (predicted)", tuple(PREDICTED))
+    yield from table("must not grow", ("activation",))
+    yield from table("not judged", NORMS)
+    yield ""
+    for c in check.controls:
+        outcome = "detected" if c.seen else "NOT DETECTED"
+        yield f"{'control ' + c.arm.name:<{pad}}{c.slope:+.2f} ({c.predicted:+.1f}) on {c.whose}: {outcome}"
+    label = "inconclusive" if check.verdict is Verdict.INCONCLUSIVE else "note"
+    yield from (f"{label}: {reason}" for reason in check.reasons)
+    yield from _advice(arm.rows)
+    yield f"verdict: {check.verdict}"
+
+
+def _advice(rows: Iterable[Row]) -> Iterator[str]:
+    """Suggested fixes for failing rows."""
+    off = [row for row in rows if row.verdict in (Verdict.WARN, Verdict.FAIL)]
+    if names := ", ".join(row.kind for row in off if row.quantity == "init"):
+        yield f"init of {names}: initialise with mup.init, after set_base_shapes; or a forward multiplier is wrong"
+    if names := ", ".join(row.kind for row in off if re.search(r"(^|\.)scores(\[\d+\])?$", row.kind)):
+        yield f"{names}: if heads widen with the model, scale scores by 1 / head_dim (docs/mup-library.md)"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row.slope:+.2f}" if row.predicted is None else f"{row.slope:+.2f} ({row.predicted:+.1f})"
+
+
+def _plain(value: Any) -> Any:
+    """The same in what strict JSON has: arrays and tuples as lists, what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
