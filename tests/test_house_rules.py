@@ -169,3 +169,12 @@ def test_the_log_has_a_dated_result_per_entry_in_six_lines_at_most():
     for entry in entries:
         lines = entry.strip().splitlines()
         assert len(lines) <= 8 and all(len(line) <= 120 for line in lines), f"too long: {lines[0]}"
+
+
+def test_pages_link_to_what_exists_and_the_file_tree_of_the_readme_does():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+    tree = (ROOT / "README.md").read_text().split("## What is where\n\n```\n")[1].split("```")[0]
+    for path in re.findall(r"(?:^|  )(\S+(?:\.py|/))(?=\s|$)", tree, re.M):
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), f"the file tree of README.md names {path}"
