@@ -218,13 +218,13 @@ def main() -> int:
             shrink = (
                 "--device cpu --n-layer 6 --head-dim 16 --block-size 32 --window-tokens 96 --micro-batch-tokens 128"
             )
-            shrink = f"{shrink} --micro-batches 2 --val-chunk-tokens 128 --val-tokens 128 --kernel-warmup 1".split()
+            shrink = f"{shrink} --micro-batches 2 --val-chunk-tokens 128 --val-tokens 128".split()
             steps, widths, base, room = 4, {32: 0}, 16, 0.0
         else:
             make_corpus(corpus, TRAIN_TOKENS, VAL_TOKENS)
         plain = ["--preset", "record26", "--data", str(corpus), *shrink]
         small = ["--width", "16"] if arguments.quick else []
-        short = ["--steps", str(steps // 4), "--kernel-warmup", "1"]
+        short = ["--steps", str(steps // 4)]
         scaled = {
             width: [*plain, "--mup", "--base-width", str(base), "--width", str(width), *short] for width in widths
         }

@@ -48,7 +48,7 @@ GOALS = {
         "death before every file-system call of save, purge and cleaning up", (f"{CHECKPOINT}::test_every_crash_point",)
     ),
     "G3": Goal(
-        "killed lives over 1, 2 and 4 ranks, another number at each resume: bitwise equal with --strict",
+        "killed lives over 1, 2 and 4 ranks, another number at each resume: bitwise equal with --deterministic",
         (f"{GOALS_FILE}::test_killed_lives_over_world_sizes",),
         100,
     ),
@@ -115,7 +115,7 @@ GOALS = {
         (f"{CHECKPOINT}::test_schema_1_stays_readable", f"{HERE}::test_row_18_a_checkpoint_of_version_0_1_0_resumes"),
     ),
     "G20": Goal(
-        "one result per seed, in float32 and bfloat16; on 1, 2 and 4 ranks with --strict; within 1e-4 without",
+        "one result per seed, in float32 and bfloat16; on 1, 2 and 4 ranks with --deterministic; within 1e-4 without",
         (
             f"{GOALS_FILE}::test_this_machine_gives_the_same_bits_every_time",
             f"{GOALS_FILE}::test_without_strict_ranks_change_little",

@@ -190,14 +190,14 @@ def bench(cfg: TrainConfig, steps: int, began: float, profiled: bool = False) ->
     began: time.perf_counter() when this process started. profiled: profile one more step, in the middle of the schedule.
     """
     with tempfile.TemporaryDirectory() as mine:
-        world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
+        world = join_world(cfg.device, cfg.timeout_s, cfg.deterministic)
         out = world.from_main(mine)
         quiet: dict[str, Any] = {"out": out, "resume": None, "save": False, "progress": False, "track": "none"}
         cfg = replace(cfg, iterations=steps, kernel_warmup=max(cfg.kernel_warmup, 1), **quiet)
         watch = Stopwatch(world.device)
         try:
             timed = TimedWorld(**vars(world), watch=watch)
-            with deterministic(cfg.strict), closing(Run(cfg, timed)) as run:
+            with deterministic(cfg.deterministic), closing(Run(cfg, timed)) as run:
                 return measure(run, watch, began, profiled)
         finally:
             leave_world()

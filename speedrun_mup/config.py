@@ -22,6 +22,7 @@ from speedrun_mup.settings import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
+    Former,
     Setting,
     add_flags,
     at_least,
@@ -79,7 +80,12 @@ class TrainConfig:
     )
 
     micro_batch_tokens: int = setting(
-        "batch", "tokens of one micro-batch; a multiple of --block-size", 49152, affects="result", valid=TOKENS
+        "batch",
+        "tokens of one micro-batch; a multiple of --block-size",
+        49152,
+        affects="result",
+        valid=TOKENS,
+        fitted=True,
     )
     micro_batches: int = setting(
         "batch",
@@ -87,13 +93,15 @@ class TrainConfig:
         8,
         affects="result",
         valid=COUNT,
+        fitted=True,
     )
-    pack: int = setting(
+    micro_batches_per_forward: int = setting(
         "batch",
-        "micro-batches that one forward pass takes side by side; 0 chooses",
+        "micro-batches in one forward pass; 0 = automatic",
         0,
         affects="speed",
         valid=(at_most(2**20), at_least(0)),
+        fitted=True,
     )
 
     seed: int = setting(
@@ -103,9 +111,9 @@ class TrainConfig:
         affects="result",
         valid=(at_least(0),),
     )
-    strict: bool = setting(
+    deterministic: bool = setting(
         "training",
-        "sum gradients in a fixed tree over micro-batches, with deterministic kernels: the same bits on any number of ranks",
+        "bitwise identical on any number of ranks: gradients are summed in a fixed tree, by deterministic kernels",
         False,
         affects="result",
     )
@@ -118,13 +126,12 @@ class TrainConfig:
         on_resume="free",
         choices=("stop", "skip", "rollback"),
     )
-    micro_batch: str = setting(
+    fit_memory: bool = setting(
         "training",
-        "auto: until a step fits the device's memory, halve --pack, then --micro-batch-tokens (with twice the "
-        "--micro-batches); until a validation pass fits, halve --val-chunk-tokens",
-        "fixed",
+        "until a step fits the device's memory, halve --micro-batches-per-forward, then --micro-batch-tokens (with twice "
+        "the --micro-batches); until a validation pass fits, halve the tokens that it sees at once",
+        False,
         affects="result",
-        choices=("fixed", "auto"),
     )
 
     matrix_lr: float = setting("optimizer", "hidden matrices", 0.05, affects="result", valid=(POSITIVE,))
@@ -180,7 +187,7 @@ class TrainConfig:
         affects="result",
         valid=(FRACTION,),
     )
-    lr_floor: float = setting(
+    final_lr_frac: float = setting(
         "schedule", "final learning rate, as a fraction of the peak", 0.10, affects="result", valid=(FRACTION,)
     )
 
@@ -221,7 +228,13 @@ class TrainConfig:
         valid=(at_most(LARGEST), at_least(1)),
     )
     val_chunk_tokens: int = setting(
-        "data", "tokens that one validation pass sees at once", 262_144, affects="result", valid=TOKENS
+        "data",
+        "tokens that one validation pass sees at once",
+        262_144,
+        affects="result",
+        valid=TOKENS,
+        shown=False,
+        fitted=True,
     )
     val_every: int = setting(
         "run", "steps between validations; 0 is only at the end", 125, affects="display", valid=STEPS
@@ -353,6 +366,19 @@ _FIRST_HASHED = (
     "val_chunk_tokens dtype fp8"
 )
 FIRST_HASHED = frozenset(_FIRST_HASHED.split())
+# Flags and names of the first edition. A config.json is read with them for good, a flag works for one release.
+FORMER = {
+    "pack": Former("micro_batches_per_forward"),
+    "strict": Former("deterministic"),
+    "micro_batch": Former("fit_memory", {"fixed": False, "auto": True}),
+    "lr_floor": Former("final_lr_frac"),
+    "kernel_warmup": Former("kernel_warmup"),
+    "momentum_start": Former("momentum_start"),
+    "progress": Former("progress"),
+    "save": Former("save"),
+    "scalar_eps": Former("scalar_eps"),
+    "timeout_s": Former("timeout_s"),
+}
 
 
 def settings() -> dict[str, Setting]:
@@ -372,15 +398,28 @@ def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
 
 def hashed_settings(cfg: TrainConfig) -> dict[str, Any]:
     """`computed_settings` as the hash of a run has them: the same in every edition that computes the same."""
+    values = computed_settings(cfg)
+    for name, former in FORMER.items():
+        if name != former.setting and former.setting in values:
+            now = values.pop(former.setting)
+            values[name] = {is_: was for was, is_ in former.values.items()}[now] if former.values else now
     usual = defaults()
-    return {
-        name: value for name, value in computed_settings(cfg).items() if name in FIRST_HASHED or value != usual[name]
-    }
+    return {name: value for name, value in values.items() if name in FIRST_HASHED or value != usual[name]}
+
+
+def present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names, and with the values, that they have in this edition."""
+    values = {}
+    for name, value in saved.items():
+        former = FORMER.get(name, Former(name))
+        spelled = former.values if former.values and isinstance(value, str) else {}
+        values[former.setting] = spelled.get(value, value)
+    return values
 
 
 def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier edition saved, with the default for each setting that is newer."""
-    return {**defaults(), **saved}
+    return {**defaults(), **present_names(saved)}
 
 
 def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -389,7 +428,7 @@ def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
     muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
     rule table alone takes the preset's base width. With neither, the rules are the record's own.
     """
-    values = {**PRESETS[preset].settings, **overrides}
+    values = {**PRESETS[preset].settings, **present_names(overrides)}
     if values.get("base_width") is not None:
         values.setdefault("parametrization", "mup")
     elif "parametrization" in values:
@@ -423,7 +462,7 @@ def add_settings(parser: Parser, groups: Collection[str] = (), plus: Collection[
         same = len(set(values.values())) == 1
         shown[name] = str(usual) if same else ", ".join(f"{preset}: {value}" for preset, value in values.items())
     taken = [name for name, meta in settings().items() if meta.group in groups or name in plus]
-    add_flags(parser, TrainConfig, taken, shown)
+    add_flags(parser, TrainConfig, taken, shown, FORMER)
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
@@ -442,7 +481,7 @@ def to_json(cfg: TrainConfig) -> str:
 def from_json(text: str, source: Path) -> TrainConfig:
     """Read back `to_json`. ConfigError naming `source` for anything that is not a TrainConfig."""
     try:
-        values = json.loads(text)
+        values = present_names(json.loads(text))
         for name, value in values.items():
             kind, optional = value_types(TrainConfig)[name]
             fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)

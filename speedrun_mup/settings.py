@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,6 +58,8 @@ class Setting:
     choices: tuple[str, ...]
     shorthand: Mapping[str, str]
     valid: tuple[Valid, ...]
+    shown: bool
+    fitted: bool
 
     @property
     def is_result(self) -> bool:
@@ -83,6 +87,8 @@ def setting(
     choices: Sequence[str] = (),
     shorthand: Mapping[str, str] | None = None,
     valid: Sequence[Valid] = (),
+    shown: bool = True,
+    fitted: bool = False,
 ) -> Any:
     """A field of TrainConfig.
 
@@ -97,13 +103,30 @@ def setting(
         choices: the values that a text may have.
         shorthand: further flags, each with its value, such as {"--mup": "mup"}.
         valid: conditions on a value that is not None.
+        shown: whether `--help` has its flag.
+        fitted: whether --fit-memory decides on it.
 
     Returns:
         The dataclass field.
     """
     usual: OnResume = "fixed" if affects == "result" else "free"
-    meta = Setting(group, help, affects, on_resume or usual, tuple(choices), dict(shorthand or {}), tuple(valid))
+    meta = Setting(
+        group, help, affects, on_resume or usual, tuple(choices), dict(shorthand or {}), tuple(valid), shown, fitted
+    )
     return dataclasses.field(default=default, metadata={"setting": meta})
+
+
+@dataclass(frozen=True)
+class Former:
+    """A flag, or name in a config.json, of the edition before.
+
+    Attributes:
+        setting: what it is called now; a flag that has no successor keeps its setting's name.
+        values: what its values are now, if they were others.
+    """
+
+    setting: str
+    values: Mapping[Any, Any] | None = None
 
 
 @functools.cache
@@ -143,7 +166,9 @@ def value_types(kind: type) -> dict[str, tuple[type, bool]]:
     }
 
 
-def add_flags(parser: Parser, kind: type, names: Iterable[str], shown: Mapping[str, str]) -> None:
+def add_flags(
+    parser: Parser, kind: type, names: Iterable[str], shown: Mapping[str, str], former: Mapping[str, Former]
+) -> None:
     """Give `parser` a flag for each of `names`, by group. A flag that is not given leaves no trace in the namespace.
 
     Args:
@@ -151,17 +176,26 @@ def add_flags(parser: Parser, kind: type, names: Iterable[str], shown: Mapping[s
         kind: a dataclass of settings.
         names: of the settings that the command takes.
         shown: the default of each in words, for `--help`.
+        former: flags of the edition before, which work with a note.
     """
     groups: dict[str, Any] = {}
     taken = set(names)
+    for name, entry in former.items():
+        if entry.setting in taken:
+            _add_former_flag(parser, name, entry, value_types(kind)[entry.setting][0])
+        else:
+            parser.elsewhere.add(flag_of(name))
     for name, meta in settings_of(kind).items():
         if name not in taken:
             parser.elsewhere |= {flag_of(name), *meta.shorthand}
             continue
+        if name in former:
+            continue
         if meta.group not in groups:
             groups[meta.group] = parser.add_argument_group(meta.group)
         text = meta.help if "(default" in meta.help else f"{meta.help} ({shown[name]})"
-        _add_flag(groups[meta.group], name, meta, value_types(kind)[name][0], text.replace("%", "%%"))
+        text = text.replace("%", "%%") if meta.shown else argparse.SUPPRESS
+        _add_flag(groups[meta.group], name, meta, value_types(kind)[name][0], text)
 
 
 def _add_flag(group: Any, name: str, meta: Setting, kind: type, text: str) -> None:
@@ -177,3 +211,30 @@ def _add_flag(group: Any, name: str, meta: Setting, kind: type, text: str) -> No
         )
     for flag, value in meta.shorthand.items():
         group.add_argument(flag, action="store_const", const=value, help=f"= {flag_of(name)} {value}", **options)
+
+
+class _Noted(argparse.Action):
+    """Stores a value as it is called now, and says so on stderr."""
+
+    instead, now = "", dict[Any, Any]()
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {option_string} works for one more release; {self.instead}", file=sys.stderr)
+        if self.nargs == 0:
+            values = not str(option_string).startswith("--no-")
+        setattr(namespace, self.dest, self.now.get(values, values))
+
+
+def _add_former_flag(parser: Parser, name: str, entry: Former, kind: type) -> None:
+    options: dict[str, Any] = {"type": kind}
+    flags = [flag_of(name)]
+    if entry.values:
+        options = {"choices": tuple(entry.values)}
+    elif kind is bool:
+        options, flags = {"nargs": 0}, [*flags, flag_of(f"no_{name}")]
+    quiet: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    action: Any = parser.add_argument(*flags, action=_Noted, dest=entry.setting, **quiet, **options)
+    renamed = name != entry.setting
+    action.instead = f"it is now {flag_of(entry.setting)}" if renamed else f"set {name} from Python"
+    action.now = entry.values or {}

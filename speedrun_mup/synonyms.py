@@ -77,15 +77,15 @@ FLAGS = (
     ),
     Meaning(
         "min-lr lr-min final-lr lr-end end-lr min-learning-rate final-lr-frac lr-final min-lr-ratio",
-        "--lr-floor",
-        "use --lr-floor: the last learning rate, as a fraction of the first",
+        "--final-lr-frac",
+        "use --final-lr-frac: the last learning rate, as a fraction of the first",
     ),
     Meaning(
         "lr-scheduler lr-scheduler-type scheduler lr-schedule schedule lr-decay decay-lr lr-decay-iters lr-decay-steps "
         "warmdown warmdown-iters warmdown-ratio warmdown-steps cooldown-frac cooldown-steps cooldown-iters decay-frac "
         "decay-steps anneal anneal-frac",
         "--cooldown",
-        "use --cooldown: the rate is constant and falls linearly in this last fraction of the steps, to --lr-floor",
+        "use --cooldown: the rate is constant and falls linearly in this last fraction of the steps, to --final-lr-frac",
     ),
     Meaning(
         "warmup warmup-steps warmup-iters warmup-ratio warmup-frac num-warmup-steps lr-warmup lr-warmup-steps lr-warmup-iters "
@@ -104,7 +104,8 @@ FLAGS = (
         "grad-accum grad-accum-steps gradient-accumulation-steps gradient-accumulation accumulate-grad-batches "
         "accumulation-steps accum-steps accum ga-steps",
         "--micro-batches",
-        "use --micro-batches: how many make one step, over all ranks; --pack says how many go through the model at once",
+        "use --micro-batches: how many make one step, over all ranks; --micro-batches-per-forward is how many go through the "
+        "model at once",
     ),
     Meaning(
         "depth layers layer n-layers nlayer nlayers num-layers num-hidden-layers n-blocks num-blocks blocks n-hidden-layers",
@@ -215,7 +216,9 @@ FLAGS = (
         "use --keep-last: at least 2",
     ),
     Meaning(
-        "no-checkpoint no-checkpoints save-checkpoint always-save-checkpoint", "--no-save", "use --save or --no-save"
+        "no-checkpoint no-checkpoints save-checkpoint always-save-checkpoint",
+        "",
+        "there is none, because every run ends with a checkpoint; --save-every writes more",
     ),
     Meaning(
         "eval-every eval-interval eval-steps eval-freq eval-step val-interval val-freq val-steps val-check-interval "
@@ -288,8 +291,8 @@ FLAGS = (
     Meaning("random-seed manual-seed rng-seed rng data-seed seeds random-state", "--seed", "use --seed"),
     Meaning(
         "gradient-checkpointing activation-checkpointing recompute checkpoint-activations use-checkpoint",
-        "--micro-batch",
-        "there is none; --micro-batch auto shrinks micro-batches until a step fits the memory",
+        "--fit-memory",
+        "there is none; --fit-memory shrinks micro-batches until a step fits the memory",
     ),
     Meaning(
         "flash flash-attn flash-attention attn-implementation attn sdpa use-flash flex",
@@ -301,9 +304,15 @@ FLAGS = (
         "--preset",
         "there is none, because all settings are flags on top of a --preset; every run folder keeps its config.json",
     ),
-    Meaning("quiet q silent disable-tqdm no-tqdm no-progress-bar no-bar", "--no-progress", "use --no-progress"),
     Meaning(
-        "verbose v debug progress-bar tqdm", "--progress", "use --progress; a run's log.txt has all there is to tell"
+        "quiet q silent disable-tqdm no-tqdm no-progress-bar no-bar",
+        "",
+        "there is none, because progress is a bar on a terminal only",
+    ),
+    Meaning(
+        "verbose v debug progress-bar tqdm",
+        "",
+        "there is none; a terminal has a bar, and a run's log.txt has all there is to tell",
     ),
     Meaning(
         "tie-embeddings tie-weights tie-word-embeddings weight-tying tied",
@@ -333,9 +342,9 @@ FLAGS = (
         "use --parametrization: mup, sp, record26 and others",
     ),
     Meaning(
-        "deterministic determinism reproducible cudnn-deterministic",
-        "--strict",
-        "use --strict: the same bits on any number of ranks; at one seed and rank count a run repeats itself anyway",
+        "determinism reproducible bitwise cudnn-deterministic",
+        "--deterministic",
+        "use --deterministic: the same bits on any number of ranks; at one seed and rank count a run repeats itself anyway",
     ),
     Meaning("dry-run dryrun preview no-run", "--run", "leave out --run: without it nothing is trained"),
     Meaning("execute go start carry-out do", "--run", "use --run"),

@@ -127,7 +127,7 @@ def test_a_strict_benchmark_is_deterministic_as_strict_training_is(tiny, no_ceil
         lambda run, *args: found.append(torch.are_deterministic_algorithms_enabled()) or whole(run, *args),
     )
     for strict in (True, False):
-        bench(tiny(strict=strict), steps=1, began=0.0)
+        bench(tiny(deterministic=strict), steps=1, began=0.0)
     assert found == [True, False]
 
 

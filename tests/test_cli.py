@@ -79,14 +79,25 @@ def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
 
 def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny, capsys):
     """The batch was 4 x 128 tokens; taking one of two sizes from the flags again would make it 8 x 128."""
-    Run(tiny(name="a", micro_batch_tokens=64, micro_batches=8, pack=1, val_chunk_tokens=64), World()).close()
-    flags = {"preset": "laptop", "out": tiny().out, "resume": "auto", "micro_batch": "auto", "micro_batch_tokens": 128}
+    Run(
+        tiny(name="a", micro_batch_tokens=64, micro_batches=8, micro_batches_per_forward=1, val_chunk_tokens=64),
+        World(),
+    ).close()
+    flags = {"preset": "laptop", "out": tiny().out, "resume": "auto", "fit_memory": True, "micro_batch_tokens": 128}
     capsys.readouterr()
     cfg = config_of(dict(flags))
-    assert (cfg.pack, cfg.micro_batch_tokens, cfg.micro_batches, cfg.val_chunk_tokens) == (1, 64, 8, 64)
+    assert (cfg.micro_batches_per_forward, cfg.micro_batch_tokens, cfg.micro_batches, cfg.val_chunk_tokens) == (
+        1,
+        64,
+        8,
+        64,
+    )
     assert train.train_and_tell(cfg).finished
     told = capsys.readouterr().out
-    assert "keeps what it found at its start: pack=1, micro_batch_tokens=64, micro_batches=8, val_chunk_" in told
+    assert (
+        "keeps what it found at its start: micro_batch_tokens=64, micro_batches=8, micro_batches_per_forward=1, val_chunk_"
+        in told
+    )
     Run(tiny(name="b", micro_batch_tokens=64, micro_batches=8), World()).close()
     capsys.readouterr()
     assert config_of(flags | {"micro_batch_tokens": 64}).micro_batches == 8 and not capsys.readouterr().out
@@ -219,7 +230,7 @@ def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys, monkeypatch):
 @pytest.mark.dist
 def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--data", "synthetic", "--head-dim", "16", "--no-progress"]
+    small = ["--data", "synthetic", "--head-dim", "16"]
     small += ["--data-order", "record"]  # seeds that differ in initialisation only: less noise for so few runs
     shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
     monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "--seeds", "1", "--tokens", "128"])

@@ -76,7 +76,13 @@ def test_sizes_that_do_not_fit_leave_no_compiled_code_behind(tiny, traced, monke
         return loss
 
     monkeypatch.setattr(Passes, "accumulate_gradients", limited)
-    settings = {"attention": "dense", "compile": True, "micro_batch": "auto", "micro_batch_tokens": 256, "pack": 1}
+    settings = {
+        "attention": "dense",
+        "compile": True,
+        "fit_memory": True,
+        "micro_batch_tokens": 256,
+        "micro_batches_per_forward": 1,
+    }
     limit = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
     with limit, closing(Run(tiny(**settings, val_chunk_tokens=32), World())) as run:
         assert run.cfg.micro_batch_tokens == 32 and run.train().finished

@@ -1,4 +1,4 @@
-import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +9,20 @@ import pytest
 
 from speedrun_mup.cli import main
 from speedrun_mup.commands.train import train_parser
-from speedrun_mup.config import PRESETS, TABLES, TrainConfig, from_json, make_config, rules_in_force, to_json
+from speedrun_mup.config import (
+    FORMER,
+    PRESETS,
+    TABLES,
+    from_json,
+    make_config,
+    rules_in_force,
+    settings,
+    to_json,
+)
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import parse
+from speedrun_mup.settings import flag_of
 
 
 def flags(line: str) -> dict:
@@ -64,7 +74,7 @@ def test_the_record26_preset_is_the_record():
     assert cfg.batch_tokens == 393_216 and cfg.iterations == 1750 and cfg.n_layer == 12 and cfg.head_dim == 128
     assert (cfg.matrix_lr, cfg.embed_lr, cfg.head_lr, cfg.scalar_lr) == (0.05, 0.6, 0.22, 0.04)
     assert (cfg.adam_beta1, cfg.adam_beta2, cfg.adam_eps, cfg.weight_decay) == (0.8, 0.95, 1e-10, 0)
-    assert (cfg.cooldown, cfg.lr_floor, cfg.momentum_start, cfg.momentum, cfg.momentum_warmup) == (
+    assert (cfg.cooldown, cfg.final_lr_frac, cfg.momentum_start, cfg.momentum, cfg.momentum_warmup) == (
         0.45,
         0.1,
         0.85,
@@ -126,19 +136,16 @@ BAD = {
     "--val-every -1": "val_every=-1 must be at least 0",
     "--save-every -1": "save_every=-1 must be at least 0",
     "--keep-every -1": "keep_every=-1 must be at least 0",
-    "--kernel-warmup -1": "kernel_warmup=-1 must be at least 0",
-    "--pack -1": "pack=-1 must be at least 0",
+    "--micro-batches-per-forward -1": "micro_batches_per_forward=-1 must be at least 0",
     "--epochs 0": "epochs=0 must be at least 1",
     "--momentum 1": "momentum=1.0 must be in [0, 1)",
-    "--momentum-start -0.1": "momentum_start=-0.1 must be in [0, 1)",
     "--momentum-warmup -1": "momentum_warmup=-1 must be at least 0",
     "--adam-beta2 nan": "adam_beta2=nan must be in [0, 1)",
     "--adam-eps 0": "adam_eps=0.0 must be positive and finite",
     "--embed-lr 0": "embed_lr=0.0 must be positive and finite",
     "--weight-decay nan": "weight_decay=nan must be finite and at least 0",
     "--weight-decay inf": "weight_decay=inf must be finite and at least 0",
-    "--lr-floor 1.5": "lr_floor=1.5 must be in [0, 1]",
-    "--timeout-s 0": "timeout_s=0.0 must be positive and finite",
+    "--final-lr-frac 1.5": "final_lr_frac=1.5 must be in [0, 1]",
     "--hidden-optimizer sgd": "invalid choice: 'sgd'",
     "--on-nonfinite pray": "invalid choice: 'pray'",
     "--dtype float16": "invalid choice: 'float16'",
@@ -149,7 +156,7 @@ BAD = {
     "--name ../x": "name='../x' is no name for a folder inside out",
     "--epochs 1 --iterations 100000": "the data ends after 1 epoch(s)",
     "--resmue auto": "did you mean --resume?",
-    "--progress maybe": "unknown argument maybe",
+    "--fit-memory maybe": "unknown argument maybe",
     "--width 0 --iterations 0": "width=0 must be at least 1; iterations=0 must be at least 1",
 }
 
@@ -169,8 +176,68 @@ def test_bad_flags_cost_one_clear_line(line, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "value", [{"kernel_warmup": -1}, {"momentum_start": -0.1}, {"timeout_s": 0.0}, {"scalar_eps": 0.0}]
+)
+def test_settings_without_a_flag_are_checked_as_well(value):
+    ((name, number),) = value.items()
+    with pytest.raises(ConfigError, match=f"{name}={number} must be "):
+        make_config("laptop", value)
+
+
+FORMER_FLAGS = {  # what it says now
+    "--pack 2": ("--micro-batches-per-forward", {"micro_batches_per_forward": 2}),
+    "--strict": ("--deterministic", {"deterministic": True}),
+    "--no-strict": ("--deterministic", {"deterministic": False}),
+    "--micro-batch auto": ("--fit-memory", {"fit_memory": True}),
+    "--micro-batch fixed": ("--fit-memory", {"fit_memory": False}),
+    "--lr-floor 0.2": ("--final-lr-frac", {"final_lr_frac": 0.2}),
+    "--kernel-warmup 3": ("set kernel_warmup from Python", {"kernel_warmup": 3}),
+    "--momentum-start 0.5": ("set momentum_start from Python", {"momentum_start": 0.5}),
+    "--no-progress": ("set progress from Python", {"progress": False}),
+    "--no-save": ("set save from Python", {"save": False}),
+    "--scalar-eps 1e-4": ("set scalar_eps from Python", {"scalar_eps": 1e-4}),
+    "--timeout-s 60": ("set timeout_s from Python", {"timeout_s": 60.0}),
+}
+
+
+@pytest.mark.parametrize("line", FORMER_FLAGS)
+def test_a_flag_of_the_edition_before_works_with_a_note(line, capsys, monkeypatch):
+    told, asked = FORMER_FLAGS[line]
+    assert flags(line) == asked
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {line.split()[0]} works for one more release; ") and told in note
+    assert note.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert flags(line) == asked and not capsys.readouterr().err
+
+
+def test_every_former_flag_is_tested():
+    flags = {line.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_") for line in FORMER_FLAGS}
+    assert flags == set(FORMER)
+
+
+def test_a_config_of_the_edition_before_is_read():
+    former = {"pack": 4, "strict": True, "micro_batch": "auto", "lr_floor": 0.2}
+    now = {"micro_batches_per_forward": 4, "deterministic": True, "fit_memory": True, "final_lr_frac": 0.2}
+    values = vars(make_config("laptop", {}))
+    saved = {name: value for name, value in values.items() if name not in now} | former
+    assert from_json(json.dumps(saved), Path("x")) == make_config("laptop", now) == make_config("laptop", former)
+
+
+@pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"width": "128"}', '{"nonsense": 1}', '{"width": 0}', '{"width": 1e99}', '{"compile": 1}'],
+    [
+        "",
+        "[]",
+        "{",
+        '{"micro_batch": "some"}',
+        '{"micro_batch": [1]}',
+        '{"width": "128"}',
+        '{"nonsense": 1}',
+        '{"width": 0}',
+        '{"width": 1e99}',
+        '{"compile": 1}',
+    ],
 )
 def test_a_corrupt_config_is_one_clear_error(text):
     with pytest.raises(ConfigError, match=r"run/config\.json is not a valid config"):
@@ -189,8 +256,8 @@ def test_help_answers_within_a_second_without_torch(tmp_path):
     )
     assert "torch" not in shown.stderr and "numpy" not in shown.stderr
     assert time.monotonic() - begun < 5  # 0.1 s alone; this machine may be busy
-    for field in dataclasses.fields(TrainConfig):
-        assert "--" + field.name.replace("_", "-") in shown.stdout
+    for name, meta in settings().items():
+        assert ((flag_of(name) + " ") in shown.stdout) == (meta.shown and name not in FORMER), name
 
 
 def test_no_flag_is_told_twice():

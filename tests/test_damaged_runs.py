@@ -183,7 +183,7 @@ def test_a_damaged_small_file_is_told_in_a_line_by_every_command(name, runs, tmp
                 "resume": ["train", "--resume", str(out / "a"), "--no-compile"],
                 "auto": ["train", "--resume", "auto", "--out", str(out), "--data", "synthetic", "--iterations", "1",
                          "--preset", "laptop", "--width", "32", "--val-every", "0", "--micro-batches", "1",
-                         "--micro-batch-tokens", "64", "--val-tokens", "512", "--no-progress", "--device", "cpu"],
+                         "--micro-batch-tokens", "64", "--val-tokens", "512", "--device", "cpu"],
             }  # fmt: skip
             with within(60):
                 if command == "curve":

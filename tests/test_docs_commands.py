@@ -31,13 +31,11 @@ SCRIPTS = {
 
 # How commands are made short: the first pattern that fits appends its flags, which win over those before them.
 SHAPE = "--head-dim 16 --block-size 32 --window-tokens 96 --micro-batch-tokens 128"
-SMALL = f"{SHAPE} --micro-batches 2 --iterations 2 --val-tokens 1024 --val-chunk-tokens 256 --no-progress"
-CHECK = (
-    "--data synthetic --head-dim 16 --block-size 32 --widths 16 32 64 --seeds 1 --tokens 128 --steps 3 --no-progress"
-)
+SMALL = f"{SHAPE} --micro-batches 2 --iterations 2 --val-tokens 1024 --val-chunk-tokens 256"
+CHECK = "--data synthetic --head-dim 16 --block-size 32 --widths 16 32 64 --seeds 1 --tokens 128 --steps 3"
 SHORT = (
     (r"^train .*--data ", f"--preset laptop --device cpu --width 64 {SMALL}"),
-    (r"^train .*--resume ", "--no-progress"),
+    (r"^train .*--resume ", ""),
     (r"^train", f"--preset laptop --device cpu --data synthetic --width 64 {SMALL}"),
     (r"^plan .*--preset record26", "--data synthetic --iterations 3"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),

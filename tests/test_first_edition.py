@@ -23,7 +23,7 @@ SWEEP = (
     *("sweep", "--widths", "16", "32", "--octaves", "-1", "0", "1", "--seeds", "1", "--arms", "mup", "adam-sp"),
     *("--iterations", "4", "--head-dim", "8", "--base-width", "8", "--data", "synthetic", "--micro-batch-tokens", "64"),
     *("--micro-batches", "2", "--val-tokens", "4096", "--device", "cpu", "--workers", "1", "--no-adaptive"),
-    *("--no-progress", "--out", "sweep"),
+    *("--out", "sweep"),
 )
 
 
@@ -53,7 +53,7 @@ def same_losses(found: list, expected: list) -> bool:
 def test_a_run_resumes_as_the_code_that_began_it_resumed_it(commit, capsys):
     begun, expected = losses("run/metrics.jsonl"), losses("expected.jsonl")
     assert begun == expected[: len(begun)] and len(begun) < len(expected)
-    assert main(["train", "--resume", "run", "--no-progress"]) == 0, capsys.readouterr().err
+    assert main(["train", "--resume", "run"]) == 0, capsys.readouterr().err
     assert same_losses(losses("run/metrics.jsonl"), expected)
 
 

@@ -153,7 +153,7 @@ def test_a_pass_takes_as_many_micro_batches_as_the_device_likes():
     small = TrainConfig(micro_batch_tokens=2048, micro_batches=8, val_chunk_tokens=2048)
     assert [pick_pack(small, ranks, CPU) for ranks in (1, 2, 4, 8)] == [4, 4, 2, 1]
     assert pick_pack(small, 1, CUDA) == 8 and pick_pack(TrainConfig(), 1, CUDA) == 1
-    assert pick_pack(dataclasses.replace(small, pack=3), 1, CPU) == 3
+    assert pick_pack(dataclasses.replace(small, micro_batches_per_forward=3), 1, CPU) == 3
 
 
 @pytest.mark.parametrize(
@@ -161,15 +161,15 @@ def test_a_pass_takes_as_many_micro_batches_as_the_device_likes():
 )
 def test_memory_decides_first_on_the_pass_then_on_the_micro_batch(tiny, most, expected):
     """The tokens of a step stay the same."""
-    cfg = tiny(micro_batch="auto", micro_batch_tokens=256, micro_batches=8)
-    found = fit_micro_batch(cfg, 8, lambda cfg: cfg.pack * cfg.micro_batch_tokens <= most)
-    assert (found.micro_batch_tokens, found.micro_batches, found.pack) == expected
-    assert found.micro_batch == "fixed" and found.batch_tokens == cfg.batch_tokens
+    cfg = tiny(fit_memory=True, micro_batch_tokens=256, micro_batches=8)
+    found = fit_micro_batch(cfg, 8, lambda cfg: cfg.micro_batches_per_forward * cfg.micro_batch_tokens <= most)
+    assert (found.micro_batch_tokens, found.micro_batches, found.micro_batches_per_forward) == expected
+    assert not found.fit_memory and found.batch_tokens == cfg.batch_tokens
 
 
 def test_a_micro_batch_of_one_block_that_does_not_fit_is_an_error(tiny):
     with pytest.raises(ConfigError, match="a micro-batch of 32 tokens does not fit .* block_size=32; use a smaller"):
-        fit_micro_batch(tiny(micro_batch="auto"), 1, lambda cfg: False)
+        fit_micro_batch(tiny(fit_memory=True), 1, lambda cfg: False)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,11 @@ def no_memory_above(most: int, monkeypatch):
 
 
 def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, monkeypatch):
-    given = train(tiny(name="given", micro_batch_tokens=64, micro_batches=8, pack=1, val_chunk_tokens=64))
+    given = train(
+        tiny(name="given", micro_batch_tokens=64, micro_batches=8, micro_batches_per_forward=1, val_chunk_tokens=64)
+    )
     no_memory_above(64, monkeypatch)
-    found = train(tiny(name="found", micro_batch="auto"))
+    found = train(tiny(name="found", fit_memory=True))
     losses = [
         [record["loss"] for record in read_metrics(result.folder) if record["kind"] == "train"]
         for result in (given, found)
@@ -221,7 +223,7 @@ def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, mo
 def test_validation_without_memory_is_one_line(tiny, monkeypatch, kernel_warmup):
     no_memory_above(200, monkeypatch)
     with pytest.raises(OutOfMemory) as fault:
-        train(tiny(micro_batch_tokens=64, micro_batches=8, pack=1, kernel_warmup=kernel_warmup))
+        train(tiny(micro_batch_tokens=64, micro_batches=8, micro_batches_per_forward=1, kernel_warmup=kernel_warmup))
     line = (
         "step 0: no memory for validation on 256 tokens at once (Tried to allocate 9 GiB); try --val-chunk-tokens 128"
     )
@@ -232,14 +234,17 @@ def test_validation_without_memory_is_one_line(tiny, monkeypatch, kernel_warmup)
     ("sizes", "advice"),
     [
         ({"micro_batch_tokens": 224, "micro_batches": 4}, "--micro-batch-tokens 96 --micro-batches 9"),
-        ({"micro_batch_tokens": 224, "pack": 4}, "--pack 2, or --micro-batch-tokens 96 --micro-batches 9"),
+        (
+            {"micro_batch_tokens": 224, "micro_batches_per_forward": 4},
+            "--micro-batches-per-forward 2, or --micro-batch-tokens 96 --micro-batches 9",
+        ),
         ({"micro_batch_tokens": 32, "micro_batches": 4}, "a smaller --width"),
     ],
 )
 def test_training_without_memory_says_what_takes_less(tiny, monkeypatch, sizes, advice):
     no_memory_above(0, monkeypatch)
     with pytest.raises(OutOfMemory, match=f"; try {advice}$"):
-        train(tiny(**{"pack": 1, "micro_batches": 4, "val_every": 0, **sizes}))
+        train(tiny(**{"micro_batches_per_forward": 1, "micro_batches": 4, "val_every": 0, **sizes}))
 
 
 @pytest.mark.parametrize("kernel_warmup", [0, 1])
@@ -274,7 +279,9 @@ def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, 
     monkeypatch.setattr(
         Passes, "chunk_loss", lambda run, number, step: validated.append(step) or chunk(run, number, step)
     )
-    with closing(Run(tiny(micro_batch="auto", micro_batches=8, pack=1, strict=strict), World())):
+    with closing(
+        Run(tiny(fit_memory=True, micro_batches=8, micro_batches_per_forward=1, deterministic=strict), World())
+    ):
         assert tried == [(expected, 5)] and validated == [6]  # with the widest window
 
 
@@ -285,7 +292,7 @@ def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
         "width": 256,
         "micro_batch_tokens": 16_384,
         "micro_batches": 2,
-        "pack": 1,
+        "micro_batches_per_forward": 1,
         "device": "cuda",
         "compile": False,
     }
@@ -299,7 +306,7 @@ def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.5 * peak / capacity)
     try:
-        with closing(Run(tiny(name="found", micro_batch="auto", **sizes), world)) as run:
+        with closing(Run(tiny(name="found", fit_memory=True, **sizes), world)) as run:
             assert run.cfg.micro_batch_tokens < sizes["micro_batch_tokens"]
             assert run.cfg.batch_tokens == sizes["micro_batch_tokens"] * sizes["micro_batches"]
             assert run.train().finished

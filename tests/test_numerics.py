@@ -92,7 +92,7 @@ def test_what_counts_as_exploded():
 def test_metrics_tell_rate_and_gradient(tiny):
     cfg = tiny(name="a", iterations=8, lr_scale=0.5, cooldown=0.5)
     records = steps(train(cfg).folder)
-    rates = [0.05 * 0.5 * lr_factor(step / 8, 0.5, cfg.lr_floor) for step in range(8)]
+    rates = [0.05 * 0.5 * lr_factor(step / 8, 0.5, cfg.final_lr_frac) for step in range(8)]
     assert [record["lr"] for record in records] == pytest.approx(rates) and rates[7] < rates[0]
     again, norms = Run(tiny(name="b", iterations=8, lr_scale=0.5, cooldown=0.5), World()), []
     accumulate = again.passes.accumulate_gradients
@@ -115,10 +115,12 @@ def test_metrics_tell_rate_and_gradient(tiny):
 @pytest.mark.parametrize("hidden", ["muon", "adam"])
 def test_the_gradient_s_norm_is_that_of_the_sum_over_ranks(tiny, strict, hidden):
     """Not the sum of the ranks' norms, which is about sqrt(ranks) times as large."""
-    changes = {"iterations": 3, "width": 32, "strict": strict, "hidden_optimizer": hidden, "val_every": 0}
-    alone = steps(train(tiny(name="1", pack=1, **changes)).folder)
+    changes = {"iterations": 3, "width": 32, "deterministic": strict, "hidden_optimizer": hidden, "val_every": 0}
+    alone = steps(train(tiny(name="1", micro_batches_per_forward=1, **changes)).folder)
     for size in (2, 4):
-        run_ranks(size, lambda world, size=size: train(tiny(name=str(size), pack=1, **changes)).finished)
+        run_ranks(
+            size, lambda world, size=size: train(tiny(name=str(size), micro_batches_per_forward=1, **changes)).finished
+        )
         several = steps(Path(tiny().out) / str(size))
         assert [r["grad_norm"] for r in several] == pytest.approx([r["grad_norm"] for r in alone], rel=1e-3)
 

@@ -275,7 +275,7 @@ def test_a_plan_that_is_kept_gives_way_until_it_has_runs(no_workers, tmp_path, c
     assert main([*words, "--budget", "400%"]) == 0 and main([*words, "--budget", "400%", "--n-layer", "8"]) == 0
     assert read_plan(tmp_path / "p")[0].n_layer == 8
     assert main([*words, "--n-layer", "8"]) == 0 and "proxies: widths" in capsys.readouterr().out
-    assert main([*words, "--budget", "400%", "--n-layer", "8", "--run", "--no-progress"]) == 0
+    assert main([*words, "--budget", "400%", "--n-layer", "8", "--run"]) == 0
     assert main([*words, "--budget", "400%", "--n-layer", "10"]) == 2
     assert "runs of it: n_layer was 8, is 10; choose another --out" in capsys.readouterr().err
 

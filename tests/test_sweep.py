@@ -163,7 +163,13 @@ def test_the_knob_may_be_one_learning_rate(small, corpus):
 
 def test_ids_ignore_where_a_cell_runs_and_see_what_it_computes(small, corpus):
     known = cell_of(small(), corpus).id
-    for name, value in {"out": "x", "device": "auto", "pack": 1, "attention": "dense", "val_every": 1}.items():
+    for name, value in {
+        "out": "x",
+        "device": "auto",
+        "micro_batches_per_forward": 1,
+        "attention": "dense",
+        "val_every": 1,
+    }.items():
         assert cell_of(small(base={name: value}), corpus).id == known, name
     others = [
         *(

@@ -103,7 +103,10 @@ def test_kernel_warmup_leaves_no_trace(tiny):
 
 
 def test_packed_micro_batches_train_as_separate_ones(tiny):
-    packed, apart = curve(train(tiny(name="p", pack=4)).folder), curve(train(tiny(name="s", pack=1)).folder)
+    packed, apart = (
+        curve(train(tiny(name="p", micro_batches_per_forward=4)).folder),
+        curve(train(tiny(name="s", micro_batches_per_forward=1)).folder),
+    )
     assert [loss for _, loss in packed] == pytest.approx([loss for _, loss in apart], rel=2e-5)
 
 
@@ -570,7 +573,7 @@ def test_the_end_of_a_parent_with_many_threads_is_heard_of_once(tmp_path):
         assert told.read_text() == "['the end of torchrun or SIGUSR2']"
 
 
-STRICT = {"strict": True, "micro_batches": 8, "iterations": 5, "val_every": 2}
+STRICT = {"deterministic": True, "micro_batches": 8, "iterations": 5, "val_every": 2}
 
 
 @pytest.mark.dist
@@ -587,7 +590,7 @@ def test_a_strict_run_is_the_same_to_the_bit_on_any_number_of_ranks(tiny, hidden
 @pytest.mark.dist
 def test_without_strict_the_bits_depend_on_the_number_of_ranks_but_little_else_does(tiny):
     """The test above could not fail if this one could not pass."""
-    changes = STRICT | {"strict": False, "pack": 1}
+    changes = STRICT | {"deterministic": False, "micro_batches_per_forward": 1}
     alone = train(tiny(name="1", **changes))
     assert run_ranks(4, lambda world: train(tiny(name="4", **changes)).finished) == [True] * 4
     folder = Path(tiny().out) / "4"
@@ -597,9 +600,12 @@ def test_without_strict_the_bits_depend_on_the_number_of_ranks_but_little_else_d
 
 def test_strict_needs_branches_of_the_tree():
     with pytest.raises(ConfigError, match="3 micro-batches per process are no branch"):
-        pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), 2, torch.device("cpu"))
+        pick_pack(make_config("laptop", {"deterministic": True, "micro_batches": 6}), 2, torch.device("cpu"))
     for size in (1, 3, 6):
-        assert pick_pack(make_config("laptop", {"strict": True, "micro_batches": 6}), size, torch.device("cpu")) == 1
+        assert (
+            pick_pack(make_config("laptop", {"deterministic": True, "micro_batches": 6}), size, torch.device("cpu"))
+            == 1
+        )
 
 
 def test_a_mixture_trains_and_resumes(tiny, tmp_path):

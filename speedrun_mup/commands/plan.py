@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     add_settings(
         parser,
         groups=("scaling", "model", "batch", "optimizer", "momentum", "schedule", "data", "display", "device"),
-        plus=("seed", "strict", "on_nonfinite", "val_every"),
+        plus=("seed", "deterministic", "on_nonfinite", "val_every"),
     )
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))

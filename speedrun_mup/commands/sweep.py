@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
     add_settings(
         parser,
         groups=("model", "batch", "optimizer", "momentum", "schedule", "data", "display", "device"),
-        plus=("base_width", "parametrization", "strict", "on_nonfinite"),
+        plus=("base_width", "parametrization", "deterministic", "on_nonfinite"),
     )
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))

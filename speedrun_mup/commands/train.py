@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedrun_mup.config import GROUPS, PRESETS, TrainConfig, add_preset, add_settings, computed_settings, make_config
+from speedrun_mup.config import (
+    GROUPS,
+    PRESETS,
+    TrainConfig,
+    add_preset,
+    add_settings,
+    computed_settings,
+    make_config,
+    settings,
+)
 from speedrun_mup.core.errors import ConfigError, Stopped, UserError
 from speedrun_mup.files import printable
 from speedrun_mup.flags import Parser, new_parser, parse
@@ -18,8 +27,6 @@ if TYPE_CHECKING:
     from speedrun_mup.training.run_folder import FolderLock
 
 STOPPED_BY_SIGNAL = Stopped.exit_code
-
-SIZES = ("pack", "micro_batch_tokens", "micro_batches", "val_chunk_tokens")  # what --micro-batch auto decides on
 
 ABOUT = "Train record 26 of the modded-nanogpt speedrun at any width, with or without muP."
 
@@ -68,10 +75,10 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
             )
     if "resume" in flags:
         saved = vars(saved_config(Path(str(flags["resume"]))))
-        kept = {name: saved[name] for name in SIZES if flags.get("micro_batch") == "auto"}
+        kept = {name: saved[name] for name in _fitted(flags)}
         if any(flags.get(name, size) != size for name, size in kept.items()) and os.environ.get("RANK", "0") == "0":
             told = ", ".join(f"{name}={size}" for name, size in kept.items())
-            print(f"--micro-batch auto: the run keeps what it found at its start: {told}")
+            print(f"--fit-memory: the run keeps what it found at its start: {told}")
         return TrainConfig(**(saved | flags | kept)), lock
     if preset == "auto":
         device = pick_device(str(flags.get("device", "auto")))
@@ -87,14 +94,20 @@ def _claim(out: Path, flags: Mapping[str, object]) -> tuple[Path | None, FolderL
     from speedrun_mup.core.utils import join_world
     from speedrun_mup.training.run_folder import claim_unfinished
 
-    own = ("micro_batch", *SIZES) if flags.get("micro_batch") == "auto" else ()
-    wanted = {key: value for key, value in flags.items() if key not in own}
+    own = _fitted(flags)
+    wanted = {key: value for key, value in flags.items() if key not in own and not (own and key == "fit_memory")}
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    shared = {key: flags[key] for key in ("device", "timeout_s", "strict") if key in flags}
-    world = join_world(**shared) if several else None  # type: ignore[arg-type]
+    shared = {key: flags[key] for key in ("device", "timeout_s") if key in flags}
+    strict = bool(flags.get("deterministic"))
+    world = join_world(**shared, strict=strict) if several else None  # type: ignore[arg-type]
     lock = claim_unfinished(out, wanted, print) if world is None or world.is_main else None
     folder = lock.folder if lock else None
     return (world.from_main(folder) if world else folder), lock
+
+
+def _fitted(flags: Mapping[str, object]) -> list[str]:
+    """The sizes that --fit-memory, if it is given, decides on."""
+    return [name for name, meta in settings().items() if meta.fitted and flags.get("fit_memory")]
 
 
 def run(argv: Sequence[str]) -> int:

@@ -106,7 +106,7 @@ def coord_check(
     if len(fewer) < thresholds.min_widths or fewer[-1] < thresholds.min_span * fewer[0]:
         fewer = widths
     runs = len(widths) * seeds + len(fewer) * len(controls)
-    with torch.random.fork_rng(devices=[]), tqdm(total=runs, disable=not progress, leave=False) as bar:
+    with torch.random.fork_rng(devices=[]), tqdm(total=runs, disable=not progress or None, leave=False) as bar:
         checked = _measure(Arm(name, build_model, optimizer), widths, seeds, setting, bar)
         results = []
         for control in controls:

@@ -52,22 +52,22 @@ def memory_advice(cfg: TrainConfig, work: str, pack: int) -> tuple[str, str]:
     else:
         advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
     if not validation and pack > 1:
-        advice = f"--pack {pack // 2}, or {advice}"
+        advice = f"--micro-batches-per-forward {pack // 2}, or {advice}"
     return f"{f'validation on {size:,}' if validation else f'{pack} x {size:,}'} tokens at once", advice
 
 
 def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
-    """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --strict cannot be kept."""
+    """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --deterministic cannot be kept."""
     share = max(cfg.micro_batches // world_size, 1)
-    if cfg.strict:
+    if cfg.deterministic:
         if world_size > 1 and share & (share - 1):
             raise ConfigError(
-                f"{share} micro-batches per process are no branch of the tree that --strict sums in; start 1 process, or "
+                f"{share} micro-batches per process are no branch of the tree that --deterministic sums in; start 1 process, or "
                 "so many that each has 1, 2, 4, 8, ... of them"
             )
         return 1
-    if cfg.pack:
-        return min(cfg.pack, share)
+    if cfg.micro_batches_per_forward:
+        return min(cfg.micro_batches_per_forward, share)
     fits = TOKENS_AT_ONCE[device.type] // cfg.micro_batch_tokens
     return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
 
@@ -78,10 +78,10 @@ def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], b
     At first fewer micro-batches go side by side, which changes nothing but rounding; then they get half as long and twice
     as many, which puts other tokens into a step. ConfigError if not even one block fits.
     """
-    cfg = replace(cfg, micro_batch="fixed", pack=pack)
+    cfg = replace(cfg, fit_memory=False, micro_batches_per_forward=pack)
     while not fits(cfg):
-        if cfg.pack > 1:
-            cfg = replace(cfg, pack=cfg.pack // 2)
+        if cfg.micro_batches_per_forward > 1:
+            cfg = replace(cfg, micro_batches_per_forward=cfg.micro_batches_per_forward // 2)
         else:
             half = half_in_blocks(cfg.micro_batch_tokens, cfg.block_size)
             if 2 * half != cfg.micro_batch_tokens:

@@ -43,10 +43,10 @@ class Passes:
         self.model, self.compiled, self._choices = build_model(cfg, corpus, world)
 
     def fit(self) -> TrainConfig:
-        """Choose how many micro-batches go side by side, and with --micro-batch auto all sizes; the settings in force."""
+        """Choose how many micro-batches go side by side, and with --fit-memory all sizes; the settings in force."""
         cfg = self.cfg
         self.pack = pick_pack(cfg, self.world.size, self.world.device)
-        if cfg.micro_batch == "auto":
+        if cfg.fit_memory:
             self.configure_batches(fit_val_chunk(fit_micro_batch(cfg, self.pack, self.fits), self.val_fits))
         return self.cfg
 
@@ -60,7 +60,7 @@ class Passes:
 
     def configure_batches(self, cfg: TrainConfig) -> None:
         """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
-        self.cfg, self.pack = cfg, cfg.pack
+        self.cfg, self.pack = cfg, cfg.micro_batches_per_forward
         self.batches = train_batches(
             self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs, cfg.data_order
         )
@@ -77,7 +77,7 @@ class Passes:
         """
         self.configure_batches(cfg)
         with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
-            micro_batches = next(stream)[: None if cfg.strict else 2 * self.pack]
+            micro_batches = next(stream)[: None if cfg.deterministic else 2 * self.pack]
             return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, cfg.iterations - 1))
 
     def val_fits(self, cfg: TrainConfig) -> bool:
@@ -128,7 +128,7 @@ class Passes:
         As in the record, the gradient is that of the loss summed over T tokens and averaged over the N micro-batches,
         on whichever rank. Micro-batches start with a BOS, so several in a row are the same as several in turn.
         """
-        if self.cfg.strict:
+        if self.cfg.deterministic:
             return self._accumulate_as_tree(micro_batches, step)
         window, total = self.window(step), torch.zeros((), device=self.world.device)
         for first in range(0, len(micro_batches), self.pack):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, known_settings, settings
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
@@ -103,8 +103,8 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
             f"{shapes.get(first) or 'missing or unexpected'}, not {tuple(own[first].shape) if first in own else 'known'};"
             " give the same --width, --n-layer and tokens"
         )
-    saved = loaded.state["config"].items()
-    theirs = TrainConfig(**{key: value for key, value in saved if key in TrainConfig.__dataclass_fields__})
+    saved = known_settings(loaded.state["config"])
+    theirs = TrainConfig(**{name: saved[name] for name in settings()})
     with torch.device("meta"):
         scale = GPT(model_config(theirs, corpus, "dense", torch.float32)).logit_scale
     if theirs.head_dim != cfg.head_dim or not math.isclose(scale, model.logit_scale):

@@ -64,9 +64,9 @@ def train(cfg: TrainConfig, observe: Observer | None = None, lock: FolderLock | 
     source_sha256()  # of the code that runs, before anybody can change it
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    world = join_world(cfg.device, cfg.timeout_s, cfg.strict)
+    world = join_world(cfg.device, cfg.timeout_s, cfg.deterministic)
     try:
-        with stop_signals() as signals, deterministic(cfg.strict), short_waits(world.device):
+        with stop_signals() as signals, deterministic(cfg.deterministic), short_waits(world.device):
             run = Run(cfg, world, lock)
             try:
                 if run.start < cfg.iterations:
@@ -272,7 +272,7 @@ class Run:
 
     def lr_factor(self, step: int) -> float:
         """What the schedule leaves of the learning rates at `step`."""
-        return lr_factor(step / self.cfg.iterations, self.cfg.cooldown, self.cfg.lr_floor)
+        return lr_factor(step / self.cfg.iterations, self.cfg.cooldown, self.cfg.final_lr_frac)
 
     def log_epoch_change(self, step: int) -> None:
         """Say so where the data repeats."""

@@ -322,7 +322,7 @@ def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
     )
     if start <= cooled:
         return f"{said}; up to step {start} the learning rate was that of the longer run too"
-    fell, rises = (lr_factor(start / length, cfg.cooldown, cfg.lr_floor) for length in (before, now))
+    fell, rises = (lr_factor(start / length, cfg.cooldown, cfg.final_lr_frac) for length in (before, now))
     return (
         f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its height, and "
         f"it goes on at {rises:.2f}: the result is not that of {now} steps from the start, for which start anew, or "

@@ -177,7 +177,7 @@ MATRIX = _rows(
     ),
     (
         "resuming on another number of ranks",
-        "bitwise the same with --strict; one that does not divide the batch is refused",
+        "bitwise the same with --deterministic; one that does not divide the batch is refused",
         [f"{HERE}::test_row_19_changing_the_number_of_ranks", f"{TRAINING}::test_strict_needs_branches_of_the_tree"],
     ),
     (
@@ -339,7 +339,7 @@ MATRIX = _rows(
     ),
     (
         "a rank hangs",
-        "after --timeout-s the others name it and end",
+        "after timeout_s the others name it and end",
         [f"{UTILS}::test_the_others_name_a_rank_that_is_lost"],
         "several GPUs for NCCL, which was not tested",
     ),
@@ -952,7 +952,7 @@ MATRIX = _rows(
         [f"{HARDWARE}::test_threads_sleep_while_they_wait_where_torch_was_loaded_before_us"],
     ),
     (
-        "all ranks suspended for longer than --timeout-s",
+        "all ranks suspended for longer than timeout_s",
         "over gloo the collective goes on; a rank that hangs is still named, exit code 6",
         [
             f"{UTILS}::test_the_time_in_which_a_whole_group_was_suspended_does_not_count",

@@ -28,7 +28,7 @@ from speedrun_mup.core.utils import World
 from speedrun_mup.training.checkpoint import MANIFEST, CheckpointError, DamagedCheckpoint, Loaded
 from speedrun_mup.training.run import Run, train
 
-STRICT = {"width": 32, "strict": True, "iterations": 12, "save_every": 2, "val_every": 4, "timeout_s": 30.0}
+STRICT = {"width": 32, "deterministic": True, "iterations": 12, "save_every": 2, "val_every": 4, "timeout_s": 30.0}
 
 
 def rank_life(cfg: TrainConfig, rank: int, size: int, port: int) -> None:

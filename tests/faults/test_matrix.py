@@ -225,7 +225,7 @@ def test_row_18_a_checkpoint_of_version_0_1_0_resumes(tiny):
     state = json.loads((path / STATE).read_text())
     for key in DEFAULTS_FOR_OLD_CHECKPOINTS:
         del state[key]
-    for key in ("strict", "on_nonfinite", "keep_every", "timeout_s"):
+    for key in ("deterministic", "on_nonfinite", "keep_every", "timeout_s"):
         del state["config"][key]
     text = json.dumps(state).encode()
     (path / STATE).write_bytes(text)
@@ -237,7 +237,7 @@ def test_row_18_a_checkpoint_of_version_0_1_0_resumes(tiny):
 
 @pytest.mark.dist
 def test_row_19_changing_the_number_of_ranks(tiny):
-    whole, cut, _ = whole_and_cut(tiny, strict=True, iterations=6)
+    whole, cut, _ = whole_and_cut(tiny, deterministic=True, iterations=6)
 
     def leave_at(last: int, step, model, batches):
         if step == last:
@@ -456,7 +456,7 @@ def test_row_44_preempted_again_and_again(tiny):
 
 UNDER_TORCHRUN = TINY | {
     "width": 32,
-    "strict": True,
+    "deterministic": True,
     "iterations": 20,
     "save_every": 2,
     "val_every": 0,
@@ -531,7 +531,9 @@ def test_row_51_out_of_memory(tiny, tmp_path):
 
     assert wait(life_of(cfg, work)) == 6
     assert told.read_text().startswith("step 2: no memory for 4 x 2,048 tokens at once (")
-    assert told.read_text().endswith("; try --pack 2, or --micro-batch-tokens 1024 --micro-batches 8")
+    assert told.read_text().endswith(
+        "; try --micro-batches-per-forward 2, or --micro-batch-tokens 1024 --micro-batches 8"
+    )
     assert Loaded(Checkpoints(folder_of(cfg) / "checkpoints", World()).newest(print)).step in (1, 2)
 
 

@@ -22,7 +22,7 @@ TINY = [
     *("--micro-batch-tokens", "128", "--micro-batches", "2", "--val-tokens", "1024", "--val-chunk-tokens", "256"),
     *("--width", "32", "--preset", "laptop"),
 ]
-RUN = ["--iterations", "6", "--val-every", "0", "--save-every", "2", "--no-progress"]
+RUN = ["--iterations", "6", "--val-every", "0", "--save-every", "2"]
 SWEEP = [
     "--widths",
     "16",
@@ -89,7 +89,7 @@ DOUBTFUL = {
     "STR": ["", " ", "\x1b[31mred", "a\nb", "../../x", "x" * 5000, "/dev/zero", "$a$b", "é漢字", "nan", "~", "-"],
 }
 BASES = {
-    "train": [*TINY, "--iterations", "2", "--no-progress", "--out", "runs"],
+    "train": [*TINY, "--iterations", "2", "--out", "runs"],
     "explain": ["--preset", "laptop"],
     "bench": [*TINY, "--steps", "1"],
     "doctor": [*TINY],
@@ -249,9 +249,9 @@ def _run_files(materials: Materials, dice: random.Random) -> Iterator[Case]:
     source = materials.folder / "run"
     commands = {
         "doctor": ["doctor", "run"],
-        "resume": ["train", "--resume", "run", "--no-progress"],
+        "resume": ["train", "--resume", "run"],
         "resume auto": ["train", *TINY, *RUN, "--resume", "auto", "--out", "."],
-        "extend": ["train", "--resume", "run", "--iterations", "8", "--no-progress"],
+        "extend": ["train", "--resume", "run", "--iterations", "8"],
     }
     judges = {"extend": partial(_same_losses, materials.losses)}
     for name in _files_of(source):
@@ -288,7 +288,7 @@ def _sweep_files(materials: Materials, dice: random.Random) -> Iterator[Case]:
 def _corpus_files(materials: Materials, dice: random.Random) -> Iterator[Case]:
     """Every file of a corpus, damaged, for `inspect` and `train`. One that differs from its manifest is never trained on."""
     source = materials.folder / "corpus"
-    train = ["train", *_without(TINY, "--data"), "--data", "corpus", "--iterations", "2", "--no-progress", "--out", "r"]
+    train = ["train", *_without(TINY, "--data"), "--data", "corpus", "--iterations", "2", "--out", "r"]
     for name in _files_of(source):
         for damage, seed in _damages(name, dice):
             must_fail = name.endswith(".bin") and damage not in ("a link to itself",)
