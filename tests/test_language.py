@@ -1,18 +1,11 @@
-"""The words that CONTRIBUTING.md asks not to write, looked for wherever users read: README, docs, help texts and messages."""
+"""The words that CONTRIBUTING.md asks not to write, looked for wherever users read."""
 
-import argparse
-import ast
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 
-from speedrun_mup.cli import COMMANDS, main
-from speedrun_mup.core.errors import ConfigError
-
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "speedrun_mup"
 
 # What not to write -> what to write instead.
 WORDS = {
@@ -47,7 +40,7 @@ WORDS = {
     r"come true|came true": "compare prediction and result",
 }
 WRONG = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b", re.I)
-CODE = re.compile(r"```.*?```|`[^`]*`|^    .*$|\]\([^)]*\)", re.S | re.M)  # of a page: quoted as it is
+CODE = re.compile(r"```.*?```|`[^`]*`|^    [^\n]*$|\]\([^)]*\)", re.S | re.M)  # of a page: quoted as it is
 NAME = re.compile(r"--[\w-]+|\b[\w.]*[_./][\w./]*\b")  # flags, identifiers and paths keep their names
 
 
