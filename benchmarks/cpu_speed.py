@@ -3,7 +3,7 @@
     python benchmarks/cpu_speed.py            # three widths; writes results/cpu_speed.md
     python benchmarks/cpu_speed.py --quick    # a smoke run: one width, a few steps, nothing written
 
-Both models train in one process on the same micro-batches, turn about, step by step; so what else the machine does
+Both models train in one process on the same micro-batches, interleaved step by step; so what else the machine does
 falls on both alike. Our step is all of `train`: the wait for data, forward, backward, the finiteness check, Muon, Adam,
 the metrics file. Needs the extra `bench`.
 """

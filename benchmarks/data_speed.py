@@ -4,7 +4,7 @@
     python benchmarks/data_speed.py --quick    # a smoke run on little text, nothing written
 
 Tokenising: `tokenize_text`, from a .jsonl file to finished, hashed shards, against the tokenizer library alone on the same
-texts as strings in memory, in as many threads; turn about. Loading: a loop that does nothing but take the next step's
+texts as strings in memory, in as many threads; interleaved. Loading: a loop that does nothing but take the next step's
 batches, and what taking them costs the laptop preset's training loop, as a share of its steps.
 """
 

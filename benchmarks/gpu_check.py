@@ -237,19 +237,19 @@ def main() -> int:
                     beside.submit(check.start, once, 150, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
             tests = ["-m", "pytest", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "tests"]
             tested = beside.submit(check.run, "Tests against the references", tests, 200)
-            check.bench("Width 768, first start, beside the tests", [*plain, *small, *short])
+            check.bench("Width 768, first start, while the tests run", [*plain, *small, *short])
             if (out := tested.result()) is not None:
                 last = out.strip().splitlines()[-1]
                 check.add("Tests against the references", last if "passed" in last else f"FAIL: none ran: {last}")
         second = check.bench("Width 768, second start", [*plain, *small, "--steps", str(steps), "--profile"])
         check.add("Targets", verdicts(second))
         if not arguments.quick:
-            out = check.run("Fast forms beside plain ones", ["benchmarks/gpu_kernels.py"], most_s=90)
+            out = check.run("Fast forms against plain ones", ["benchmarks/gpu_kernels.py"], most_s=90)
             if out is not None:
-                check.add("Fast forms beside plain ones", out.strip())
+                check.add("Fast forms against plain ones", out.strip())
         for width in widths:
             check.bench(f"Width {width}, muP", scaled[width])
-        check.bench("Width 768 without the 8-bit head", [*plain, *small, *short, "--no-fp8"])
+        check.bench("Width 768, head in bfloat16", [*plain, *small, *short, "--no-fp8"])
         failed = any(word in section for section in check.sections for word in ("FAIL", "NOT RUN", "NOT FINISHED"))
     return int(failed)
 

@@ -48,7 +48,7 @@ GOALS = {
         "death before every file-system call of save, purge and cleaning up", (f"{CHECKPOINT}::test_every_crash_point",)
     ),
     "G3": Goal(
-        "killed lives over 1, 2 and 4 ranks, another number at each resume: bitwise equal with --deterministic",
+        "killed attempts on 1, 2 and 4 ranks, another number at each resume: bitwise equal with --deterministic",
         (f"{GOALS_FILE}::test_killed_lives_over_world_sizes",),
         100,
     ),
@@ -111,7 +111,7 @@ GOALS = {
         ),
     ),
     "G19": Goal(
-        "checkpoints of every released format load and go on",
+        "checkpoints of every released format load and resume",
         (f"{CHECKPOINT}::test_schema_1_stays_readable", f"{HERE}::test_row_18_a_checkpoint_of_version_0_1_0_resumes"),
     ),
     "G20": Goal(

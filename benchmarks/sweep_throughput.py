@@ -28,7 +28,7 @@ from speedrun_mup.sweep import LocalEngine, Sweep, run_cell, run_sweep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="4 cells of 5 steps, no result file")
+    parser.add_argument("--quick", action="store_true", help="4 runs of 5 steps, no result file")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     settings = {"data": "embedded", "device": "cpu", "progress": False, "val_tokens": 32_768, "micro_batches": 4}

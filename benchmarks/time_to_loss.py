@@ -5,7 +5,7 @@
 
 GPT-2 (Hugging Face, AdamW) trains on FACTOR times the preset's tokens, once for every learning rate of a grid that is
 widened until its best is inside. Both see the same micro-batches in the same order and are validated on the same
-chunks, none longer than a training sequence. The two train in one process, turn about, so what else the machine does
+chunks, none longer than a training sequence. The two train in one process, interleaved, so what else the machine does
 falls on both alike; seconds are of training only. Needs the extra `bench`.
 """
 
@@ -160,8 +160,8 @@ def main() -> None:
         "linear warmup, linear decay to 0. Ours: the laptop preset with muP, as it is, with its own schedule and length.",
         "## Our preset",
         f"Tokens and seconds of the first of every {base.val_every} steps' validations that is at or below the target; "
-        "`fewer` and `faster` are GPT-2's whole budget over these, seconds against the GPT-2 that trained turn about "
-        "with that seed.",
+        "`fewer` and `faster` are GPT-2's whole budget over these, seconds against the GPT-2 that trained interleaved "
+        "with it at that seed.",
         table(
             ["seed", "tokens", "seconds", "times fewer tokens", "times faster", "GPT-2's seconds"]
             + ["our loss at the end", "our seconds at the end"],

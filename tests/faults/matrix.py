@@ -77,7 +77,7 @@ MATRIX = _rows(
     ),
     (
         "disk full during a save",
-        "a warning with needed and free bytes, training goes on, the next save works once there is space",
+        "a warning with needed and free bytes, training continues, the next save works once there is space",
         [
             f"{HERE}::test_row_04_training_outlives_a_full_disk",
             f"{CHECKPOINT}::test_a_disk_that_is_really_full",
@@ -119,7 +119,7 @@ MATRIX = _rows(
         [f"{CHECKPOINT}::test_a_complete_step_is_kept_and_a_damaged_one_is_replaced"],
     ),
     (
-        "purge with incomplete and damaged folders beside",
+        "purge with incomplete and damaged folders present",
         "only intact ones count; fewer than 2 are refused",
         [
             f"{CHECKPOINT}::test_purge_counts_only_intact_ones",
@@ -233,7 +233,7 @@ MATRIX = _rows(
         ],
     ),
     (
-        "shards replaced between two lives",
+        "shards replaced between two attempts",
         "refused: the corpus is not the same",
         [f"{HERE}::test_row_31_another_corpus_in_the_same_place", f"{SHARDS}::test_fingerprint_is_of_the_tokens"],
     ),
@@ -375,18 +375,18 @@ MATRIX = _rows(
     ),
     (
         "logs on a full disk",
-        "one warning, training goes on",
+        "one warning, training continues",
         [f"{HERE}::test_row_54_a_log_on_a_full_device", f"{TRACKING}::test_a_full_disk_costs_one_warning"],
     ),
     (
         "a sweep is killed",
-        "it goes on; every run is done once",
+        "it continues; every run is done once",
         [f"{SWEEP}::test_a_sweep_killed_at_random_moments_completes_with_every_cell_once"],
     ),
     # --- text to shards
     (
         "data text stopped at any chunk, piece, note or shard, or killed",
-        "the same bytes after going on",
+        "the same bytes after resuming",
         [
             f"{TOKENIZE}::test_broken_off_anywhere",
             f"{TOKENIZE}::test_broken_off_while_moving_out",
@@ -405,8 +405,8 @@ MATRIX = _rows(
     ),
     ("disk full while tokenizing", "one line, no hole", [f"{TOKENIZE}::test_disk_that_is_full_leaves_no_hole"]),
     (
-        "a bad record is mended, or the text changes while broken off",
-        "goes on there, or reads again from the change",
+        "a bad record is fixed, or the text changes while broken off",
+        "continues there, or reads again from the change",
         [
             f"{TOKENIZE}::test_mended_text_is_gone_on_with",
             f"{TOKENIZE}::test_changed_text_is_read_again_from_the_change_on",
@@ -703,7 +703,7 @@ MATRIX = _rows(
     # --- pictures, trackers, the terminal
     (
         "a disk that was full has room again",
-        "one warning; the gap is told in log.txt, status.json, at a resume and by doctor; no torn line",
+        "one warning; log.txt, status.json, a resume and doctor report the gap; no torn line",
         [f"{TRACKING}::test_a_full_disk_costs_one_warning", f"{DOCTOR}::test_a_gap_in_the_metrics_is_told"],
     ),
     (
@@ -771,7 +771,7 @@ MATRIX = _rows(
     ),
     ("names with Markdown, HTML or escapes", "they stay text", [f"{REPORT}::test_no_name_acts_as_markdown"]),
     (
-        "the code changes while a run goes on",
+        "the code changes while a run trains",
         "the hash is of the code that ran",
         [f"{TRACKING}::test_the_hash_of_the_source_is_taken_once"],
     ),
@@ -792,7 +792,7 @@ MATRIX = _rows(
     ),
     (
         "an extended run is interrupted",
-        "goes on to the bit",
+        "continues bit for bit",
         [f"{RUN_FOLDER}::test_an_extended_run_that_is_interrupted_goes_on_to_the_bit"],
     ),
     (
@@ -810,7 +810,7 @@ MATRIX = _rows(
         ],
     ),
     (
-        "--resume auto beside runs in use, foreign, behind FIFOs or damaged; several jobs; several ranks",
+        "--resume auto among runs in use, foreign, behind FIFOs or damaged; several jobs; several ranks",
         "each left out with a line; each job its own run; all ranks the same",
         [
             f"{RUN_FOLDER}::test_a_run_is_left_out_that_is_in_use_of_other_settings_unreadable_or_diverged",
@@ -934,15 +934,15 @@ MATRIX = _rows(
     ),
     (
         "points of a grown grid that failed for all seeds; a corpus known by a former fingerprint",
-        "missing until they are run; goes on, same ids",
+        "missing until they are run; continues, same ids",
         [
             f"{SWEEP}::test_points_that_a_grid_grew_by_and_that_failed_for_all_seeds_are_missing",
             f"{SWEEP}::test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on",
         ],
     ),
     (
-        "a report on somebody's table",
-        "says only what the table tells",
+        "a report on another program's table",
+        "says only what the table holds",
         [f"{REPORT}::test_of_a_strangers_table_only_what_it_tells_is_said"],
     ),
     # --- busy, suspended and read-only machines
@@ -953,7 +953,7 @@ MATRIX = _rows(
     ),
     (
         "all ranks suspended for longer than timeout_s",
-        "over gloo the collective goes on; a rank that hangs is still named, exit code 6",
+        "over gloo the collective continues; a rank that hangs is still named, exit code 6",
         [
             f"{UTILS}::test_the_time_in_which_a_whole_group_was_suspended_does_not_count",
             f"{UTILS}::test_a_process_that_lost_a_rank_ends_though_gloo_waits_on",
@@ -991,7 +991,7 @@ MATRIX = _rows(
     ),
     (
         "an interval so wide that it cannot miss; a PASS without a control",
-        "the miss and the reason are told; the headline says so",
+        "the miss and the reason are printed; the headline says so",
         [
             f"{PLAN}::test_a_wide_interval_is_explained",
             f"{REPORT}::test_a_pass_without_a_control_says_so_in_the_headline",
