@@ -31,7 +31,8 @@ from benchmarks.common import circumstances, publish, quantile, seconds, table, 
 from speedrun_mup.config import make_config
 from speedrun_mup.data.batches import Batch, TrainBatches
 from speedrun_mup.data.corpus import embedded_corpus
-from speedrun_mup.data.shards import open_corpus, read_shard, write_shard
+from speedrun_mup.data.manifest import open_corpus
+from speedrun_mup.data.shards import read_shard, write_shard
 from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
 from speedrun_mup.data.tokenizers import BpeTokenizer, Tokenizer, find_tokenizer, gpt2_tokenizer, load_tokenizer
 from speedrun_mup.training import train

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import RESULTS, ROOT, circumstances
 
-from speedrun_mup.data.shards import GPT2_BOS, GPT2_VOCAB, measure_shard, write_manifest, write_shard
+from speedrun_mup.data.manifest import GPT2_BOS, GPT2_VOCAB, write_manifest
+from speedrun_mup.data.shards import measure_shard, write_shard
 
 RESULT = RESULTS / "gpu_check.md"
 WIDTHS = {256: 11, 1024: 30, 2048: 58}  # and the GiB that each takes

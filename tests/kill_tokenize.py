@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 START = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from speedrun_mup.data import tokenize_text
-tokenize_text.COMMIT_EVERY_S = 0.0
-tokenize_text._CHUNK_CHARS = 20_000
+from speedrun_mup.data.tokenize_text import chunks, progress
+progress.COMMIT_EVERY_S = 0.0
+chunks.CHUNK_CHARS = 20_000
 from speedrun_mup.cli import main
 sys.exit(main(["data", "text", *sys.argv[1:]]))
 """

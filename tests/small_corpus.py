@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speedrun_mup.data.shards import Corpus, ShardError, ShardFacts, measure_shard, write_manifest, write_shard
+from speedrun_mup.data.manifest import write_manifest
+from speedrun_mup.data.shards import Corpus, ShardError, ShardFacts, measure_shard, write_shard
 
 BOS, VOCAB = 50, 51
 

@@ -39,6 +39,7 @@ from speedrun_mup.data.batches import (
     trained_elsewhere,
     uses,
 )
+from speedrun_mup.data.manifest import open_corpus, write_manifest
 from speedrun_mup.data.shards import (
     Corpus,
     Mixture,
@@ -47,9 +48,7 @@ from speedrun_mup.data.shards import (
     ShardFacts,
     measure_shard,
     mix,
-    open_corpus,
     shard_header,
-    write_manifest,
     write_shard,
 )
 
@@ -506,7 +505,7 @@ def test_interpreter_exits_with_a_stream_open(small: Corpus) -> None:
 import sys
 from pathlib import Path
 from speedrun_mup.data.batches import TrainBatches
-from speedrun_mup.data.shards import open_corpus
+from speedrun_mup.data.manifest import open_corpus
 stream = TrainBatches(open_corpus(Path({str(small.directory)!r})), 64, 2, seed=0).stream(0, 0, 1)
 next(stream)
 sys.keep = stream

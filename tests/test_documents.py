@@ -17,16 +17,8 @@ from loopback_hub import LoopbackHub
 
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.data import documents
-from speedrun_mup.data.documents import (
-    DocumentReader,
-    Position,
-    Source,
-    SourceError,
-    find_sources,
-    format_of,
-    split_passages,
-    suffix,
-)
+from speedrun_mup.data.documents import DocumentReader, Position, split_passages
+from speedrun_mup.data.sources import Source, SourceError, find_sources, format_of, suffix
 
 PROSE = "".join(f"line {i} of a text with ümläuts\n" + "\n" * (i % 3 == 0) for i in range(200))
 TEXTS = [f"document {i} " + "naïve 漢字 " * i for i in range(30)] + ["", "two\nlines", "\ud83d\ude00"]
@@ -128,7 +120,8 @@ def test_dataset_streamed_from_a_hub(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     readme = b"---\nconfigs:\n- config_name: small\n  data_files: a.parquet\n---\n"
     files = {"a.parquet": (tmp_path / "a.parquet").read_bytes(), "README.md": readme}
-    command = "import json; from speedrun_mup.data.documents import *; reader = DocumentReader(find_sources(['hf://me/mine/small']).sources,"
+    command = "import json; from speedrun_mup.data.documents import *; from speedrun_mup.data.sources import *; "
+    command += "reader = DocumentReader(find_sources(['hf://me/mine/small']).sources,"
     command += " 'text', 0); print(json.dumps([document.text for document in reader]))"
     with LoopbackHub("me/mine", files) as hub:
         known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
@@ -283,12 +276,12 @@ def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise PermissionError(13, "Permission denied")
         return real(path)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(documents.os, "scandir", scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(SourceError, match=r"closed: cannot read: Permission denied.*--on-bad-document skip"):
         find_sources([str(tmp_path)])
     found = find_sources([str(tmp_path)], skip_bad=True)
     assert len(found.sources) == 2 and found.left_out == {"that cannot be read": 1}
-    monkeypatch.setattr(documents.os, "access", lambda path, mode: not str(path).endswith("b.txt"))
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("b.txt"))
     with pytest.raises(SourceError, match=r"b\.txt: cannot read|closed: cannot read"):
         find_sources([str(tmp_path)])
     assert len(find_sources([str(tmp_path)], skip_bad=True).sources) == 1
@@ -450,9 +443,8 @@ def test_kilobytes_of_parquet_stay_small(tmp_path: Path) -> None:
     column = arrow.array(["spam and " * 900_000] * 100).dictionary_encode()
     parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
-    command = (
-        "import re, sys; from speedrun_mup.data.documents import *; reader = DocumentReader(find_sources(sys.argv[1:])"
-    )
+    command = "import re, sys; from speedrun_mup.data.documents import *; from speedrun_mup.data.sources import *; "
+    command += "reader = DocumentReader(find_sources(sys.argv[1:])"
     command += ".sources, 'text', 0); count = sum(1 for document in reader)\n"
     command += "print(count, int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     root = Path(documents.__file__).parents[2]

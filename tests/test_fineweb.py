@@ -18,7 +18,8 @@ from speedrun_mup.cli import main
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data import fineweb as module
 from speedrun_mup.data.fineweb import FetchError, download_fineweb, parse_tokens
-from speedrun_mup.data.shards import Corpus, open_corpus, shard_header
+from speedrun_mup.data.manifest import open_corpus
+from speedrun_mup.data.shards import Corpus, shard_header
 
 hub_library = pytest.importorskip("huggingface_hub")
 hub_constants = pytest.importorskip("huggingface_hub.constants")
@@ -281,7 +282,7 @@ def test_no_workers(tmp_path: Path, hub: LoopbackHub, workers: str, capsys: pyte
 
 
 def run(folder: Path, endpoint: str, **environment: str) -> subprocess.Popen[str]:
-    script = Path(module.__file__).parents[1] / "scripts" / "data" / "fineweb.py"
+    script = Path(module.__file__).parents[2] / "scripts" / "data" / "fineweb.py"
     known = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, str(script), "--tokens", "100k", "--out", str(folder / "out")]
     return subprocess.Popen(

@@ -22,16 +22,14 @@ from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_lin
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data import bound, shards
+from speedrun_mup.data.manifest import GPT2_BOS, GPT2_VOCAB, open_corpus
 from speedrun_mup.data.shards import (
-    GPT2_BOS,
-    GPT2_VOCAB,
     Corpus,
     Shard,
     ShardError,
     TokenRow,
     measure_shard,
     mix,
-    open_corpus,
     read_shard,
     sole_writer,
     write_shard,

@@ -19,15 +19,27 @@ import numpy as np
 import pytest
 from small_corpus import naive_read
 
+import speedrun_mup
 from speedrun_mup.cli import main
 from speedrun_mup.config import PRESETS, TrainConfig
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data import tokenize_text as module
 from speedrun_mup.data.batches import TrainBatches, ValBatches, train_batches
-from speedrun_mup.data.documents import SourceError
-from speedrun_mup.data.shards import Corpus, ShardError, open_corpus, write_shard
-from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
-from speedrun_mup.data.tokenizers import load_tokenizer
+from speedrun_mup.data.manifest import open_corpus
+from speedrun_mup.data.shards import Corpus, ShardError, write_shard
+from speedrun_mup.data.sources import SourceError, find_sources
+from speedrun_mup.data.tokenize_text import (
+    ORDERS,
+    TextSettings,
+    chunks,
+    encode,
+    progress,
+    run,
+    shard_writer,
+    tokenize_text,
+)
+from speedrun_mup.data.tokenize_text.settings import Job
+from speedrun_mup.data.tokenize_text.tokenizer import training_text
+from speedrun_mup.data.tokenizers import find_tokenizer, load_tokenizer
 
 TEXTS = [f"document {i}: " + "spam and naïve eggs, " * (i % 17) for i in range(400)]
 BYTES = TextSettings(tokenizer="byte", val_share=0.1, shard_tokens=20_000)
@@ -111,7 +123,7 @@ def test_every_document_once_in_order(text: Path, tmp_path: Path, order: str | i
 
 def test_workers_do_not_matter(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for workers, chunk in (1, 2**19), (4, 700), (3, 5000):
-        monkeypatch.setattr(module, "_CHUNK_CHARS", chunk)
+        monkeypatch.setattr(chunks, "CHUNK_CHARS", chunk)
         tokenize_text([str(text)], tmp_path / f"out{workers}", BYTES, workers)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out4") == contents(tmp_path / "out3")
 
@@ -152,10 +164,15 @@ def test_broken_off_anywhere(
 ) -> None:
     """Stopped before each third of the steps of one kind in turn, and gone on with: the same bytes."""
     tokenize_text([str(text)], tmp_path / "whole", settings)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
-    owner = {"chunk": module._Writer, "piece": module, "note": module._Work, "shard": module.ShardWriter}[place]
-    name = {"chunk": "add", "piece": "write_piece", "note": "note", "shard": "finish"}[place]
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
+    owner = {
+        "chunk": encode.PieceWriter,
+        "piece": progress,
+        "note": progress.Progress,
+        "shard": shard_writer.ShardWriter,
+    }[place]
+    name = {"chunk": "add", "piece": "write_piece", "note": "save", "shard": "finish"}[place]
     left = [0]
     breaking_at(monkeypatch, owner, name, left)
     starts = 0
@@ -179,14 +196,14 @@ def test_other_text_or_settings_are_not_mixed_in(text: Path, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Writer, "add", stop)
+        patch.setattr(encode.PieceWriter, "add", stop)
         tokenize_text([str(text)], tmp_path / "out", BYTES)
     other = dataclasses.replace(BYTES, val_share=0.2)
     with pytest.raises(ConfigError, match=r"out.\.unfinished comes from other text or settings"):
         tokenize_text([str(text)], tmp_path / "out", other)
     first = tokenize_text([str(text)], tmp_path / "out", BYTES)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Writer, "add", stop)
+        patch.setattr(encode.PieceWriter, "add", stop)
         assert tokenize_text([str(text)], tmp_path / "out", BYTES) == first  # there already
     with pytest.raises(ConfigError, match="out comes from other text or settings"):
         tokenize_text([str(text)], tmp_path / "out", other)
@@ -219,8 +236,8 @@ def test_each_part_has_a_document(
     tmp_path: Path, share: float, order: str, monkeypatch: pytest.MonkeyPatch, text: Path
 ) -> None:
     """Those with the 16 smallest hashes are for validation, the one with the largest for training, in all their copies."""
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 500)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 500)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
     texts = [f"document {i}" for i in range(200)]
     by_hash = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
     every = [*texts, by_hash[0], by_hash[-1], by_hash[0], by_hash[-1]]
@@ -249,7 +266,7 @@ def test_validation_of_a_small_text(tmp_path: Path, count: int, fewest: int, tok
         assert sorted(decoded(corpus, "val")) == sorted(texts[: max(fewest, below)] * 3)
         assert set(decoded(corpus, "train")) == set(texts[max(fewest, below) :])
     else:
-        trained_on = set(module._training_text(job_of(tmp_path / "a.jsonl", settings), hashlib.sha256()))
+        trained_on = set(training_text(job_of(tmp_path / "a.jsonl", settings), hashlib.sha256()))
         assert trained_on == set(texts[max(fewest, below) :])
 
 
@@ -271,11 +288,11 @@ def test_breaking_off_does_not_matter_where_a_part_is_empty(
 ) -> None:
     """Nor that the text grows by documents with smaller hashes meanwhile."""
     settings = dataclasses.replace(BYTES, val_share=1e-9)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
     for name in "finish", "add":
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            breaking_at(patch, module.ShardWriter, name, [2])
+            breaking_at(patch, shard_writer.ShardWriter, name, [2])
             tokenize_text([str(text)], tmp_path / name, settings)
     tokenize_text([str(text)], tmp_path / "finish", settings)
     tokenize_text([str(text)], tmp_path / "whole", settings)
@@ -294,17 +311,17 @@ def test_tokenizer_is_not_trained_on_the_document_for_validation(tmp_path: Path)
     texts = sorted(TEXTS[:40], key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).digest())
     for name, some in ("a", TEXTS[:40]), ("b", texts[1:]):
         (tmp_path / f"{name}.jsonl").write_text(records([*some, *some]))
-    seen = [set(module._training_text(job_of(tmp_path / f"{name}.jsonl", settings), hashlib.sha256())) for name in "ab"]
+    seen = [set(training_text(job_of(tmp_path / f"{name}.jsonl", settings), hashlib.sha256())) for name in "ab"]
     assert seen == [set(texts[8:]), set(texts[1 + 7 :])]  # a fifth of 40 and of 39
     corpus = tokenize_text([str(tmp_path / "a.jsonl")], tmp_path / "out", settings)
     val = load_tokenizer(corpus).decode(flat(held(corpus, "val"))).split("<|bos|>")[1:]
     assert sorted(val) == sorted(texts[:8] * 2)
     all_val = dataclasses.replace(settings, val_share=1 - 1e-9)
-    assert list(module._training_text(job_of(tmp_path / "a.jsonl", all_val), hashlib.sha256())) == [texts[-1]]
+    assert list(training_text(job_of(tmp_path / "a.jsonl", all_val), hashlib.sha256())) == [texts[-1]]
 
 
-def job_of(path: Path, settings: TextSettings) -> module._Job:
-    return module._Job((str(path),), tuple(module.find_sources([str(path)]).sources), settings, 0, 1, False, False)
+def job_of(path: Path, settings: TextSettings) -> Job:
+    return Job((str(path),), tuple(find_sources([str(path)]).sources), settings, 0, 1, False, False)
 
 
 def test_no_text_at_all(tmp_path: Path) -> None:
@@ -351,8 +368,8 @@ def test_impossible_settings(change: dict[str, float], word: str) -> None:
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second text is three times as long."""
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 10_000)
-    monkeypatch.setattr(module, "_PIECE_BYTES", 100_000)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 10_000)
+    monkeypatch.setattr(encode, "PIECE_BYTES", 100_000)
     peaks = []
     for size in 2, 6:
         path = tmp_path / f"{size}.txt"
@@ -450,7 +467,7 @@ def test_an_epoch_of_the_laptop_preset_uses_own_text(tmp_path: Path, kind: str) 
 
 
 def test_text_script_reads_standard_input(tmp_path: Path) -> None:
-    script = Path(module.__file__).parents[1] / "scripts" / "data" / "text.py"
+    script = Path(speedrun_mup.__file__).parents[1] / "scripts" / "data" / "text.py"
     command = [sys.executable, script, "-", "--out", "out", "--tokenizer", "byte", "--val-share", "0.3"]
     prose = "".join(f"sentence {i} of some prose\n\n" for i in range(300))
     done = subprocess.run(command, cwd=tmp_path, input=prose, text=True, capture_output=True, timeout=300)
@@ -492,10 +509,10 @@ def test_standard_input_is_never_gone_on_with(
 ) -> None:
     """Broken off after a note of progress, it would lose documents or splice two texts."""
     settings = dataclasses.replace(GIVEN, drop_duplicates=drop_duplicates)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
     left = [5]
-    breaking_at(monkeypatch, module._Writer, "add", left)
+    breaking_at(monkeypatch, encode.PieceWriter, "add", left)
     pipe(records(TEXTS))
     with pytest.raises(KeyboardInterrupt):
         tokenize_text(["-"], tmp_path / "out", settings)
@@ -632,7 +649,7 @@ class PanicException(BaseException):
 
 
 def break_encoding(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    real = module.find_tokenizer("byte").encode_array
+    real = find_tokenizer("byte").encode_array
 
     def encode_array(self: object, text: str) -> object:
         if word in text:
@@ -678,7 +695,7 @@ def test_skipped_documents_are_counted_and_the_first_are_named(
 
 def test_mended_text_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what had not been read is read for the first time; the result is that of the mended text alone."""
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
     lines = records(TEXTS).splitlines(True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:100]))
     path, settings = tmp_path / "b.jsonl", dataclasses.replace(BYTES, drop_duplicates=True)
@@ -686,13 +703,13 @@ def test_mended_text_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SourceError, match=r"b\.jsonl:251: field 'text' is NoneType"):
         tokenize_text([str(tmp_path)], tmp_path / "out", settings)
     encoded: list[str] = []
-    real = module._encode
+    real = encode._encode
 
-    def encode(chunk: module.Chunk, tokenizer: object) -> object:
+    def recorded(chunk: chunks.Chunk, tokenizer: object) -> object:
         encoded.extend(document.text for document in chunk.documents)
         return real(chunk, tokenizer)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_encode", encode)
+    monkeypatch.setattr(encode, "_encode", recorded)
     path.write_text("".join([*lines[100:350], json.dumps({"text": "mended"}) + "\n", *lines[350:]]))
     tokenize_text([str(tmp_path)], tmp_path / "out", settings)
     assert encoded == ["mended", *TEXTS[350:]]
@@ -714,18 +731,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("order", module.ORDERS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_changed_text_is_read_again_from_the_change_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, order: str
 ) -> None:
     """Broken off with b.jsonl read, whatever became of it then: the result is that of the text as it is now."""
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
     lines, settings = records(TEXTS).splitlines(True), dataclasses.replace(BYTES, order=order)
     for name, some in ("a", lines[:100]), ("b", lines[100:350]), ("c", lines[350:]):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
     left = [0]
-    breaking_at(monkeypatch, module.ShardWriter, "finish", left)
+    breaking_at(monkeypatch, shard_writer.ShardWriter, "finish", left)
     left[0] = 2
     with pytest.raises(KeyboardInterrupt):
         tokenize_text([str(tmp_path)], tmp_path / "out", settings)
@@ -733,7 +750,7 @@ def test_changed_text_is_read_again_from_the_change_on(
     (tmp_path / "b.jsonl").write_text("".join(changed(lines[100:350])))  # type: ignore[no-untyped-call]
     read: list[int] = []
     monkeypatch.setattr(
-        module, "_encode", lambda *pair, real=module._encode: (read.append(len(pair[0].documents)), real(*pair))[1]
+        encode, "_encode", lambda *pair, real=encode._encode: (read.append(len(pair[0].documents)), real(*pair))[1]
     )
     tokenize_text([str(tmp_path)], tmp_path / "out", settings)
     assert sum(read) <= len(TEXTS) + 250 - kept + 60  # 60: the chunk that is cut by the change
@@ -764,12 +781,12 @@ def test_tokenizer_is_trained_again_if_its_text_changed(tmp_path: Path) -> None:
 @pytest.fixture
 def broken_off(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of unfinished work, broken off after the first shard; `whole` beside it is the right result."""
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
     tokenize_text([str(text)], tmp_path / "whole", BYTES)
     left = [2]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        breaking_at(patch, module.ShardWriter, "finish", left)
+        breaking_at(patch, shard_writer.ShardWriter, "finish", left)
         tokenize_text([str(text)], tmp_path / "out", BYTES)
     return tmp_path / "out" / ".unfinished"
 
@@ -815,7 +832,7 @@ def test_all_is_on_the_disk_before_the_note_that_promises_it(
     synced: set[str] = set()
     real, checked = os.fsync, 0
     monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), real(file))[1])
-    write = module.write_whole
+    write = progress.write_whole
 
     def write_whole(path: Path, content: str) -> None:
         nonlocal checked
@@ -830,9 +847,9 @@ def test_all_is_on_the_disk_before_the_note_that_promises_it(
                 checked += len(noted["shards"][part])
         write(path, content)
 
-    monkeypatch.setattr(module, "write_whole", write_whole)
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 20_000)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
+    monkeypatch.setattr(progress, "write_whole", write_whole)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 20_000)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
     out = tmp_path / "out"
     tokenize_text([str(text)], out, BYTES)
     assert checked > 20 and str(out) in synced
@@ -843,25 +860,25 @@ def test_pieces_are_synced_with_notes_only(text: Path, tmp_path: Path, monkeypat
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), real(file))[1])
-    monkeypatch.setattr(module, "_PIECE_BYTES", 2000)
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
+    monkeypatch.setattr(encode, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
     tokenize_text([str(text)], tmp_path / "whole", BYTES)
     assert not [path for path in synced if path.endswith(".piece")]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        breaking_at(patch, module.ShardWriter, "finish", [2])
+        breaking_at(patch, shard_writer.ShardWriter, "finish", [2])
         tokenize_text([str(text)], tmp_path / "out", BYTES)
     pieces = {str(path) for path in (tmp_path / "out" / ".unfinished").glob("*.piece")}
     assert len(pieces) > 20 and pieces <= set(synced)
-    monkeypatch.setattr(module, "_read", None)  # nothing is read again
+    monkeypatch.setattr(run, "read_text", None)  # nothing is read again
     tokenize_text([str(text)], tmp_path / "out", BYTES)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_disk_that_is_full_leaves_no_hole(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize_text([str(text)], tmp_path / "whole", BYTES)
-    monkeypatch.setattr(module, "_CHUNK_CHARS", 2000)
-    monkeypatch.setattr(module, "COMMIT_EVERY_S", 0)
-    real, left = module.write_piece, 9
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)
+    monkeypatch.setattr(progress, "COMMIT_EVERY_S", 0)
+    real, left = progress.write_piece, 9
 
     def write_piece(path: Path, *rest: object) -> object:
         nonlocal left
@@ -871,7 +888,7 @@ def test_disk_that_is_full_leaves_no_hole(text: Path, tmp_path: Path, monkeypatc
             raise OSError(28, "No space left on device")
         return real(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "write_piece", write_piece)
+    monkeypatch.setattr(progress, "write_piece", write_piece)
     with pytest.raises(ConfigError, match="cannot write: No space left on device"):
         tokenize_text([str(text)], tmp_path / "out", BYTES)
     tokenize_text([str(text)], tmp_path / "out", BYTES)
@@ -922,7 +939,7 @@ def contents_of_corpus(corpus: Corpus) -> dict[str, bytes]:
 def test_out_that_will_not_do_is_refused_before_the_work(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_write_corpus", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(run, "_write_corpus", lambda *_: pytest.fail("worked"))
     (tmp_path / "nothing").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.data.documents import suffix
+from speedrun_mup.data.sources import suffix
 from speedrun_mup.files import printable
 from speedrun_mup.flags import new_parser, parse, several
 from speedrun_mup.synonyms import DATA_COMMANDS, command_meaning
@@ -177,7 +177,8 @@ def run_inspect(argv: Sequence[str]) -> int:
     arguments = parse(parser, argv)
 
     from speedrun_mup.data.inspect_corpus import first_documents, inspect_corpus
-    from speedrun_mup.data.shards import ShardError, open_corpus
+    from speedrun_mup.data.manifest import open_corpus
+    from speedrun_mup.data.shards import ShardError
 
     corpus = open_corpus(arguments.directory)
     found = inspect_corpus(corpus)

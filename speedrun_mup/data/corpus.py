@@ -25,16 +25,8 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.seeds import seed_for
 from speedrun_mup.data.bound import cache_folder
 from speedrun_mup.data.documents import split_passages
-from speedrun_mup.data.shards import (
-    MANIFEST,
-    Corpus,
-    ShardError,
-    measure_shard,
-    mix,
-    open_corpus,
-    write_manifest,
-    write_shard,
-)
+from speedrun_mup.data.manifest import open_corpus, write_manifest
+from speedrun_mup.data.shards import MANIFEST, Corpus, ShardError, measure_shard, mix, write_shard
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from speedrun_mup.files import printable
 

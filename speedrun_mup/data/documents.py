@@ -10,50 +10,21 @@ import gzip
 import io
 import itertools
 import json
-import os
 import re
-import stat
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
-from speedrun_mup.files import kind_of, open_regular, printable
+from speedrun_mup.data.sources import HUB, SKIP, STDIN, Source, SourceError, format_of
+from speedrun_mup.files import open_regular, printable
 from speedrun_mup.packages import import_extra
 
-STDIN, HUB = "-", "hf://"
-FORMATS = (".txt", ".md", ".jsonl", ".parquet")  # that folders are searched for; a file with another suffix is text
-COMPRESSIONS = (".gz", ".zst")
 LARGEST_DOCUMENT = 2**26  # bytes of a line of JSON or a value in a table, characters of a text taken whole
-LARGEST_PASSAGE = 2**20  # characters
 _LONGEST_LINE = 8  # passages
 _PAGE_BYTES, _SUSPICIOUS = 2**28, 1000  # of a column in parquet: what is never too much, and bytes out of one byte
 _HEAD_BYTES = 2**16  # of standard input, in which records show that they are records
-_SKIP = "or leave such documents out with --on-bad-document skip"
-
-
-class SourceError(UserError):
-    """Text that cannot be read: a missing or damaged file, a record without the field, a dataset out of reach."""
-
-    exit_code = 3
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file, standard input ("-") or one dataset ("hf://..."). size: bytes, 0 if unknown. changed: time, in ns."""
-
-    name: str
-    size: int = 0
-    changed: int = 0
-
-
-def format_of(name: str) -> str:
-    """The format of a file, such as ".jsonl", by its name without the compression; "" where that does not tell."""
-    path = Path(name.lower())
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 class Position(NamedTuple):
@@ -80,190 +51,6 @@ class Document(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding files
-
-
-@dataclass
-class Found:
-    """What `find_sources` found. left_out: how many files and folders of each kind are not read.
-
-    examples: one of each kind that is not a suffix.
-    """
-
-    sources: list[Source] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def leave_out(self, kind: str, name: str | Path) -> None:
-        """Count one that is not read."""
-        self.left_out[kind] += 1
-        self.examples.setdefault(kind, f" ({printable(name)})")
-
-    def add(self, other: Found) -> None:
-        """Take over what was found elsewhere."""
-        self.sources += other.sources
-        self.left_out += other.left_out
-        self.examples = other.examples | self.examples
-
-    def pass_over(self, path: Path) -> None:
-        """Count one that is not read because of its suffix."""
-        ending = "".join(path.suffixes[-2 if path.suffix.lower() in COMPRESSIONS else -1 :]).lower()
-        kind = f"*{printable(ending, 12)}" if ending else "without a suffix"
-        self.left_out[kind] += 1
-
-    def told(self) -> str:
-        """One line about all that was left out and how to have it, "" if nothing was."""
-        common = self.left_out.most_common(8)
-        kinds = [f"{count:,} {kind}{self.examples.get(kind, '')}" for kind, count in common]
-        rest = self.left_out.total() - sum(count for _, count in common)
-        advice = "; --suffix reads more as plain text" if any(kind.startswith("*") for kind in self.left_out) else ""
-        return ", ".join([*kinds, *([f"{rest:,} more"] if rest else [])]) + advice
-
-
-def suffix(text: str) -> str:
-    """A file suffix as people write it, .py or *.py, in lower case. ConfigError for anything else."""
-    matched = re.fullmatch(r"\*?(\.[^./*\s]+)", text)
-    if not matched or matched[1].lower() in COMPRESSIONS:
-        raise ConfigError(
-            f"--suffix {printable(text, 40)}: expected suffixes such as .py .c, without .gz or .zst; put paths before --suffix"
-        )
-    return matched[1].lower()
-
-
-def find_sources(
-    paths: Sequence[str], out: Path | None = None, skip_bad: bool = False, suffixes: Sequence[str] = ()
-) -> Found:
-    """The sources that `paths` name, in their order; a folder stands for its text files, sorted, hidden ones left out.
-
-    Links that a folder holds are followed only inside it, and nothing is found twice; what they lead to outside is left
-    out and counted, as are files of other kinds. A path that is named is followed wherever it leads, and whatever its suffix:
-    it is plain text unless its name says that it holds records.
-
-    Args:
-        paths: files, folders, "-" or "hf://...".
-        out: a folder that is not looked into, because it is going to be written.
-        skip_bad: leave out and count what may not be read, instead of raising.
-        suffixes: of files that folders are searched for beside those of FORMATS, as plain text; lower case, with the dot.
-
-    Raises:
-        SourceError: a path is missing, may not be read or is of another kind, or a folder is without any text.
-    """
-    found = Found()
-    for path in paths:
-        if path == STDIN and sys.stdin is None:
-            raise SourceError("standard input is closed; name a file, or give it some text")
-        if path == STDIN or path.startswith(HUB):
-            found.sources.append(Source(path))
-        elif os.path.isdir(path):
-            inside = Found()
-            _Walk(Path(path), inside, out, skip_bad, (*FORMATS, *suffixes)).walk()
-            if not inside.sources:
-                told = f"; left out: {inside.told()}" if inside.left_out else ""
-                wanted = ", ".join([*FORMATS, *suffixes])
-                raise SourceError(
-                    f"{printable(path)}: no {wanted} file (or {'/'.join(COMPRESSIONS)} of one) in there{told}"
-                )
-            found.add(inside)
-        else:
-            found.sources.append(_file(Path(path)))
-    return found
-
-
-class _Walk:
-    """Finds the text files in one folder. Every real file and folder is taken at most once, so links cannot loop."""
-
-    def __init__(self, root: Path, found: Found, out: Path | None, skip_bad: bool, formats: Sequence[str]):
-        self.root, self.found, self.skip_bad, self.formats = root, found, skip_bad, formats
-        self._real_root = os.path.realpath(root)
-        self._seen: set[str] = set()
-        self._folders_seen: set[tuple[int, int]] = set()
-        with contextlib.suppress(OSError, ValueError):  # it need not be there yet
-            facts = out.stat() if out else None
-            if facts:
-                self._folders_seen.add((facts.st_dev, facts.st_ino))
-        self._folders: list[Path] = []  # to be looked into
-        self._links: list[Path] = []
-
-    def walk(self) -> None:
-        """Add what is there to `found`."""
-        self._folder(self.root)
-        while self._links:  # after the rest: a link to what was found under its own name adds nothing
-            links, self._links = sorted(self._links), []
-            for link in links:
-                self._link(link)
-        self.found.sources.sort(key=lambda source: Path(source.name))
-
-    def _folder(self, folder: Path) -> None:
-        self._folders.append(folder)
-        while self._folders:
-            folder = self._folders.pop()
-            try:
-                facts = folder.stat()
-                if (facts.st_dev, facts.st_ino) in self._folders_seen:
-                    continue
-                self._folders_seen.add((facts.st_dev, facts.st_ino))
-                with os.scandir(folder) as entries:
-                    names = sorted(entry.name for entry in entries)
-            except OSError as fault:
-                self._unreadable(folder, fault)
-                continue
-            for name in names:
-                self._entry(folder / name)
-
-    def _entry(self, path: Path) -> None:
-        if path.name.startswith("."):
-            return
-        try:
-            mode = path.lstat().st_mode
-        except OSError as fault:
-            self._unreadable(path, fault)
-            return
-        if stat.S_ISLNK(mode):
-            self._links.append(path)
-        elif stat.S_ISDIR(mode):
-            self._folders.append(path)
-        elif not stat.S_ISREG(mode):
-            self.found.leave_out(f"that are {kind_of(mode).removeprefix('a ')}s", path)
-        elif format_of(path.name) not in self.formats:
-            self.found.pass_over(path)
-        else:
-            self._take(path)
-
-    def _link(self, path: Path) -> None:
-        real = os.path.realpath(path)
-        if not os.path.exists(real):
-            self.found.leave_out("broken or circular links", path)
-        elif os.path.commonpath([real, self._real_root]) != self._real_root:
-            self.found.leave_out("links that lead out of the folder", path)
-        elif os.path.isdir(real):
-            self._folder(path)
-        elif real not in self._seen and format_of(path.name) in self.formats and os.path.isfile(real):
-            self._take(path)
-
-    def _take(self, path: Path) -> None:
-        self._seen.add(os.path.realpath(path))
-        try:
-            if not os.access(path, os.R_OK):
-                raise PermissionError(0, "Permission denied")
-            self.found.sources.append(_file(path))
-        except OSError as fault:
-            self._unreadable(path, fault)
-
-    def _unreadable(self, path: Path, fault: OSError) -> None:
-        if not self.skip_bad:
-            raise SourceError(f"{printable(path)}: cannot read: {fault.strerror}; check its permissions, {_SKIP}")
-        self.found.leave_out("that cannot be read", path)
-
-
-def _file(path: Path) -> Source:
-    try:
-        found = path.stat()
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise SourceError(f"{printable(path)}: cannot read: {reason}; check the path") from None
-    source = Source(str(path), found.st_size, found.st_mtime_ns)
-    if not stat.S_ISREG(found.st_mode):
-        raise SourceError(f"{printable(path)}: cannot read: it is {kind_of(found.st_mode)}; use - for a stream")
-    return source
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +164,7 @@ class DocumentReader:
                     text.isascii() or text.encode()
                     yield f"{name}:{number}", text, ""
                 except UnicodeEncodeError as fault:
-                    yield f"{name}:{number + text.count(chr(10), 0, fault.start)}", "", f"not UTF-8; fix it, {_SKIP}"
+                    yield f"{name}:{number + text.count(chr(10), 0, fault.start)}", "", f"not UTF-8; fix it, {SKIP}"
                 number += text.count("\n")
         finally:
             file.detach()  # the stream is not ours to close
@@ -393,7 +180,7 @@ class DocumentReader:
             if len(line) == LARGEST_DOCUMENT:
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(2**20)
-                yield f"{name}:{number}", "", f"a line of more than {LARGEST_DOCUMENT:,} bytes; cut it, {_SKIP}"
+                yield f"{name}:{number}", "", f"a line of more than {LARGEST_DOCUMENT:,} bytes; cut it, {SKIP}"
             elif line.strip():
                 yield f"{name}:{number}", *self._of_line(line)
 
@@ -401,9 +188,9 @@ class DocumentReader:
         try:
             record = json.loads(line)
         except UnicodeDecodeError:
-            return "", f"not UTF-8; fix it, {_SKIP}"
+            return "", f"not UTF-8; fix it, {SKIP}"
         except (ValueError, RecursionError):
-            return "", f"not a line of JSON; is the file whole? Fix it, {_SKIP}"
+            return "", f"not a line of JSON; is the file whole? Fix it, {SKIP}"
         return self._field_of(record)
 
     def _of_parquet(self, file: BinaryIO, name: str) -> Iterator[tuple[str, str, str]]:
@@ -429,11 +216,11 @@ class DocumentReader:
         if hasattr(value, "as_py"):
             value = getattr(value, "value", value) if hasattr(value, "dictionary") else value
             if hasattr(value, "as_buffer") and value.is_valid and value.as_buffer().size > LARGEST_DOCUMENT:
-                return "", f"more than {LARGEST_DOCUMENT:,} bytes; cut it, {_SKIP}"
+                return "", f"more than {LARGEST_DOCUMENT:,} bytes; cut it, {SKIP}"
             try:
                 value = value.as_py()
             except UnicodeDecodeError:
-                return "", f"not UTF-8; fix it, {_SKIP}"
+                return "", f"not UTF-8; fix it, {SKIP}"
         return self._field_of({self.field: value})
 
     def _of_dataset(self, name: str) -> Iterator[tuple[str, str, str]]:
@@ -456,10 +243,10 @@ class DocumentReader:
         """The text of a record, and why it has none."""
         if not isinstance(record, dict) or self.field not in record:
             found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            return "", f"no field {self.field!r} (found: {printable(found)}); choose it with --field, {_SKIP}"
+            return "", f"no field {self.field!r} (found: {printable(found)}); choose it with --field, {SKIP}"
         text = record[self.field]
         if not isinstance(text, str):
-            return "", f"field {self.field!r} is {type(text).__name__}, expected text; fix it, {_SKIP}"
+            return "", f"field {self.field!r} is {type(text).__name__}, expected text; fix it, {SKIP}"
         return text, ""
 
 
@@ -476,7 +263,7 @@ def _opening(name: str) -> BinaryIO:
         return open_regular(Path(name))
     except OSError as fault:
         raise SourceError(
-            f"{printable(name)}: cannot read: {fault.strerror}; check the path and its permissions, {_SKIP}"
+            f"{printable(name)}: cannot read: {fault.strerror}; check the path and its permissions, {SKIP}"
         ) from None
 
 

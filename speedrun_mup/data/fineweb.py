@@ -26,9 +26,8 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
+from speedrun_mup.data.manifest import GPT2_BOS, GPT2_VOCAB, open_corpus, write_manifest
 from speedrun_mup.data.shards import (
-    GPT2_BOS,
-    GPT2_VOCAB,
     HEADER_BYTES,
     MANIFEST,
     MAX_TOKENS,
@@ -36,9 +35,7 @@ from speedrun_mup.data.shards import (
     ShardError,
     ShardFacts,
     measure_shard,
-    open_corpus,
     sole_writer,
-    write_manifest,
 )
 from speedrun_mup.files import own_folder, printable, sync_folder
 from speedrun_mup.packages import import_extra

@@ -1,4 +1,4 @@
-"""Token shards on disk: the file format, and the manifest that says what a folder of shards holds. Needs no torch.
+"""Token shards on disk: the file format, and a corpus of such files. Needs no torch.
 
 A shard is a file of uint16 tokens behind a 1024-byte header (modded-nanogpt's format).
 """
@@ -12,12 +12,11 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,16 +24,15 @@ import numpy as np
 
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.bound import Check, Identity
-from speedrun_mup.files import open_lock, open_regular, printable, read_json, whole_file
+from speedrun_mup.files import open_lock, open_regular, printable, whole_file
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
 MAX_TOKENS = 2**31 - 1  # the count is an int32
-MANIFEST, MANIFEST_VERSION = "corpus.json", 2
+MANIFEST = "corpus.json"
 MIXTURE_PERIOD = 1000  # micro-batches, in which every part of a mixture has had its share exactly
 TOKENIZER_FILE = "tokenizer.json"  # beside the manifest, where ids are not bytes
 UNFINISHED = ".unfinished"  # where text is made into shards, before they and the manifest are moved beside it
-GPT2_VOCAB, GPT2_BOS = 50257, 50256  # of the FineWeb shards
 
 _SCAN_TOKENS = 2**20  # 2 MiB of tokens at a time stay in the cache
 
@@ -431,9 +429,9 @@ def mix(parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
         tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
         bos_token=first.bos_token,
-        fingerprint=_digest("mixture", [(part.fingerprint, share) for part, share in zip(parts, shares)]),
-        former_fingerprint=_digest(
-            "mixture", [(part.former_fingerprint or part.fingerprint, share) for part, share in zip(parts, shares)]
+        fingerprint=digest_of(["mixture", [(part.fingerprint, share) for part, share in zip(parts, shares)]]),
+        former_fingerprint=digest_of(
+            ["mixture", [(part.former_fingerprint or part.fingerprint, share) for part, share in zip(parts, shares)]]
         ),
         train=tuple(path for part in parts for path in part.train),
         val=tuple(path for part in parts for path in part.val),
@@ -444,183 +442,12 @@ def mix(parts: Sequence[Corpus], weights: Sequence[float]) -> Mixture:
     )
 
 
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def digest_of(value: object) -> str:
+    """SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a regular file's bytes, in hex. OSError for anything else."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint_of(
-    tokenizer: str, vocab_size: int, bos_token: int, train: Mapping[str, ShardFacts], val: Mapping[str, ShardFacts]
-) -> str:
-    """What a manifest's fingerprint must be: it covers the vocabulary and the name and SHA-256 of every shard."""
-    parts = {"train": train, "val": val}
-    hashes = [(part, name, facts.sha256) for part, shards in parts.items() for name, facts in shards.items()]
-    return _digest(tokenizer, vocab_size, bos_token, hashes)
-
-
-def write_manifest(
-    directory: Path,
-    *,
-    tokenizer: str,
-    vocab_size: int,
-    bos_token: int,
-    train: Mapping[str, ShardFacts],
-    val: Mapping[str, ShardFacts],
-    source: str,
-    recipe: str = "",
-    order: str = "",
-    tally: Mapping[str, int] | None = None,
-) -> Corpus:
-    """Describe the shards `train` and `val` (by file name inside `directory`) in corpus.json, and open the result."""
-    parts = {"train": train, "val": val}
-    saved = directory / TOKENIZER_FILE
-    manifest = {
-        "version": MANIFEST_VERSION,
-        "source": source,
-        "recipe": recipe,
-        "tokenizer": tokenizer,
-        "tokenizer_sha256": file_sha256(saved) if saved.exists() else "",
-        "vocab_size": vocab_size,
-        "bos_token": bos_token,
-        "fingerprint": fingerprint_of(tokenizer, vocab_size, bos_token, train, val),
-        **({"order": order} if order else {}),
-        **({"tally": dict(tally)} if tally else {}),
-        **{part: {name: asdict(facts) for name, facts in shards.items()} for part, shards in parts.items()},
-    }
-    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-    write_atomically(directory / MANIFEST, lambda file: file.write(text.encode()))
-    return open_corpus(directory)
-
-
-def open_corpus(directory: Path) -> Corpus:
-    """The corpus in `directory`: by its corpus.json, or by upstream's FineWeb names (GPT-2 tokens) where there is none.
-
-    Every shard's header is checked. FineWeb's fingerprint covers names, sizes and samples of the tokens. A manifest's is
-    computed from its entries, to which the files are bound when they are first read. Raises ShardError.
-    """
-    if not directory.is_dir():
-        raise ShardError(f"{directory}: no such folder; write or download a corpus there first")
-    manifest = directory / MANIFEST
-    return _open_manifest(manifest) if manifest.exists() else _open_fineweb(directory)
-
-
-_MANIFEST_FIELDS = {
-    "source": str,
-    "tokenizer": str,
-    "vocab_size": int,
-    "bos_token": int,
-    "fingerprint": str,
-    "tokenizer_sha256": str,
-    "recipe": str,
-    "train": dict,  # file name: its ShardFacts
-    "val": dict,
-}
-
-
-def _open_manifest(path: Path) -> Corpus:
-    advice = "delete this folder and prepare the corpus again"
-
-    def fault(text: str) -> ShardError:
-        return ShardError(f"{printable(path)}: {text}; {advice}")
-
-    manifest = read_json(path, advice, ShardError)
-    found = manifest.get("version") if isinstance(manifest, dict) else None
-    if found != MANIFEST_VERSION:
-        raise fault(f"manifest version {_shown(found)}, expected {MANIFEST_VERSION}")
-    for key, kind in _MANIFEST_FIELDS.items():
-        if type(manifest.get(key)) is not kind:
-            raise fault(f"{key} is {_shown(manifest.get(key))}, expected {kind.__name__}")
-    tally = manifest.get("tally", {})
-    if not isinstance(tally, dict) or not all(type(count) is int for count in tally.values()):
-        raise fault(f"tally is {_shown(tally)}, expected counts of documents")
-    if not isinstance(order := manifest.get("order", ""), str):
-        raise fault(f"order is {_shown(order)}, expected text")
-    vocab_size, bos_token = manifest["vocab_size"], manifest["bos_token"]
-    if not 0 <= bos_token < vocab_size <= 65536:
-        raise fault(
-            f"bos_token {_shown(bos_token)}, vocab_size {_shown(vocab_size)}; expected 0 <= bos_token < vocab_size <= 65536"
-        )
-    facts: dict[str, dict[str, ShardFacts]] = {"train": {}, "val": {}}
-    for part, listed in facts.items():
-        if not manifest[part]:
-            raise fault(f"lists no {part} shard")
-        for name, entry in manifest[part].items():
-            if Path(name).name != name or name == "..":
-                raise fault(f"lists {_shown(name)}, which is not a plain file name")
-            listed[name] = _facts_of(name, entry, fault)
-            if (held := len(Shard(path.parent / name))) != listed[name].tokens:
-                raise fault(f"{printable(name)} holds {held:,} tokens, not {_shown(listed[name].tokens)}")
-    if twice := facts["train"].keys() & facts["val"]:
-        raise fault(f"lists {_shown(min(twice))} for training and for validation")
-    told = {key: manifest[key] for key in _MANIFEST_FIELDS if key not in ("train", "val")}
-    told["told_fingerprint"] = told["fingerprint"]
-    told["fingerprint"] = fingerprint_of(told["tokenizer"], vocab_size, bos_token, facts["train"], facts["val"])
-    return Corpus(
-        directory=path.parent,
-        train=tuple(path.parent / name for name in facts["train"]),
-        val=tuple(path.parent / name for name in facts["val"]),
-        facts=facts["train"] | facts["val"],
-        order=order,
-        tally=tally,
-        **told,
-    )
-
-
-def _shown(value: object) -> str:
-    """A value of somebody's JSON, for a message."""
-    try:
-        return printable(repr(value), 80)
-    except RecursionError:
-        return "nested too deeply"
-
-
-def _facts_of(name: str, entry: object, fault: Callable[[str], ShardError]) -> ShardFacts:
-    """What a manifest says about one shard, its types checked."""
-    kinds = {"tokens": int, "documents": int, "sha256": str}
-    fits = isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == kinds
-    if not isinstance(entry, dict) or not fits or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-        raise fault(f"{printable(name)} has {_shown(entry)}, expected tokens, documents and sha256")
-    return ShardFacts(**entry)
-
-
-_SAMPLES, _SAMPLE_BYTES = 8, 4096
-
-
-def _sample(path: Path) -> tuple[int, str]:
-    """The tokens of a shard, and a hash of blocks spread over its file: cheap, and another one in another file."""
-    shard = Shard(path)
-    tokens, block = len(shard), _SAMPLE_BYTES // 2
-    starts = (
-        range(0, tokens, block) if tokens <= _SAMPLES * block else np.linspace(0, tokens - block, _SAMPLES, dtype=int)
-    )
-    digest = hashlib.sha256()
-    for start in starts:
-        digest.update(shard.take(int(start), min(int(start) + block, tokens)).tobytes())
-    return tokens, digest.hexdigest()
-
-
-def _open_fineweb(directory: Path) -> Corpus:
-    fetch = "download some with `speedrun-mup data fineweb --tokens 900M`"
-    if (directory / UNFINISHED).exists():
-        raise ShardError(f"{printable(directory)}: `data text` did not finish; run the same command again")
-    train, val = (tuple(sorted(directory.glob(f"*_{part}_*.bin"))) for part in ("train", "val"))
-    for part, shards in ("train", train), ("val", val):
-        if not shards:
-            raise ShardError(f"{printable(directory)}: no {MANIFEST} and no *_{part}_*.bin shard; {fetch}")
-    samples = [(path.name, *_sample(path)) for path in (*train, *val)]
-    return Corpus(
-        directory=directory,
-        tokenizer="gpt2",
-        vocab_size=GPT2_VOCAB,
-        bos_token=GPT2_BOS,
-        fingerprint=_digest("gpt2", GPT2_VOCAB, GPT2_BOS, samples),
-        former_fingerprint=_digest("gpt2", GPT2_VOCAB, GPT2_BOS, [(name, tokens) for name, tokens, _ in samples]),
-        train=train,
-        val=val,
-        source=f"FineWeb shards in {directory}",
-    )

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
-from speedrun_mup.data.shards import TOKENIZER_FILE, Corpus, ShardError, file_sha256, open_corpus
+from speedrun_mup.data.manifest import open_corpus
+from speedrun_mup.data.shards import TOKENIZER_FILE, Corpus, ShardError, file_sha256
 from speedrun_mup.files import printable, read_bytes, read_json, write_whole
 from speedrun_mup.packages import import_extra
 

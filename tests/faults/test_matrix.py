@@ -41,7 +41,8 @@ from speedrun_mup.core.model import SoftcapCrossEntropy
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.corpus import find_corpus
-from speedrun_mup.data.shards import ShardError, measure_shard, read_shard, write_manifest, write_shard
+from speedrun_mup.data.manifest import write_manifest
+from speedrun_mup.data.shards import ShardError, measure_shard, read_shard, write_shard
 from speedrun_mup.training.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
 from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
 from speedrun_mup.training.run import Run, train
