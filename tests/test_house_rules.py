@@ -10,7 +10,7 @@ PACKAGE = ROOT / "speedrun_mup"
 
 # Lowest first. A module may import from its own floor's members only if it is listed after them, and from any floor below.
 FLOORS = [
-    ["core.errors", "core.seeds"],
+    ["core.errors", "core.registry", "core.seeds"],
     [
         "core.device",
         "core.distributed",

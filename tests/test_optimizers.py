@@ -253,9 +253,8 @@ def test_the_formula_for_a_compiler_is_adam(dtype, good):
     rtol = 1e-5 if dtype is torch.float32 else 2**-7
     for plain, fused in zip(*runs, strict=True):
         torch.testing.assert_close(fused, plain, rtol=rtol, atol=1e-6)
-        for key in ("exp_avg", "exp_avg_sq"):
-            states = [optimizer.state[p][key] for optimizer, p in zip(optimizers, (plain, fused), strict=True)]
-            torch.testing.assert_close(states[1], states[0], rtol=rtol, atol=1e-6)
+    states = [{key: part.tensor for key, part in optimizer.slices().items()} for optimizer in optimizers]
+    torch.testing.assert_close(states[1], states[0], rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -279,11 +278,11 @@ def test_compiled_adam_is_adam_on_a_gpu(dtype, size):
                 optimizer.compile_parts()
             for step in range(4):
                 optimizer.steps_taken += 1
-                for i, (_, p, group) in enumerate(optimizer.named_groups()):
-                    begin, end, _ = optimizer._range(p)
-                    g = randn(*p.shape, seed=("g", step, i)).to(dtype).cuda()[begin:end]
+                for i, shard in enumerate(optimizer.shards):
+                    ((_, p, group),) = shard.members
+                    g = randn(*p.shape, seed=("g", step, i)).to(dtype).cuda()[shard.first : shard.first + shard.count]
                     good = None if step == 0 else torch.tensor(step != 2, device="cuda")
-                    optimizer._update(p.data[begin:end], g, *optimizer._moments(p), group, good)
+                    optimizer.update_in_place(shard.values(), g, optimizer.state_of(shard), group, good)
                 if step == 1:
                     kept = {key: part.tensor.clone() for key, part in optimizer.slices().items()}
                     optimizer.load_slices(lambda key, begin, end, kept=kept: kept[key], optimizer.steps_taken)

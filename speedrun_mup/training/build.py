@@ -11,7 +11,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import CollectiveError, UserError
 from speedrun_mup.core.model import GPT, GPTConfig
-from speedrun_mup.core.optimizers import DistAdam, GroupHyperparams, Muon, ShardedOptimizer, param_groups
+from speedrun_mup.core.optimizers import OPTIMIZERS, GroupHyperparams, ShardedOptimizer, param_groups
 from speedrun_mup.data.corpus import cache_folder, find_corpus
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
@@ -84,7 +84,8 @@ def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
     """What each parameter group was tuned to at base width."""
 
     def tuned(lr: float, optimizer: str = "adam", eps: float = cfg.adam_eps) -> GroupHyperparams:
-        return GroupHyperparams(optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps)
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        return GroupHyperparams(optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps, betas, cfg.momentum)
 
     return {
         "embed": tuned(cfg.embed_lr),
@@ -96,11 +97,9 @@ def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
 
 
 def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool = False) -> list[ShardedOptimizer]:
-    """DistAdam and, unless Adam has the hidden matrices too, Muon."""
+    """One for each name of an optimizer in `tuned_values`."""
     groups = param_groups(model, model.cfg.table, tuned_values(cfg))
-    optimizers: list[ShardedOptimizer] = [DistAdam(groups["adam"], world, betas=(cfg.adam_beta1, cfg.adam_beta2))]
-    if "muon" in groups:
-        optimizers.append(Muon(groups["muon"], world, momentum=cfg.momentum))
+    optimizers = [OPTIMIZERS[name](of_it, world) for name, of_it in groups.items()]
     for optimizer in optimizers if compiled else ():
         optimizer.compile_parts()
     return optimizers

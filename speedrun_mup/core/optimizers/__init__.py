@@ -1,29 +1,16 @@
-"""DistAdam and Muon: each rank keeps the state of its share of the parameters and updates only that.
+"""Optimizers: the maths of one update, apart from which rank owns what. optimizer.py says how to write one.
 
-Gradients are summed over ranks by reduce-scatter, the updated share (Adam) or its update (Muon) comes back by
-all-gather; a world of one skips both. A rank's state is a flat range of each parameter (`slices`), so that a checkpoint
-written by N ranks can be read by M.
+OPTIMIZERS and ORTHOGONALIZERS know their names without torch; the other names are imported when they are asked for.
 """
 
-from speedrun_mup.core.optimizers.adam import DistAdam, adam_formula, adam_update
-from speedrun_mup.core.optimizers.groups import GroupHyperparams, param_groups
-from speedrun_mup.core.optimizers.muon import Muon
-from speedrun_mup.core.optimizers.orthogonalization import newton_schulz, orthogonalize
-from speedrun_mup.core.optimizers.sharding import FetchSlice, ShardedOptimizer, Slice
+from typing import TYPE_CHECKING
 
-Tuned = GroupHyperparams  # its first name
+from speedrun_mup.core.optimizers.registry import OPTIMIZERS as OPTIMIZERS
+from speedrun_mup.core.optimizers.registry import ORTHOGONALIZERS as ORTHOGONALIZERS
 
-__all__ = [
-    "DistAdam",
-    "FetchSlice",
-    "GroupHyperparams",
-    "Muon",
-    "ShardedOptimizer",
-    "Slice",
-    "Tuned",
-    "adam_formula",
-    "adam_update",
-    "newton_schulz",
-    "orthogonalize",
-    "param_groups",
-]
+if TYPE_CHECKING:
+    from speedrun_mup.core.optimizers.library import *  # noqa: F403
+else:
+    from speedrun_mup.core.registry import names_of
+
+    __getattr__, __dir__ = names_of("speedrun_mup.core.optimizers.library")

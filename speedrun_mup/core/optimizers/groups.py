@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,23 @@ from typing import Any
 from torch import nn
 
 from speedrun_mup.core import mup
+from speedrun_mup.core.optimizers.registry import OPTIMIZERS
 
 
 @dataclass(frozen=True)
 class GroupHyperparams:
-    """Hyperparameters of one parameter group, as tuned at base width. optimizer: "adam" or "muon"."""
+    """Hyperparameters of one parameter group, as tuned at base width. None is the optimizer's own default.
+
+    Each goes to optimizers that have one of that name. optimizer: its name in OPTIMIZERS.
+    """
 
     optimizer: str
     lr: float
     weight_decay: float = 0.0
     eps: float = 1e-10
+    betas: tuple[float, float] | None = None
+    momentum: float | None = None
+    orthogonalizer: str | None = None
 
 
 def param_groups(
@@ -27,22 +33,40 @@ def param_groups(
 ) -> dict[str, list[dict[str, Any]]]:
     """One parameter group per parameter, by optimizer name, with every value scaled from base width by the rule table.
 
-    tuned: by the group that each parameter declared. Muon's LR includes the factor sqrt(max(1, d_out / d_in)) at base
-    shape. Raises KeyError for a parameter whose group is not in `tuned`.
+    Args:
+        model: declares a role and a group for each parameter.
+        table: says how values scale for the optimizer's kind of update.
+        tuned: values at base width, by the group that a parameter declared.
+
+    Returns:
+        {"adam": [group, ...], ...}. Learning rates include the optimizer's factor for the shape at base width.
+
+    Raises:
+        KeyError: a parameter's group is not in `tuned`.
+        NoRuleError: an optimizer must not own a parameter.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, parameter, spec in mup.named_specs(model):
         base = tuned[spec.group]
-        factors = spec.factors(table, base.optimizer)
-        shape_factor = math.sqrt(max(1.0, spec.base_fan_out / spec.base_fan_in)) if base.optimizer == "muon" else 1.0
-        lr = base.lr * shape_factor * factors.lr
+        optimizer = OPTIMIZERS[base.optimizer]
+        try:
+            factors = spec.factors(table, optimizer.kind)
+        except mup.NoRuleError as fault:
+            raise mup.NoRuleError(f"{base.optimizer} for {name}: {fault}") from None
+        lr = base.lr * optimizer.shape_factor(spec) * factors.lr
         group = {
             "params": [(name, parameter)],
             "lr": lr,
             "initial_lr": lr,
             "weight_decay": base.weight_decay * factors.weight_decay,
         }
-        if base.optimizer == "adam":
-            group["eps"] = base.eps * factors.eps
+        others = {
+            "eps": base.eps * factors.eps,
+            "betas": base.betas,
+            "momentum": base.momentum,
+            "orthogonalizer": base.orthogonalizer,
+        }
+        group |= {key: value for key, value in others.items() if key in optimizer.defaults and value is not None}
+        group |= optimizer.options_for(spec)
         groups.setdefault(base.optimizer, []).append(group)
     return groups

@@ -1,15 +1,19 @@
-"""Which rank keeps the optimizer state of what: flat ranges of parameters, so that any number of ranks can read them."""
+"""Placement: who owns what of the parameters that an optimizer updates, and how ranks exchange gradients and updates.
+
+Shapes: a parameter is a batch of units, which are single entries, shape (), or whole matrices, (d_out, d_in).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from speedrun_mup.core.distributed import World
+from speedrun_mup.core.distributed import Handle, World
 
 
 @dataclass(frozen=True)
@@ -28,59 +32,117 @@ class Slice:
 FetchSlice = Callable[[str, int, int], Tensor]  # ("param/state", begin, end) -> (end - begin,)
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
-    """What DistAdam and Muon share: groups of named parameters, a step count, and state as flat slices.
+class Member(NamedTuple):
+    """A parameter, its name, and its parameter group."""
 
-    `slices` and `load_slices` replace state_dict, which knows nothing of ranks.
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+
+
+class Owned(NamedTuple):
+    """The units [begin, end) of a parameter that this rank updates, and where in its batch they start."""
+
+    name: str
+    begin: int
+    end: int
+    offset: int
+
+
+class Shard(Protocol):
+    """Parameters that are updated as one batch of units, of which this rank updates `count`.
+
+    An optimizer knows placement by these methods alone. Whoever adds one, such as FSDP2's, writes a class like
+    `Replicated`.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], world: World, defaults: dict[str, Any]):
-        super().__init__(groups, defaults)
+    unit: tuple[int, ...]
+    members: Sequence[Member]
+    count: int
+    state: dict[str, Tensor]  # of this rank's units, (count, ...); empty before the first update
+
+    def owned(self) -> Iterator[Owned]:
+        """What this rank updates, parameter by parameter."""
+
+    def collect_gradients(self) -> tuple[Tensor, Handle]:
+        """Start summing gradients over ranks; those of this rank's units, (count, *unit), once the handle is done."""
+
+    def values(self) -> Tensor:
+        """This rank's units of the one parameter, (count, *unit), to be changed in place."""
+
+    def publish_values(self) -> Handle:
+        """Start giving `values` to the other ranks; all have the new parameter once the handle is done."""
+
+    def stored(self) -> list[Tensor]:
+        """What this rank stores of each parameter."""
+
+    def publish_updates(self, updates: Tensor) -> tuple[list[Tensor], Handle]:
+        """Start handing the updates of this rank's units to where the parameters are: one for each of `stored`."""
+
+
+class Replicated:
+    """Every rank stores whole parameters; each updates a run of their units and keeps its state (ZeRO, stage 1).
+
+    Gradients are reduce-scattered, new values or updates come back by all-gather; a world of one skips both. Sharding
+    Muon by whole matrices follows modded-nanogpt.
+    """
+
+    def __init__(self, members: Sequence[Member], unit: tuple[int, ...], world: World):
+        self.members = members
+        self.unit = unit
         self.world = world
-        self.steps_taken = 0
-        self.gradient_squares: list[Tensor] = []  # squared norms of this rank's share of the summed gradient
+        self.state: dict[str, Tensor] = {}
+        self.counts = [member.parameter.numel() // math.prod(unit) for member in members]
+        total = sum(self.counts)
+        self.share = -(-total // world.size)  # units of a rank, with padding
+        self.first = min(world.rank * self.share, total)
+        self.count = min(self.share, total - self.first)
 
-    def _squares(self, parts: list[Tensor]) -> list[Tensor]:
-        """The squared norms of parts of the summed gradient; nothing for a world of one, whose trainer has all of it."""
-        return [norm.float().square() for norm in torch._foreach_norm(parts)] if self.world.size > 1 and parts else []
+    def owned(self) -> Iterator[Owned]:
+        """What this rank updates, parameter by parameter."""
+        start = 0
+        for member, count in zip(self.members, self.counts, strict=True):
+            begin, end = max(start, self.first), min(start + count, self.first + self.count)
+            if begin < end:
+                yield Owned(member.name, begin - start, end - start, begin - self.first)
+            start += count
 
-    def named_groups(self) -> Iterable[tuple[str, Tensor, dict[str, Any]]]:
-        """(name, parameter, group) of every parameter."""
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                yield name, parameter, group
+    def collect_gradients(self) -> tuple[Tensor, Handle]:
+        """Start a reduce-scatter. A parameter without gradient has a gradient of zero."""
+        gradients = [
+            (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).reshape(-1, *self.unit)
+            for _, parameter, _ in self.members
+        ]
+        batch = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        part, handle = self.world.reduce_scatter(_padded(batch, self.share * self.world.size))
+        return part[: self.count], handle
 
-    def step(self, good: Tensor | None = None) -> None:  # type: ignore[override]
-        """One update; gradients are summed over ranks here.
+    def values(self) -> Tensor:
+        """A view of this rank's units of the parameter."""
+        (member,) = self.members
+        return member.parameter.data.view(-1, *self.unit)[self.first : self.first + self.count]
 
-        good: a boolean scalar on the device. If False, neither parameters nor state change, and no host had to wait;
-            but the step counts in `steps_taken`, by which Adam corrects the bias of its moments.
-        """
-        raise NotImplementedError
+    def publish_values(self) -> Handle:
+        """Start an all-gather of the parameter."""
+        if self.world.size == 1:
+            return Handle()
+        ((_, parameter, _),) = self.members
+        full, gathering = self.world.all_gather(_padded(self.values(), self.share))
+        return Handle(gathering.wait, lambda: parameter.data.view(-1, *self.unit).copy_(full[: self.counts[0]]))
 
-    def compile_parts(self) -> None:
-        """Compile what gains by it; nothing here unless a subclass says so."""
+    def stored(self) -> list[Tensor]:
+        """The whole parameters."""
+        return [parameter for _, parameter, _ in self.members]
 
-    def slices(self) -> dict[str, Slice]:
-        """This rank's state, keyed "param/state". Empty before the first step."""
-        raise NotImplementedError
-
-    def load_slices(self, fetch: FetchSlice, steps_taken: int) -> None:
-        """Fill this rank's state from a source that can give any range of any key."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """Forget all state, as if no step had been taken."""
-        raise NotImplementedError
-
-
-def where(good: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """`new` where `good`, else `old`; no `good` means yes."""
-    return new if good is None else torch.where(good, new, old)
+    def publish_updates(self, updates: Tensor) -> tuple[list[Tensor], Handle]:
+        """Start an all-gather of the updates, which may be narrower than the parameters."""
+        full, gathering = self.world.all_gather(_padded(updates, self.share))
+        parts = full[: sum(self.counts)].split(self.counts)
+        return [part.view_as(stored) for part, stored in zip(parts, self.stored(), strict=True)], gathering
 
 
-def padded(flat: Tensor, length: int) -> Tensor:
-    """`flat` (n, ...) with zero rows appended up to `length`; itself where it is long enough."""
-    if len(flat) == length:
-        return flat
-    return torch.cat([flat, flat.new_zeros(length - len(flat), *flat.shape[1:])])
+def _padded(batch: Tensor, length: int) -> Tensor:
+    """`batch` (n, ...) with zeros appended up to `length`; itself where it is long enough."""
+    if len(batch) == length:
+        return batch
+    return torch.cat([batch, batch.new_zeros(length - len(batch), *batch.shape[1:])])

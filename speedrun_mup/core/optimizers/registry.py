@@ -1,0 +1,30 @@
+"""The optimizers and the ways to orthogonalize, by name. A new one is its own file and a line here. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from speedrun_mup.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from speedrun_mup.core.optimizers.optimizer import ShardedOptimizer
+
+_HERE = "speedrun_mup.core.optimizers"
+
+OPTIMIZERS: Registry[type[ShardedOptimizer]] = Registry(
+    "optimizer",
+    {
+        "muon": f"{_HERE}.muon:Muon",
+        "adam": f"{_HERE}.adam:DistAdam",
+    },
+)
+
+ORTHOGONALIZERS: Registry[Callable[[Tensor], Tensor]] = Registry(  # (N, d_out, d_in) -> the same shape
+    "orthogonalizer",
+    {
+        "newton-schulz": f"{_HERE}.orthogonalization:newton_schulz",
+    },
+)
