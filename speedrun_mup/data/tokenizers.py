@@ -31,6 +31,16 @@ _NEED, _EXTRA = "this tokenizer", "data"
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
+def _letters() -> dict[str, int]:
+    """The letter that GPT-2's files write for every byte: itself if it is printable, else one from 256 on. In id order."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_LETTERS = _letters()
+
+
 class Tokenizer(ABC):
     """Text to token ids and back. `bos_token` opens a document; it is never the result of encoding text.
 
@@ -48,6 +58,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Bytes that are not UTF-8 read as U+FFFD; BOS reads <|bos|> or what its vocabulary says."""
+
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of text that each id stands for, none for a special one; None where ids do not stand for bytes."""
+        return None
 
     def save(self, directory: Path) -> None:  # noqa: B027
         """Write what `load_tokenizer` needs into a corpus's folder; bytes need nothing."""
@@ -79,6 +93,10 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, each below 257."""
         return b"".join(b"<|bos|>" if id == self.bos_token else bytes([id]) for id in ids).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        """Every byte, and nothing for BOS."""
+        return [*(bytes([byte]) for byte in range(256)), b""]
 
 
 class BpeTokenizer(Tokenizer):
@@ -153,6 +171,10 @@ class BpeTokenizer(Tokenizer):
         """The text of `ids`, each below the vocabulary's size."""
         return self._encoding.decode(ids)
 
+    def token_bytes(self) -> list[bytes]:
+        """The merged bytes of every id, and nothing for BOS."""
+        return [*self.tokens, b""]
+
 
 class HfTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face's tokenizers library; `bos` names the entry that opens a document.
@@ -204,6 +226,18 @@ class HfTokenizer(Tokenizer):
         """The text of `ids`, special tokens included."""
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
+    def token_bytes(self) -> list[bytes] | None:
+        """Of a byte-level vocabulary, such as GPT-2's or Llama 3's, which writes every byte as a letter; else None."""
+        if (json.loads(self._json).get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        special = {id for id, token in self._inner.get_added_tokens_decoder().items() if token.special}
+        found = [b""] * self.vocab_size
+        for token, id in self._inner.get_vocab(with_added_tokens=True).items():
+            if id not in special | {self.bos_token}:
+                spelled = all(letter in _LETTERS for letter in token)  # an added token may be any text
+                found[id] = bytes(_LETTERS[letter] for letter in token) if spelled else token.encode()
+        return found
+
 
 @contextmanager
 def panics_as_faults() -> Iterator[None]:
@@ -225,12 +259,9 @@ def gpt2_tokenizer() -> BpeTokenizer:
 
     ConfigError if neither has them. Whoever brings the file, its SHA-256 must be that of OpenAI's vocab.bpe.
     """
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     merges = _gpt2_merges().decode().split("\n")[1:-1]  # after a version line: one pair a line, best first
-    merged = [bytes(letters[letter] for letter in merge.replace(" ", "")) for merge in merges]
-    return BpeTokenizer(_GPT2_PATTERN, [bytes([byte]) for byte in printable + others] + merged, "gpt2")
+    merged = [bytes(_LETTERS[letter] for letter in merge.replace(" ", "")) for merge in merges]
+    return BpeTokenizer(_GPT2_PATTERN, [bytes([byte]) for byte in _LETTERS.values()] + merged, "gpt2")
 
 
 def _gpt2_merges() -> bytes:
@@ -302,11 +333,8 @@ def bytes_of_tokens(corpus: Corpus) -> np.ndarray | None:
         tokenizer = load_tokenizer(corpus)
     except UserError:
         return None
-    if isinstance(tokenizer, ByteTokenizer):
-        return np.array([1] * 256 + [0])
-    if not isinstance(tokenizer, BpeTokenizer):
-        return None
-    return np.array([len(token) for token in tokenizer.tokens] + [0])
+    known = tokenizer.token_bytes()
+    return None if known is None else np.array([len(token) for token in known])
 
 
 def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:
