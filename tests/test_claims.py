@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from speedrun_mup.cli import main
-from speedrun_mup.transfer import Run, TransferError, Verdict, measure_transfer, read_runs, read_table
+from speedrun_mup.transfer import Axes, Point, TransferError, Verdict, measure_transfer, read_points, read_table
 from speedrun_mup.transfer.claims import refuse_copies
-from speedrun_mup.transfer.fits import Cells, table_of
+from speedrun_mup.transfer.fits import LossTable, build_loss_table
 from speedrun_mup.transfer.thresholds import Thresholds
 
 WIDTHS = (64, 128, 256)
@@ -26,7 +26,7 @@ def honest(rng, sigma=0.004, seeds=3, digits=12, grid=range(-3, 4), arm="mup", o
             shift = offset * rng.standard_normal()
             for k in grid:
                 loss = 3 - 0.1 * j + 0.05 * (k - optimum) ** 2 + shift + sigma * rng.standard_normal()
-                runs.append(Run(width, 2.0**k, seed, round(loss, digits), arm))
+                runs.append(Point({"width": width}, 2.0**k, seed, round(loss, digits), arm))
     return runs
 
 
@@ -35,9 +35,12 @@ def refused(runs, noise_known=True):
     tables = {}
     for arm in {run.arm for run in runs}:
         some = [
-            table_of(width, [run for run in runs if (run.arm, run.width) == (arm, width)], math.inf) for width in WIDTHS
+            build_loss_table(
+                Axes(), width, [run for run in runs if run.arm == arm and run.sizes["width"] == width], math.inf
+            )
+            for width in WIDTHS
         ]
-        tables[arm] = [table for table in some if isinstance(table, Cells)]
+        tables[arm] = [table for table in some if isinstance(table, LossTable)]
     try:
         refuse_copies(tables, noise_known, Thresholds())
     except TransferError as fault:
@@ -47,53 +50,56 @@ def refused(runs, noise_known=True):
 
 # name -> (loss of a run, given the honest losses by place and random numbers; what the refusal names)
 DISHONEST = {
-    "widths, to the last digit": (lambda run, loss, rng: loss[64, run.log2_lr, run.seed], "widths 64, 128, 256"),
+    "widths, to the last digit": (lambda run, loss, rng: loss[64, run.log2_value, run.seed], "widths 64, 128, 256"),
     "widths, up to rounding": (
-        lambda run, loss, rng: round(loss[64, run.log2_lr, run.seed], 4 if run.width > 64 else 12),
+        lambda run, loss, rng: round(loss[64, run.log2_value, run.seed], 4 if run.sizes["width"] > 64 else 12),
         "widths 64, 128, 256",
     ),
     "widths, up to an offset": (
-        lambda run, loss, rng: loss[64, run.log2_lr, run.seed] - 0.1 * math.log2(run.width / 64),
+        lambda run, loss, rng: loss[64, run.log2_value, run.seed] - 0.1 * math.log2(run.sizes["width"] / 64),
         "widths 64, 128, 256",
     ),
     "widths, up to jitter": (
-        lambda run, loss, rng: loss[64, run.log2_lr, run.seed] + 1e-4 * rng.standard_normal(),
+        lambda run, loss, rng: loss[64, run.log2_value, run.seed] + 1e-4 * rng.standard_normal(),
         "widths 64, 128, 256",
     ),
     "two of three widths": (
-        lambda run, loss, rng: loss[64 if run.width == 256 else run.width, run.log2_lr, run.seed],
+        lambda run, loss, rng: loss[64 if run.sizes["width"] == 256 else run.sizes["width"], run.log2_value, run.seed],
         "widths 64, 256",
     ),
     "widths with other names of seeds": (
-        lambda run, loss, rng: loss[64, run.log2_lr, (run.seed + (run.width > 64)) % 3],
+        lambda run, loss, rng: loss[64, run.log2_value, (run.seed + (run.sizes["width"] > 64)) % 3],
         "widths 64, 128, 256",
     ),
-    "seeds, to the last digit": (lambda run, loss, rng: loss[run.width, run.log2_lr, 0], "all seeds"),
-    "seeds, up to an offset": (lambda run, loss, rng: loss[run.width, run.log2_lr, 0] + 0.01 * run.seed, "all seeds"),
+    "seeds, to the last digit": (lambda run, loss, rng: loss[run.sizes["width"], run.log2_value, 0], "all seeds"),
+    "seeds, up to an offset": (
+        lambda run, loss, rng: loss[run.sizes["width"], run.log2_value, 0] + 0.01 * run.seed,
+        "all seeds",
+    ),
     "seeds, up to jitter": (
-        lambda run, loss, rng: loss[run.width, run.log2_lr, 0] + 1e-4 * rng.standard_normal(),
+        lambda run, loss, rng: loss[run.sizes["width"], run.log2_value, 0] + 1e-4 * rng.standard_normal(),
         "all seeds",
     ),
     "seeds, up to a digit here and there": (
         lambda run, loss, rng: round(
-            loss[run.width, run.log2_lr, 0] + 1e-4 * (run.seed == 1 and rng.random() < 0.3), 6
+            loss[run.sizes["width"], run.log2_value, 0] + 1e-4 * (run.seed == 1 and rng.random() < 0.3), 6
         ),
         "all seeds",
     ),
     "two of three seeds": (
-        lambda run, loss, rng: loss[run.width, run.log2_lr, 0 if run.seed == 1 else run.seed],
+        lambda run, loss, rng: loss[run.sizes["width"], run.log2_value, 0 if run.seed == 1 else run.seed],
         "all seeds",
     ),
     "seeds at one width, up to jitter": (
         lambda run, loss, rng: (
-            loss[256, run.log2_lr, 0] + 1e-4 * rng.standard_normal()
-            if run.width == 256
-            else loss[run.width, run.log2_lr, run.seed]
+            loss[256, run.log2_value, 0] + 1e-4 * rng.standard_normal()
+            if run.sizes["width"] == 256
+            else loss[run.sizes["width"], run.log2_value, run.seed]
         ),
         "width 256: seeds",
     ),
     "seeds at one width": (
-        lambda run, loss, rng: loss[run.width, run.log2_lr, 0 if run.width == 256 else run.seed],
+        lambda run, loss, rng: loss[run.sizes["width"], run.log2_value, 0 if run.sizes["width"] == 256 else run.seed],
         "width 256: seeds",
     ),
 }
@@ -106,7 +112,7 @@ def test_copies_are_refused_and_named(name, digits):
     for draw in range(30):
         rng = np.random.default_rng(draw)
         runs = honest(rng, sigma=rng.choice([0.002, 0.004, 0.01]), digits=digits)
-        losses = {(run.width, run.log2_lr, run.seed): run.loss for run in runs}
+        losses = {(run.sizes["width"], run.log2_value, run.seed): run.loss for run in runs}
         fault = refused([dataclasses.replace(run, loss=loss_of(run, losses, rng)) for run in runs])
         assert fault.startswith(named) and "have the same losses" in fault and "reaches the runs" in fault, (
             draw,
@@ -133,8 +139,8 @@ def test_honest_noise_is_not_refused():
 def test_copies_in_one_arm_are_named_with_it():
     rng = np.random.default_rng(1)
     good, bad = honest(rng), honest(rng, arm="sp")
-    losses = {(run.width, run.log2_lr): run.loss for run in bad if run.seed == 0}
-    copies = [dataclasses.replace(run, loss=losses[run.width, run.log2_lr]) for run in bad]
+    losses = {(run.sizes["width"], run.log2_value): run.loss for run in bad if run.seed == 0}
+    copies = [dataclasses.replace(run, loss=losses[run.sizes["width"], run.log2_value]) for run in bad]
     assert refused(good + copies).startswith("arm sp: all seeds have the same losses")
     with pytest.raises(TransferError, match="arm sp: all seeds have the same losses"):
         measure_transfer(good + copies, tested=["mup"])
@@ -143,9 +149,9 @@ def test_copies_in_one_arm_are_named_with_it():
 def test_without_noise_only_equal_widths_are_refused():
     """A verdict cannot follow then, and exact parabolas at an offset are what a test of an estimator is made of."""
     lone = honest(np.random.default_rng(0), sigma=0.0, seeds=1, offset=0.0)
-    losses = {run.log2_lr: run.loss for run in lone if run.width == 64}
-    apart = [dataclasses.replace(run, loss=losses[run.log2_lr] - 0.001 * run.width) for run in lone]
-    same = [dataclasses.replace(run, loss=losses[run.log2_lr]) for run in lone]
+    losses = {run.log2_value: run.loss for run in lone if run.sizes["width"] == 64}
+    apart = [dataclasses.replace(run, loss=losses[run.log2_value] - 0.001 * run.sizes["width"]) for run in lone]
+    same = [dataclasses.replace(run, loss=losses[run.log2_value]) for run in lone]
     assert not refused(apart, noise_known=False) and refused(apart) and refused(same, noise_known=False)
     assert measure_transfer(apart).verdict is Verdict.INCONCLUSIVE
     with pytest.raises(TransferError, match="widths 64, 128, 256 have the same losses"):
@@ -156,7 +162,7 @@ def test_widths_that_are_alike_but_for_noise_are_a_note():
     """No copies, so nothing refuses them; but a program that ignores --width gives just these."""
     runs = honest(np.random.default_rng(0))
     assert measure_transfer(runs).notes == ()
-    flat = [dataclasses.replace(run, loss=run.loss + 0.1 * WIDTHS.index(run.width)) for run in runs]
+    flat = [dataclasses.replace(run, loss=run.loss + 0.1 * WIDTHS.index(run.sizes["width"])) for run in runs]
     (note,) = measure_transfer(flat).notes
     assert note.startswith("arm mup: widths 64 to 256 have the same loss up to noise (") and "reaches the runs" in note
     lone = [run for run in flat if run.seed == 0]
@@ -175,11 +181,13 @@ def test_a_run_that_is_there_twice_is_refused():
 @pytest.mark.parametrize("loss", [50.0, 1e7, 1e300])
 def test_an_exploded_run_has_diverged_though_it_is_finite(loss):
     runs = [
-        dataclasses.replace(run, loss=loss * (1 + 0.1 * run.seed)) if (run.width, run.lr) == (256, 8.0) else run
+        dataclasses.replace(run, loss=loss * (1 + 0.1 * run.seed))
+        if (run.sizes["width"], run.value) == (256, 8.0)
+        else run
         for run in honest(np.random.default_rng(0))
     ]
     result = measure_transfer(runs)
-    assert result.verdict is Verdict.PASS and result.arms["mup"].fits[-1].cells.diverged == (3.0,)
+    assert result.verdict is Verdict.PASS and result.arms["mup"].fits[-1].table.diverged == (3.0,)
     assert result.notes == ("3 runs ended at a loss of 30.69 or more: counted as diverged",)
 
 
@@ -187,7 +195,7 @@ def test_where_runs_began_may_be_said(tmp_path, capsys):
     table = write(tmp_path, honest(np.random.default_rng(0)))
     main(["transfer", str(table), "--initial-loss", "3.2", "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert told["arms"]["runs"]["widths"][0]["diverged_log2_lr"] and "counted as diverged" in told["notes"][-1]
+    assert told["arms"]["runs"]["sizes"][0]["diverged_log2_value"] and "counted as diverged" in told["notes"][-1]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -195,7 +203,7 @@ def test_where_runs_began_may_be_said(tmp_path, capsys):
 
 def write(folder, runs, name="runs.csv", header="width,lr,seed,loss", extra=lambda run: ()):
     """A table of runs, with further columns."""
-    rows = [",".join(map(str, (run.width, run.lr, run.seed, run.loss, *extra(run)))) for run in runs]
+    rows = [",".join(map(str, (run.sizes["width"], run.value, run.seed, run.loss, *extra(run)))) for run in runs]
     (folder / name).write_text("\n".join([header, *rows]) + "\n")
     return folder / name
 
@@ -204,9 +212,9 @@ def test_columns_may_be_called_otherwise(tmp_path, capsys):
     """A W&B export: other names, quotes, more columns than are needed, and no seed."""
     runs = [run for run in honest(np.random.default_rng(0)) if run.seed == 0]
     header = 'n_embd,learning_rate,seq,val/loss,"Name",State,train/loss'
-    table = write(tmp_path, runs, header=header, extra=lambda run: (f'"run {run.lr}"', "finished", run.loss - 0.1))
+    table = write(tmp_path, runs, header=header, extra=lambda run: (f'"run {run.value}"', "finished", run.loss - 0.1))
     with pytest.raises(TransferError) as fault:
-        read_runs(table)
+        read_points(table)
     assert str(fault.value).endswith(
         "no column width, lr, loss in the header (n_embd,learning_rate,seq,val/loss,name,state,train/loss); give --columns "
         "width=n_embd,lr=learning_rate,loss=val/loss; loss may be any of val/loss, train/loss"
@@ -216,7 +224,7 @@ def test_columns_may_be_called_otherwise(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "note: columns not used: seq, Name, State, train/loss" in told and told.count("\nnote: ") == 1
     assert '. Name ("run 0.125", ' in told and ") differs between runs: harmless if it is only a comment" in told
-    assert read_runs(table, columns={"width": "n_embd", "lr": "learning_rate", "loss": "val/loss"}) == [
+    assert read_points(table, columns={"width": "n_embd", "lr": "learning_rate", "loss": "val/loss"}) == [
         dataclasses.replace(run, arm="runs") for run in runs
     ]
 
@@ -247,19 +255,22 @@ def test_a_column_that_splits_a_place_is_named(tmp_path):
         extra=lambda run: (6 if run.loss in {r.loss for r in runs if r.seed == 0} else 12, "x"),
     )
     with pytest.raises(TransferError, match="there twice, and differs in depth: keep .* --columns arm=depth"):
-        read_runs(depth)
-    assert {run.arm for run in read_runs(depth, columns={"arm": "depth"})} == {"6", "12"}
+        read_points(depth)
+    assert {run.arm for run in read_points(depth, columns={"arm": "depth"})} == {"6", "12"}
     lone = tmp_path / "lone.csv"
     lone.write_text("width,lr,loss,rng\n64,1,3,0\n64,1,3.1,1\n")
     with pytest.raises(TransferError, match="differs in rng: .*, or say .* --columns seed=NAME"):
-        read_runs(lone)
-    assert [run.seed for run in read_runs(lone, columns={"seed": "rng"})] == [0, 1]
+        read_points(lone)
+    assert [run.seed for run in read_points(lone, columns={"seed": "rng"})] == [0, 1]
 
 
 def test_settings_that_should_be_equal_and_differ_make_inconclusive(tmp_path, capsys):
     runs = honest(np.random.default_rng(0))
     table = write(
-        tmp_path, runs, header="width,lr,seed,loss,steps", extra=lambda run: (1000 if run.width < 256 else 500,)
+        tmp_path,
+        runs,
+        header="width,lr,seed,loss,steps",
+        extra=lambda run: (1000 if run.sizes["width"] < 256 else 500,),
     )
     assert main(["transfer", str(table)]) == 1
     told = capsys.readouterr().out
@@ -287,8 +298,8 @@ FURTHER_COLUMNS = {
     "host": (lambda n, run: f"node{n % 5}", True),
     "git_commit": (lambda n, run: f"{n // 20:x}c0ffee", True),
     "path": (lambda n, run: f"/scratch/{n}/out", True),
-    "num_params": (lambda n, run: 12 * run.width**2, True),
-    "n_head": (lambda n, run: run.width // 16, True),
+    "num_params": (lambda n, run: 12 * run.sizes["width"] ** 2, True),
+    "n_head": (lambda n, run: run.sizes["width"] // 16, True),
     "batch": (lambda n, run: n, True),  # a number of the run, not a setting
     # One setting in several spellings.
     "device": (lambda n, run: f"cuda:{n % 4}", True),
@@ -298,24 +309,24 @@ FURTHER_COLUMNS = {
     "data": (lambda n, run: f"/mnt/{n % 3}/fineweb/", True),
     "tokens": (lambda n, run: 1_000_000 + n, True),
     # A rule of width.
-    "weight_decay": (lambda n, run: f"{6.4 / run.width:.4g}", True),
-    "eps": (lambda n, run: 1e-8 * (64 / run.width), True),
-    "model/init_std": (lambda n, run: f"{run.width**-0.5:.3g}", True),
-    "min_lr": (lambda n, run: run.lr / 10, True),
+    "weight_decay": (lambda n, run: f"{6.4 / run.sizes['width']:.4g}", True),
+    "eps": (lambda n, run: 1e-8 * (64 / run.sizes["width"]), True),
+    "model/init_std": (lambda n, run: f"{run.sizes['width'] ** -0.5:.3g}", True),
+    "min_lr": (lambda n, run: run.value / 10, True),
     # Settings that differ.
-    "config/n_layer": (lambda n, run: run.width // 32, False),
-    "args.numLayers": (lambda n, run: run.width // 32, False),
-    "Max Steps": (lambda n, run: 1000 if run.width < 256 else 1500, False),
+    "config/n_layer": (lambda n, run: run.sizes["width"] // 32, False),
+    "args.numLayers": (lambda n, run: run.sizes["width"] // 32, False),
+    "Max Steps": (lambda n, run: 1000 if run.sizes["width"] < 256 else 1500, False),
     "torch": (lambda n, run: ["2.6.0", "2.7.0"][n % 2], False),
-    "precision": (lambda n, run: "fp32" if run.width == 256 else "bf16", False),
-    "beta2": (lambda n, run: 0.99 if run.width == 256 else 0.95, False),
-    "warmup_steps": (lambda n, run: run.width, False),
-    "dataset": (lambda n, run: "c4" if run.width == 256 else "fineweb", False),
-    "parametrization": (lambda n, run: "mup" if run.width == 256 else "sp", False),
-    "adam/weight_decay": (lambda n, run: 0.3 if run.width == 256 else 0.1, False),  # no power of width
+    "precision": (lambda n, run: "fp32" if run.sizes["width"] == 256 else "bf16", False),
+    "beta2": (lambda n, run: 0.99 if run.sizes["width"] == 256 else 0.95, False),
+    "warmup_steps": (lambda n, run: run.sizes["width"], False),
+    "dataset": (lambda n, run: "c4" if run.sizes["width"] == 256 else "fineweb", False),
+    "parametrization": (lambda n, run: "mup" if run.sizes["width"] == 256 else "sp", False),
+    "adam/weight_decay": (lambda n, run: 0.3 if run.sizes["width"] == 256 else 0.1, False),  # no power of width
     "wd": (lambda n, run: 0.1 * (n % 2), False),
-    "epochs": (lambda n, run: "inf" if run.width == 256 else 1, False),
-    "iterations": (lambda n, run: "9" * 400 if run.width == 256 else 5, False),
+    "epochs": (lambda n, run: "inf" if run.sizes["width"] == 256 else 1, False),
+    "iterations": (lambda n, run: "9" * 400 if run.sizes["width"] == 256 else 5, False),
 }
 
 
@@ -329,7 +340,7 @@ def test_further_columns_matter_if_they_are_settings(tmp_path, column):
         write(tmp_path, runs, header=f"width,lr,seed,loss,{column}", extra=lambda run: (cell(numbers[run], run),))
     )
     assert [doubt.kind for doubt in table.doubts] == ([] if fine else [column.lower()])
-    verdict = measure_transfer(table.runs, doubts=table.doubts).verdict
+    verdict = measure_transfer(table.points, doubts=table.doubts).verdict
     assert verdict is (Verdict.PASS if fine else Verdict.INCONCLUSIVE)
     rules = [note for note in table.notes if "counted as part of the rule" in note]
     assert len(rules) == (column in ("weight_decay", "eps", "model/init_std"))
@@ -338,13 +349,15 @@ def test_further_columns_matter_if_they_are_settings(tmp_path, column):
 
 def test_of_two_columns_with_one_name_both_count(tmp_path):
     runs = honest(np.random.default_rng(0))
-    table = write(tmp_path, runs, header="width,lr,seed,loss,depth,depth", extra=lambda run: (run.width, 6))
+    table = write(tmp_path, runs, header="width,lr,seed,loss,depth,depth", extra=lambda run: (run.sizes["width"], 6))
     assert [doubt.kind for doubt in read_table(table).doubts] == ["depth"]
 
 
 def test_a_diverged_run_may_have_ended_early(tmp_path):
-    runs = [dataclasses.replace(run, loss=math.nan) if run.lr == 8 else run for run in honest(np.random.default_rng(0))]
-    short = write(tmp_path, runs, header="width,lr,seed,loss,steps", extra=lambda run: (7 if run.lr == 8 else 1000,))
+    runs = [
+        dataclasses.replace(run, loss=math.nan) if run.value == 8 else run for run in honest(np.random.default_rng(0))
+    ]
+    short = write(tmp_path, runs, header="width,lr,seed,loss,steps", extra=lambda run: (7 if run.value == 8 else 1000,))
     assert not read_table(short).doubts
 
 
@@ -359,24 +372,28 @@ def test_arms_may_differ_in_what_they_are_for(tmp_path):
 
     apart = table_with(lambda run: "muon" if run.arm == "mup" else "adamw")
     assert not apart.doubts and "arms differ in optimizer: muon (mup), adamw (adam)" in apart.notes
-    within = table_with(lambda run: "muon" if (run.arm, run.width) == ("mup", 64) else "adamw")
+    within = table_with(lambda run: "muon" if (run.arm, run.sizes["width"]) == ("mup", 64) else "adamw")
     assert [(doubt.kind, doubt.arm) for doubt in within.doubts] == [("optimizer", "mup")]
 
 
 def test_where_another_hyperparameter_was_turned_rates_are_settings(tmp_path):
     runs = honest(np.random.default_rng(0))
     for rates, doubts in (({64: 0.4, 128: 0.2, 256: 0.1}, []), ({64: 0.1, 128: 0.1, 256: 0.3}, ["lr"])):
-        rows = "".join(f"{run.width},{run.lr},{run.seed},{run.loss},{rates[run.width]}\n" for run in runs)
+        rows = "".join(
+            f"{run.sizes['width']},{run.value},{run.seed},{run.loss},{rates[run.sizes['width']]}\n" for run in runs
+        )
         (tmp_path / "runs.csv").write_text(f"width,decay,seed,loss,lr\n{rows}")
-        assert [doubt.kind for doubt in read_table(tmp_path / "runs.csv", "decay").doubts] == doubts
+        assert [
+            doubt.kind for doubt in read_table(tmp_path / "runs.csv", Axes(hyperparameter="decay")).doubts
+        ] == doubts
 
 
 def test_seeds_may_have_names(tmp_path):
     runs = honest(np.random.default_rng(0))
-    rows = "".join(f"{run.width},{run.lr},seed-{'abc'[run.seed]},{run.loss}\n" for run in runs)
+    rows = "".join(f"{run.sizes['width']},{run.value},seed-{'abc'[run.seed]},{run.loss}\n" for run in runs)
     (tmp_path / "runs.csv").write_text(f"width,lr,seed,loss\n{rows}")
     table = read_table(tmp_path / "runs.csv")
-    assert table.runs == [dataclasses.replace(run, arm="runs") for run in runs]
+    assert table.points == [dataclasses.replace(run, arm="runs") for run in runs]
     assert "seeds have names: 0 is seed-a, 1 is seed-b, 2 is seed-c" in table.notes
 
 
@@ -390,7 +407,7 @@ def test_a_loss_that_is_not_in_nats_is_said(tmp_path):
 
 def test_seeds_are_told_apart_to_the_last_digit(tmp_path):
     runs = [dataclasses.replace(run, seed=2**53 + run.seed) for run in honest(np.random.default_rng(0))]
-    assert [run.seed for run in read_runs(write(tmp_path, runs))] == [run.seed for run in runs]
+    assert [run.seed for run in read_points(write(tmp_path, runs))] == [run.seed for run in runs]
 
 
 @pytest.mark.parametrize(
@@ -408,7 +425,7 @@ def test_seeds_are_told_apart_to_the_last_digit(tmp_path):
 def test_numbers_out_of_range_are_one_line(tmp_path, row, fault):
     (tmp_path / "runs.csv").write_text(f"width,lr,seed,loss\n{row}\n")
     with pytest.raises(TransferError, match="^[^\n]*$") as told:
-        read_runs(tmp_path / "runs.csv")
+        read_points(tmp_path / "runs.csv")
     assert fault in str(told.value) and len(str(told.value)) < 400
 
 
@@ -416,7 +433,7 @@ def test_numbers_out_of_range_are_one_line(tmp_path, row, fault):
 def test_an_arm_has_a_name_that_can_be_printed(tmp_path, arm):
     (tmp_path / "runs.csv").write_text(f"width,lr,seed,loss,arm\n64,1,0,3,{arm}\n")
     with pytest.raises(TransferError, match="column arm: .* should be a name of at most 100 characters"):
-        read_runs(tmp_path / "runs.csv")
+        read_points(tmp_path / "runs.csv")
 
 
 def test_a_table_that_is_no_file_or_too_large_is_one_line(tmp_path, monkeypatch):
@@ -424,24 +441,27 @@ def test_a_table_that_is_no_file_or_too_large_is_one_line(tmp_path, monkeypatch)
 
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(TransferError, match="it is a FIFO"):
-        read_runs(tmp_path / "pipe.csv")
+        read_points(tmp_path / "pipe.csv")
     monkeypatch.setattr("speedrun_mup.transfer.table.MOST_BYTES", 1000)
     with pytest.raises(TransferError, match="holds more than 1,000 bytes"):
-        read_runs(write(tmp_path, honest(np.random.default_rng(0))))
+        read_points(write(tmp_path, honest(np.random.default_rng(0))))
 
 
 def test_many_rows_columns_and_arms_are_fast_or_one_line(tmp_path):
     began = time.process_time()
     seeds = "".join(f"{(64, 128, 256)[n // 20000]},{2.0 ** (n % 20)},{n},{3 + n % 7}\n" for n in range(60_000))
     (tmp_path / "seeds.csv").write_text(f"width,lr,seed,loss\n{seeds}")
-    result = measure_transfer(read_table(tmp_path / "seeds.csv").runs)
+    result = measure_transfer(read_table(tmp_path / "seeds.csv").points)
     assert "width 64: its seeds share too few points" in result.reasons[0]
     columns = ",".join(f"c{n}" for n in range(300_000))
     (tmp_path / "columns.csv").write_text(f"width,lr,seed,loss,{columns}\n64,1,0,3\n")
     with pytest.raises(TransferError, match=r"300,004 columns; give a table of at most 10,000$"):
-        read_runs(tmp_path / "columns.csv")
+        read_points(tmp_path / "columns.csv")
     arms = [
-        Run(width, 2.0**k, 0, 3 + k * k, f"a{arm}") for arm in range(3000) for width in WIDTHS for k in range(-2, 3)
+        Point({"width": width}, 2.0**k, 0, 3 + k * k, f"a{arm}")
+        for arm in range(3000)
+        for width in WIDTHS
+        for k in range(-2, 3)
     ]
     with pytest.raises(TransferError, match="3000 arms with 9000 widths in all; at most 600"):
         measure_transfer(arms)

@@ -16,8 +16,7 @@ from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.build import tuned_values
 from speedrun_mup.training.run import Run
-from speedrun_mup.transfer import Run as Point
-from speedrun_mup.transfer import measure_transfer
+from speedrun_mup.transfer import Point, measure_transfer
 
 SHAPE = {"vocab_size": 65, "bos_token": 64, "n_layer": 6, "head_dim": 16, "block_size": 32}
 TUNED = {group: Tuned("adam", 0.1, eps=1e-10) for group in ("embed", "value_embed", "head", "scalar")} | {
@@ -242,7 +241,12 @@ def test_pitfall_19_bf16_embeddings_still_move_at_the_end_of_training():
 def test_pitfall_20_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
     rng = torch.Generator().manual_seed(0)
     runs = [
-        Point(width, 2.0**k, seed, 3 + 0.02 * (k - drift * i) ** 2 + 0.002 * torch.randn((), generator=rng).item())
+        Point(
+            {"width": width},
+            2.0**k,
+            seed,
+            3 + 0.02 * (k - drift * i) ** 2 + 0.002 * torch.randn((), generator=rng).item(),
+        )
         for i, width in enumerate((64, 128, 256))
         for k in range(-4, 5)
         for seed in range(3)
@@ -253,7 +257,7 @@ def test_pitfall_20_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
 def test_pitfall_20_an_optimum_on_the_edge_proves_nothing():
     rng = torch.Generator().manual_seed(0)
     runs = [
-        Point(w, 2.0**k, s, 3.0 - 0.1 * k + 0.002 * torch.randn((), generator=rng).item())
+        Point({"width": w}, 2.0**k, s, 3.0 - 0.1 * k + 0.002 * torch.randn((), generator=rng).item())
         for w in (64, 128, 256)
         for k in range(-2, 3)
         for s in range(2)

@@ -32,7 +32,7 @@ from speedrun_mup.report.markdown import escape, to_markdown
 from speedrun_mup.report.page import to_html
 from speedrun_mup.report.runs import smooth
 from speedrun_mup.report.sections import make_report
-from speedrun_mup.report.words import TERMS
+from speedrun_mup.report.words import terms
 from speedrun_mup.report.write import write_report
 from speedrun_mup.sweep import (
     CellResult,
@@ -44,7 +44,7 @@ from speedrun_mup.sweep import (
 )
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import run_flops
-from speedrun_mup.transfer import Doubt, Run, TransferError, measure_transfer, read_runs
+from speedrun_mup.transfer import Axes, Doubt, Point, TransferError, measure_transfer, read_points
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "experiments" / "width-transfer" / "all"
 CSV = Path(__file__).parent / "data" / "transfer_sweep.csv"
@@ -130,7 +130,7 @@ def section(report, title):
 
 
 @pytest.mark.parametrize(
-    ("figure", "suffix"), [(figures.lr_curves, "png"), (figures.lr_curves, "svg"), (figures.drift, "png")]
+    ("figure", "suffix"), [(figures.loss_curves, "png"), (figures.loss_curves, "svg"), (figures.drift, "png")]
 )
 def test_pictures_have_the_same_bytes_every_time(tmp_path, result, figure, suffix):
     first, second = tmp_path / f"first.{suffix}", tmp_path / f"second.{suffix}"
@@ -162,24 +162,24 @@ def test_a_legend_is_as_wide_as_its_picture_and_a_zero_has_no_minus():
 
 def test_no_picture_of_nothing():
     with pytest.raises(TransferError, match="for a picture"):
-        figures.lr_curves(measure_transfer([Run(64, 1.0, 0, 3.0)]))
+        figures.loss_curves(measure_transfer([Point({"width": 64}, 1.0, 0, 3.0)]))
     with pytest.raises(TransferError, match="no arm has a drift"):
         figures.drift(measure_transfer(sweep(widths=(64,))))
 
 
 def test_the_curves_of_the_figure_are_those_of_the_measurement(result):
-    (figure,) = figures.lr_curves(result)
+    (figure,) = figures.loss_curves(result)
     assert [panel.title.split("\n")[0] for panel in figure.panels] == ["Standard parametrization", "muP"]
     fit = result.arms["mup"].fits[1]
-    marks = [mark for mark in figure.panels[1].marks if mark.tags.get("width") == str(fit.width)]
+    marks = [mark for mark in figure.panels[1].marks if mark.tags.get("width") == str(fit.size)]
     seeds, bowl, means, best, _ = marks
-    assert len(seeds.x) == fit.cells.losses.size
-    assert np.allclose(means.y, fit.cells.mean) and np.allclose(np.log2(means.x), fit.cells.log2_lr)
+    assert len(seeds.x) == fit.table.losses.size
+    assert np.allclose(means.y, fit.table.mean) and np.allclose(np.log2(means.x), fit.table.log2_value)
     assert np.allclose(np.log2(best.x), fit.optimum) and best.y[0] == result.arms["mup"].best_loss(fit).value
-    assert min(bowl.y) == pytest.approx(float(fit.bowls.floor[0]), abs=1e-4)
+    assert min(bowl.y) == pytest.approx(float(fit.quadratic.min_loss[0]), abs=1e-4)
     crosses = [mark for mark in figure.panels[0].marks if mark.kind == "cross"]
     assert [np.log2(mark.x).tolist() for mark in crosses] == [
-        list(fit.cells.diverged) for fit in result.arms["sp"].fits
+        list(fit.table.diverged) for fit in result.arms["sp"].fits
     ]
 
 
@@ -189,7 +189,7 @@ def test_drift_lines_meet_at_the_base_width_and_have_the_measured_slope(result):
     for name, arm in result.arms.items():
         (line,) = [mark for mark in marks if mark.kind == "line" and mark.tags["arm"] == name]
         slope, at_zero = np.polyfit(np.log2(line.x), line.y, 1)
-        assert slope == pytest.approx(arm.drift.value) and at_zero + slope * math.log2(arm.base_width) == pytest.approx(
+        assert slope == pytest.approx(arm.drift.value) and at_zero + slope * math.log2(arm.base_size) == pytest.approx(
             0
         )
     bands = [mark for mark in marks if mark.kind == "band"]
@@ -197,8 +197,8 @@ def test_drift_lines_meet_at_the_base_width_and_have_the_measured_slope(result):
 
 
 def test_the_pair_that_a_reader_compares_stands_alone_and_other_arms_behind_it():
-    runs = read_runs(PUBLISHED / "runs.csv")
-    result = measure_transfer(runs, controls={"adam-sp": -1.0}, tested=["mup"], base_width=64, resamples=100)
+    runs = read_points(PUBLISHED / "runs.csv")
+    result = measure_transfer(runs, controls={"adam-sp": -1.0}, tested=["mup"], base_size=64, resamples=100)
     report = make_report(PUBLISHED / "runs.csv", result)
     pair, others = report.figures[:2]
     assert (
@@ -240,7 +240,7 @@ def test_a_table_gives_a_report_that_says_what_is_absent(tmp_path):
         ("Loss at the best", f"`speedrun-mup transfer {CSV} --predict WIDTH`"),
     ):
         assert command in section(report, title).text[0]
-    assert {figure.name for figure in report.figures} == {"lr-curves", "drift", "best-loss"}
+    assert {figure.name for figure in report.figures} == {"loss-curves", "drift", "best-loss"}
     assert report.figures[0].x.label == "learning rate"
 
 
@@ -261,7 +261,7 @@ def test_of_a_strangers_table_only_what_it_tells_is_said(tmp_path, swept):
     assert (
         report.terms["learning rate"] == "As it stands in the table." and "not trained on" not in report.terms["loss"]
     )
-    assert make_report(swept[0], measure_sweep(swept[0])).terms == TERMS
+    assert make_report(swept[0], measure_sweep(swept[0])).terms == terms(Axes("width", "lr_scale"), factors=True)
     doubt = Doubt("depth", "depth has 2 values in these runs")
     unknown = make_report(CSV, measure_transfer(sweep(), doubts=[doubt])).answer[-1]
     assert unknown == (
@@ -276,7 +276,7 @@ def test_one_width_has_no_drift_and_still_a_report():
 
 def test_a_sweep_gives_everything(whole):
     assert [figure.name for figure in whole.figures] == [
-        "lr-curves", "drift", "best-loss", "training-curves", "cost", "coord-check"
+        "loss-curves", "drift", "best-loss", "training-curves", "cost", "coord-check"
     ]  # fmt: skip
     assert whole.verdict == "PASS" and whole.switches == {"arm": ["mup", "adam-sp"], "width": ["16", "32", "64"]}
     assert whole.figures[0].x.label == "learning rate (factor on all)"
@@ -337,7 +337,7 @@ def test_a_rate_that_does_not_hold_is_not_recommended():
     assert result.verdict == "FAIL"
     first, others, *_ = make_report(CSV, result).answer
     assert first.startswith("Best at width") and "does not hold at other widths" in first
-    assert all(f"width {fit.width}:" in others for fit in result.arms["sp"].usable[1:])
+    assert all(f"{fit.place}:" in others for fit in result.arms["sp"].usable[1:])
 
 
 def test_an_arm_that_passes_under_a_verdict_that_does_not_is_told_as_both():
@@ -537,22 +537,22 @@ def test_the_page_draws_every_figure_offline(page, whole):
 
 
 def test_arms_and_widths_can_be_switched_off_and_on(page):
-    before = shown(page, "lr-curves")
+    before = shown(page, "loss-curves")
     page.click("button[data-value='64']")
-    panels, marks = shown(page, "lr-curves")
+    panels, marks = shown(page, "loss-curves")
     assert panels == before[0] == 2 and marks < before[1]
     page.click("button[data-value='adam-sp']")
-    assert shown(page, "lr-curves")[0] == shown(page, "training-curves")[0] == 1
+    assert shown(page, "loss-curves")[0] == shown(page, "training-curves")[0] == 1
     assert shown(page, "drift")[1] < before[1]
     page.click("button[data-value='64']")
     page.click("button[data-value='adam-sp']")
-    assert shown(page, "lr-curves") == before
+    assert shown(page, "loss-curves") == before
 
 
 def test_axes_change_between_linear_and_logarithmic(page):
-    ticks = "[...document.querySelectorAll('#lr-curves svg text')].map((text) => text.textContent).join()"
+    ticks = "[...document.querySelectorAll('#loss-curves svg text')].map((text) => text.textContent).join()"
     assert "20" in page.run(ticks) and "2−1" in page.run(ticks)
-    button = "#lr-curves .tools button:nth-of-type({})"
+    button = "#loss-curves .tools button:nth-of-type({})"
     page.click(button.format(1))
     assert "2−1" not in page.run(ticks) and "8" in page.run(ticks).split(",")
     before = page.run(ticks)
@@ -564,7 +564,7 @@ def test_axes_change_between_linear_and_logarithmic(page):
 
 def test_pointing_at_a_mark_tells_its_numbers(page, swept):
     x, y = page.run(
-        "(() => { const marks = [...document.querySelectorAll('#lr-curves .panel:last-child path.mark')];"
+        "(() => { const marks = [...document.querySelectorAll('#loss-curves .panel:last-child path.mark')];"
         "const diamond = marks.filter((mark) => mark.getAttribute('stroke') === 'var(--ground)').at(-1);"
         "diamond.scrollIntoView({block: 'center'}); const box = diamond.getBoundingClientRect();"
         "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
@@ -655,7 +655,7 @@ def test_terms_are_explained_under_the_pointer_by_the_keyboard_and_in_print(page
     assert page.run(ends) and page.run("document.querySelectorAll('.term').length") > 10
     tip = "document.getElementById('tip')"
     page.run("document.querySelector('.term').focus()")
-    assert page.run(f"!{tip}.hidden && {tip}.innerText") == TERMS["width"]
+    assert page.run(f"!{tip}.hidden && {tip}.innerText") == terms(Axes(), factors=True)["width"]
     page.run("document.querySelector('.term').blur()")
     assert page.run(f"{tip}.hidden")
     page.run("document.querySelector('aside details').open = false")

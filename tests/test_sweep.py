@@ -48,11 +48,11 @@ from speedrun_mup.sweep import (
     measure_sweep,
     next_points,
     pick_arms,
+    points_of,
     read_definition,
     read_results,
     run_cell,
     run_sweep,
-    runs_table,
     training_curves,
     visible_gpus,
     write_csv,
@@ -61,7 +61,7 @@ from speedrun_mup.training import train
 from speedrun_mup.training.flops import flops_per_token, run_flops
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.training.schedules import window_blocks
-from speedrun_mup.transfer import TransferError, Verdict, read_runs
+from speedrun_mup.transfer import Axes, TransferError, Verdict, read_points
 
 GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
@@ -517,8 +517,8 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
     sweep = small(octaves=GRID, seeds=(0, 1), arms=pick_arms(["mup", "muon-over-m"]))
     quietly(sweep, tmp_path / "s", FakeEngine(bowl(cliff=1.7)))
     write_csv(tmp_path / "s", tmp_path / "sweep.csv")
-    runs = runs_table(tmp_path / "s")
-    assert same(read_runs(tmp_path / "sweep.csv"), runs)
+    runs = points_of(read_results(tmp_path / "s"))
+    assert same(read_points(tmp_path / "sweep.csv"), runs)
     assert any(math.isnan(run.loss) for run in runs) and {run.arm for run in runs} == {"mup", "muon-over-m"}
     with open(tmp_path / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -535,12 +535,17 @@ def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
     assert cell_of(sweep, corpus, octaves=2).cfg.weight_decay == pytest.approx(0.4)
     quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": 0.5})))
     result = measure_sweep(tmp_path / "s")
-    assert result.knob == "weight_decay_factor" and all(arm.predicted is None for arm in result.arms.values())
+    assert result.axes.hyperparameter == "weight_decay_factor" and all(
+        arm.predicted is None for arm in result.arms.values()
+    )
     assert result.arms["adam-sp"].drift.value == pytest.approx(0.5, abs=0.1) and result.verdict is Verdict.PASS
     write_csv(tmp_path / "s", tmp_path / "table.csv")
-    assert same(read_runs(tmp_path / "table.csv", "weight_decay_factor"), runs_table(tmp_path / "s"))
+    assert same(
+        read_points(tmp_path / "table.csv", Axes(hyperparameter="weight_decay_factor")),
+        points_of(read_results(tmp_path / "s")),
+    )
     with pytest.raises(TransferError, match="no column lr"):
-        read_runs(tmp_path / "table.csv")
+        read_points(tmp_path / "table.csv")
 
 
 def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
@@ -551,7 +556,7 @@ def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
     assert result.verdict is Verdict.PASS, result.summary()
     assert result.arms["adam-sp"].predicted == -1.0
     assert result.arms["adam-sp"].drift.value == pytest.approx(-0.9, abs=0.1)
-    assert result.arms["mup"].base_width == 64 and result.arms["mup"].wider is not None
+    assert result.arms["mup"].base_size == 64 and result.arms["mup"].larger is not None
     assert measure_sweep(tmp_path / "s").verdict is Verdict.FAIL  # record26 is under test too, and drifts
     with pytest.raises(ConfigError, match="no arm adam-mup; it has"):
         measure_sweep(tmp_path / "s", ["adam-mup"])
@@ -928,7 +933,7 @@ def test_divergence_is_a_result(small, tmp_path):
     assert result.complete
     fine, lost = result.results
     assert not fine.diverged and lost.diverged and ("not finite" in lost.reason or "ended at" in lost.reason)
-    assert math.isnan(runs_table(tmp_path / "s")[1].loss)
+    assert math.isnan(points_of(read_results(tmp_path / "s"))[1].loss)
 
 
 @pytest.mark.parametrize("end", [9.0, math.nan])

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedrun_mup.transfer import (
-    Cells,
-    Run,
+    Axes,
+    LossTable,
+    Point,
     Thresholds,
     TransferError,
     Verdict,
-    fit_bowls,
+    fit_quadratics,
+    larger_is_better,
     loss_forecast,
     measure_transfer,
-    read_runs,
-    wider_is_better,
+    read_points,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -54,7 +55,7 @@ def sweep(
                 u = k - optimum - drift * j
                 loss = 3.0 + 1.5 * (width / 64) ** -0.5 + curvature * u * u * (1 + skew * math.tanh(u))
                 loss += shift + noise * rng.standard_normal()
-                runs.append(Run(width, 2.0**k, seed, loss if u < cliff else math.nan, arm))
+                runs.append(Point({"width": width}, 2.0**k, seed, loss if u < cliff else math.nan, arm))
     return runs
 
 
@@ -127,7 +128,7 @@ def test_minimum_at_an_edge_is_inconclusive_and_says_where_to_go(drift, edge):
     assert arm.verdict is Verdict.INCONCLUSIVE
     sign = "" if drift > 0 else "-"
     assert f"width 256: minimum at the {edge} edge of the grid: extend the sweep to 2^{sign}3" in arm.reasons
-    assert [fit.width for fit in arm.usable] == [64, 128]
+    assert [fit.size for fit in arm.usable] == [64, 128]
 
 
 def test_skewed_curves_do_not_fake_a_drift():
@@ -141,10 +142,11 @@ def test_skewed_curves_do_not_fake_a_drift():
 def test_cliff_inside_the_window_is_left_out():
     """One point that blew up but stayed finite, two octaves right of the optimum."""
     runs = [
-        dataclasses.replace(run, loss=run.loss + 3.0) if run.width == 512 and run.lr == 4.0 else run for run in sweep()
+        dataclasses.replace(run, loss=run.loss + 3.0) if run.sizes["width"] == 512 and run.value == 4.0 else run
+        for run in sweep()
     ]
     arm = measure_arm(runs)
-    assert arm.fits[-1].bowls.right[0] == 1.0
+    assert arm.fits[-1].quadratic.right[0] == 1.0
     assert arm.verdict is Verdict.PASS
 
 
@@ -152,7 +154,7 @@ def test_vertex_beats_the_argmin():
     """An optimum that moves 0.1 octave across the middle of two grid points is a whole cell to an argmin."""
     runs = sweep(0.05, optimum=0.42, sigma=0.001)
     fits = measure_arm(runs).fits
-    assert float(fits[-1].bowls.center[0] - fits[0].bowls.center[0]) == 1.0
+    assert float(fits[-1].quadratic.center[0] - fits[0].quadratic.center[0]) == 1.0
     assert measure_arm(runs).drift.value == pytest.approx(0.05, abs=0.02)
 
 
@@ -162,7 +164,7 @@ def test_public_sweep_that_claimed_muP():
     for width, vertex, curvature in zip(
         (96, 192, 384, 768), (-8.69, -9.54, -10.58, -11.27), (0.028, 0.024, 0.018, 0.014)
     ):
-        runs += [Run(width, 2.0**k, 0, 3 + curvature * (k - vertex) ** 2) for k in range(-14, -4)]
+        runs += [Point({"width": width}, 2.0**k, 0, 3 + curvature * (k - vertex) ** 2) for k in range(-14, -4)]
     arm = measure_arm(runs, sigma=0.005)
     assert arm.verdict is Verdict.FAIL
     assert arm.drift.value == pytest.approx(-0.88, abs=0.01)
@@ -176,9 +178,12 @@ def test_unequal_noise_gets_unequal_weight():
 
 def test_a_jump_between_widths_is_not_a_line():
     runs = sweep(sigma=0.002) + [
-        dataclasses.replace(run, lr=run.lr * 2) for run in sweep(widths=(1024,), sigma=0.002, rng=9)
+        dataclasses.replace(run, value=run.value * 2) for run in sweep(widths=(1024,), sigma=0.002, rng=9)
     ]
-    moved = [dataclasses.replace(run, lr=run.lr * 2) if run.width == 256 else run for run in sweep(sigma=0.002)]
+    moved = [
+        dataclasses.replace(run, value=run.value * 2) if run.sizes["width"] == 256 else run
+        for run in sweep(sigma=0.002)
+    ]
     arm = measure_arm(moved)
     assert arm.verdict is Verdict.INCONCLUSIVE and "octaves off the line" in arm.reasons[0]
     assert measure_arm(runs).verdict is not Verdict.PASS
@@ -192,7 +197,7 @@ def test_an_answer_that_depends_on_the_window_does_not_pass():
             for k in range(-3, 4):
                 lean = 0.12 * j * (1 if k == -2 else -1 if k == 2 else 0)
                 noise = 0.0005 * math.sin(17 * k + 5 * seed + width)
-                runs.append(Run(width, 2.0**k, seed, 3 + 0.05 * k * k - lean / 2 + noise))
+                runs.append(Point({"width": width}, 2.0**k, seed, 3 + 0.05 * k * k - lean / 2 + noise))
     arm = measure_arm(runs, thresholds=Thresholds(equivalence=0.6, max_drift=0.5, max_regret=1.0, window_excess=1.0))
     assert arm.verdict is Verdict.INCONCLUSIVE and "depends on the window" in arm.reasons[0]
 
@@ -201,9 +206,11 @@ def test_a_narrow_window_that_drifts_too_far_does_not_pass():
     """Flanks that lean ever more hide from the wide window that the optima drift by 0.2."""
     runs = sweep(0.2, sigma=0.001, offset=0.001, seeds=(0, 1))
     leaning = [
-        dataclasses.replace(run, loss=run.loss + 0.012 * math.log2(run.width / 64) * (2 < abs(u) < 4) * (u > 0) * u)
+        dataclasses.replace(
+            run, loss=run.loss + 0.012 * math.log2(run.sizes["width"] / 64) * (2 < abs(u) < 4) * (u > 0) * u
+        )
         for run in runs
-        for u in [run.log2_lr - 0.1 - 0.2 * math.log2(run.width / 64)]
+        for u in [run.log2_value - 0.1 - 0.2 * math.log2(run.sizes["width"] / 64)]
     ]
     arm = measure_arm(leaning, thresholds=Thresholds(window=4.0, window_excess=1.0))
     narrow = arm.drift.value + arm.window_shift.value
@@ -232,15 +239,15 @@ def test_diverged_points_are_reported_and_left_out():
     arm = measure_arm(sweep(-0.5, cliff=1.7, grid=range(-5, 4)))
     assert arm.verdict is Verdict.FAIL and arm.drift.value == pytest.approx(-0.5, abs=0.03)
     assert [fit.largest_stable for fit in arm.fits] == [1.0, 1.0, 0.0, 0.0]
-    assert [fit.cells.diverged for fit in arm.fits] == [(2.0, 3.0), (2.0, 3.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0)]
+    assert [fit.table.diverged for fit in arm.fits] == [(2.0, 3.0), (2.0, 3.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0)]
 
 
 def test_one_diverged_seed_makes_the_point_unstable():
-    runs = [dataclasses.replace(run, loss=math.inf) if (run.seed, run.lr) == (1, 8.0) else run for run in sweep()]
-    assert measure_arm(runs).fits[0].cells.diverged == (3.0,)
-    above = [dataclasses.replace(run, loss=11.0) if run.lr == 8.0 else run for run in sweep()]
-    assert measure_arm(above, initial_loss=10.8).fits[0].cells.diverged == (3.0,)
-    assert measure_arm(above).fits[0].cells.diverged == ()
+    runs = [dataclasses.replace(run, loss=math.inf) if (run.seed, run.value) == (1, 8.0) else run for run in sweep()]
+    assert measure_arm(runs).fits[0].table.diverged == (3.0,)
+    above = [dataclasses.replace(run, loss=11.0) if run.value == 8.0 else run for run in sweep()]
+    assert measure_arm(above, initial_loss=10.8).fits[0].table.diverged == (3.0,)
+    assert measure_arm(above).fits[0].table.diverged == ()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +260,7 @@ def test_one_diverged_seed_makes_the_point_unstable():
 )
 def test_divergence_that_hides_the_optimum_is_inconclusive(broken, message):
     runs = [
-        dataclasses.replace(run, loss=math.nan) if run.width == 128 and run.log2_lr in broken else run
+        dataclasses.replace(run, loss=math.nan) if run.sizes["width"] == 128 and run.log2_value in broken else run
         for run in sweep()
     ]
     arm = measure_arm(runs)
@@ -263,7 +270,10 @@ def test_divergence_that_hides_the_optimum_is_inconclusive(broken, message):
 
 def test_divergence_between_the_optimum_and_its_neighbour_is_inconclusive():
     runs = sweep(grid=HALF_OCTAVES, optimum=0.0)
-    runs = [dataclasses.replace(run, loss=math.nan) if run.width == 64 and run.lr == 2**0.5 else run for run in runs]
+    runs = [
+        dataclasses.replace(run, loss=math.nan) if run.sizes["width"] == 64 and run.value == 2**0.5 else run
+        for run in runs
+    ]
     assert "less than a grid step (1 octaves)" in measure_arm(runs).reasons[0]
 
 
@@ -300,7 +310,7 @@ def test_two_seeds_buy_a_wider_interval_than_their_spread():
     """The spread of the resamples is itself known from few seeds, so Student's t replaces the normal."""
     arm = measure_arm(sweep(seeds=(0, 1)))
     weights = np.sqrt([fit.weight for fit in arm.fits])
-    slopes, _ = np.polyfit(np.log2(WIDTHS), [fit.bowls.vertex for fit in arm.fits], 1, w=weights)
+    slopes, _ = np.polyfit(np.log2(WIDTHS), [fit.quadratic.vertex for fit in arm.fits], 1, w=weights)
     low, high = arm.drift.interval()
     raw_low, raw_high = np.quantile(slopes[1:], [0.05, 0.95])
     assert high - low > 1.2 * (raw_high - raw_low)
@@ -318,19 +328,19 @@ def test_seed_offsets_cancel():
 def test_a_missing_seed_does_not_tilt_the_curve():
     """Seed 2 has a high offset and misses the right half: plain means would pull the optimum right."""
     runs = [dataclasses.replace(run, loss=run.loss + 0.2 * (run.seed == 2)) for run in sweep(offset=0.0, sigma=0.001)]
-    holes = [run for run in runs if not (run.seed == 2 and run.lr > 1.0 and run.width > 64)]
+    holes = [run for run in runs if not (run.seed == 2 and run.value > 1.0 and run.sizes["width"] > 64)]
     full, partial = measure_arm(runs), measure_arm(holes)
     for one, two in zip(full.fits, partial.fits):
         assert one.optimum == pytest.approx(two.optimum, abs=0.02)
     assert partial.verdict is Verdict.PASS
-    assert partial.fits[1].cells.runs.tolist() == [3, 3, 3, 3, 2, 2, 2]
+    assert partial.fits[1].table.runs.tolist() == [3, 3, 3, 3, 2, 2, 2]
 
 
 def test_filled_gaps_give_the_means_of_the_additive_fit():
     """Yates' filling against the regression on seed and learning-rate dummies that it stands for."""
     rng = np.random.default_rng(7)
     runs = [run for run in sweep(widths=(64,), sigma=0.01) if rng.random() > 0.25]
-    cells = measure_arm(runs).fits[0].cells
+    cells = measure_arm(runs).fits[0].table
     row, column = np.nonzero(np.isfinite(cells.losses))
     design = np.concatenate([np.eye(3)[row][:, 1:], np.eye(7)[column]], axis=1)  # seed 0 is the reference
     effects = np.linalg.lstsq(design, cells.losses[row, column], rcond=None)[0]
@@ -340,7 +350,7 @@ def test_filled_gaps_give_the_means_of_the_additive_fit():
 
 def test_degrees_of_freedom_of_the_noise():
     """2 seeds at 5 points near the optimum: 10 runs less 5 + 2 - 1 effects, and less 5 with the offset as noise."""
-    cells = measure_arm(sweep(seeds=(0, 1))).fits[0].cells
+    cells = measure_arm(sweep(seeds=(0, 1))).fits[0].table
     squares, freedom = cells.noise(2.0, 0.05)
     assert freedom.tolist() == [4, 5]
     gap = cells.losses[0, 1:6] - cells.losses[1, 1:6]
@@ -348,7 +358,7 @@ def test_degrees_of_freedom_of_the_noise():
 
 
 def test_seeds_that_share_nothing_cannot_be_compared():
-    runs = [run for run in sweep() if (run.seed == 0) == (run.lr <= 1.0) and run.seed < 2]
+    runs = [run for run in sweep() if (run.seed == 0) == (run.value <= 1.0) and run.seed < 2]
     assert "share too few points" in measure_arm(runs).reasons[0]
 
 
@@ -364,7 +374,7 @@ def test_resampled_means_have_the_right_variance(holes):
         offset = losses[:, :3].mean(axis=1, keepdims=True)
         extra = losses[0, 3] - offset[0] + offset  # additive filling of the last column, close enough for a variance
         filled = np.where(np.isfinite(losses), losses, extra if holes else losses)
-        draws = Cells(64, grid, losses, filled, ()).resample(40, 1.0, 0.0, rng)
+        draws = LossTable(Axes(), 64, grid, losses, filled, ()).resample(40, 1.0, 0.0, rng)
         assert np.array_equal(draws[0], filled.mean(axis=0))
         variance.append(draws[1:].var(axis=0))
     got = np.mean(variance, axis=0)
@@ -383,7 +393,7 @@ def test_fit_bowls_equals_polyfit(grid):
     rng = np.random.default_rng(0)
     losses = 3 + 0.02 * (grid - rng.uniform(-1.5, 1.5, (50, 1))) ** 2 + 0.01 * rng.standard_normal((50, len(grid)))
     losses[:, -1] += 2.0
-    bowls = fit_bowls(grid, losses, window=2.0, excess=0.05)
+    bowls = fit_quadratics(grid, losses, window=2.0, excess=0.05)
     for row, loss in enumerate(losses):
         best = int(loss.argmin())
         near = (np.abs(grid - grid[best]) <= 2) & (loss <= 1.05 * loss.min())
@@ -399,10 +409,10 @@ def test_fit_bowls_equals_polyfit(grid):
 
 def test_an_octave_grid_gives_five_points_and_three():
     fit = measure_arm(sweep()).fits[0]
-    assert (fit.bowls.left[0], fit.bowls.right[0]) == (-2.0, 2.0)
+    assert (fit.quadratic.left[0], fit.quadratic.right[0]) == (-2.0, 2.0)
     assert (fit.narrow.left[0], fit.narrow.right[0]) == (-1.0, 1.0)
     refined = measure_arm(sweep(grid=HALF_OCTAVES)).fits[0]
-    assert (refined.bowls.left[0], refined.bowls.right[0]) == (-2.0, 2.0)
+    assert (refined.quadratic.left[0], refined.quadratic.right[0]) == (-2.0, 2.0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -414,7 +424,7 @@ def test_an_octave_grid_gives_five_points_and_three():
 )
 def test_exact_parabolas_give_exact_answers(drift, optimum, curvature, factor):
     runs = sweep(drift, optimum=optimum, curvature=curvature, sigma=0.0, offset=0.0, seeds=(0,), grid=range(-5, 6))
-    arm = measure_arm([dataclasses.replace(run, lr=run.lr * factor) for run in runs])
+    arm = measure_arm([dataclasses.replace(run, value=run.value * factor) for run in runs])
     assert arm.drift.value == pytest.approx(drift, abs=1e-4)
     assert arm.fits[0].optimum == pytest.approx(optimum + math.log2(factor), abs=1e-4)
     assert arm.fits[0].curvature == pytest.approx(curvature, rel=1e-4)
@@ -444,7 +454,7 @@ def test_regret_is_curvature_times_squared_shift():
     assert arm.regret.value == pytest.approx(0.025 * 1.5**2, rel=0.05)
     low, high = arm.regret.interval()
     assert low < arm.regret.value < high
-    middle = measure_arm(sweep(0.5, sigma=0.001, grid=range(-4, 6)), base_width=256)
+    middle = measure_arm(sweep(0.5, sigma=0.001, grid=range(-4, 6)), base_size=256)
     assert middle.regret.value == pytest.approx(0.025 * 0.5**2, rel=0.1)
 
 
@@ -524,7 +534,7 @@ def test_arms_that_are_not_tested_are_measured_and_do_not_count():
         (sweep(), {"controls": {"sp": -1.0}}, "control 'sp' is not among the arms \\(mup\\)"),
         (sweep(), {"controls": {"mup": 0.0}}, "a predicted drift of 0"),
         (sweep(), {"controls": {"mup": -1.0}}, "every arm \\(mup\\) is a control"),
-        (sweep(), {"base_width": 768}, "--base-width 768: was not run in arm mup; it has 64, 128, 256, 512"),
+        (sweep(), {"base_size": 768}, "--base-size 768: was not run in arm mup; it has 64, 128, 256, 512"),
     ],
 )
 def test_wrong_arguments_are_one_line_errors(runs, options, message):
@@ -537,7 +547,7 @@ def test_wrong_arguments_are_one_line_errors(runs, options, message):
 
 
 def test_a_sweep_from_a_file_end_to_end():
-    runs = read_runs(DATA / "transfer_sweep.csv")
+    runs = read_points(DATA / "transfer_sweep.csv")
     assert len(runs) == 162 and {run.arm for run in runs} == {"mup", "adam-const"}
     result = measure_transfer(runs, controls={"adam-const": -1.0})
     assert result.verdict is Verdict.PASS
@@ -578,7 +588,7 @@ def test_a_bad_table_names_row_and_column(tmp_path, text, message):
     path = tmp_path / "sweep.csv"
     path.write_text(text)
     with pytest.raises(TransferError, match=message) as caught:
-        read_runs(path)
+        read_points(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -588,15 +598,15 @@ def test_a_table_may_be_loose_in_form(tmp_path):
         b"\xef\xbb\xbf Loss ,WIDTH,note,Seed,lr\r\n3.5,64,a\xe2\x80\xa8b,0,1e-3,\r\n\r\n,,\r\n"
         b'Diverged,64.0,"x,y",1,0.001\r\ninf,64,,2,1e-3\r\n'
     )
-    first, *rest = read_runs(path)
-    assert first == Run(64, 1e-3, 0, 3.5, "sweep")
+    first, *rest = read_points(path)
+    assert first == Point({"width": 64}, 1e-3, 0, 3.5, "sweep")
     assert not any(math.isfinite(run.loss) for run in rest) and len(rest) == 2
     with pytest.raises(TransferError, match="cannot be read"):
-        read_runs(tmp_path / "missing.csv")
+        read_points(tmp_path / "missing.csv")
 
 
 def test_rates_written_differently_are_one_grid_point():
-    assert Run(64, 0.1 + 0.2, 0, 1.0).log2_lr == Run(64, 0.3, 0, 1.0).log2_lr
+    assert Point({"width": 64}, 0.1 + 0.2, 0, 1.0).log2_value == Point({"width": 64}, 0.3, 0, 1.0).log2_value
 
 
 # ---- wider is better ------------------------------------------------------------------------------------------------
@@ -621,11 +631,11 @@ def curves(gain, noise=0.01, widths=(64, 128, 256), seeds=2, apart=0.0, draw=0):
 
 
 def test_wider_is_better_counts_violations():
-    good = wider_is_better(curves(0.05), 0.1)
-    assert good.verdict is Verdict.PASS and good.share == 0.0 and good.log2_lr == 0.0 and good.where is None
-    bad = wider_is_better(curves(-0.05), -0.9)
-    assert bad.verdict is Verdict.FAIL and bad.share > 0.9 and bad.log2_lr == -1.0
-    assert bad.largest == pytest.approx(0.07, abs=0.02) and "(width " in str(bad)
+    good = larger_is_better(curves(0.05), 0.1)
+    assert good.verdict is Verdict.PASS and good.share == 0.0 and good.log2_value == 0.0 and good.where is None
+    bad = larger_is_better(curves(-0.05), -0.9)
+    assert bad.verdict is Verdict.FAIL and bad.share > 0.9 and bad.log2_value == -1.0
+    assert bad.worst == pytest.approx(0.07, abs=0.02) and "(width " in str(bad)
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
@@ -635,17 +645,17 @@ def test_models_that_are_equal_seldom_fail_and_a_worse_one_does(seeds, noise, ap
 
     def failures(gain):
         tables = [curves(gain, noise, seeds=seeds, apart=apart, draw=draw) for draw in range(40)]
-        return sum(wider_is_better(table, 0.0).verdict is Verdict.FAIL for table in tables)
+        return sum(larger_is_better(table, 0.0).verdict is Verdict.FAIL for table in tables)
 
     assert failures(0.0) <= 12 and failures(-0.04) >= 35  # of 40
 
 
 def test_more_seeds_see_a_smaller_harm_and_noise_alone_is_allowed_its_share():
     """2.3 % of steps lie beyond two standard deviations; the noise of a mean over 9 seeds is a third of one seed's."""
-    alone = [wider_is_better(curves(0.0, seeds=1, draw=draw), 0.0) for draw in range(20)]
+    alone = [larger_is_better(curves(0.0, seeds=1, draw=draw), 0.0) for draw in range(20)]
     assert all(result.verdict is Verdict.PASS for result in alone) and max(result.share for result in alone) > 0.02
     few, many = (
-        np.mean([wider_is_better(curves(-0.02, 0.003, seeds=n, apart=0.02, draw=d), 0.0).share for d in range(20)])
+        np.mean([larger_is_better(curves(-0.02, 0.003, seeds=n, apart=0.02, draw=d), 0.0).share for d in range(20)])
         for n in (3, 12)
     )
     assert many > few + 0.2
@@ -657,35 +667,35 @@ def test_a_bad_beginning_of_one_seed_hides_no_harm(spoil):
     for (_, width, _, seed), curve in table.items():
         if width == 128 and seed == 0:
             curve[:, 1] += np.exp(-curve[:, 0] / 4) if spoil == "transient" else (np.abs(curve[:, 0] - 100) < 2)
-    assert wider_is_better(table, 0.0).verdict is Verdict.FAIL
+    assert larger_is_better(table, 0.0).verdict is Verdict.FAIL
 
 
 def test_with_one_seed_nothing_but_a_divergence_fails():
     table = curves(-0.05, seeds=1)
-    assert wider_is_better(table, 0.0).verdict is Verdict.INCONCLUSIVE
-    assert wider_is_better(curves(0.05, seeds=1), 0.0).verdict is Verdict.PASS
+    assert larger_is_better(table, 0.0).verdict is Verdict.INCONCLUSIVE
+    assert larger_is_better(curves(0.05, seeds=1), 0.0).verdict is Verdict.PASS
     table["mup", 256, 1.0, 0][150:, 1] = math.nan
-    assert wider_is_better(table, 0.0).verdict is Verdict.FAIL
+    assert larger_is_better(table, 0.0).verdict is Verdict.FAIL
 
 
 def test_a_wide_model_that_blows_up_violates_even_where_the_narrow_one_does_not():
     table = curves(0.05)
     table["mup", 256, 1.0, 0][150:, 1] = math.nan
-    broken = wider_is_better(table, 0.0)
-    assert broken.share == pytest.approx(50 / 392) and math.isinf(broken.largest) and broken.where == (128, 256, 151)
+    broken = larger_is_better(table, 0.0)
+    assert broken.share == pytest.approx(50 / 392) and math.isinf(broken.worst) and broken.where == (128, 256, 151)
     table["mup", 128, 1.0, 1][150:, 1] = math.nan
-    assert wider_is_better(table, 0.0).share == pytest.approx(50 / 392)  # now 128 against 64
+    assert larger_is_better(table, 0.0).share == pytest.approx(50 / 392)  # now 128 against 64
 
 
 def test_curves_join_the_result_and_must_have_something_in_common():
     result = measure_transfer(sweep(), curves=curves(0.05))
-    assert result.arms["mup"].wider.verdict is Verdict.PASS and "wider is better at 2^0: PASS" in result.summary()
-    assert json.loads(result.to_json())["arms"]["mup"]["wider_is_better"]["share"] == 0.0
+    assert result.arms["mup"].larger.verdict is Verdict.PASS and "wider is better at 2^0: PASS" in result.summary()
+    assert json.loads(result.to_json())["arms"]["mup"]["larger_is_better"]["share"] == 0.0
     table = curves(0.05)
     with pytest.raises(TransferError, match="no learning rate that two or more widths share"):
-        wider_is_better({key: curve for key, curve in table.items() if (key[1] == 64) == (key[2] == 1.0)}, 0.0)
+        larger_is_better({key: curve for key, curve in table.items() if (key[1] == 64) == (key[2] == 1.0)}, 0.0)
     with pytest.raises(TransferError, match="widths 64 and 128 share fewer than 3 steps"):
-        wider_is_better({key: curve for key, curve in table.items() if (key[1] == 64) == (key[3] == 0)}, 0.0)
+        larger_is_better({key: curve for key, curve in table.items() if (key[1] == 64) == (key[3] == 0)}, 0.0)
 
 
 # ---- forecast -------------------------------------------------------------------------------------------------------
@@ -698,7 +708,7 @@ def test_forecast_of_a_power_law():
     truth = 3.0 + 1.5 * 32**-0.5
     assert low < truth < high and high - low < 0.05
     assert forecast.exponent.value == pytest.approx(0.5, abs=0.1)
-    assert forecast.log2_lr.value == pytest.approx(0.1, abs=0.03) and "mean of the optima" in forecast.method
+    assert forecast.log2_value.value == pytest.approx(0.1, abs=0.03) and "mean of the optima" in forecast.method
 
 
 def test_forecast_from_three_widths_admits_that_it_does_not_know_the_law():
@@ -731,26 +741,28 @@ def test_forecast_intervals_cover_with_few_seeds(seeds, loss, rate):
         )
         forecast = loss_forecast(measure_arm(runs, resamples=400, seed=repeat), 2 * widths[-1])
         (truth,) = sweep(0.0, widths=(2 * widths[-1],), grid=(0.0,), seeds=(0,), optimum=0.0, rng=rng)
-        for i, (told, true) in enumerate(((forecast.loss, truth.loss), (forecast.log2_lr, optimum))):
+        for i, (told, true) in enumerate(((forecast.loss, truth.loss), (forecast.log2_value, optimum))):
             low, high = told.interval()
             hits[i] += low <= true <= high
     assert hits[0] >= 100 * loss and hits[1] >= 100 * rate
 
 
 def test_a_forecast_in_words_has_no_power_of_zero_and_names_a_flag():
-    runs = [dataclasses.replace(run, loss=run.loss - 1.5 * (run.width / 64) ** -0.5) for run in sweep(sigma=0.001)]
-    runs = [dataclasses.replace(run, loss=run.loss - 0.1 * math.log2(run.width)) for run in runs]
+    runs = [
+        dataclasses.replace(run, loss=run.loss - 1.5 * (run.sizes["width"] / 64) ** -0.5) for run in sweep(sigma=0.001)
+    ]
+    runs = [dataclasses.replace(run, loss=run.loss - 0.1 * math.log2(run.sizes["width"])) for run in runs]
     line = loss_forecast(measure_arm(runs), 2048)
     assert line.exponent.value == 0 and "loss from a straight line in log width through 4 widths" in line.method
     assert "w^-0.5" in loss_forecast(measure_arm(sweep(sigma=0.001, offset=0.0)), 2048).method
-    rate = 2**line.log2_lr.value
+    rate = 2**line.log2_value.value
     assert f", lr {rate:.4g} (" in str(line) and f", --lr-scale {2 * rate:.4g} (" in line.told("--lr-scale", 2.0)
 
 
 def test_forecast_follows_a_drift():
     forecast = loss_forecast(measure_arm(sweep(-0.5, sigma=0.002, grid=range(-6, 4))), 1024)
-    assert forecast.log2_lr.value == pytest.approx(0.1 - 0.5 * 4, abs=0.1)
-    low, high = forecast.log2_lr.interval()
+    assert forecast.log2_value.value == pytest.approx(0.1 - 0.5 * 4, abs=0.1)
+    low, high = forecast.log2_value.interval()
     assert low < 0.1 - 0.5 * 4 < high and "following a drift of -0.5" in forecast.method
     assert str(forecast).startswith("width 1024: loss ")
     bare = loss_forecast(measure_arm(sweep(seeds=(0,))), 1024)
@@ -762,7 +774,7 @@ def test_forecast_follows_a_small_drift_that_passes():
     arm = measure_arm(sweep(0.1, sigma=0.002))
     assert arm.verdict is Verdict.PASS and arm.drift.interval()[0] > 0
     forecast = loss_forecast(arm, 2048)
-    low, high = forecast.log2_lr.interval()
+    low, high = forecast.log2_value.interval()
     assert low < 0.1 + 0.1 * 5 < high < 0.9 and "following a drift of +0.1" in forecast.method
 
 
@@ -771,7 +783,7 @@ def test_forecast_of_the_rate_is_not_misled_by_a_skewed_curve():
     hits, errors, wide = 0, [], []
     for repeat in range(60):
         arm = measure_arm(sweep(skew=0.15, seeds=(0, 1), grid=range(-4, 5), rng=repeat), resamples=400)
-        rate = loss_forecast(arm, 2048).log2_lr
+        rate = loss_forecast(arm, 2048).log2_value
         low, high = rate.interval()
         hits += low <= 0.1 <= high
         errors.append(rate.value - 0.1)
@@ -827,9 +839,10 @@ def test_forecast_does_not_follow_noise():
     forecast = loss_forecast(arm, 2048)
     optima = [fit.narrow.vertex[0] for fit in arm.usable]
     assert (
-        min(optima) <= forecast.log2_lr.value <= max(optima) and "no drift is shown, nor ruled out" in forecast.method
+        min(optima) <= forecast.log2_value.value <= max(optima)
+        and "no drift is shown, nor ruled out" in forecast.method
     )
-    slow, fast = forecast.log2_lr.interval()
+    slow, fast = forecast.log2_value.interval()
     assert fast - slow > 2 * (high - low)  # far beyond the sweep, the drift that may be there widens the interval
 
 
@@ -848,9 +861,9 @@ def test_summary_fits_a_terminal_and_json_is_strict():
 
     told = json.loads(result.to_json(), parse_constant=refuse)
     assert told["verdict"] == "PASS" and told["thresholds"]["equivalence"] == 0.25
-    widths = told["arms"]["sp"]["widths"]
-    assert [entry["width"] for entry in widths] == list(WIDTHS)
-    assert widths[0]["diverged_log2_lr"] == [3.0, 4.0] and widths[0]["largest_stable_log2_lr"] == 2.0
+    sizes = told["arms"]["sp"]["sizes"]
+    assert [entry["size"] for entry in sizes] == list(WIDTHS)
+    assert sizes[0]["diverged_log2_value"] == [3.0, 4.0] and sizes[0]["largest_stable_log2_value"] == 2.0
     unknown = json.loads(measure_transfer(sweep(seeds=(0,))).to_json(), parse_constant=refuse)
     assert unknown["arms"]["mup"]["drift"]["interval_90"] == [None, None]
 

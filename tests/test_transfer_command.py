@@ -29,7 +29,7 @@ def test_the_base_width_is_the_narrowest_or_the_one_that_is_named(capsys):
     for named in ([], ["--base-width", "256"], ["--base-width", "512"]):
         main(["transfer", TABLE, "--controls", "adam-const=-1", "--json", *named])
         arm = json.loads(capsys.readouterr().out)["arms"]["adam-const"]
-        regrets[arm["base_width"]] = arm["regret"]["value"]
+        regrets[arm["base_size"]] = arm["regret"]["value"]
     assert list(regrets) == [128, 256, 512] and regrets[128] > regrets[256] > regrets[512] == 0
 
 
@@ -53,10 +53,10 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--controls", "sp=nan"], "give every arm once, with a finite drift"),
         ([TABLE, "--controls", "sp=-1,sp=-2"], "give every arm once, with a finite drift"),
         ([TABLE, "--sigma", "0.5"], "--sigma 0.5: runs with several seeds tell the noise already; leave it out"),
-        ([TABLE, "--base-width", "100"], "--base-width 100: was not run in arm"),
+        ([TABLE, "--base-width", "100"], "--base-size 100: was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
         ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
-        ([TABLE, "--knob", "Loss"], "knob loss is a column with another meaning"),
+        ([TABLE, "--knob", "Loss"], "hyperparameter loss is a column with another meaning"),
         ([TABLE, "--predict", "0"], "--predict 0: give a width"),
         ([TABLE, "--predict", "9" * 50], "the largest whole number is 2^53"),
         ([TABLE, "--predict", "9" * 15], "give a width, such as 1024"),
@@ -78,7 +78,7 @@ def test_a_wider_run_is_predicted(capsys):
     main([*command, "--json"])
     (values,) = json.loads(capsys.readouterr().out)["forecasts"].values()
     low, high = values["loss"]["interval_90"]
-    assert values["width"] == 1024 and low < values["loss"]["value"] < high
+    assert values["size"] == 1024 and low < values["loss"]["value"] < high
     assert f"loss {values['loss']['value']:.4f} (90 % {low:.4f} to {high:.4f})" in forecast
 
 
@@ -103,7 +103,7 @@ def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
     knob = ["--knob", "weight_decay", "--controls", "adam-const=-1"]
     assert main(["transfer", str(table), *knob, "--predict", "1024"]) == 0
     told = capsys.readouterr().out
-    assert ", knob weight_decay" in told and "best lr" not in told and ", weight_decay 0.0" in told
+    assert ", hyperparameter weight_decay" in told and "best lr" not in told and ", weight_decay 0.0" in told
     same = [line.rpartition("width 1024")[2].split("; ")[0] for line in (as_lr, told)]
     assert same[0] == same[1].replace("weight_decay", "lr")
     assert main(["report", str(table), *knob]) == 0
@@ -119,7 +119,7 @@ def test_the_command_that_a_report_names_measures_the_same(tmp_path, capsys):
     lines = Path(TABLE).read_text().splitlines()
     header = lines[0].replace("Width", "n embd")
     table.write_text("\n".join([header, *(row for row in lines[1:] if row.split(",")[3] == "0")]))
-    flags = ["--columns", "width=n embd", "--controls", "adam-const=-1", "--sigma", "0.005", "--base-width", "256"]
+    flags = ["--columns", "width=n embd", "--controls", "adam-const=-1", "--sigma", "0.005", "--base-size", "256"]
     assert main(["report", str(table), *flags, "--out", str(tmp_path / "out")]) == 0
     capsys.readouterr()
     (command,) = re.findall("`(speedrun-mup transfer .*?)`", (tmp_path / "out" / "report.md").read_text())

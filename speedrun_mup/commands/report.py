@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     beside = source / "report" if source.is_dir() else source.with_name(f"{source.stem}-report")
     out = arguments.out or own_output_folder(beside)
     command = ["speedrun-mup", "report", *argv]
-    again = command_for(arguments, "--predict", "WIDTH")
+    again = command_for(arguments, "--predict", result.axes.size.upper())
     report = make_report(source, result, arguments.coord_check, arguments.target, command, _guide(out), again)
     faults: list[str] = []
     written = write_report(report, out, faults.append)

@@ -13,28 +13,27 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
 
 if TYPE_CHECKING:
-    from speedrun_mup.transfer import Forecast, TransferResult
+    from speedrun_mup.transfer import Axes, Forecast, TransferResult
 
+AXES = ("size", "hyperparameter")  # flags that name them
 # Flags of `add_source`.
-_ASKED = ("knob", "columns", "controls", "tested", "base_width", "sigma", "initial_loss", "accept")
-WIDEST = 2**31  # width that a forecast is made for
+_ASKED = ("size", "hyperparameter", "columns", "controls", "tested", "base_size", "sigma", "initial_loss", "accept")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Judge whether the best learning rate, or another knob, stays put with width, in a sweep or a table of yours.
+    """Judge whether the best learning rate, or another hyperparameter, stays put with width, or another size.
 
-    The exit code is 0 for PASS.
+    It reads a sweep or a table of yours. The exit code is 0 for PASS.
     """
     parser = new_parser("speedrun-mup transfer", run.__doc__ or "")
     add_source(parser)
     parser.add_argument(
-        "--predict", type=int, metavar="W", help="also the best rate and the loss to expect at this width"
+        "--predict", type=int, metavar="SIZE", help="also the best rate and the loss to expect at this size"
     )
     parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
     arguments = parse(parser, argv)
-    if arguments.predict is not None and not 1 <= arguments.predict <= WIDEST:
-        raise ConfigError(f"--predict {arguments.predict:.20g}: give a width, such as 1024")
     result = measure(arguments)
+    _check_size(arguments.predict, result.axes)
     forecasts = _forecasts(result, arguments.predict, arguments.tested) if arguments.predict else None
     print(result.to_json(forecasts) if arguments.json else result.summary())
     if forecasts and not arguments.json:
@@ -43,7 +42,15 @@ def run(argv: Sequence[str]) -> int:
     return 0 if result.verdict == "PASS" else 1
 
 
-def _forecasts(result: TransferResult, width: int, tested: Collection[str] | None) -> dict[str, Forecast | str]:
+def _check_size(predict: int | None, axes: Axes) -> None:
+    """Raises ConfigError for a size that nothing can have."""
+    from speedrun_mup.transfer import with_article
+
+    if predict is not None and not 1 <= predict <= axes.scale.most:
+        raise ConfigError(f"--predict {predict:.20g}: give {with_article(axes.size)}, such as 1024")
+
+
+def _forecasts(result: TransferResult, size: int, tested: Collection[str] | None) -> dict[str, Forecast | str]:
     """Of every arm under test; or the sentence that says why it does not bear one."""
     from speedrun_mup.transfer import TransferError, loss_forecast
 
@@ -51,7 +58,7 @@ def _forecasts(result: TransferResult, width: int, tested: Collection[str] | Non
     for name, arm in result.arms.items():
         if arm.predicted is None and (not tested or name in tested):
             try:
-                forecasts[name] = loss_forecast(arm, width)
+                forecasts[name] = loss_forecast(arm, size)
             except TransferError as fault:
                 forecasts[name] = f"none; {fault}"
     return forecasts
@@ -61,9 +68,9 @@ def _told(source: Path, arm: str, forecast: Forecast | str) -> str:
     """A forecast for a terminal; of a sweep it gives the setting as a flag to paste."""
     if isinstance(forecast, str) or not source.is_dir():
         return str(forecast)
-    from speedrun_mup.sweep import knob_flag, read_definition
+    from speedrun_mup.sweep import read_definition, tuned_flag
 
-    return forecast.told(*knob_flag(read_definition(source), arm))
+    return forecast.told(*tuned_flag(read_definition(source), arm))
 
 
 def command_for(arguments: argparse.Namespace, *more: str) -> str:
@@ -85,7 +92,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="of a sweep; or a table: width,lr,loss and, if any, seed and arm",
     )
     parser.add_argument(
-        "--knob", metavar="NAME", help="column of the table that takes lr's place, a hyperparameter above zero"
+        "--size", metavar="NAME", help="column of the table that takes width's place: n_layer, tokens or any other"
+    )
+    parser.add_argument(
+        "--hyperparameter",
+        "--knob",
+        metavar="NAME",
+        help="column of the table that takes lr's place, above zero",
     )
     parser.add_argument(
         "--columns",
@@ -97,16 +110,17 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--controls",
         default="",
         metavar="ARM=DRIFT,...",
-        help="arms of the table built to fail, with the octaves per doubling of width that they must drift: sp=-1",
+        help="arms of the table built to fail, with the octaves per doubling of the size that they must drift: sp=-1",
     )
     parser.add_argument(
         "--tested", nargs="+", metavar="ARM", help="arms that the verdict is about (default: all but the controls)"
     )
     parser.add_argument(
+        "--base-size",
         "--base-width",
         type=int,
-        metavar="W",
-        help="where the knob is tuned, for the regret (default: the sweep's; the narrowest of a table)",
+        metavar="SIZE",
+        help="where the hyperparameter is tuned, for the regret (default: the sweep's; the smallest of a table)",
     )
     parser.add_argument(
         "--sigma",
@@ -131,22 +145,23 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> TransferResult:
     """What `add_source` names, measured. Raises ConfigError, TransferError."""
-    from speedrun_mup.transfer import measure_transfer, read_table
+    from speedrun_mup.transfer import Axes, measure_transfer, read_table
 
     source = arguments.source
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("sigma", "tested", "accept", "initial_loss")}
-    if arguments.base_width is not None:
-        options["base_width"] = arguments.base_width
+    if arguments.base_size is not None:
+        options["base_size"] = arguments.base_size
     controls = _controls(arguments.controls)
     if not source.is_dir():
-        knob = (arguments.knob or "lr").strip().lower()
-        table = read_table(source, knob, _columns(arguments.columns))
+        named = {name: value.strip().lower() for name in AXES if (value := getattr(arguments, name))}
+        table = read_table(source, Axes(**named), _columns(arguments.columns))
         options |= {"doubts": table.doubts, "notes": table.notes}
-        return measure_transfer(table.runs, controls=controls, knob=knob, **options)
+        return measure_transfer(table.points, controls=controls, axes=table.axes, **options)
     if arguments.columns:
         raise ConfigError(f"--columns {arguments.columns}: {source} is a sweep, which has no columns; leave it out")
-    if arguments.knob:
-        raise ConfigError(f"--knob {arguments.knob}: {source} is a sweep, which knows what it turned; leave it out")
+    for name in AXES:
+        if given := getattr(arguments, name):
+            raise ConfigError(f"--{name} {given}: {source} is a sweep, which knows its axes; leave it out")
     if controls:
         raise ConfigError(
             f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out"

@@ -254,10 +254,10 @@ def _candidates(target: TrainConfig) -> list[int]:
     """Proxy widths to choose from, ascending."""
     powers = (target.head_dim * 2**power for power in itertools.count())
     widths = list(itertools.takewhile(lambda width: width < target.width, powers))
-    if len(widths) < Thresholds.min_widths:
-        least = target.head_dim * 2**Thresholds.min_widths
+    if len(widths) < Thresholds.min_sizes:
+        least = target.head_dim * 2**Thresholds.min_sizes
         raise ConfigError(
-            f"width={target.width} leaves no room for {Thresholds.min_widths} proxy widths from head_dim="
+            f"width={target.width} leaves no room for {Thresholds.min_sizes} proxy widths from head_dim="
             f"{target.head_dim} up, each twice the one before; plan for a width of {least} or more, or with a smaller --head-dim"
         )
     return widths
@@ -267,7 +267,7 @@ def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int
     """Neighbouring widths, at least as many as a verdict needs, and their numbers of seeds."""
     for first, last in itertools.combinations(range(len(candidates) + 1), 2):
         count = last - first
-        if count >= Thresholds.min_widths:
+        if count >= Thresholds.min_sizes:
             for widest in SEEDS:
                 seeds = tuple(min(MOST_SEEDS, widest * 2**narrower) for narrower in reversed(range(count)))
                 yield tuple(candidates[first:last]), seeds

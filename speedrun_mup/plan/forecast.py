@@ -35,12 +35,12 @@ def predict(out: Path) -> Prediction:
         forecast = loss_forecast(arm, target.width)
     except TransferError as fault:
         raise TransferError(f"{fault}; or plan again with a larger --budget, for more seeds and widths") from None
-    slow, fast = forecast.log2_lr.interval()
+    slow, fast = forecast.log2_value.interval()
     if math.isnan(slow):
         raise ConfigError(f"{out}: with one seed the noise is unknown, and so is every interval; run a second seed")
     prediction = Prediction(
         width=target.width,
-        lr_scale=target.lr_scale * 2**forecast.log2_lr.value,
+        lr_scale=target.lr_scale * 2**forecast.log2_value.value,
         lr_scale_interval=(target.lr_scale * 2**slow, target.lr_scale * 2**fast),
         loss=forecast.loss.value,
         loss_interval=forecast.loss.interval(),
@@ -57,7 +57,7 @@ def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
     low, high = forecast.loss.interval()
     if not high - low > WIDE * arm.noise.total > 0:
         return ""
-    widths, seeds = [fit.width for fit in arm.usable], [len(fit.cells.losses) for fit in arm.usable]
+    widths, seeds = [fit.size for fit in arm.usable], [len(fit.table.losses) for fit in arm.usable]
     reasons = []
     if len(widths) < LAW_WIDTHS:
         reasons.append(f"{len(widths)} widths do not tell how the loss falls with width: more widths narrow it")
@@ -65,7 +65,7 @@ def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
         reasons.append(
             f"seeds are few ({', '.join(map(str, seeds))} at widths {', '.join(map(str, widths))}): more narrow it"
         )
-    why = ", and because ".join(reasons) or f"width {forecast.width} is far from the widths of the sweep"
+    why = ", and because ".join(reasons) or f"{forecast.axes.at(forecast.size)} is far from the widths of the sweep"
     return f"the interval is {(high - low) / arm.noise.total:.0f} standard deviations of one run wide because {why}"
 
 

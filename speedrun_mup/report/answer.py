@@ -18,9 +18,9 @@ from speedrun_mup.report.contents import Table
 from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
-from speedrun_mup.sweep import CELLS, RESULT, CellResult, knob_flag, read_definition
+from speedrun_mup.sweep import CELLS, RESULT, CellResult, read_definition, tuned_flag
 from speedrun_mup.training.tracking import CONFIG, lives
-from speedrun_mup.transfer import ArmResult, TransferError, TransferResult, WidthFit, is_rate, knob_name, loss_forecast
+from speedrun_mup.transfer import ArmResult, SizeFit, TransferError, TransferResult, loss_forecast, with_article
 
 SHOWN = 16  # characters of a version or hash
 MADE_WITH = (
@@ -81,51 +81,53 @@ def _of_plan(seen: Measured, forecast: Prediction) -> Iterator[str]:
 
 
 def _of_sweep(seen: Measured) -> Iterator[str]:
-    arm, knob = main_arm(seen.result), knob_name(seen.result.knob)
+    arm, axes = main_arm(seen.result), seen.result.axes
     whose = f" with {arm_words(arm.arm)}" if len(seen.result.arms) > 1 else ""
-    base = next((fit for fit in arm.usable if fit.width == arm.base_width), None)
+    base = next((fit for fit in arm.usable if fit.size == arm.base_size), None)
     if base is None:
-        yield f"No {knob} can be named yet{whose}: width {arm.base_width}, where it would be tuned, has no clear best one."
+        base_place = axes.at(arm.base_size)
+        yield f"No {axes.label} can be named yet{whose}: {base_place}, where it would be tuned, has no clear best one."
     elif seen.result.verdict == "PASS":
-        reach = f"width {arm.fits[-1].width}, the widest here"
-        yield f"Use {_setting(seen, arm, base)}{whose}: the best of width {base.width}, which holds up to {reach}."
+        reach = f"{arm.fits[-1].place}, the {axes.scale.largest} here"
+        yield f"Use {_setting(seen, arm, base)}{whose}: the best of {base.place}, which holds up to {reach}."
     else:
-        yield f"Best at width {base.width}{whose}: {_setting(seen, arm, base)}. {_beyond(seen, arm)}"
-        own = (f"width {fit.width}: {_setting(seen, arm, fit)}" for fit in arm.usable if fit is not base)
-        yield "Best of the other widths: " + ("; ".join(own) or "not known") + "."
+        yield f"Best at {base.place}{whose}: {_setting(seen, arm, base)}. {_beyond(seen, arm)}"
+        own = (f"{fit.place}: {_setting(seen, arm, fit)}" for fit in arm.usable if fit is not base)
+        yield f"Best of the other {axes.plural}: " + ("; ".join(own) or "not known") + "."
     if arm.usable:
-        widest = arm.usable[-1]
+        largest = arm.usable[-1]
         unit = " nats per token" if seen.swept else ""  # a table does not tell
-        yield f"Loss at width {widest.width} with its best {knob}: {within(arm.best_loss(widest))}{unit}."
-        yield _expected(seen, arm, 2 * widest.width)
+        yield f"Loss at {largest.place} with its best {axes.label}: {within(arm.best_loss(largest))}{unit}."
+        yield _expected(seen, arm, 2 * largest.size)
 
 
 def _beyond(seen: Measured, arm: ArmResult) -> str:
-    """Whether the best rate of the base width is one for the others, where the verdict over all arms is no PASS."""
+    """Whether the best value of the base size is one for the others, where the verdict over all arms is no PASS."""
     if arm.verdict == "PASS":
         return f"By itself this arm is a PASS; the whole is {seen.result.verdict}, for the reasons below."
     held = "does not hold" if seen.result.verdict == "FAIL" else "is not known to hold"
-    return f"It {held} at other widths."
+    return f"It {held} at other {arm.axes.plural}."
 
 
-def _expected(seen: Measured, arm: ArmResult, width: int) -> str:
+def _expected(seen: Measured, arm: ArmResult, size: int) -> str:
+    axes, unknown = arm.axes, f"What to expect of {arm.axes.scale.larger} models is not known"
     if doubts := [doubt.kind for doubt in seen.result.doubts if doubt.arm in (None, arm.arm)]:
-        return f"What to expect of wider models is not known: there are doubts about these runs ({', '.join(doubts)}), see below."
+        return f"{unknown}: there are doubts about these runs ({', '.join(doubts)}), see below."
     try:
-        loss = loss_forecast(arm, width).loss
+        loss = loss_forecast(arm, size).loss
     except TransferError as fault:
-        return f"What to expect of wider models is not known: {fault}."
-    return f"Expect {within(loss)} at width {width}, twice that; nothing so wide was trained here."
+        return f"{unknown}: {fault}."
+    return f"Expect {within(loss)} at {axes.at(size)}, twice that; nothing so large was trained here."
 
 
-def _setting(seen: Measured, arm: ArmResult, fit: WidthFit) -> str:
-    """The best of one width: a flag to paste, or a number for a reader's own code."""
-    value, error, knob = 2**fit.optimum, 2 ** (1.645 * fit.optimum_se), seen.result.knob
-    told = f"a {knob_name(knob)} of {value:.4g}"
+def _setting(seen: Measured, arm: ArmResult, fit: SizeFit) -> str:
+    """The best of one size: a flag to paste, or a number for a reader's own code."""
+    value, error = 2**fit.optimum, 2 ** (1.645 * fit.optimum_se)
+    told = f"{with_article(arm.axes.label)} of {value:.4g}"
     if seen.factors:
         told += " times what was tuned"
     if seen.swept:
-        flag, unit = knob_flag(read_definition(seen.source), arm.arm)
+        flag, unit = tuned_flag(read_definition(seen.source), arm.arm)
         value *= unit
         told = f"`{flag} {value:.4g}`"
     return told if error != error else f"{told} (90 % interval {value / error:.4g} to {value * error:.4g})"
@@ -133,19 +135,19 @@ def _setting(seen: Measured, arm: ArmResult, fit: WidthFit) -> str:
 
 def rates(seen: Measured) -> Table | None:
     """What the answer's flag comes to: the learning rates that each optimizer gets, at base width and at the widest."""
-    if not seen.cells or not is_rate(seen.result.knob):
+    if not seen.cells or not seen.result.axes.is_rate:
         return None
     cell, arm = seen.widest, main_arm(seen.result)
     source = seen.source / CELLS / cell.id / RESULT
     cfg = from_json(json.dumps(cell.config), source)
-    base = next((fit for fit in arm.usable if fit.width == arm.base_width), None)
+    base = next((fit for fit in arm.usable if fit.size == arm.base_size), None)
     if seen.target and seen.prediction:
         cfg = replace(seen.target, lr_scale=seen.prediction.lr_scale, parametrization=cfg.parametrization)
     elif base is None:
         return None
     else:
-        turned = getattr(cfg, seen.result.knob) * 2**base.optimum / cell.lr
-        cfg = replace(cfg, **{seen.result.knob: turned})
+        name = seen.result.axes.hyperparameter
+        cfg = replace(cfg, **{name: getattr(cfg, name) * 2**base.optimum / cell.lr})
     alike: dict[tuple[str, float, float], list[str]] = {}
     for row in explain(cfg, vocabulary(cell, source)):
         name = [part for part in row.name.split(".") if part != "weight" and not part.isdigit()][-1]
@@ -177,9 +179,10 @@ def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
 
 def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
     fits = [fit for arm in seen.result.arms.values() for fit in arm.fits]
-    yield "Runs", f"{sum(int(fit.cells.runs.sum()) for fit in fits)} that count, of the table {seen.source.name}"
+    yield "Runs", f"{sum(int(fit.table.runs.sum()) for fit in fits)} that count, of the table {seen.source.name}"
     yield "Arms", ", ".join(map(_arm, seen.result.arms.values()))
-    yield "Widths", ", ".join(map(str, sorted({fit.width for fit in fits})))
+    plural = seen.result.axes.plural
+    yield plural[0].upper() + plural[1:], ", ".join(map(str, sorted({fit.size for fit in fits})))
     yield "Model and data", "not told by a table of losses"
 
 

@@ -17,10 +17,10 @@ from speedrun_mup.transfer import (
     Array,
     CurveKey,
     Estimate,
+    SizeFit,
     TransferError,
     TransferResult,
-    WidthFit,
-    knob_name,
+    with_article,
 )
 
 SYMBOLS = ("o", "s", "^", "v")
@@ -29,19 +29,23 @@ ASIDE, ASIDE_ALL = 0.06, 0.4  # octaves between two arms, and between the first 
 BAND: Color = ("#dcdcdc", "#3a3a3a")
 
 
-def lr_curves(result: TransferResult, label: str = "learning rate", loss: str = "loss") -> list[Figure]:
-    """Loss against learning rate, or what was turned: a line per width, a panel per arm, the same axes.
+def loss_curves(result: TransferResult, label: str | None = None, loss: str = "loss") -> list[Figure]:
+    """Loss against the hyperparameter: a line per size, a panel per arm, the same axes.
 
     First the two panels that a reader compares: what is known not to transfer, and the arm under test. Any others follow
     in a second figure. label, loss: of the axes. Raises TransferError.
     """
     drawn = {name: arm for name, arm in result.arms.items() if arm.fits}
     if not drawn:
-        raise TransferError("no width has enough stable points for a picture; extend the sweep")
+        raise TransferError(f"no {result.axes.size} has enough stable points for a picture; extend the sweep")
     pair = _pair(result)
     rest = [name for name in drawn if name not in pair]
-    both = (("lr-curves", [name for name in pair if name in drawn]), ("lr-curves-others", rest))
-    return [_lr_curves(name, [drawn[arm] for arm in arms], result, label, loss) for name, arms in both if arms]
+    both = (("loss-curves", [name for name in pair if name in drawn]), ("loss-curves-others", rest))
+    return [
+        _loss_curves(name, [drawn[arm] for arm in arms], result, label or result.axes.label, loss)
+        for name, arms in both
+        if arms
+    ]
 
 
 def main_arm(result: TransferResult) -> ArmResult:
@@ -57,62 +61,60 @@ def _pair(result: TransferResult) -> list[str]:
     return [*(arm.arm for arm in others[:1]), main]
 
 
-def _lr_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, label: str, loss: str) -> Figure:
-    """Marks of a width: its seeds, the line through their means, the fitted parabola, its optimum, what diverged."""
-    colors, knob = width_colors(result), knob_name(result.knob)
-    ranks = {width: rank for rank, width in enumerate(reversed(colors))}
+def _loss_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, label: str, loss: str) -> Figure:
+    """Marks of a size: its seeds, the line through their means, the fitted parabola, its optimum, what diverged."""
+    colors, axes = size_colors(result), result.axes
+    ranks = {size: rank for rank, size in enumerate(reversed(colors))}
     symbols = dict(zip(colors, cycle(SYMBOLS)))
     panels = []
     for arm in arms:
         tags = {"arm": arm.arm}
         marks = [
-            mark
-            for fit in arm.fits
-            for mark in _curve(arm, fit, colors[fit.width], symbols[fit.width], ranks[fit.width])
+            mark for fit in arm.fits for mark in _curve(arm, fit, colors[fit.size], symbols[fit.size], ranks[fit.size])
         ]
         marks += [
             Mark("rule", [2**fit.optimum], size=1, tags=tags, dotted=True)
             for fit in arm.usable
-            if fit.width == arm.base_width
+            if fit.size == arm.base_size
         ]
-        panels.append(Panel(f"{arm_words(arm.arm)}\n{_movement(arm, knob)}", marks, tags))
-    here = {fit.width for arm in arms for fit in arm.fits}
-    keys = [Key(f"width {width}", "line", colors[width], symbols[width], marked=True) for width in sorted(here)]
-    keys.append(Key("best of a width", "points", symbol="D"))
+        panels.append(Panel(f"{arm_words(arm.arm)}\n{_movement(arm)}", marks, tags))
+    here = {fit.size for arm in arms for fit in arm.fits}
+    keys = [Key(axes.at(size), "line", colors[size], symbols[size], marked=True) for size in sorted(here)]
+    keys.append(Key(f"best of {with_article(axes.size)}", "points", symbol="D"))
     if any(mark.kind == "rule" for panel in panels for mark in panel.marks):
-        keys.append(Key("best of the base width", "line", dotted=True))
-    if any(fit.cells.diverged for arm in arms for fit in arm.fits):
+        keys.append(Key(f"best of the base {axes.size}", "line", dotted=True))
+    if any(fit.table.diverged for arm in arms for fit in arm.fits):
         keys.append(Key("diverged", "cross"))
     caption = (
-        f"Loss against {knob}, a line per width, means over seeds (faint dots: single seeds). Diamonds: the best {knob} of a "
-        "width, from the parabola behind its line, at the loss of the table below, from a narrower one that keeps closer to the "
-        "points; hollow where it does not count. Dotted: the best of the base width. "
-        "If rates transfer, the diamonds stand above one another."
+        f"Loss against {axes.label}, a line per {axes.size}, means over seeds (faint dots: single seeds). Diamonds: the best "
+        f"{axes.label} of {with_article(axes.size)}, from the parabola behind its line, at the loss of the table below, from a "
+        "narrower one that keeps closer to the points; hollow where it does not count. "
+        f"Dotted: the best of the base {axes.size}. If {axes.plain_values} transfer, the diamonds stand above one another."
     )
-    if name == "lr-curves-others":
+    if name == "loss-curves-others":
         caption = "The other arms, drawn in the same way."
     limits = _loss_limits([fit for arm in arms for fit in arm.fits])
     y = Axis(loss, limits=limits)
     return Figure(name, caption, Axis(label, "log2"), y, panels, keys, size=(3.3, 2.7))
 
 
-def _movement(arm: ArmResult, knob: str) -> str:
+def _movement(arm: ArmResult) -> str:
     if arm.drift is None:
-        return f"how the best {knob} moves is not known"
+        return f"how the best {arm.axes.label} moves is not known"
     slope = arm.drift.value
-    return f"best per doubling of width: \N{MULTIPLICATION SIGN}{2**slope:.2f} ({signed(slope)} octaves)"
+    return f"best per doubling of {arm.axes.size}: \N{MULTIPLICATION SIGN}{2**slope:.2f} ({signed(slope)} octaves)"
 
 
-def width_colors(result: TransferResult) -> dict[int, Color]:
-    """Light to dark as models get wider (on dark ground the other way round), ascending widths."""
+def size_colors(result: TransferResult) -> dict[int, Color]:
+    """Light to dark as models get larger (on dark ground the other way round), ascending sizes."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    widths = sorted({fit.width for arm in result.arms.values() for fit in arm.fits})
-    places = np.linspace(0, 1, len(widths))
+    sizes = sorted({fit.size for arm in result.arms.values() for fit in arm.fits})
+    places = np.linspace(0, 1, len(sizes))
     viridis = colormaps["viridis"]
     return {
-        width: (to_hex(viridis(0.86 - 0.8 * at)), to_hex(viridis(0.4 + 0.55 * at))) for width, at in zip(widths, places)
+        size: (to_hex(viridis(0.86 - 0.8 * at)), to_hex(viridis(0.4 + 0.55 * at))) for size, at in zip(sizes, places)
     }
 
 
@@ -121,15 +123,15 @@ def arm_colors(result: TransferResult) -> dict[str, Color]:
     return dict(zip(result.arms, cycle(ARM_COLORS)))
 
 
-def _curve(arm: ArmResult, fit: WidthFit, color: Color, symbol: str, rank: int) -> list[Mark]:
-    """One width in one panel."""
-    cells, bowls = fit.cells, fit.bowls
-    tags = {"arm": arm.arm, "width": str(fit.width)}
-    name = f"{arm_words(arm.arm)}, width {fit.width}"
-    lr = 2**cells.log2_lr
-    seed, column = np.nonzero(np.isfinite(cells.losses))
-    near = np.linspace(bowls.left[0], bowls.right[0], 61)
-    bowl = bowls.a[0] + (near - bowls.center[0]) * (bowls.b[0] + (near - bowls.center[0]) * bowls.c[0])
+def _curve(arm: ArmResult, fit: SizeFit, color: Color, symbol: str, rank: int) -> list[Mark]:
+    """One size in one panel."""
+    table, fitted = fit.table, fit.quadratic
+    tags = {"arm": arm.arm, arm.axes.size: str(fit.size)}
+    name = f"{arm_words(arm.arm)}, {fit.place}"
+    value = 2**table.log2_value
+    seed, column = np.nonzero(np.isfinite(table.losses))
+    near = np.linspace(fitted.left[0], fitted.right[0], 61)
+    parabola = fitted.a[0] + (near - fitted.center[0]) * (fitted.b[0] + (near - fitted.center[0]) * fitted.c[0])
     notes = [f"curvature {fit.curvature:.4f} nats per octave squared", *fit.problems]
     if not math.isnan(fit.optimum_se):
         notes.append(f"known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} octaves")
@@ -138,23 +140,24 @@ def _curve(arm: ArmResult, fit: WidthFit, color: Color, symbol: str, rank: int) 
     faint: dict[str, Any] = {"size": 1.6, "opacity": 0.35}
     means: dict[str, Any] = {"size": 1.2, "marked": True, "symbol": symbol}
     return [
-        Mark("points", lr[column], cells.losses[seed, column], color, f"{name}, one seed", tags, **faint),
-        Mark("line", 2**near, bowl, color, tags=tags, size=3.6, opacity=0.22),
-        Mark("line", lr, cells.mean, color, f"{name}, mean over seeds", tags, **means),
-        Mark(
-            "points", [2**fit.optimum], fit.best_losses[:1], color, f"{name}: best {knob_name(arm.knob)}", tags, **best
-        ),
-        Mark("cross", [2**x for x in cells.diverged], [rank] * len(cells.diverged), color, tags=tags),
+        Mark("points", value[column], table.losses[seed, column], color, f"{name}, one seed", tags, **faint),
+        Mark("line", 2**near, parabola, color, tags=tags, size=3.6, opacity=0.22),
+        Mark("line", value, table.mean, color, f"{name}, mean over seeds", tags, **means),
+        Mark("points", [2**fit.optimum], fit.best_losses[:1], color, f"{name}: best {arm.axes.label}", tags, **best),
+        Mark("cross", [2**x for x in table.diverged], [rank] * len(table.diverged), color, tags=tags),
     ]
 
 
-def _loss_limits(fits: Sequence[WidthFit]) -> tuple[float, float]:
-    """Limits that show every bowl whole, with room for crosses above; cliffs leave through the top."""
-    lowest = min(float(fit.cells.mean.min()) for fit in fits)
-    shown = [(fit.cells.log2_lr >= fit.bowls.left[0]) & (fit.cells.log2_lr <= fit.bowls.right[0]) for fit in fits]
-    highest = max(float(fit.cells.mean[near].max()) for fit, near in zip(fits, shown))
+def _loss_limits(fits: Sequence[SizeFit]) -> tuple[float, float]:
+    """Limits that show every fitted parabola whole, with room for crosses above; cliffs leave through the top."""
+    lowest = min(float(fit.table.mean.min()) for fit in fits)
+    shown = [
+        (fit.table.log2_value >= fit.quadratic.left[0]) & (fit.table.log2_value <= fit.quadratic.right[0])
+        for fit in fits
+    ]
+    highest = max(float(fit.table.mean[near].max()) for fit, near in zip(fits, shown))
     height = highest - lowest
-    return lowest - 0.08 * height, highest + (0.3 if any(fit.cells.diverged for fit in fits) else 0.1) * height
+    return lowest - 0.08 * height, highest + (0.3 if any(fit.table.diverged for fit in fits) else 0.1) * height
 
 
 def interval_text(estimate: Estimate | None, form: str = "{:+.2f}") -> str:
@@ -178,51 +181,52 @@ def _number(value: float, form: str) -> str:
 
 
 def drift(result: TransferResult) -> Figure:
-    """Optimum against width, a panel per arm, shifted so that its fitted line starts at 0 at its base width.
+    """Optimum against size, a panel per arm, shifted so that its fitted line starts at 0 at its base size.
 
     Bars: 90 % of a normal error. Lines: the fitted drift, shaded over its 90 % interval. Grey: drifts that count as
     transfer. A hollow mark is an optimum that does not enter the line. Raises TransferError.
     """
     drifts = {name: (arm, arm.drift) for name, arm in result.arms.items() if arm.drift is not None}
     if not drifts:
-        raise TransferError("no arm has a drift to draw; each needs two widths with an optimum")
-    widths = sorted({fit.width for arm, _ in drifts.values() for fit in arm.fits})
-    ends = np.log2([widths[0], widths[-1]]) + np.array([-0.15, 0.15])
-    limit, colors, knob = result.thresholds.equivalence, arm_colors(result), knob_name(result.knob)
+        raise TransferError(f"no arm has a drift to draw; each needs two {result.axes.plural} with an optimum")
+    sizes = sorted({fit.size for arm, _ in drifts.values() for fit in arm.fits})
+    ends = np.log2([sizes[0], sizes[-1]]) + np.array([-0.15, 0.15])
+    limit, colors, axes = result.thresholds.equivalence, arm_colors(result), result.axes
     panels = []
     for name, (arm, slope) in drifts.items():
-        x = np.sort([*ends, math.log2(arm.base_width)]) - math.log2(arm.base_width)
+        x = np.sort([*ends, math.log2(arm.base_size)]) - math.log2(arm.base_size)
         zone: dict[str, Any] = {
             "low": -limit * np.abs(x),
             "high": limit * np.abs(x),
             "color": BAND,
             "tags": {"arm": name},
         }
-        marks = [Mark("band", arm.base_width * 2**x, **zone), *_drift(arm, slope, colors[name], ends)]
+        marks = [Mark("band", arm.base_size * 2**x, **zone), *_drift_marks(arm, slope, colors[name], ends)]
         panels.append(Panel(f"{_title(arm)}\n{interval_text(slope)}", marks, {"arm": name}))
     keys = [Key(f"stands still: within \N{PLUS-MINUS SIGN}{limit:g} octaves per doubling", "band", BAND)]
     keys += [
-        Key("best of a width, with its 90 % error", "points"),
+        Key(f"best of {with_article(axes.size)}, with its 90 % error", "points"),
         Key("fitted drift, shaded over its 90 % interval", "line"),
     ]
     if any(fit.problems for arm, _ in drifts.values() for fit in arm.fits):
         keys.append(Key("does not count", "points", hollow=True))
     caption = (
-        f"How far the best {knob} moves with width, counted from the fitted line at the base width. Above each panel the drift, "
-        "in octaves per doubling of width, with its 90 % interval; a line inside the grey zone passes as transfer."
+        f"How far the best {axes.label} moves with {axes.size}, counted from the fitted line at the base {axes.size}. Above "
+        f"each panel the drift, in octaves per doubling of {axes.size}, with its 90 % interval; a line inside the grey zone "
+        "passes as transfer."
     )
-    y = Axis(f"shift of the best {knob} (octaves)")
-    return Figure("drift", caption, Axis("width", "log2", ticks=widths), y, panels, keys, size=(2.6, 2.5))
+    y = Axis(f"shift of the best {axes.label} (octaves)")
+    return Figure("drift", caption, Axis(axes.size, "log2", ticks=sizes), y, panels, keys, size=(2.6, 2.5))
 
 
 def _title(arm: ArmResult) -> str:
     return arm_words(arm.arm) if arm.predicted is None else f"{arm_words(arm.arm)}, control"
 
 
-def _drift(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[Mark]:
-    """One arm's optima, line and interval; `ends` (2,) are the limits in log2 width."""
-    start, tags = math.log2(arm.base_width), {"arm": arm.arm}
-    doublings = np.log2([fit.width for fit in arm.usable]) - start
+def _drift_marks(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[Mark]:
+    """One arm's optima, line and interval; `ends` (2,) are the limits in log2 size."""
+    start, tags = math.log2(arm.base_size), {"arm": arm.arm}
+    doublings = np.log2([fit.size for fit in arm.usable]) - start
     rest = [fit.optimum - slope.value * j for fit, j in zip(arm.usable, doublings)]
     zero = np.average(rest, weights=[fit.weight for fit in arm.usable])
     x = np.sort([*ends, start]) - start
@@ -233,16 +237,16 @@ def _drift(arm: ArmResult, slope: Estimate, color: Color, ends: Array) -> list[M
         marks.append(Mark("band", 2 ** (start + x), color=color, tags=tags, opacity=0.15, **edges))
     for fit in arm.fits:
         at, bar = fit.optimum - zero, 1.645 * float(np.nan_to_num(fit.optimum_se))
-        notes = ["; ".join([f"best {knob_name(arm.knob)} 2^{fit.optimum:.2f}", *fit.problems])]
-        tag = tags | {"width": str(fit.width)}
+        notes = ["; ".join([f"best {arm.axes.label} 2^{fit.optimum:.2f}", *fit.problems])]
+        tag = tags | {arm.axes.size: str(fit.size)}
         style: dict[str, Any] = {"size": 4.5, "hollow": bool(fit.problems)}
         style |= {"low": [at - bar], "high": [at + bar], "notes": notes}
-        marks.append(Mark("points", [fit.width], [at], color, arm_words(arm.arm), tag, **style))
+        marks.append(Mark("points", [fit.size], [at], color, arm_words(arm.arm), tag, **style))
     return marks
 
 
 def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure:
-    """Loss at the best learning rate of each width, with 90 % intervals: a parametrization can transfer and still lose.
+    """Loss at the best value of each size, with 90 % intervals: a parametrization can transfer and still lose.
 
     promised: points for a target run, such as what was predicted and what was measured.
     """
@@ -254,76 +258,78 @@ def best_losses(result: TransferResult, promised: Sequence[Mark] = ()) -> Figure
         aside = 2 ** (apart * (place - (len(result.arms) - 1) / 2))  # so that arms that agree do not hide one another
         tags = {"arm": name}
         losses = [arm.best_loss(fit) for fit in arm.usable]
-        widths, values = [fit.width * aside for fit in arm.usable], [loss.value for loss in losses]
-        marks.append(Mark("line", widths, values, colors[name], tags=tags, size=1.1))
-        for fit, width, loss in zip(arm.usable, widths, losses):
+        sizes, values = [fit.size * aside for fit in arm.usable], [loss.value for loss in losses]
+        marks.append(Mark("line", sizes, values, colors[name], tags=tags, size=1.1))
+        for fit, size, loss in zip(arm.usable, sizes, losses):
             low, high = loss.interval()
             bar: dict[str, Any] = {"symbol": symbols[name], "size": 5.0}
             if not math.isnan(low):
                 bar |= {"low": [low], "high": [high]}
-            tag = tags | {"width": str(fit.width)}
-            marks.append(Mark("points", [width], [loss.value], colors[name], arm_words(name), tag, **bar))
+            tag = tags | {arm.axes.size: str(fit.size)}
+            marks.append(Mark("points", [size], [loss.value], colors[name], arm_words(name), tag, **bar))
     keys = [Key(_title(arm), "line", colors[name], symbols[name], marked=True) for name, arm in result.arms.items()]
-    ticks = {float(fit.width) for arm in result.arms.values() for fit in arm.fits}
-    best = f"loss at the best {knob_name(result.knob)}"
+    ticks = {float(fit.size) for arm in result.arms.values() for fit in arm.fits}
+    best = f"loss at the best {result.axes.label}"
     caption = (
-        f"{best.capitalize()} of each width, with 90 % intervals; arms stand a little aside where they would overlap."
+        f"{best.capitalize()} of each {result.axes.size}, with 90 % intervals; arms stand a little aside where they would "
+        "overlap."
     )
     marks += promised
     keys += [Key(mark.name, mark.kind, mark.color, mark.symbol, hollow=mark.hollow) for mark in promised]
-    ticks |= {width for mark in promised for width in mark.x}
-    x, y = Axis("width", "log2", ticks=sorted(ticks)), Axis(f"{best} (nats)")
+    ticks |= {size for mark in promised for size in mark.x}
+    x, y = Axis(result.axes.size, "log2", ticks=sorted(ticks)), Axis(f"{best} (nats)")
     return Figure("best-loss", caption, x, y, [Panel("", marks)], keys, size=(4.4, 2.8))
 
 
 def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) -> Figure:
-    """Training loss against step, a panel per arm and a colour per width, mean over seeds; the reader picks the rate.
+    """Training loss against step, a panel per arm and a colour per size, mean over seeds; the reader picks the value.
 
-    First shown is the rate at which "wider is better" was judged, else that nearest to the base width's optimum.
+    First shown is the value at which "larger is better" was judged, else that nearest to the base size's optimum.
     """
-    colors, knob = width_colors(result), knob_name(result.knob)
+    colors, axes = size_colors(result), result.axes
     tables: dict[tuple[str, int, float], list[Array]] = {}
-    for (owner, width, lr, _), curve in sorted(curves.items()):
-        tables.setdefault((owner, width, round(math.log2(lr), 6)), []).append(curve)
-    rates = sorted({at for _, _, at in tables})
-    own = "nearest to the best of the base width"
+    for (owner, size, value, _), curve in sorted(curves.items()):
+        tables.setdefault((owner, size, round(math.log2(value), 6)), []).append(curve)
+    values = sorted({at for _, _, at in tables})
+    own = f"nearest to the best of the base {axes.size}"
     panels, shown, judged = [], [], []
     for name, arm in result.arms.items():
-        chosen = _judged_rate(arm, [at for owner, _, at in tables if owner == name])
+        chosen = _judged_value(arm, [at for owner, _, at in tables if owner == name])
         marks = []
-        for (owner, width, at), some in tables.items():
-            if owner != name or width not in colors:
+        for (owner, size, at), some in tables.items():
+            if owner != name or size not in colors:
                 continue
             steps, loss = _thin(np.mean(some, axis=0))
             loss = np.array(smooth(loss))
-            label = f"{arm_words(name)}, width {width}, {knob} {2**at:.3g}"
-            tags = {"arm": name, "width": str(width), "rate": f"{2**at:.3g}"}
-            marks.append(Mark("line", steps, loss, colors[width], label, tags, size=1.1))
+            label = f"{arm_words(name)}, {axes.at(size)}, {axes.label} {2**at:.3g}"
+            tags = {"arm": name, axes.size: str(size), "rate": f"{2**at:.3g}"}
+            marks.append(Mark("line", steps, loss, colors[size], label, tags, size=1.1))
             if at == chosen:
-                marks.append(Mark("line", steps, loss, colors[width], label, tags | {"rate": own}, size=1.1))
+                marks.append(Mark("line", steps, loss, colors[size], label, tags | {"rate": own}, size=1.1))
                 shown.append((steps, loss))
         panels.append(Panel(_title(arm), marks, {"arm": name}))
         judged.append(f"{name} {2**chosen:.3g}")
     late = np.concatenate([loss[steps >= 0.1 * steps[-1]] for steps, loss in shown])
     room = 0.05 * float(late.max() - late.min())
     limits = (float(late.min()) - room, float(late.max()) + room)
-    keys = [Key(f"width {width}", "line", color) for width, color in colors.items()]
+    keys = [Key(axes.at(size), "line", color) for size, color in colors.items()]
     caption = (
-        "Training loss, mean over seeds and smoothed over an eighth of the steps so far to either side, since all widths "
-        f"share the ups and downs of their batches; at one {knob} for all widths: that nearest to "
-        f"the best of the base width ({', '.join(judged)}). With the right rules a wider model is better at every step."
+        "Training loss, mean over seeds and smoothed over an eighth of the steps so far to either side, since all "
+        f"{axes.plural} share the ups and downs of their batches; at one {axes.label} for all of them: that nearest to "
+        f"the best of the base {axes.size} ({', '.join(judged)}). With the right rules a {axes.scale.larger} model is better at "
+        "every step."
     )
-    choice = Choice("rate", knob, [own, *(f"{2**at:.3g}" for at in rates)])
+    choice = Choice("rate", axes.label, [own, *(f"{2**at:.3g}" for at in values)])
     return Figure(
         "training-curves", caption, Axis("step"), Axis("training loss (nats)", limits=limits), panels, keys, choice
     )
 
 
-def _judged_rate(arm: ArmResult, rates: Sequence[float]) -> float:
-    if arm.wider:
-        return arm.wider.log2_lr
+def _judged_value(arm: ArmResult, values: Sequence[float]) -> float:
+    if arm.larger:
+        return arm.larger.log2_value
     optimum = arm.fits[0].optimum if arm.fits else 0.0
-    return min(rates, key=lambda at: abs(at - optimum))
+    return min(values, key=lambda at: abs(at - optimum))
 
 
 def _thin(curve: Array) -> tuple[Array, Array]:

@@ -18,17 +18,16 @@ from speedrun_mup.report.figures import (
     best_losses,
     drift,
     interval_text,
-    lr_curves,
+    loss_curves,
     main_arm,
     signed,
+    size_colors,
     training_curves,
-    width_colors,
 )
-from speedrun_mup.report.words import TERMS, TERMS_OF_TABLE, arm_words, verdict_words, wider_words
+from speedrun_mup.report.words import arm_words, larger_words, terms, verdict_words
 from speedrun_mup.sweep import read_results
 from speedrun_mup.sweep import training_curves as read_curves
-from speedrun_mup.transfer import TransferResult, is_rate, knob_name
-from speedrun_mup.transfer.runs import LR
+from speedrun_mup.transfer import Axes, TransferResult
 
 
 def make_report(
@@ -49,7 +48,7 @@ def make_report(
         target: Folder of the finished run that the plan in `source` was made for.
         command: What asked for the report, to be told in it.
         guide: Where docs/transfer.md lies as seen from the report's folder, if it is there.
-        predict: The command that predicts a wider run from the same measurement.
+        predict: The command that predicts a larger run from the same measurement.
 
     Raises:
         ConfigError: One of these is not what it should be.
@@ -62,20 +61,20 @@ def make_report(
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
     cells = read_results(source) if swept else []
-    knob = knob_name(result.knob)
+    axes = result.axes
     factors = swept or _is_of_sweep(source)
     sections = [
         Section("In numbers", tables=[_arms(result)]),
         Section(
-            f"Loss against {knob}",
-            figures=lr_curves(result, _knob_label(result, factors), "loss (nats per token)" if factors else "loss"),
-            tables=[_widths(result)],
+            f"Loss against {axes.label}",
+            figures=loss_curves(result, _axis_label(axes, factors), "loss (nats per token)" if factors else "loss"),
+            tables=[_sizes(result)],
         ),
-        _drift(result),
+        _drift_section(result),
         _best(result, prediction, comparison, predict or _predict(source, result)),
     ]
     if swept:
-        sections.append(Section("Training curves", _wider(result), [training_curves(result, read_curves(source))]))
+        sections.append(Section("Training curves", _larger(result), [training_curves(result, read_curves(source))]))
         sections.append(cost_section(result, cells, source, planned))
     else:
         why = f"{source.name} is a table of losses; `speedrun-mup sweep` keeps training curves and counts cost."
@@ -91,22 +90,22 @@ def make_report(
         result.verdict.value,
         (*result.reasons, *result.notes),
         sections,
-        switches={"arm": list(result.arms), "width": [str(width) for width in width_colors(result)]},
+        switches={"arm": list(result.arms), axes.size: [str(size) for size in size_colors(result)]},
         meaning=verdict_words(result),
         answer=answer(seen),
         rates=rates(seen),
         facts=facts(seen, command),
-        terms=TERMS if factors else TERMS_OF_TABLE,
+        terms=terms(axes, factors),
         guide=guide,
         controlled=any(arm.predicted is not None for arm in result.arms.values()),
     )
 
 
-def _knob_label(result: TransferResult, swept: bool) -> str:
-    """Of the knob's axis. In a sweep it is a factor on what its settings say."""
-    name = knob_name(result.knob)
-    factor = {"lr_scale": "factor on all", "lr": "factor"}.get(result.knob, f"factor on {result.knob}")
-    return f"{name} ({factor})" if swept and is_rate(result.knob) else name
+def _axis_label(axes: Axes, factors: bool) -> str:
+    """Of the hyperparameter's axis. In a sweep a rate is a factor on what its settings say."""
+    name = axes.hyperparameter
+    factor = {"lr_scale": "factor on all", "lr": "factor"}.get(name, f"factor on {name}")
+    return f"{axes.label} ({factor})" if factors and axes.is_rate else axes.label
 
 
 def _is_of_sweep(table: Path) -> bool:
@@ -120,9 +119,9 @@ def _arms(result: TransferResult) -> Table:
         "arm",
         "verdict",
         "drift, octaves per doubling",
-        "regret at the widest, nats",
+        f"regret at the {result.axes.scale.largest}, nats",
         "sd of one run",
-        "wider has the lower loss",
+        f"{result.axes.scale.larger} has the lower loss",
     ]
     rows = []
     for name, arm in result.arms.items():
@@ -130,18 +129,19 @@ def _arms(result: TransferResult) -> Table:
         if arm.predicted is not None:
             verdict = f"control, {signed(arm.predicted)} predicted: {verdict}" + ", as it must" * (verdict == "FAIL")
         sigma = "unknown" if arm.noise.sigma is None else f"{arm.noise.sigma:.4f}"
-        wider = wider_words(arm.wider, result.thresholds.max_violations)
-        rows.append([name, verdict, interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma, wider])
+        larger = larger_words(arm.larger, result.thresholds.max_violations)
+        rows.append([name, verdict, interval_text(arm.drift), interval_text(arm.regret, "{:.4f}"), sigma, larger])
     return Table(header, rows)
 
 
-def _widths(result: TransferResult) -> Table:
-    rate = "rate" if is_rate(result.knob) else result.knob
+def _sizes(result: TransferResult) -> Table:
+    axes = result.axes
+    rate = "rate" if axes.is_rate else axes.hyperparameter
     header = [
         "arm",
-        "width",
+        axes.size,
         "seeds",
-        "rates tried" if is_rate(result.knob) else "values tried",
+        f"{axes.plain_values} tried",
         f"best log2 {rate}",
         f"best {rate}",
         "curvature",
@@ -154,25 +154,29 @@ def _widths(result: TransferResult) -> Table:
         for fit in arm.fits:
             error = "" if math.isnan(fit.optimum_se) else f" \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f}"
             stable = "nothing" if math.isnan(fit.largest_stable) else f"{2**fit.largest_stable:.3g}"
-            counts = [str(fit.width), str(len(fit.cells.losses)), str(len(fit.cells.log2_lr))]
+            counts = [str(fit.size), str(len(fit.table.losses)), str(len(fit.table.log2_value))]
             best = [signed(fit.optimum) + error, f"{2**fit.optimum:.4g}", f"{fit.curvature:.4f}"]
             loss = interval_text(arm.best_loss(fit), "{:.4f}")
-            remark = "; ".join(problem.removeprefix(f"width {fit.width}: ") for problem in fit.problems)
+            remark = "; ".join(problem.removeprefix(f"{fit.place}: ") for problem in fit.problems)
             rows.append([name, *counts, *best, loss, stable, remark])
     return Table(header, rows)
 
 
-def _drift(result: TransferResult) -> Section:
-    title = f"Drift of the best {knob_name(result.knob)}"
+def _drift_section(result: TransferResult) -> Section:
+    title = f"Drift of the best {result.axes.label}"
     if any(arm.drift for arm in result.arms.values()):
         return Section(title, figures=[drift(result)])
-    return Section(title, ["Unknown: no arm has two widths with an optimum inside the grid; extend the sweep."])
+    why = f"no arm has two {result.axes.plural} with an optimum inside the grid; extend the sweep."
+    return Section(title, [f"Unknown: {why}"])
 
 
 def _predict(source: Path, result: TransferResult) -> str:
     """The command that predicts from this table or sweep, as far as the result tells how it was read."""
-    knob = [] if source.is_dir() or result.knob == LR else ["--knob", result.knob]
-    return shlex.join(["speedrun-mup", "transfer", str(source), *knob, "--predict", "WIDTH"])
+    axes, named = result.axes, list[str]()
+    if not source.is_dir():
+        named += ["--size", axes.size] if axes.size != Axes().size else []
+        named += ["--hyperparameter", axes.hyperparameter] if axes.hyperparameter != Axes().hyperparameter else []
+    return shlex.join(["speedrun-mup", "transfer", str(source), *named, "--predict", axes.size.upper()])
 
 
 def _best(
@@ -180,9 +184,9 @@ def _best(
 ) -> Section:
     """Losses at the best rates; predicted against measured, as far as there is a plan."""
     if not prediction:
-        knob = knob_name(result.knob)
-        make = f"`{predict}` predicts loss and {knob} of a wider run."
-        return Section(f"Loss at the best {knob}", [f"Without prediction. {make}"], [best_losses(result)])
+        axes = result.axes
+        make = f"`{predict}` predicts loss and {axes.label} of a {axes.scale.larger} run."
+        return Section(f"Loss at the best {axes.label}", [f"No prediction. {make}"], [best_losses(result)])
     low, high = prediction.loss_interval
     style: dict[str, Any] = {"symbol": "s", "size": 6, "hollow": True, "low": [low], "high": [high]}
     width = [prediction.width]
@@ -198,16 +202,17 @@ def _best(
     return Section("Predicted against measured", text, [best_losses(result, marks)])
 
 
-def _wider(result: TransferResult) -> list[str]:
-    """Whether the curves lie in the order of the widths, in words."""
-    most, told = result.thresholds.max_violations, []
+def _larger(result: TransferResult) -> list[str]:
+    """Whether the curves lie in the order of the sizes, in words."""
+    axes, most, told = result.axes, result.thresholds.max_violations, []
     for name, arm in result.arms.items():
-        if arm.wider:
-            told.append(f"{arm_words(name)}: is the wider model the better one? {wider_words(arm.wider, most)}.")
-            if arm.wider.where:
-                narrow, wide, step = arm.wider.where
-                worst = f"by {arm.wider.largest:.3f} nats" if math.isfinite(arm.wider.largest) else "without limit"
-                told[-1] += f" The worst exception: width {wide} above {narrow} {worst} at step {step}."
+        if arm.larger:
+            question = f"is the {axes.scale.larger} model the better one?"
+            told.append(f"{arm_words(name)}: {question} {larger_words(arm.larger, most)}.")
+            if arm.larger.where:
+                small, large, step = arm.larger.where
+                worst = f"by {arm.larger.worst:.3f} nats" if math.isfinite(arm.larger.worst) else "without limit"
+                told[-1] += f" The worst exception: {axes.at(large)} above {small} {worst} at step {step}."
     return told
 
 

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from speedrun_mup.transfer import Estimate, TransferResult, WiderIsBetter, knob_name
+from speedrun_mup.transfer import Axes, Estimate, LargerIsBetter, TransferResult
 
-TERMS = {
-    "width": "Size of the vectors that run through the model (d_model). Narrow models are cheap, wide ones are good.",
-    "base width": "The width that the learning rates were tuned at. There every factor of muP is 1.",
-    "muP": "Maximal update parametrization: rules that scale initialisation, forward pass and learning rates with width, "
-    "so that what was tuned on a narrow model holds for a wide one.",
-    "standard parametrization": "What most code does: initialisation by fan-in, one learning rate whatever the width.",
-    "arm": "One way to scale with width: a set of rules and an optimizer. All arms share data, steps and seeds.",
-    "control": "An arm with a rule that is wrong on purpose. Its best rate must drift; if it did not, this measurement "
+# {size}, {larger}, {largest}, {smallest}: words of the size axis; {label}: of the hyperparameter.
+_TERMS = {
+    "base {size}": "The {size} that the {label} was tuned at. There every factor of muP is 1.",
+    "muP": "Maximal update parametrization: rules that scale initialisation, forward pass and learning rates with {size}, "
+    "so that what was tuned on a small model holds for a large one.",
+    "standard parametrization": "What most code does: initialisation by fan-in, one learning rate whatever the {size}.",
+    "arm": "One way to scale with {size}: a set of rules and an optimizer. All arms share data, steps and seeds.",
+    "control": "An arm with a rule that is wrong on purpose. Its best {label} must drift; if it did not, this measurement "
     "could not have noticed a mistake, and nothing here would count.",
-    "learning rate": "A rate here is a factor on what was tuned at the base width, unless it says otherwise; 1 is as tuned.",
+    "{label}": "Here a factor on what was tuned at the base {size}, unless it says otherwise; 1 is as tuned.",
     "octave": "A factor of two: +1 octave is twice, \N{MINUS SIGN}1 is half, 0.25 is 1.19 times.",
-    "drift": "How far the best rate moves with each doubling of width, in octaves. 0: it stays, and the rate transfers.",
+    "drift": "How far the best {label} moves with each doubling of {size}, in octaves. 0: it stays, and transfers.",
     "loss": "Mean cross-entropy per token on text that the model was not trained on. Lower is better.",
     "nat": "Unit of the loss (natural logarithm). 0.01 nats less is a perplexity 1 % lower.",
-    "regret": "Loss given away at the widest model if it takes the base width's best rate instead of its own.",
+    "regret": "Loss given away by the {largest} model if it takes the best {label} of the base {size} instead of its own.",
     "interval": "Of 90 % here: in nine of ten such measurements it holds the true value, as far as noise between seeds goes.",
     "seed": "Number that fixes what is random. Runs that differ in their seed only show how large the noise is.",
     "sd": "Standard deviation: how far single runs lie from their mean, as a rule of thumb two times out of three.",
-    "curvature": "How steeply the loss rises beside the best rate, in nats per octave squared.",
-    "diverged": "A run whose loss was no number, or ended above where it began. The learning rate was too high.",
+    "curvature": "How steeply the loss rises on either side of the best {label}, in nats per octave squared.",
+    "diverged": "A run whose loss was no number, or ended above where it began. The {label} was too high.",
     "FLOPs": "Floating-point operations, the usual measure of what training costs.",
-    "PASS": "The best rate stays where it is, surely enough, and keeping it costs next to nothing.",
-    "FAIL": "The best rate moves, or keeping it costs loss, by more than noise explains.",
+    "PASS": "The best {label} stays where it is, surely enough, and keeping it costs next to nothing.",
+    "FAIL": "The best {label} moves, or keeping it costs loss, by more than noise explains.",
     "INCONCLUSIVE": "These runs cannot tell. The reasons say what is missing.",
 }
 
 # What a stranger's table does not tell is not told of it.
-TERMS_OF_TABLE = TERMS | {
-    "base width": "The width whose best rate is held against that of the widest: the narrowest, unless another was named.",
-    "arm": "One way to scale with width: a set of rules and an optimizer. Runs of one should differ in nothing else than "
-    "width, rate and seed.",
-    "learning rate": "As it stands in the table.",
+_TERMS_OF_TABLE = _TERMS | {
+    "base {size}": "The {size} whose best {label} is held against that of the {largest}: the {smallest}, unless another was "
+    "named.",
+    "arm": "One way to scale with {size}: a set of rules and an optimizer. Runs of one should differ in nothing else than "
+    "{size}, {label} and seed.",
+    "{label}": "As it stands in the table.",
     "loss": "As it stands in the table, taken for nats. Lower is better.",
-    "diverged": "A run whose loss was no number, or far above all others. The learning rate was too high.",
+    "diverged": "A run whose loss was no number, or far above all others. The {label} was too high.",
 }
+
+
+def terms(axes: Axes, factors: bool) -> dict[str, str]:
+    """Term -> what it means, for the axes of a report. factors: whether a value is a factor on what was tuned."""
+    words = {name: getattr(axes.scale, name) for name in ("larger", "largest", "smallest")}
+    words |= {"size": axes.size, "label": axes.label}
+    told = _TERMS if factors else _TERMS_OF_TABLE
+    return {axes.size: axes.scale.meaning} | {term.format(**words): text.format(**words) for term, text in told.items()}
+
 
 ARM_WORDS = {
     "mup": "muP",
@@ -58,26 +68,27 @@ def arm_words(name: str) -> str:
 
 def verdict_words(result: TransferResult) -> str:
     """A verdict as a sentence."""
-    knob, limit = knob_name(result.knob), result.thresholds.equivalence
-    still = f"up to \N{PLUS-MINUS SIGN}{limit:g} octaves per doubling of width count as standing still"
+    axes, limit = result.axes, result.thresholds.equivalence
+    best, larger = f"the best {axes.label}", axes.scale.larger
+    still = f"up to \N{PLUS-MINUS SIGN}{limit:g} octaves per doubling of {axes.size} count as standing still"
     told = {
-        "PASS": f"PASS: the best {knob} stays where it is as the model gets wider ({still}).",
-        "FAIL": f"FAIL: the best {knob} does not hold for wider models ({still}); tune it anew for each width.",
-        "INCONCLUSIVE": f"INCONCLUSIVE: these runs do not show whether the best {knob} holds for wider models.",
+        "PASS": f"PASS: {best} stays where it is as the model gets {larger} ({still}).",
+        "FAIL": f"FAIL: {best} does not hold for {larger} models ({still}); tune it again for each {axes.size}.",
+        "INCONCLUSIVE": f"INCONCLUSIVE: these runs do not show whether {best} holds for {larger} models.",
     }
     return told[result.verdict.value]
 
 
-def wider_words(wider: WiderIsBetter | None, most: float) -> str:
-    """Whether the wider model had the lower loss, for a reader; `most` is the share of exceptions that is allowed."""
-    if wider is None:
+def larger_words(larger: LargerIsBetter | None, most: float) -> str:
+    """Whether the larger model had the lower loss, for a reader; `most` is the share of exceptions that is allowed."""
+    if larger is None:
         return "not known"
-    better = f"at {1 - wider.share:.1%} of the steps"
+    better = f"at {1 - larger.share:.1%} of the steps"
     return {
         "PASS": f"yes, {better} (PASS from {1 - most:.0%})",
         "FAIL": f"no, only {better} (FAIL below {1 - most:.0%})",
         "INCONCLUSIVE": f"unsure: {better}, and noise may explain the rest",
-    }[wider.verdict.value]
+    }[larger.verdict.value]
 
 
 def within(estimate: Estimate, form: str = "{:.4f}") -> str:

@@ -13,9 +13,9 @@ the data, so that all cells of one seed share it (common random numbers) and see
 
 from speedrun_mup.sweep.cost import Pace
 from speedrun_mup.sweep.engines import RAY_LISTENS, Engine, LocalEngine, RayEngine, cores, open_engine, visible_gpus
-from speedrun_mup.sweep.folder import CELLS, COLUMNS, RESULT, knob_flag, read_definition, read_results, write_csv
+from speedrun_mup.sweep.folder import CELLS, COLUMNS, RESULT, read_definition, read_results, tuned_flag, write_csv
 from speedrun_mup.sweep.grid import next_points
-from speedrun_mup.sweep.measure import measure_sweep, runs_table, training_curves
+from speedrun_mup.sweep.measure import measure_sweep, points_of, training_curves
 from speedrun_mup.sweep.one_run import attempt, run_cell
 from speedrun_mup.sweep.result import CellResult, Failure
 from speedrun_mup.sweep.run import SweepResult, run_sweep
@@ -40,17 +40,17 @@ __all__ = [
     "attempt",
     "check_given",
     "cores",
-    "knob_flag",
     "measure_sweep",
     "next_points",
     "open_engine",
     "pick_arms",
+    "points_of",
     "read_definition",
     "read_results",
     "run_cell",
     "run_sweep",
-    "runs_table",
     "training_curves",
+    "tuned_flag",
     "visible_gpus",
     "write_csv",
 ]

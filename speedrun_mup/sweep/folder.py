@@ -19,7 +19,7 @@ from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
 from speedrun_mup.sweep.result import CellResult, place_of
 from speedrun_mup.sweep.spec import KNOBS, SCHEMA, Cell, Sweep
 from speedrun_mup.training.run_folder import FolderLock
-from speedrun_mup.transfer import MADE_WITH, is_rate
+from speedrun_mup.transfer import MADE_WITH, Axes
 
 SWEEP, CELLS, RESULT, SCRATCH = "sweep.json", "cells", "result.json", "running"
 MOST_RUNS = 10**6
@@ -144,14 +144,14 @@ COLUMNS = ("arm", "width", "lr", "log2_lr", "seed", "loss", "diverged", "train_l
 
 
 def write_csv(out: Path, path: Path) -> None:
-    """The finished cells as a table that `transfer.read_runs` reads; losses are nan where a run diverged.
+    """The finished runs as a table that `transfer.read_points` reads; losses are nan where a run diverged.
 
-    The factor on the knob is in the column lr, or, if that is no learning rate, in one that `knob_label` names.
+    The factor on the hyperparameter is in the column lr, or, if that is no learning rate, in one that `axes_of` names.
     """
-    knob = knob_label(read_definition(out))
+    axes = axes_of(read_definition(out))
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(name if is_rate(knob) else name.replace("lr", knob) for name in COLUMNS)
+    writer.writerow(name.replace("lr", axes.short) for name in COLUMNS)
     for cell in read_results(out):
         loss = math.nan if cell.diverged else cell.loss
         place = (cell.arm, cell.width, cell.lr, cell.octaves, cell.seed)
@@ -161,13 +161,13 @@ def write_csv(out: Path, path: Path) -> None:
     write_whole(path, file.getvalue())
 
 
-def knob_label(definition: Mapping[str, Any]) -> str:
-    """What the runs' lr stands for: a factor on learning rates by their setting's name, on another by NAME_factor."""
-    knob = definition["base"]["knob"]
-    return knob if is_rate(knob) else f"{knob}_factor"
+def axes_of(definition: Mapping[str, Any]) -> Axes:
+    """The axes of a sweep: a factor on learning rates goes by their setting's name, one on another by NAME_factor."""
+    axes = Axes("width", definition["base"]["knob"])
+    return axes if axes.is_rate else Axes(axes.size, f"{axes.hyperparameter}_factor")
 
 
-def knob_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
-    """The flag for what the sweep turned, and its value where the factor is 1: ("--lr-scale", 1.0)."""
+def tuned_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
+    """The flag for what the sweep tuned, and its value where the factor is 1: ("--lr-scale", 1.0)."""
     name = definition["base"]["knob"]
     return f"--{name.replace('_', '-')}", (definition["base"] | definition["arms"][arm]["settings"])[name]

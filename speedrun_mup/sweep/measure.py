@@ -5,46 +5,47 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.sweep.folder import knob_label, read_definition, read_results
+from speedrun_mup.sweep.folder import axes_of, read_definition, read_results
 from speedrun_mup.sweep.grid import next_points
 from speedrun_mup.sweep.result import CellResult, mean_losses
 from speedrun_mup.transfer import (
     MADE_WITH,
     Array,
+    Axes,
     CurveKey,
     Doubt,
-    Run,
+    Point,
     TransferResult,
     differing,
-    is_rate,
     measure_transfer,
     missing,
 )
 
 
-def runs_table(out: Path) -> list[Run]:
-    """The finished cells as the estimator takes them: lr is the factor on the knob; a diverged run's loss is nan."""
-    return [_as_run(result) for result in read_results(out)]
+def points_of(results: Iterable[CellResult]) -> list[Point]:
+    """Finished runs as the estimator takes them: the value is the factor on the hyperparameter; nan if a run diverged."""
+    return [_point(result) for result in results]
 
 
-def _as_run(result: CellResult) -> Run:
-    return Run(result.width, result.lr, result.seed, math.nan if result.diverged else result.loss, result.arm)
+def _point(result: CellResult) -> Point:
+    loss = math.nan if result.diverged else result.loss
+    return Point({"width": result.width}, result.lr, result.seed, loss, result.arm)
 
 
-def made_differently(results: Sequence[CellResult]) -> list[Doubt]:
+def made_differently(results: Sequence[CellResult], axes: Axes) -> list[Doubt]:
     """Doubts about results that several versions of the code, of torch, several devices or types of numbers made."""
-    pairs = [(result, _as_run(result)) for result in results]
+    pairs = [(result, _point(result)) for result in results]
     return [
         doubt
         for name in MADE_WITH
-        for doubt in differing(name, ((result.made_with.get(name, ""), run) for result, run in pairs))
+        for doubt in differing(name, ((result.made_with.get(name, ""), point) for result, point in pairs), axes)
     ]
 
 
@@ -97,7 +98,7 @@ def _grows(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) 
 
 
 def training_curves(out: Path) -> dict[CurveKey, Array]:
-    """(arm, width, lr, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended."""
+    """(arm, size, factor, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended."""
     curves = {}
     for result in read_results(out):
         losses = np.full(result.config["iterations"], np.nan)
@@ -111,7 +112,7 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     """`measure_transfer` on a sweep folder, with its controls, base width and training curves.
 
     arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
-    of these. A prediction is about learning rates: with another knob that arm is neither tested nor a control. options:
+    of these. A prediction is about learning rates: with another hyperparameter that arm is neither tested nor a control. options:
     for `measure_transfer`. Raises ConfigError, TransferError.
     """
     definition = read_definition(out)
@@ -120,18 +121,17 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     if unknown:
         raise ConfigError(f"{out} has no arm {', '.join(sorted(unknown))}; it has {', '.join(definition['arms'])}")
     results = [result for result in read_results(out) if result.arm in known]
-    runs = [_as_run(result) for result in results]
-    several = [name for name in known if len({run.width for run in runs if run.arm == name}) > 1]
+    points, axes = points_of(results), axes_of(definition)
+    several = [name for name in known if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
     curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
-    knob = knob_label(definition)
     predicted = {name: definition["arms"][name]["predicted"] for name in known}
-    if not is_rate(knob):
+    if not axes.is_rate:
         tested = [name for name in known if predicted[name] is None] or known
         options["tested"] = options.get("tested") or tested
         predicted = {}
     base = definition["base"]["base_width"]
-    everywhere = all(any(run.width == base for run in runs if run.arm == name) for name in known)
+    everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in known)
     absent, notes = not_run(out, results, known)
-    about = {"doubts": [*made_differently(results), *absent], "notes": notes}
-    options = {"base_width": base if everywhere else None, "curves": curves, "knob": knob, **about} | options
-    return measure_transfer(runs, controls={k: v for k, v in predicted.items() if v is not None}, **options)
+    about = {"doubts": [*made_differently(results, axes), *absent], "notes": notes}
+    options = {"base_size": base if everywhere else None, "curves": curves, "axes": axes, **about} | options
+    return measure_transfer(points, controls={k: v for k, v in predicted.items() if v is not None}, **options)

@@ -34,6 +34,7 @@ from speedrun_mup.sweep.spec import Cell, Sweep
 from speedrun_mup.training.flops import model_shape, run_flops
 from speedrun_mup.training.signals import signals_interrupt
 from speedrun_mup.training.tracking import clock, source_sha256
+from speedrun_mup.transfer import Axes
 
 ATTEMPTS = 3  # a cell that fails is tried again twice
 
@@ -80,7 +81,7 @@ class SweepResult:
             f"cost: {self.flops:.3g} FLOPs, {worked} of one worker's time",
             *(f"failed: {cell}: {why}" for cell, why in self.failed.items()),
         ]
-        lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results)]
+        lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results, Axes())]
         if self.used_up:
             lines.append(f"the budget of FLOPs has no room for the {self.left} runs left; a larger one goes on")
         elif self.left:

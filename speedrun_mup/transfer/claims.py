@@ -1,6 +1,6 @@
-"""Are the runs what they claim to be? Copies that pass for widths or seeds are refused, other doubts make INCONCLUSIVE.
+"""Are the runs what they claim to be? Copies that pass for sizes or seeds are refused, other doubts make INCONCLUSIVE.
 
-A verdict compares runs that should differ in one thing and share all others. A script that ignores --width, a seed that does
+A verdict compares runs that should differ in one thing and share all others. A script that ignores the size, a seed that does
 not reach the runs, a sweep that is half done or that two versions of the code made give numbers all the same. This is the
 one place that asks, for tables and for sweep folders.
 """
@@ -16,19 +16,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from speedrun_mup.files import printable
-from speedrun_mup.transfer.fits import Array, Cells, fit_bowls
-from speedrun_mup.transfer.runs import Run, TransferError
+from speedrun_mup.transfer.axes import Axes
+from speedrun_mup.transfer.fits import Array, LossTable, fit_quadratics
+from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds
 
 MADE_WITH = ("source_sha256", "torch", "device", "dtype")  # what must be the same in all runs, arms and all
 NAMED = 3  # examples in a sentence
 
-# Noise between runs that differ only in chance is far above both of these, of what the loss is and of what learning rates
-# change near the optimum: by 15 to 300 times in the published tables.
+# Noise between runs that differ only in chance is far above both of these, of what the loss is and of what the hyperparameter
+# changes near the optimum: by 15 to 300 times in the published tables.
 OF_LOSS, OF_RANGE = 5e-5, 2e-3
 LEAST_CHANCE = math.log(1e-5)  # that honest runs look like copies
-FURTHER_APART = 20.0  # times the noise: what the losses of two widths lie apart at the least
-MOST_PAIRS = 40  # beyond so many widths or seeds, only neighbours are compared
+FURTHER_APART = 20.0  # times the noise: what the losses of two sizes lie apart at the least
+MOST_PAIRS = 40  # beyond so many sizes or seeds, only neighbours are compared
 
 
 @dataclass(frozen=True)
@@ -54,27 +55,27 @@ def open_doubts(doubts: Sequence[Doubt], accept: Collection[str]) -> list[Doubt]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def several(kind: str, runs: Mapping[str, Sequence[Run]], arm: str | None = None) -> Doubt:
+def several(kind: str, runs: Mapping[str, Sequence[Point]], axes: Axes, arm: str | None = None) -> Doubt:
     """The doubt about runs, of one arm or of all, that differ in `kind`. runs: value of it -> the runs that have it."""
     told = []
     for value, some in sorted(runs.items(), key=lambda item: -len(item[1])):
-        widths = ", ".join(map(str, sorted({run.width for run in some})[:8]))
+        sizes = ", ".join(map(str, sorted({run.sizes[axes.size] for run in some})[:8]))
         arms = ", ".join(sorted({printable(run.arm, 40) for run in some})[:NAMED])
-        told.append(f"{printable(value, 24)} ({len(some)} of {arms} at width {widths})")
+        told.append(f"{printable(value, 24)} ({len(some)} of {arms} at {axes.size} {sizes})")
     shown = "; ".join(told[: NAMED + 1]) + (" and more" if len(told) > NAMED + 1 else "")
     made = f"{len(runs)} different {kind} made these runs"
     differ = made if kind in MADE_WITH else f"{kind} has {len(runs)} values in these runs"
     return Doubt(kind, f"{differ}: {shown}; run them alike, or --accept {kind}", arm)
 
 
-def differing(kind: str, values: Iterable[tuple[str, Run]]) -> Iterator[Doubt]:
+def differing(kind: str, values: Iterable[tuple[str, Point]], axes: Axes) -> Iterator[Doubt]:
     """A doubt if the runs differ in `kind`; a run without a value says nothing."""
     runs = defaultdict(list)
     for value, run in values:
         if value:
             runs[value].append(run)
     if len(runs) > 1:
-        yield several(kind, runs)
+        yield several(kind, runs, axes)
 
 
 def missing(names: Mapping[str, Sequence[str]], asked: Mapping[str, int]) -> Iterator[Doubt]:
@@ -92,25 +93,24 @@ def missing(names: Mapping[str, Sequence[str]], asked: Mapping[str, int]) -> Ite
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refuse_copies(tables: Mapping[str, Sequence[Cells]], noise_known: bool, thresholds: Thresholds) -> None:
-    """Raises TransferError where the runs of several widths or seeds of an arm are the same, up to rounding or an offset.
+def refuse_copies(tables: Mapping[str, Sequence[LossTable]], noise_known: bool, thresholds: Thresholds) -> None:
+    """Raises TransferError where the runs of several sizes or seeds of an arm are the same, up to rounding or an offset.
 
-    noise_known: else only widths that are equal without an offset are refused; no verdict can follow then anyway.
+    noise_known: else only sizes that are equal without an offset are refused; no verdict can follow then anyway.
     """
     found = []
-    for arm, cells in tables.items():
-        scales = _scales(cells, thresholds)
+    for arm, some in tables.items():
+        scales = _scales(some, thresholds)
         seeds = [*_copied_seeds(scales)]
-        if seeds and all(len(table.losses) < 2 or table.width in dict(seeds) for table in cells):
+        if seeds and all(len(table.losses) < 2 or table.place in dict(seeds) for table in some):
             found.append((arm, "all seeds have the same losses, up to an offset", "seed"))
         else:
             found += [
-                (arm, f"width {width}: seeds {pair} have the same losses, up to an offset", "seed")
-                for width, pair in seeds
+                (arm, f"{place}: seeds {pair} have the same losses, up to an offset", "seed") for place, pair in seeds
             ]
-        if widths := _copied_widths(scales, noise_known):
-            names = ", ".join(map(str, widths))
-            found.append((arm, f"widths {names} have the same losses, up to an offset", "width"))
+        if sizes := _copied_sizes(scales, noise_known):
+            names, axes = ", ".join(map(str, sizes)), some[0].axes
+            found.append((arm, f"{axes.plural} {names} have the same losses, up to an offset", axes.size))
     if found:
         arm, text, what = found[0]
         where = f"arm {printable(arm, 60)}: " if len(tables) > 1 else ""
@@ -118,9 +118,9 @@ def refuse_copies(tables: Mapping[str, Sequence[Cells]], noise_known: bool, thre
         raise TransferError(f"{where}{text}; see if the {what} reaches the runs, or give more digits{more}")
 
 
-def _step(cells: Sequence[Cells]) -> float:
+def _step(tables: Sequence[LossTable]) -> float:
     """The precision of the losses: 0.001 if none has more than three decimals; next to nothing if they have all digits."""
-    losses = np.concatenate([table.losses[np.isfinite(table.losses)] for table in cells] or [np.zeros(0)])
+    losses = np.concatenate([table.losses[np.isfinite(table.losses)] for table in tables] or [np.zeros(0)])
     largest = float(np.abs(losses).max(initial=0.0))
     for digits in range(12):
         if (np.abs(np.round(losses, digits) - losses) <= 1e-14 * largest).all():
@@ -128,28 +128,28 @@ def _step(cells: Sequence[Cells]) -> float:
     return 1e-12 * largest
 
 
-def _copied_seeds(scales: Sequence[_Scale]) -> Iterator[tuple[int, str]]:
-    """(width, names of seeds) where seeds are copies: two of one width, all of it, two over all widths, or everything."""
-    groups: dict[str, list[tuple[int, _Evidence]]] = defaultdict(list)
+def _copied_seeds(scales: Sequence[_Scale]) -> Iterator[tuple[str, str]]:
+    """(place, names of seeds) where seeds are copies: two of one size, all of it, two over all sizes, or everything."""
+    groups: dict[str, list[tuple[str, _Evidence]]] = defaultdict(list)
     for scale in scales:
         table = scale.table
         share = 2 / max(len(table.losses), 2)  # pairs that share a seed are not independent: S - 1 of them are
         for one, other in _pairs(len(table.losses)):
-            found = scale.compare(table.losses[one], table.losses[other], table.log2_lr)
+            found = scale.compare(table.losses[one], table.losses[other], table.log2_value)
             pair = f"{table.seeds[one]} and {table.seeds[other]}"
-            groups[pair].append((table.width, found))
-            groups[f"{pair} of {table.width}"].append((table.width, found))
-            groups[f"of {table.width}"].append((table.width, found.counted(share)))
-            groups["of all"].append((table.width, found.counted(share)))
-    told: dict[int, str] = {}
+            groups[pair].append((table.place, found))
+            groups[f"{pair} of {table.size}"].append((table.place, found))
+            groups[f"of {table.size}"].append((table.place, found.counted(share)))
+            groups["of all"].append((table.place, found.counted(share)))
+    told: dict[str, str] = {}
     for name, some in groups.items():
         if _together(found for _, found in some).copied:
-            told |= {width: name.partition(" of ")[0] for width, _ in some if width not in told}
+            told |= {place: name.partition(" of ")[0] for place, _ in some if place not in told}
     yield from told.items()
 
 
-def _copied_widths(scales: Sequence[_Scale], noise_known: bool) -> list[int]:
-    """Widths whose curves are those of another width, seed by seed in whatever order."""
+def _copied_sizes(scales: Sequence[_Scale], noise_known: bool) -> list[int]:
+    """Sizes whose curves are those of another size, seed by seed in whatever order."""
     copied: set[int] = set()
     chain = []
     for one, other in _pairs(len(scales)):
@@ -157,19 +157,19 @@ def _copied_widths(scales: Sequence[_Scale], noise_known: bool) -> list[int]:
         if other == one + 1:
             chain.append(together)
         if together.equal or (noise_known and together.copied):
-            copied |= {scales[one].table.width, scales[other].table.width}
+            copied |= {scales[one].table.size, scales[other].table.size}
     whole = _together(chain)
     if whole.equal or (noise_known and whole.copied):
-        copied |= {scale.table.width for scale in scales}
+        copied |= {scale.table.size for scale in scales}
     return sorted(copied)
 
 
-def _matched(scale: _Scale, wide: Cells) -> _Evidence:
-    """Evidence that every curve of `wide` is a copy of some curve of the scale's width, whatever its seed is called."""
-    narrow, found = scale.table, []
-    grid = np.intersect1d(narrow.log2_lr, wide.log2_lr)
-    theirs = narrow.losses[:, np.isin(narrow.log2_lr, grid)]
-    for seed in wide.losses[:, np.isin(wide.log2_lr, grid)]:
+def _matched(scale: _Scale, other: LossTable) -> _Evidence:
+    """Evidence that every curve of `other` is a copy of some curve of the scale's size, whatever its seed is called."""
+    mine, found = scale.table, []
+    grid = np.intersect1d(mine.log2_value, other.log2_value)
+    theirs = mine.losses[:, np.isin(mine.log2_value, grid)]
+    for seed in other.losses[:, np.isin(other.log2_value, grid)]:
         best = scale.compare(seed, theirs[_closest(seed, theirs)], grid, FURTHER_APART)
         found.append(best.penalised(math.log(len(theirs))))
     return _together(found)
@@ -261,10 +261,10 @@ def _together(evidence: Iterable[_Evidence]) -> _Evidence:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Of one width's losses: left, right: where its optimum is. step: their precision. least, usual: as in
+    """Of one size's losses: left, right: where its optimum is. step: their precision. least, usual: as in
     `_Evidence`."""
 
-    table: Cells
+    table: LossTable
     left: float
     right: float
     step: float
@@ -293,13 +293,15 @@ class _Scale:
         return _Evidence(exact, same, squares, freedom, least, max(self.usual, 4 * least))
 
 
-def _scales(cells: Sequence[Cells], thresholds: Thresholds) -> list[_Scale]:
-    """The scale of every width of an arm."""
-    step, scales = _step(cells), []
-    for table in cells:
-        bowl = fit_bowls(table.log2_lr, table.mean[None], 1.5 * thresholds.window, 4 * thresholds.window_excess)
-        left, right = float(bowl.left[0]), float(bowl.right[0])
-        near = table.mean[(table.log2_lr >= left) & (table.log2_lr <= right)]
+def _scales(tables: Sequence[LossTable], thresholds: Thresholds) -> list[_Scale]:
+    """The scale of every size of an arm."""
+    step, scales = _step(tables), []
+    for table in tables:
+        near_fit = fit_quadratics(
+            table.log2_value, table.mean[None], 1.5 * thresholds.window, 4 * thresholds.window_excess
+        )
+        left, right = float(near_fit.left[0]), float(near_fit.right[0])
+        near = table.mean[(table.log2_value >= left) & (table.log2_value <= right)]
         lowest = float(near.min())
         least = min(OF_RANGE * (float(near.max()) - lowest), OF_LOSS * abs(lowest))
         least = max(least, 1e-7 * abs(lowest))
@@ -308,7 +310,7 @@ def _scales(cells: Sequence[Cells], thresholds: Thresholds) -> list[_Scale]:
         math.sqrt(found.squares / found.freedom)
         for scale in scales
         for one, other in _pairs(len(scale.table.losses))
-        if (found := scale.compare(scale.table.losses[one], scale.table.losses[other], scale.table.log2_lr)).freedom
+        if (found := scale.compare(scale.table.losses[one], scale.table.losses[other], scale.table.log2_value)).freedom
     ]
     seen = float(np.median(pairs)) if pairs else 0.0
     return [replace(scale, least=max(scale.least, seen / 10), usual=max(scale.usual, seen / 3)) for scale in scales]

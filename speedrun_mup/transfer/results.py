@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from speedrun_mup.transfer.axes import Axes
 from speedrun_mup.transfer.claims import Doubt
-from speedrun_mup.transfer.fits import Estimate, Noise, WidthFit, student_t
-from speedrun_mup.transfer.runs import LR, is_rate, lr_text
+from speedrun_mup.transfer.fits import Estimate, Noise, SizeFit, student_t
+from speedrun_mup.transfer.larger import LargerIsBetter
+from speedrun_mup.transfer.points import value_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
-from speedrun_mup.transfer.wider import WiderIsBetter
 
 if TYPE_CHECKING:
     from speedrun_mup.transfer.forecast import Forecast
@@ -22,43 +23,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ArmResult:
-    """One parametrization over all widths, ascending in fits.
+    """One parametrization over all sizes, ascending in fits.
 
-    drift: octaves per doubling; None without two usable widths. window_shift: how much it changes when the parabolas
-    see the narrow window only. regret: nats lost at the widest usable width by using the base width's optimum there;
-    None if that has none. predicted: the drift that a control is built to have; None for an arm under test. knob: what
-    was turned.
+    drift: octaves per doubling; None without two usable sizes. window_shift: how much it changes when the parabolas
+    see the narrow window only. regret: nats lost at the largest usable size by using the base size's optimum there;
+    None if that has none. predicted: the drift that a control is built to have; None for an arm under test.
     """
 
     arm: str
-    base_width: int
-    fits: tuple[WidthFit, ...]
+    axes: Axes
+    base_size: int
+    fits: tuple[SizeFit, ...]
     drift: Estimate | None
     window_shift: Estimate | None
     regret: Estimate | None
     noise: Noise
     predicted: float | None
-    wider: WiderIsBetter | None
+    larger: LargerIsBetter | None
     verdict: Verdict
     reasons: tuple[str, ...]
-    knob: str = LR
 
     @property
-    def usable(self) -> tuple[WidthFit, ...]:
-        """The widths with a resolved optimum."""
+    def usable(self) -> tuple[SizeFit, ...]:
+        """The sizes with a resolved optimum."""
         return tuple(fit for fit in self.fits if not fit.problems)
 
-    def best_loss(self, fit: WidthFit) -> Estimate:
-        """Loss at the optimum of one width, the mean over its seeds.
+    def best_loss(self, fit: SizeFit) -> Estimate:
+        """Loss at the optimum of one size, the mean over its seeds.
 
-        Resampled seeds would not do for its interval: two can agree by luck. So it is that of this width's noise, steadied
+        Resampled seeds would not do for its interval: two can agree by luck. So it is that of this size's noise, steadied
         by the arm's, with Student's t; as if the optimum were one point of the grid.
         """
         value, noise = fit.best_losses[:1], self.noise
         if noise.sigma is None or fit.sigma is None:
             return Estimate(value)
-        rng = np.random.default_rng([fit.width, *self.arm.encode()])
-        error = noise.total_at(fit.width) / math.sqrt(len(fit.cells.losses))
+        rng = np.random.default_rng([fit.size, *self.arm.encode()])
+        error = noise.total_at(fit.size) / math.sqrt(len(fit.table.losses))
         draws = value + error * rng.standard_normal(len(fit.means) - 1)
         return Estimate(student_t(np.concatenate([value, draws]), noise.total_freedom, rng))
 
@@ -71,17 +71,13 @@ class TransferResult:
     notes: what else there is to know of the runs, such as columns of the table that were not used.
     """
 
+    axes: Axes
     arms: dict[str, ArmResult]
     verdict: Verdict
     reasons: tuple[str, ...]
     thresholds: Thresholds
     doubts: tuple[Doubt, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def knob(self) -> str:
-        """What was turned, in all arms."""
-        return next(iter(self.arms.values())).knob
 
     def summary(self) -> str:
         """A table for a terminal, at most 100 columns wide but for the reasons."""
@@ -99,27 +95,28 @@ class TransferResult:
 
 
 def _summary_lines(result: TransferResult) -> Iterator[str]:
-    lr = " lr" if is_rate(result.knob) else ""
-    names = ("width", "seeds", "points", f"best log2{lr}", f"best{lr}", "curvature", "loss")
+    axes = result.axes
+    lr = f" {axes.short}" if axes.is_rate else ""
+    names = (axes.size, "seeds", "points", f"best log2{lr}", f"best{lr}", "curvature", "loss")
     header = "{:>8} {:>5} {:>6} {:>15} {:>9} {:>9} {:>8}  stable".format(*names)
     for arm in result.arms.values():
         role = "" if arm.predicted is None else f"  (control, predicted drift {arm.predicted:+g})"
-        yield f"arm {arm.arm}{role}" + ("" if lr else f", knob {result.knob}")
+        yield f"arm {arm.arm}{role}" + ("" if lr else f", hyperparameter {axes.hyperparameter}")
         yield header
         for fit in arm.fits:
             error = "" if math.isnan(fit.optimum_se) else f" +- {fit.optimum_se:.2f}"
             position = f"{fit.optimum:+.2f}{error}" + ("!" if fit.problems else " ")
-            first = f", not {lr_text(fit.cells.diverged[0])}" if fit.cells.diverged else " (end)"
-            stable = "nothing" if math.isnan(fit.largest_stable) else lr_text(fit.largest_stable)
+            first = f", not {value_text(fit.table.diverged[0])}" if fit.table.diverged else " (end)"
+            stable = "nothing" if math.isnan(fit.largest_stable) else value_text(fit.largest_stable)
             yield (
-                f"{fit.width:>8} {len(fit.cells.losses):>5} {len(fit.cells.log2_lr):>6} {position:>15}"
+                f"{fit.size:>8} {len(fit.table.losses):>5} {len(fit.table.log2_value):>6} {position:>15}"
                 f" {2**fit.optimum:>9.4g} {fit.curvature:>9.4f} {fit.best_losses[0]:>8.4f}"
                 f"  to {stable}{first}"
             )
         yield f"  {arm.verdict}"
         yield from (f"  - {text}" for text in arm.reasons)
-        if arm.wider:
-            yield f"  - {arm.wider}"
+        if arm.larger:
+            yield f"  - {arm.larger}"
         yield ""
     yield f"verdict: {result.verdict}"
     yield from (f"- {text}" for text in result.reasons)
@@ -133,28 +130,28 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
         "doubts": [asdict(doubt) for doubt in result.doubts],
         "notes": result.notes,
         "thresholds": asdict(result.thresholds),
-        "knob": result.knob,
+        "axes": asdict(result.axes),
         "arms": {
             name: {
                 "verdict": arm.verdict,
                 "reasons": arm.reasons,
                 "predicted_drift": arm.predicted,
-                "base_width": arm.base_width,
+                "base_size": arm.base_size,
                 "drift": _numbers(arm.drift),
                 "window_shift": _numbers(arm.window_shift),
                 "regret": _numbers(arm.regret),
                 "sigma": arm.noise.sigma,
                 "seed_sd": arm.noise.total,
-                "wider_is_better": arm.wider and asdict(arm.wider),
-                "widths": [
+                "larger_is_better": arm.larger and asdict(arm.larger),
+                "sizes": [
                     {
-                        "width": fit.width,
-                        "log2_lr": fit.cells.log2_lr.tolist(),
-                        "mean_loss": fit.cells.mean.tolist(),
-                        "runs": fit.cells.runs.tolist(),
-                        "diverged_log2_lr": fit.cells.diverged,
-                        "largest_stable_log2_lr": fit.largest_stable,
-                        "optimum_log2_lr": fit.optimum,
+                        "size": fit.size,
+                        "log2_value": fit.table.log2_value.tolist(),
+                        "mean_loss": fit.table.mean.tolist(),
+                        "runs": fit.table.runs.tolist(),
+                        "diverged_log2_value": fit.table.diverged,
+                        "largest_stable_log2_value": fit.largest_stable,
+                        "optimum_log2_value": fit.optimum,
                         "optimum_se": fit.optimum_se,
                         "best_loss": _numbers(arm.best_loss(fit)),
                         "curvature": fit.curvature,
@@ -172,8 +169,8 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
 def _forecast(forecast: Forecast | str) -> dict[str, Any] | str:
     if isinstance(forecast, str):
         return forecast
-    numbers = {"loss": _numbers(forecast.loss), "log2_lr": _numbers(forecast.log2_lr)}
-    return {"width": forecast.width, **numbers, "method": forecast.method}
+    numbers = {"loss": _numbers(forecast.loss), "log2_value": _numbers(forecast.log2_value)}
+    return {"size": forecast.size, **numbers, "method": forecast.method}
 
 
 def _numbers(estimate: Estimate | None) -> dict[str, Any] | None:

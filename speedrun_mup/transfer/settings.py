@@ -1,4 +1,4 @@
-"""What a table's further columns say of its runs: settings that must be alike, and those that may follow a rule of width.
+"""What a table's further columns say of its runs: settings that must be alike, and those that may follow a rule of size.
 
 A column that cannot matter (a name, a time, a host, a path, a count of parameters) raises no doubt, however it varies.
 """
@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from speedrun_mup.files import printable
+from speedrun_mup.transfer.axes import RATE, SIZES, Axes
 from speedrun_mup.transfer.claims import MADE_WITH, Doubt, several
-from speedrun_mup.transfer.runs import LR, Run, is_rate
+from speedrun_mup.transfer.points import Point
 
 # What must be the same in all runs of an arm: settings that a table may list and an estimator cannot see.
 TEXTS = ("data", "dataset", "corpus", "tokenizer")
@@ -29,47 +30,53 @@ ALIKE = frozenset(
         *("warmup", "warmup_steps", "warmup_iters", "warmup_ratio", "lr_schedule", "schedule", "scheduler"),
     )
 )
-# What rules for width change: a power of width, and of what was turned, is part of the rule that is judged.
+# What rules for a size change: a power of it, and of what was tuned, is part of the rule that is judged.
 SCALED = frozenset(("weight_decay", "wd", "eps", "epsilon", "adam_eps", "init_std", "initializer_range", "min_lr"))
-RATES = frozenset((LR, "learning_rate", "max_lr", "peak_lr", "base_lr", "lr_scale"))
+RATES = frozenset((RATE, "learning_rate", "max_lr", "peak_lr", "base_lr", "lr_scale"))
 SAYS_NOTHING = ("", "nan", "none", "null", "n/a", "na")
 SPELLED = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 ROUNDED = 0.01  # numbers as close as this are one setting, and a power law may be off by it
 
 
-def is_setting(column: str, knob: str) -> bool:
-    """Whether runs that differ in a column differ in a setting. A run's rate is one where something else was turned."""
+def is_setting(column: str, axes: Axes) -> bool:
+    """Whether runs that differ in a column differ in a setting. A run's rate is one where something else was tuned, and
+    so is every size but the measured one."""
     name = _name(column)
-    return name in MADE_WITH or name in ALIKE or _follows(name, knob)
+    sizes = {size: {size, *SIZES[size].also} for size in SIZES}
+    if name in sizes.get(axes.size, {axes.size}):
+        return False
+    return name in MADE_WITH or name in ALIKE or name in set.union(*sizes.values()) or _follows(name, axes)
 
 
 def judge_settings(
-    columns: Sequence[tuple[str, Sequence[tuple[str, Run]]]], knob: str
+    columns: Sequence[tuple[str, Sequence[tuple[str, Point]]]], axes: Axes
 ) -> tuple[list[Doubt], list[str]]:
     """Doubts about runs of one arm that differ in a setting, and notes on what differs as it may.
 
     Args:
         columns: header, and (cell, run) of every row, of columns that `is_setting`; two may be called the same.
-        knob: what was turned.
+        axes: what was scaled, and what was tuned.
     """
     doubts, notes = [], []
     for column, cells in columns:
         # A diverged run may have ended early, on fewer steps and tokens.
         told = [(_value(column, cell), run) for cell, run in cells if math.isfinite(run.loss)]
         told = [(value, run) for value, run in told if value]
-        arms: dict[str, list[tuple[str, Run]]] = defaultdict(list)
+        arms: dict[str, list[tuple[str, Point]]] = defaultdict(list)
         for value, run in told:
             arms["" if _name(column) in MADE_WITH else run.arm].append((value, run))
         lone = len(arms) == 1
         kind = printable(column.strip().lower(), 60)
         for arm, some in arms.items():
             if not _one_setting(column, some):
-                power = _power(some) if _follows(_name(column), knob) else None
+                power = _power(some, axes) if _follows(_name(column), axes) else None
                 if power is None:
-                    doubts.append(several(kind, _by_value(some), None if lone else arm))
+                    doubts.append(several(kind, _by_value(some), axes, None if lone else arm))
                 elif abs(power) > ROUNDED:
                     where = "" if lone else f"arm {printable(arm, 40)}: "
-                    notes.append(f"{where}{kind} goes as width^{power:.3g}: counted as part of the rule that is judged")
+                    notes.append(
+                        f"{where}{kind} goes as {axes.size}^{power:.3g}: counted as part of the rule that is judged"
+                    )
         notes += _between_arms(kind, arms)
     return doubts, notes
 
@@ -80,8 +87,8 @@ def _name(column: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", last).lower()).strip("_")
 
 
-def _follows(name: str, knob: str) -> bool:
-    return name in SCALED or (name in RATES and not is_rate(knob))
+def _follows(name: str, axes: Axes) -> bool:
+    return name in SCALED or (name in RATES and not axes.is_rate)
 
 
 def _value(column: str, cell: str) -> str:
@@ -107,14 +114,14 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _by_value(cells: Sequence[tuple[str, Run]]) -> dict[str, list[Run]]:
-    runs: dict[str, list[Run]] = defaultdict(list)
+def _by_value(cells: Sequence[tuple[str, Point]]) -> dict[str, list[Point]]:
+    runs: dict[str, list[Point]] = defaultdict(list)
     for value, run in cells:
         runs[value].append(run)
     return runs
 
 
-def _one_setting(column: str, cells: Sequence[tuple[str, Run]]) -> bool:
+def _one_setting(column: str, cells: Sequence[tuple[str, Point]]) -> bool:
     """Whether these are one value, numbers up to rounding; or no setting at all, as every run has its own."""
     values = {value for value, _ in cells}
     numbers = [_number(value) for value in values]
@@ -125,19 +132,19 @@ def _one_setting(column: str, cells: Sequence[tuple[str, Run]]) -> bool:
     return len(values) == 1 or (len(values) == len(cells) and _name(column) in ("batch", *TEXTS))
 
 
-def _power(cells: Sequence[tuple[str, Run]]) -> float | None:
-    """The power of width that a setting follows, beside one of what was turned; None if it follows none."""
+def _power(cells: Sequence[tuple[str, Point]], axes: Axes) -> float | None:
+    """The power of the size that a setting follows, next to one of what was tuned; None if it follows none."""
     numbers = [_number(value) for value, _ in cells]
     known = [math.log(number) for number in numbers if number is not None and number > 0]
     if len(known) < len(cells):
         return None
-    place = [(1.0, math.log(run.width), math.log(run.lr)) for _, run in cells]
+    place = [(1.0, math.log(run.sizes[axes.size]), math.log(run.value)) for _, run in cells]
     design, target = np.array(place), np.array(known)
     slopes = np.linalg.lstsq(design, target, rcond=None)[0]
     return float(slopes[1]) if np.abs(design @ slopes - target).max() <= ROUNDED else None
 
 
-def _between_arms(kind: str, arms: Mapping[str, Sequence[tuple[str, Run]]]) -> Iterator[str]:
+def _between_arms(kind: str, arms: Mapping[str, Sequence[tuple[str, Point]]]) -> Iterator[str]:
     """A note on arms that differ in a setting: that may be what they are for."""
     each = {arm: {value for value, _ in some} for arm, some in arms.items()}
     if len(each) > 1 and all(len(values) == 1 for values in each.values()) and len(set.union(*each.values())) > 1:

@@ -11,24 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speedrun_mup.files import SMALL, printable, read_bytes
+from speedrun_mup.transfer.axes import RATE, SIZES, Axes
 from speedrun_mup.transfer.claims import Doubt
-from speedrun_mup.transfer.runs import LR, Run, TransferError
+from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.settings import is_setting, judge_settings
 
-ROLES = ("width", "seed", "loss", "arm")  # and the knob's
+ROLES = ("seed", "loss", "arm")  # and those of the two axes
 OPTIONAL = ("seed", "arm")
 # How other programs call them: a name that is or ends with one of these is a candidate.
 ALIKE = {
-    "width": "width n_embd d_model hidden_size hidden_dim embed_dim embedding_dim model_dim n_embed dim",
-    LR: "lr learning_rate max_lr peak_lr base_lr lr_scale",
-    "seed": "seed",
-    "loss": "loss nll cross_entropy perplexity ppl bpb bpc bits_per_byte",
-    "arm": "arm parametrization parameterization method",
+    RATE: ("lr", "learning_rate", "max_lr", "peak_lr", "base_lr", "lr_scale"),
+    "loss": ("loss", "nll", "cross_entropy", "perplexity", "ppl", "bpb", "bpc", "bits_per_byte"),
+    "arm": ("arm", "parametrization", "parameterization", "method"),
 }
 MOST_RUNS, MOST_COLUMNS, MOST_BYTES = 200_000, 10_000, SMALL
 MOST_NAME, MOST_VALUE = 100, 1000  # characters of an arm, and of a setting
-WIDEST = 2**31
-LEAST_RATE, MOST_RATE = 1e-30, 1e30
+LEAST_VALUE, GREATEST_VALUE = 1e-30, 1e30
 FEW = 8  # values of a column that is left out which are worth telling
 
 
@@ -36,68 +34,83 @@ FEW = 8  # values of a column that is left out which are worth telling
 class Table:
     """What a file holds. notes: what was left out; doubts: see `claims`."""
 
-    runs: list[Run]
+    axes: Axes
+    points: list[Point]
     notes: tuple[str, ...]
     doubts: tuple[Doubt, ...]
 
 
-def read_runs(path: str | Path, knob: str = LR, columns: Mapping[str, str] | None = None) -> list[Run]:
+def read_points(path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None) -> list[Point]:
     """The runs of `read_table`."""
-    return read_table(path, knob, columns).runs
+    return read_table(path, axes, columns).points
 
 
-def read_table(path: str | Path, knob: str = LR, columns: Mapping[str, str] | None = None) -> Table:
-    """Runs from a CSV with columns width, lr, loss and, if you like, seed (else one run at every point) and arm (else the
-    name of the file).
+def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None) -> Table:
+    """Runs from a CSV with a column for each of `axes`, loss and, if you like, seed (else one run at every point) and arm
+    (else the name of the file).
 
     Case and empty lines do not matter. A loss of nan, inf or "diverged" marks a diverged run.
 
     Args:
         path: of the file.
-        knob: another column in the place of lr, a hyperparameter above zero; it becomes `Run.lr`.
+        axes: what was scaled and what was tuned, which is above zero; by default the columns width and lr.
         columns: what the columns are called in the file, for instance {"width": "n_embd", "loss": "val/loss"}.
 
     Raises:
         TransferError: in one line that names row (1 is the file's first line) and column.
     """
-    path = Path(path)
-    if knob in ROLES:
-        raise TransferError(f"knob {knob} is a column with another meaning; name that of what was turned, such as lr")
+    path, axes = Path(path), axes or Axes()
+    _check_names(axes)
     rows = _rows(path)
     header = next(rows, (1, []))[1]
-    place = _find_columns(path, header, knob, columns or {})
+    place = _find_columns(path, header, axes, columns or {})
     left_out = [number for number in range(len(header)) if number not in place.values()]
     names = [header[number].strip() for number in left_out]
     seen: list[set[str]] = [set() for _ in left_out]
-    settings: dict[int, list[tuple[str, Run]]] = {number: [] for number in left_out if is_setting(header[number], knob)}
+    settings: dict[int, list[tuple[str, Point]]] = {
+        number: [] for number in left_out if is_setting(header[number], axes)
+    }
+    sizes = {name.lower(): number for name, number in zip(names, left_out) if name.lower() in SIZES}
     seeds = Seeds()
-    runs: dict[tuple[str, int, float, int], tuple[Run, int]] = {}
+    points: dict[tuple[str, int, float, int], tuple[Point, int]] = {}
     for line, cells in rows:
         where = f"{printable(path)} row {line}"
         if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
             raise TransferError(
                 f"{where}: {len(cells)} cells below a header of {len(header)}; quote a cell with a comma"
             )
-        run = _run({role: cells[number].strip() for role, number in place.items()}, knob, seeds, where, path.stem)
-        key = (run.arm, run.width, run.log2_lr, run.seed)
-        if key in runs:
-            same = f"arm {run.arm}, width {run.width}, {knob} {run.lr:g}" + f", seed {run.seed}" * ("seed" in place)
-            first = next(cells for number, cells in _rows(path) if number == runs[key][1])
+        told = {role: cells[number].strip() for role, number in place.items()}
+        others = {name: int(cells[at]) for name, at in sizes.items() if re.fullmatch(r"\s*[0-9]{1,18}\s*", cells[at])}
+        point = _point(told, others, axes, seeds, where, path.stem)
+        key = (point.arm, point.sizes[axes.size], point.log2_value, point.seed)
+        if key in points:
+            same = f"arm {point.arm}, {axes.at(key[1])}, {axes.hyperparameter} {point.value:g}"
+            same += f", seed {point.seed}" * ("seed" in place)
+            first = next(cells for number, cells in _rows(path) if number == points[key][1])
             differ = [name for name, number in zip(names, left_out) if first[number].strip() != cells[number].strip()]
             raise TransferError(f"{where}: {same} is there twice{_twice(differ, 'seed' in place)}")
-        if len(runs) == MOST_RUNS:
+        if len(points) == MOST_RUNS:
             raise TransferError(f"{where}: more than {MOST_RUNS:,} runs; split the table")
-        runs[key] = run, line
+        points[key] = point, line
         for values_seen, number in zip(seen, left_out):
             if len(values_seen) <= FEW:
                 values_seen.add(cells[number].strip()[:MOST_NAME])
-        for number, told in settings.items():
-            told.append((cells[number].strip()[:MOST_VALUE], run))
-    if not runs:
+        for number, values in settings.items():
+            values.append((cells[number].strip()[:MOST_VALUE], point))
+    if not points:
         raise TransferError(f"{printable(path)}: a header but no rows; give one row per finished run")
-    doubts, notes = judge_settings([(header[number], told) for number, told in settings.items()], knob)
+    doubts, notes = judge_settings([(header[number], values) for number, values in settings.items()], axes)
     notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
-    return Table([run for run, _ in runs.values()], tuple(notes), tuple(doubts))
+    return Table(axes, [point for point, _ in points.values()], tuple(notes), tuple(doubts))
+
+
+def _check_names(axes: Axes) -> None:
+    """Raises TransferError if an axis is called as another column is."""
+    if axes.size == axes.hyperparameter:
+        raise TransferError(f"size and hyperparameter are both {axes.size}; name a column for each")
+    for axis, name, such in (("size", axes.size, "n_layer"), ("hyperparameter", axes.hyperparameter, RATE)):
+        if name in ROLES:
+            raise TransferError(f"{axis} {name} is a column with another meaning; name that of an axis, such as {such}")
 
 
 class Seeds:
@@ -140,15 +153,19 @@ def _units(column: str) -> Iterator[str]:
         yield f"the loss is {name}: what is said in nats, bounds and sigma too, is in its unit; better give its logarithm in nats"
 
 
-def _run(cells: Mapping[str, str], knob: str, seeds: Seeds, where: str, default_arm: str) -> Run:
-    width = _whole(cells["width"], f"{where}, column width", positive=True)
-    if width > WIDEST:
-        raise TransferError(f"{where}, column width: {width:.3g} should be at most {WIDEST}")
-    lr = _number(cells[knob], f"{where}, column {knob}", "a positive number")
-    if not lr > 0:
-        raise TransferError(f"{where}, column {knob}: {printable(cells[knob], 40)!r} should be a positive number")
-    if not LEAST_RATE <= lr <= MOST_RATE:
-        raise TransferError(f"{where}, column {knob}: {lr:g} should be from {LEAST_RATE:g} to {MOST_RATE:g}")
+def _point(
+    cells: Mapping[str, str], others: Mapping[str, int], axes: Axes, seeds: Seeds, where: str, default_arm: str
+) -> Point:
+    """A row's run. cells: role -> text; others: its sizes on axes that are not measured."""
+    at, tuned = f"{where}, column {axes.size}", f"{where}, column {axes.hyperparameter}"
+    size = _whole(cells[axes.size], at, positive=True)
+    if size > axes.scale.most:
+        raise TransferError(f"{at}: {size:.3g} should be at most {axes.scale.most}")
+    value = _number(cells[axes.hyperparameter], tuned, "a positive number")
+    if not value > 0:
+        raise TransferError(f"{tuned}: {printable(cells[axes.hyperparameter], 40)!r} should be a positive number")
+    if not LEAST_VALUE <= value <= GREATEST_VALUE:
+        raise TransferError(f"{tuned}: {value:g} should be from {LEAST_VALUE:g} to {GREATEST_VALUE:g}")
     seed = seeds.number(cells["seed"], f"{where}, column seed") if "seed" in cells else 0
     hint = "a number (write nan or diverged for a run that blew up)"
     lost = cells["loss"].lower() == "diverged"
@@ -157,7 +174,7 @@ def _run(cells: Mapping[str, str], knob: str, seeds: Seeds, where: str, default_
     if arm != printable(arm, MOST_NAME):
         kind = f"a name of at most {MOST_NAME} characters, none of them a control character"
         raise TransferError(f"{where}, column arm: {printable(arm, 40)!r} should be {kind}")
-    return Run(width, lr, seed, loss, arm)
+    return Point({**others, axes.size: size}, value, seed, loss, arm)
 
 
 def _number(text: str, where: str, kind: str, *, finite: bool = True) -> float:
@@ -208,14 +225,14 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_columns(path: Path, header: Sequence[str], knob: str, columns: Mapping[str, str]) -> dict[str, int]:
-    """role -> number of its column; the knob's role is its name. TransferError for what is missing or ambiguous."""
+def _find_columns(path: Path, header: Sequence[str], axes: Axes, columns: Mapping[str, str]) -> dict[str, int]:
+    """role -> number of its column; an axis's role is its name. TransferError for what is missing or ambiguous."""
     if len(header) > MOST_COLUMNS:
         raise TransferError(f"{printable(path)}: {len(header):,} columns; give a table of at most {MOST_COLUMNS:,}")
     names = [name.strip().lower() for name in header]
     shown = printable(",".join(names), 120)
-    roles = ("width", knob, "seed", "loss", "arm")
-    called = {(knob if role == LR else role): name for role, name in columns.items()}
+    roles = (axes.size, axes.hyperparameter, "seed", "loss", "arm")
+    called = {(axes.hyperparameter if role == RATE else role): name for role, name in columns.items()}
     if unknown := [role for role in called if role not in roles]:
         raise TransferError(
             f"columns {printable(unknown[0], 40)}=...: give {', '.join(roles)}, each the name of a column"
@@ -266,7 +283,7 @@ def _candidates(role: str, names: Sequence[str]) -> list[str]:
     def worth(name: str) -> tuple[bool, int]:
         return not re.search("val|eval|test", name), len(name)
 
-    kinds = ALIKE.get(role, role).split()
+    kinds = (role, *SIZES[role].also) if role in SIZES else ALIKE.get(role, (role,))
     plain = {name: re.sub("[^a-z0-9]+", "_", name).strip("_") for name in names if "," not in name and "=" not in name}
     return sorted(
         (name for name, bare in plain.items() if any(bare == kind or bare.endswith(f"_{kind}") for kind in kinds)),

@@ -1,0 +1,142 @@
+"""Transfer of any hyperparameter over any size axis, end to end: every number is right, and so is every label."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from speedrun_mup.cli import main
+from speedrun_mup.transfer import SIZES, Axes, Point, SizeAxis, TransferError, Verdict, measure_transfer, read_points
+from speedrun_mup.transfer import loss_forecast as forecast_of
+
+OPTIMUM = 2.0**-6.8
+FOREIGN = r"(?i)\bwid(th|ths|er|est)\b|narrowest|\blearning|\brates?\b|\blr\b|knob"  # words of other axes
+
+
+def table(path, size="n_layer", hyperparameter="init_std", drift=0.0, sizes=(4, 8, 16, 32), extra=""):
+    """A CSV of two arms: `mup`, whose optimum drifts by `drift` per doubling from OPTIMUM on, and `sp`, by -1."""
+    rng = np.random.default_rng(0)
+    lines = [f"arm,{size},{hyperparameter},seed,loss{',extra' * bool(extra)}"]
+    for arm, slope in (("mup", drift), ("sp", -1.0)):
+        for j, value in enumerate(sizes):
+            for seed in range(3):
+                shift = 0.02 * rng.standard_normal()
+                for k in range(-12, -2):
+                    u = k - np.log2(OPTIMUM) - slope * j
+                    loss = 3.0 + 1.5 * 2.0 ** (-j / 2) + 0.02 * u * u + shift + 0.003 * rng.standard_normal()
+                    lines.append(f"{arm},{value},{2.0**k},{seed},{loss:.6f}{extra}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("drift", "verdict"), [(0.0, "PASS"), (0.5, "FAIL")])
+def test_a_hyperparameter_over_depth_from_a_table_to_the_report(tmp_path, capsys, drift, verdict):
+    """Not a rate, not width: verdict, forecast, JSON, report and the command that it names."""
+    source = table(tmp_path / "runs.csv", drift=drift)
+    words = [str(source), "--size", "n_layer", "--hyperparameter", "init_std", "--controls", "sp=-1"]
+    assert main(["transfer", *words, "--predict", "64"]) == (verdict == "FAIL")
+    told = capsys.readouterr().out
+    assert f"verdict: {verdict}" in told and "arm mup, hyperparameter init_std" in told
+    assert re.search(r"^ n_layer seeds", told, re.M) and "forecast\n- mup: n_layer 64: loss " in told
+    assert not re.search(FOREIGN, told)
+    main(["transfer", *words, "--predict", "64", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["axes"] == {"size": "n_layer", "hyperparameter": "init_std"}
+    arm, forecast = result["arms"]["mup"], result["forecasts"]["mup"]
+    assert arm["drift"]["value"] == pytest.approx(drift, abs=0.04) and arm["base_size"] == 4
+    assert [entry["size"] for entry in arm["sizes"]] == [4, 8, 16, 32]
+    assert arm["sizes"][0]["optimum_log2_value"] == pytest.approx(np.log2(OPTIMUM), abs=0.15)
+    assert forecast["size"] == 64 and forecast["log2_value"]["value"] == pytest.approx(-6.8 + 4 * drift, abs=0.3)
+    assert forecast["loss"]["value"] == pytest.approx(3.0 + 1.5 / 4, abs=0.1)
+    assert main(["report", *words, "--out", str(tmp_path / "report")]) == 0
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "report" / page).read_text()
+        text = text[text.find("<body>") : text.rfind("<script>")] if page.endswith("html") else text  # figures too
+        text = re.sub(r"learning rates with n_layer|one learning rate whatever", "", text)  # what muP and sp are
+        assert not re.search(FOREIGN, text), (page, re.search(FOREIGN, text))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## Loss against init_std" in text and "## Drift of the best init_std" in text
+    deeper = "stays where it is as the model gets deeper" if verdict == "PASS" else "does not hold for deeper models"
+    assert f"{verdict}: the best init_std {deeper}" in text and "octaves per doubling of n_layer" in text
+    assert "regret at the deepest" in text and "- Values of n_layer: 4, 8, 16, 32" in text
+    (named,) = re.findall("`speedrun-mup (transfer .*?)`", text)
+    capsys.readouterr()
+    assert main(named.replace("N_LAYER", "64").replace("SIZE", "64").split()) == (verdict == "FAIL")
+    assert "n_layer 64: loss" in capsys.readouterr().out
+
+
+def test_the_same_numbers_on_other_axes_give_the_same_result(tmp_path):
+    """Only the words depend on the axes."""
+    plain = measure_transfer(read_points(table(tmp_path / "a.csv", "width", "lr")), controls={"sp": -1.0})
+    axes = Axes("n_layer", "lr")
+    other = measure_transfer(
+        read_points(table(tmp_path / "b.csv", "n_layer", "lr"), axes), axes=axes, controls={"sp": -1.0}
+    )
+    assert plain.arms["mup"].drift.draws.tolist() == other.arms["mup"].drift.draws.tolist()
+    one, two = (forecast_of(result.arms["mup"], 64) for result in (plain, other))
+    assert one.loss.draws.tolist() == two.loss.draws.tolist()
+    told = other.summary() + str(two)
+    for ours, theirs in {"values of n_layer": "widths", "n_layer": "width", "deeper": "wider", "n^": "w^"}.items():
+        told = told.replace(ours, theirs)
+    assert re.sub(" +", " ", told) == re.sub(" +", " ", plain.summary() + str(one))
+
+
+def test_a_point_may_have_several_sizes_of_which_one_is_measured(tmp_path):
+    """The others must be alike, in a table and from Python; the same table serves either axis."""
+    grid = [(width, depth) for width in (64, 128, 256) for depth in (4, 8, 16)]
+    rng = np.random.default_rng(1)
+    points = [
+        Point({"width": w, "n_layer": n}, 2.0**k, s, 3 + 8 / w + 2 / n + 0.03 * k * k + 0.003 * rng.standard_normal())
+        for w, n in grid
+        for k in range(-3, 4)
+        for s in range(2)
+    ]
+    for size, other in (("width", "n_layer"), ("n_layer", "width")):
+        some = [point for point in points if point.sizes[other] == (4 if other == "n_layer" else 64)]
+        assert measure_transfer(some, axes=Axes(size)).verdict is Verdict.PASS
+    with pytest.raises(TransferError, match="two runs of arm runs, width 64"):
+        measure_transfer(points)
+    diagonal = [point for point in points if point.sizes["width"] == 16 * point.sizes["n_layer"]]
+    result = measure_transfer(diagonal)
+    assert result.verdict is Verdict.INCONCLUSIVE and "n_layer has 3 values in these runs" in result.reasons[0]
+    assert measure_transfer(diagonal, accept=["n_layer"]).verdict is Verdict.PASS
+    lines = [f"{p.sizes['width']},{p.sizes['n_layer']},{p.value},{p.seed},{p.loss}" for p in diagonal]
+    (tmp_path / "both.csv").write_text("\n".join(["width,n_layer,lr,seed,loss", *lines]))
+    assert read_points(tmp_path / "both.csv", Axes("n_layer"))[0].sizes == {"width": 64, "n_layer": 4}
+    with pytest.raises(TransferError, match="a run without a tokens; it has width, n_layer"):
+        measure_transfer(points, axes=Axes("tokens"))
+
+
+def test_a_size_axis_is_one_entry(tmp_path, capsys, monkeypatch):
+    """Added from here: its words, what other programs call it, and how large it may be."""
+    experts = SizeAxis(
+        *("experts", "sparser", "sparsest", "denser", "densest"),
+        meaning="Number of experts of each layer.",
+        also=("num_experts",),
+        most=4096,
+    )
+    monkeypatch.setitem(SIZES, experts.name, experts)
+    source = table(tmp_path / "runs.csv", "config.num_experts", "lr")
+    words = ["transfer", str(source), "--size", "experts", "--controls", "sp=-1"]
+    assert main(words) == 3 and "give --columns experts=config.num_experts" in capsys.readouterr().err
+    words += ["--columns", "experts=config.num_experts"]
+    assert main(words) == 0 and re.search("^ experts seeds", capsys.readouterr().out, re.M)
+    assert main([*words, "--predict", "5000"]) == 2 and "--predict 5000: give an experts" in capsys.readouterr().err
+    assert main(["report", *words[1:], "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "as the model gets sparser" in text and "**experts**: Number of experts of each layer." in text
+    assert not re.search("wid(th|er|est)", text)
+
+
+def test_axes_that_are_other_columns_are_refused(tmp_path, capsys):
+    source = str(table(tmp_path / "runs.csv"))
+    for flag, name in (("--size", "loss"), ("--hyperparameter", "arm")):
+        assert main(["transfer", source, flag, name]) == 3
+        told = capsys.readouterr().err
+        assert f"{flag[2:]} {name} is a column with another meaning" in told and told.count("\n") == 1
+    for flag, name in (("--size", "lr"), ("--hyperparameter", "width")):
+        assert main(["transfer", source, flag, name]) == 3
+        assert f"size and hyperparameter are both {name}; name a column for each" in capsys.readouterr().err
+    assert main(["transfer", source, "--size", "depth"]) == 3
+    assert "no column depth, lr in the header" in capsys.readouterr().err
