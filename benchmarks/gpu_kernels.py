@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import table
 
 from speedrun_mup.bench import Stopwatch
-from speedrun_mup.core.attention import BACKENDS, document_numbers
 from speedrun_mup.core.kernels.fp8 import E5M2, head_scales, quantize, transposed
 from speedrun_mup.core.model import (
     ATTENTION_SCALE,
@@ -29,6 +28,7 @@ from speedrun_mup.core.model import (
     SOFTCAP_SLOPE,
     SoftcapCrossEntropy,
 )
+from speedrun_mup.core.model.attention import BACKENDS, document_numbers
 from speedrun_mup.core.optimizers import orthogonalization
 
 T, D, V, C, BLOCK = 49_152, 768, 50_304, 128, 128

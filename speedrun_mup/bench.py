@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.attention import document_numbers
 from speedrun_mup.core.kernels.fp8 import E4M3
+from speedrun_mup.core.model.attention import document_numbers
 from speedrun_mup.core.utils import Handle, World, deterministic, join_world, leave_world
 from speedrun_mup.data.batches import Batch
 from speedrun_mup.training.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrun_mup.core.attention import (
+from speedrun_mup.core.model.attention import (
     BACKENDS,
     Blocked,
     Dense,

@@ -293,7 +293,9 @@ def test_two_steps_prove_nothing_about_layers_behind_zeros():
     result = check_gpt(steps=2, controls=False)
     assert result.verdict is Verdict.INCONCLUSIVE
     assert result.reasons[0].startswith("2 updates are too few")
-    still = "blocks.*.attn.qkv_w, blocks.*.mlp.c_fc.weight, value_embeds.*.weight did not move in 2"
+    still = (
+        "blocks.*.attn.qkv_w, blocks.*.mlp.c_fc.weight, value_embeds.*.weight, value_embeds.lambdas did not move in 2"
+    )
     assert any(still in reason for reason in result.reasons)
 
 

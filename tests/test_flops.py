@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from speedrun_mup.core.attention import may_attend
 from speedrun_mup.core.model import GPTConfig
+from speedrun_mup.core.model.attention import may_attend
 from speedrun_mup.training.flops import attention_flops, keys_seen, weight_flops
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.model.record import to_record
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.training.schedules import muon_momentum
 
@@ -44,18 +45,24 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def golden_model() -> Callable[[str], GPT]:
-    """golden_model(backend): a model with the golden parameters, which are drawn once."""
-    values: dict[str, Tensor] = {}
+def golden_values() -> dict[str, Tensor]:
+    """The golden parameters, under the record's names."""
+    values = {}
+    for name, p in to_record(GPT(GPTConfig(width=128, base_width=128)).state_dict()).items():
+        scale = 0.1 if name == "scalars" else 1.0 if "embed" in name else 0.5 * p.size(-1) ** -0.5
+        values[name] = named(name, p.shape, scale)
+        if name == "scalars":
+            values[name] += p
+    return values
+
+
+@pytest.fixture
+def golden_model(golden_values) -> Callable[[str], GPT]:
+    """golden_model(backend): a model with the golden parameters."""
 
     def make(backend: str) -> GPT:
         model = GPT(GPTConfig(width=128, base_width=128, attention=backend))
-        if not values:
-            for name, p in model.named_parameters():
-                scale = 0.1 if name == "scalars" else 1.0 if "embed" in name else 0.5 * p.size(-1) ** -0.5
-                values[name] = named(name, p.shape, scale)
-            values["scalars"] += model.scalars.detach()
-        model.load_state_dict(values)
+        model.load_state_dict(golden_values)
         return model
 
     return make
@@ -68,14 +75,15 @@ def test_loss_and_gradient_norms(golden_model, backend):
     assert loss.item() == pytest.approx(GOLDEN["train_loss_sum"], rel=1e-5)
     assert loss.item() / T == pytest.approx(GOLDEN["eval_loss"], rel=1e-5)
     loss.backward()
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    norms = {name: gradient.norm().item() for name, gradient in to_record(gradients, unused=0.0).items()}
     assert norms == {name: pytest.approx(GOLDEN[f"gradnorm/{name}"], rel=1e-5) for name in norms}
     assert len(norms) == sum(key.startswith("gradnorm/") for key in GOLDEN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
-def test_four_updates(golden_model, backend):
+def test_four_updates(golden_model, golden_values, backend):
     model = golden_model(backend)
     groups = param_groups(model, model.cfg.table, TUNED)
     adam, muon = DistAdam(groups["adam"]), Muon(groups["muon"])
@@ -90,9 +98,9 @@ def test_four_updates(golden_model, backend):
         muon.step()
         model.zero_grad()
     assert losses == pytest.approx(GOLDEN["losses"], rel=1e-5)
-    for name, parameter in model.named_parameters():
+    for name, parameter in to_record(model.state_dict(), unused=golden_values["scalars"]).items():
         total, norm = GOLDEN[f"after/{name}"]
-        values = parameter.detach().double()
+        values = parameter.double()
         assert values.norm().item() == pytest.approx(norm, rel=1e-3), name
         # A sum of many signs mostly cancels, so its error is measured against the largest that it could be.
         assert abs(values.sum().item() - total) <= 1e-3 * norm * values.numel() ** 0.5, name

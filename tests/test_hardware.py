@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from speedrun_mup.config import TrainConfig, make_config
-from speedrun_mup.core.attention import BACKENDS
 from speedrun_mup.core.errors import ConfigError, OutOfMemory
+from speedrun_mup.core.model.attention import BACKENDS
 from speedrun_mup.core.optimizers import Muon
 from speedrun_mup.core.utils import World, is_out_of_memory
 from speedrun_mup.training import hardware

@@ -25,20 +25,24 @@ from speedrun_mup.core.model import (
     SoftcapCrossEntropy,
     loss_and_gradient,
     loss_and_gradient_in_place,
+    pack_scalars,
     rms_norm,
     rotary_table,
     rotate,
     softcap,
     softcap_cross_entropy,
     strip_compiled,
+    unpack_scalars,
 )
-from speedrun_mup.core.model import gpt as gpt_module
+from speedrun_mup.core.model import head as head_module
+from speedrun_mup.core.model.record import ranges_of_scalars, to_record
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import generator
 
 BOS = 256
 CPU = torch.device("cpu")
+SCALARS = ranges_of_scalars(6).keys()
 
 
 def tiny(**changes) -> GPTConfig:
@@ -126,9 +130,13 @@ def test_names_shapes_and_parameter_count_are_the_records():
     with torch.device("meta"):
         model = GPT(RECORD)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == state_dict_of_the_record(768, 50304) | {"scalars": (60,)}
-    assert sum(p.numel() for p in model.parameters()) == 275_742_784 - 4
-    active = [p for name, p in model.named_parameters() if "embed" not in name and name != "scalars"]
+    assert {name: tuple(p.shape) for name, p in to_record(model.state_dict()).items()} == (
+        state_dict_of_the_record(768, 50304) | {"scalars": (60,)}
+    )
+    named = {"blocks.skip_weights": (6,), "blocks.x0_lambdas": (12, 2), "value_embeds.lambdas": (12, 2)}
+    assert shapes.items() >= named.items()
+    assert sum(p.numel() for p in model.parameters()) == 275_742_784 - 4 - 6  # of the skips, the record uses half
+    active = [p for name, p in model.named_parameters() if "embed" not in name and name not in SCALARS]
     assert sum(p.numel() for p in active) == 121_208_832
 
 
@@ -143,9 +151,23 @@ def test_a_checkpoint_of_the_record_loads_strictly():
     model = GPT(tiny(n_layer=12))
     result = model.load_state_dict(strip_compiled(upstream), strict=True)
     assert not result.missing_keys and not result.unexpected_keys
-    for name, parameter in model.named_parameters():
+    packed = to_record(model.state_dict(), unused=upstream["_orig_mod.scalars"][:60])
+    assert packed.keys() == state_dict_of_the_record(32, 384).keys()
+    for name, parameter in packed.items():
         assert torch.equal(parameter, upstream["_orig_mod." + name][: len(parameter)].float()), name
     assert upstream == kept and len(upstream["_orig_mod.scalars"]) == 64  # the caller's own dict is left alone
+
+
+def test_scalars_are_packed_into_the_records_vector_and_unpacked_from_it():
+    flat = torch.arange(1.0, 61)
+    named = unpack_scalars(flat, 12)
+    assert {name: tensor.flatten()[0].item() for name, tensor in named.items()} == dict(zip(named, (1, 13, 37)))
+    unused = [*range(6, 12)]
+    packed = pack_scalars(named)
+    assert (packed[unused] == 1).all()
+    packed[unused] = flat[unused]
+    assert torch.equal(packed, flat) and torch.equal(pack_scalars(named, unused=flat), flat)
+    assert all(map(torch.equal, unpack_scalars(packed, 12).values(), named.values()))
 
 
 def test_a_checkpoint_of_another_shape_does_not_load():
@@ -163,14 +185,14 @@ def test_init_is_the_records():
     parameters = dict(model.named_parameters())
     bound = math.sqrt(3) * 0.5 / math.sqrt(64)
     for name, parameter in parameters.items():
-        if "embed" in name:
+        if "embed" in name and name not in SCALARS:
             assert parameter.std().item() == pytest.approx(1, abs=0.02) and abs(parameter.mean().item()) < 0.02
         elif name.endswith(("qkv_w", "c_fc.weight")):
             assert parameter.abs().max() <= bound
             assert parameter.std().item() == pytest.approx(0.5 / 8, rel=0.03)
-        elif name != "scalars":
+        elif name not in SCALARS:
             assert not parameter.any(), name
-    assert parameters["scalars"].tolist() == [1.0] * 6 + [1.0, 0.0] * 6 + [0.5, 0.5] * 6
+    assert pack_scalars(parameters).tolist() == [1.0] * 6 + [1.0, 0.0] * 6 + [0.5, 0.5] * 6
 
 
 def test_init_depends_on_the_seed_and_each_parameters_own_name_only():
@@ -184,7 +206,7 @@ def test_init_depends_on_the_seed_and_each_parameters_own_name_only():
 
 def test_a_parameter_without_a_declared_init_is_an_error(monkeypatch):
     """It used to start at zero in silence, unless its name ended like one that does not."""
-    monkeypatch.setattr("speedrun_mup.core.model.layers.INTO_THE_LAYER", None)
+    monkeypatch.setattr("speedrun_mup.core.model.attention.INTO_THE_LAYER", None)
     for device in ("cpu", "meta"):
         with (
             pytest.raises(
@@ -281,24 +303,24 @@ def test_gradients_wake_up_in_the_order_of_the_record():
         model.zero_grad()
         model(*batch(seed=step), 3).backward()
         # At step 1 the gradient of the scalars is zero in exact arithmetic, so what they have is rounding: left out.
-        awake.append({name for name, p in model.named_parameters() if p.grad.any() and name != "scalars"})
+        awake.append({name for name, p in model.named_parameters() if p.grad.any() and name not in SCALARS})
         for optimizer in optimizers:
             optimizer.step()
-    everything = {name for name, _ in model.named_parameters()} - {"scalars"}
+    everything = {name for name, _ in model.named_parameters()} - SCALARS
     assert awake[0] == {"lm_head.weight"}
     assert awake[1] == {name for name in everything if name in ("lm_head.weight", "embed.weight") or "c_proj" in name}
     assert awake[2] == everything
 
 
 def test_unused_scalars_have_no_gradient():
-    """Half of the skips, the attention weights of the layer without attention, and those of absent value embeddings."""
+    """The attention weights of the layer without attention, and those of absent value embeddings."""
     model = fill(GPT(tiny(n_layer=12)))
     model(*batch(), 3).backward()
-    assert not model.scalars.grad[6:12].any() and model.scalars.grad[:6].all()
-    weights = model.scalars.grad[36:60].view(12, 2)
+    assert model.blocks.skip_weights.grad.all()
+    weights = model.value_embeds.lambdas.grad
     assert not weights[7].any() and (weights[:, 0] != 0).tolist() == [i != 7 for i in range(12)]
     assert (weights[:, 1] != 0).tolist() == [i in (0, 1, 2, 9, 10, 11) for i in range(12)]
-    assert model.scalars.grad[12:36].all()
+    assert model.blocks.x0_lambdas.grad.all()
 
 
 # The forward pass
@@ -306,7 +328,7 @@ def test_unused_scalars_have_no_gradient():
 
 def reference_hidden(model: GPT, tokens: Tensor, window: int) -> Tensor:
     """The record's forward pass of six layers in float64, straight from its description; (T, D)."""
-    p = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    p = {name: tensor.double() for name, tensor in to_record(model.state_dict()).items()}
     T, (C, B) = len(tokens), (model.cfg.head_dim, model.cfg.block_size)
     skip, mix, own = p["scalars"][:6], p["scalars"][6:18].view(6, 2), p["scalars"][18:].view(6, 2)
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()  # noqa: E731
@@ -640,7 +662,7 @@ def test_the_models_loss_is_that_of_its_logits_for_any_budget(monkeypatch):
     with torch.no_grad():
         expected = F.cross_entropy(model.logits(tokens, 3), targets, reduction="sum")
         for budget in (1, 10 * 384, 2**24):
-            monkeypatch.setattr(gpt_module, "LOGIT_BUDGET", budget)
+            monkeypatch.setattr(head_module, "LOGIT_BUDGET", budget)
             torch.testing.assert_close(model(tokens, targets, 3), expected)
 
 
@@ -703,8 +725,8 @@ def test_hidden_init_falls_with_the_root_of_width_and_embeddings_do_not(name):
 def test_every_parameter_has_a_role_and_multipliers():
     model = GPT(tiny(width=128))
     for name, _, spec in mup.named_specs(model):
-        hidden = name.startswith("blocks.")
-        role = Role.HIDDEN if hidden else {"lm_head.weight": Role.OUTPUT, "scalars": Role.SCALAR}.get(name, Role.INPUT)
+        role = Role.HIDDEN if name.startswith("blocks.") else Role.OUTPUT if name == "lm_head.weight" else Role.INPUT
+        role = Role.SCALAR if name in SCALARS else role
         assert spec.role is role, name
         assert (spec.m_in, spec.m_out) == (
             4 if role in (Role.HIDDEN, Role.OUTPUT) else 1,
@@ -767,7 +789,9 @@ def test_a_model_with_an_8_bit_head_trains_like_one_without_and_validates_withou
 def test_the_scale_of_8_bit_gradients_follows_the_parametrization(width):
     m = width / 32
     for name, factor in (("mup", 1 / m), ("record26", m**-0.5), ("sp", 1.0)):
-        assert GPT(tiny(width=width, parametrization=name, fp8=True)).scales.grad == pytest.approx(factor / 448)
+        assert GPT(tiny(width=width, parametrization=name, fp8=True)).lm_head.fp8_scales.grad == pytest.approx(
+            factor / 448
+        )
 
 
 @pytest.mark.gpu
@@ -779,13 +803,13 @@ def test_all_that_is_fast_on_a_gpu_at_once_is_the_dense_model_in_float32(window)
     exact = fill(GPT(cfg)).cuda()
     fast = GPT(dataclasses.replace(cfg, attention="flex", embed_dtype=torch.bfloat16, fp8=True)).cuda()
     fast.load_state_dict(exact.state_dict())
-    fast.compile_parts()
+    fast.compile()
     losses = [exact(tokens, targets, window), fast(tokens, targets, torch.full((), window, dtype=torch.int32).cuda())]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
     for loss in losses:
         loss.backward()
     for (name, p), q in zip(exact.named_parameters(), fast.parameters(), strict=True):
-        assert (q.grad.float() - p.grad).norm() < (0.3 if name == "scalars" else 0.1) * p.grad.norm(), name
+        assert (q.grad.float() - p.grad).norm() < (0.3 if name in SCALARS else 0.1) * p.grad.norm(), name
     with torch.no_grad():
         validated = fast(tokens, targets, torch.full((), window, dtype=torch.int32).cuda())
     assert validated.item() == pytest.approx(losses[0].item(), rel=0.01)

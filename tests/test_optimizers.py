@@ -356,7 +356,8 @@ def effective_rates(model: GPT, hidden: str) -> dict[str, set[float]]:
     return measured
 
 
-RATES = {"embed": {0.6}, "value_embeds": {0.5}, "lm_head": {0.22}, "scalars": {0.04}}
+SCALARS = ("skip_weights", "x0_lambdas", "lambdas")
+RATES = {"embed": {0.6}, "value_embeds": {0.5}, "lm_head": {0.22}} | {name: {0.04} for name in SCALARS}
 
 
 @pytest.mark.parametrize(
@@ -405,8 +406,8 @@ def test_eps_and_weight_decay_at_four_times_the_base_width(hidden, matrix_decay)
         for group in groups:
             ((name, _),) = group["params"]
             if optimizer == "adam":
-                assert group["eps"] == pytest.approx(1e-9 if name == "scalars" else 1e-9 / 4), name
-            hidden_matrix = name.startswith("blocks.")
+                assert group["eps"] == pytest.approx(1e-9 if kind(name) in SCALARS else 1e-9 / 4), name
+            hidden_matrix = name.startswith("blocks.") and kind(name) not in SCALARS
             assert group["weight_decay"] == pytest.approx(matrix_decay if hidden_matrix else 0.1), name
 
 

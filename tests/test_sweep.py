@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 
 from speedrun_mup.cli import main
 from speedrun_mup.config import TrainConfig, make_config, to_json
-from speedrun_mup.core.attention import may_attend
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.model.attention import may_attend
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import write_whole

@@ -15,8 +15,8 @@ from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.coord_check.check import Control, CoordCheckError, coord_check
 from speedrun_mup.coord_check.observe import Record
 from speedrun_mup.coord_check.results import CoordCheck
-from speedrun_mup.core.attention import Dense
 from speedrun_mup.core.model import GPT
+from speedrun_mup.core.model.attention import Dense
 from speedrun_mup.core.mup import Parametrization, Role
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import train_batches

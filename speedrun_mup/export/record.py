@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.core.errors import in_a_line
+from speedrun_mup.core.model.record import to_record
 from speedrun_mup.files import open_regular, printable, whole_file
 from speedrun_mup.training.checkpoint import Loaded
 from speedrun_mup.training.manifest import CheckpointError, os_faults
@@ -17,7 +18,7 @@ from speedrun_mup.training.manifest import CheckpointError, os_faults
 def export_pt(path: Path, out: Path) -> None:
     """Write the model of checkpoint `path` as {"model": state_dict} to the file `out`, as the speedrun itself saves."""
     buffer = io.BytesIO()
-    torch.save({"model": Loaded(path).model}, buffer)
+    torch.save({"model": to_record(Loaded(path).model)}, buffer)
     with os_faults(out, CheckpointError), whole_file(out) as file:
         file.write(buffer.getvalue())
 

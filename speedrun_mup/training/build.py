@@ -53,7 +53,7 @@ def build_model(cfg: TrainConfig, corpus: Corpus, world: World) -> BuiltModel:
         fp8, why_head = pick_fp8(cfg, world.device, dtype, compiled)
         model = GPT(model_config(cfg, corpus, attention, dtype, fp8), cfg.seed).to(world.device)
     if compiled:
-        model.compile_parts()
+        model.compile()
     precision = str(dtype).removeprefix("torch.")
     choices = (
         f"device: {world.size} x {world.device.type}, {precision}; {'' if compiled else 'not '}compiled ({why_compiled}); "

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from speedrun_mup.core.errors import ConfigError, in_a_line
+from speedrun_mup.core.model.record import SCALARS, ranges_of_scalars
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
 from speedrun_mup.files import open_regular, printable, sync_folder
@@ -273,9 +275,9 @@ class Checkpoints:
 class Loaded:
     """A checkpoint, read back: `model` (name -> tensor), `state`, and `slice` for any range of the optimizer.
 
-    optim_sizes: elements of each "parameter/state". Tensors are on the CPU. The hash is checked on the very bytes that
-    are parsed; optimizer files are read when first asked for, and held. Raises DamagedCheckpoint, or CheckpointError if
-    a newer version wrote it.
+    optim_sizes: elements of each "parameter/state". What the first edition wrote has today's names here. Tensors are on the
+    CPU. The hash is checked on the very bytes that are parsed; optimizer files are read when first asked for, and held.
+    Raises DamagedCheckpoint, or CheckpointError if a newer version wrote it.
     """
 
     def __init__(self, path: Path):
@@ -286,6 +288,10 @@ class Loaded:
         self.model: dict[str, Tensor] = self._tensors(MODEL)
         self.optim_sizes = {key: parts[-1][2] for key, parts in self._manifest.slices.items()}
         self._optim: dict[int, dict[str, Tensor]] = {}
+        self._inside: dict[str, tuple[str, int]] = {}  # a state that is part of another, and where it begins there
+        flat = self.model.get(SCALARS)  # of the first edition
+        if flat is not None and flat.ndim == 1 and len(flat) % 5 == 0:
+            self._divide(SCALARS, ranges_of_scalars(len(flat) // 5))
 
     def slice(self, key: str, begin: int, end: int) -> Tensor:
         """The flat range [begin, end) of "parameter/state", (end - begin,), whoever wrote it."""
@@ -293,12 +299,27 @@ class Loaded:
         if size is None or not 0 <= begin <= end <= size:
             have = "nothing of that name" if size is None else f"{size} elements"
             raise CheckpointError(f"{self.path}: [{begin}, {end}) of {key} is asked for, but it has {have}")
+        key, offset = self._inside.get(key, (key, 0))
+        begin, end = begin + offset, end + offset
         parts = self._manifest.slices[key]
         if begin == end:
             return self._part(parts[0][0], key)[:0].clone()
         return torch.cat(
             [self._part(rank, key)[max(begin, lo) - lo : end - lo] for rank, lo, hi in parts if lo < end and begin < hi]
         )
+
+    def _divide(self, name: str, parts: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
+        """Show the flat parameter `name` as several, {name: (where it begins, shape)}, and its states likewise."""
+        flat = self.model.pop(name)
+        states = [key for key in self.optim_sizes if key.startswith(f"{name}/")]
+        for part, (begin, shape) in parts.items():
+            size = math.prod(shape)
+            self.model[part] = flat[begin : begin + size].view(shape)
+            for key in states:
+                self._inside[part + key.removeprefix(name)] = key, begin
+                self.optim_sizes[part + key.removeprefix(name)] = size
+        for key in states:
+            del self.optim_sizes[key]
 
     def _part(self, rank: int, key: str) -> Tensor:
         if rank not in self._optim:

@@ -14,9 +14,9 @@ import torch._functorch.config
 from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.attention import Flex
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.kernels.fp8 import GRANULE, has_fp8
+from speedrun_mup.core.model.attention import Flex
 from speedrun_mup.core.utils import is_out_of_memory
 
 

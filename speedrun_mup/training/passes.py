@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.attention import Window
 from speedrun_mup.core.device import is_out_of_memory
 from speedrun_mup.core.distributed import TreeSum, World
+from speedrun_mup.core.model.attention import Window
 from speedrun_mup.data.batches import Batch, Batches, ValBatches, train_batches
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import bytes_of_tokens

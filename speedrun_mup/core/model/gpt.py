@@ -4,12 +4,15 @@ The architecture is its authors' (Keller Jordan and contributors, github.com/Kel
 literals of its 12 layers are rules here that give the same 12 layers. Names of modules and parameters are the record's,
 so its checkpoints load.
 
-Shapes: T tokens, D width, H heads, C head_dim, V padded vocabulary, L layers. There is no batch dimension.
+A model has five parts, each built by a frozen config of its own: token inputs, values, attention, wiring and head. A
+technique is another config of a part, or an option in it; one that is absent costs nothing.
+
+Shapes: T tokens, D width, V padded vocabulary, L layers. There is no batch dimension.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedrun_mup.core import mup
-from speedrun_mup.core.attention import BACKENDS, Window, document_numbers
-from speedrun_mup.core.kernels.fp8 import head_scales
-from speedrun_mup.core.model.config import GPTConfig
-from speedrun_mup.core.model.layers import Block, Embedding, Linear, rms_norm, rotary_table
-from speedrun_mup.core.model.loss import FUSED_LOGIT_BYTES, LOGIT_BUDGET, SOFTCAP_SLOPE, SoftcapCrossEntropy, softcap
-from speedrun_mup.core.mup import Init, Role
+from speedrun_mup.core.model.attention import BACKENDS, AttentionConfig, Context, Window, document_numbers
+from speedrun_mup.core.model.head import HeadConfig
+from speedrun_mup.core.model.inputs import TokenInputsConfig
+from speedrun_mup.core.model.layers import rms_norm, rotary_table
+from speedrun_mup.core.model.record import SCALARS, unpack_scalars
+from speedrun_mup.core.model.shape import ModelShape
+from speedrun_mup.core.model.values import ValuesConfig
+from speedrun_mup.core.model.wiring import UNetConfig
+
+
+@dataclass(frozen=True)
+class GPTConfig(ModelShape):
+    """A model: its shape, and what each of its five parts is. The defaults are the record's."""
+
+    inputs: TokenInputsConfig = TokenInputsConfig()
+    values: ValuesConfig = ValuesConfig()
+    attn: AttentionConfig = AttentionConfig()
+    wiring: UNetConfig = UNetConfig()
+    head: HeadConfig = HeadConfig()
 
 
 class GPT(nn.Module):
@@ -31,55 +47,33 @@ class GPT(nn.Module):
     def __init__(self, cfg: GPTConfig, seed: int = 0):
         super().__init__()
         self.cfg = cfg
-        V, D, L, base = cfg.padded_vocab, cfg.width, cfg.n_layer, cfg.base_width
-        self.embed = Embedding(V, D, cfg.embed_dtype)
-        self.value_embeds = nn.ModuleList(Embedding(V, D, cfg.embed_dtype) for _ in range(3))
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(L))
-        self.lm_head = Linear(D, V)
-        self.scalars = nn.Parameter(torch.empty(5 * L))
-        mup.declare(self.embed, "weight", Role.INPUT, (V, base), "in out", "embed", init="unit")
-        for table in self.value_embeds:
-            mup.declare(table, "weight", Role.INPUT, (V, base), "in out", "value_embed", init="unit")
-        head = mup.declare(self.lm_head, "weight", Role.OUTPUT, (V, base), "out in", "head", init="zero")
-        first = Init(constant=(*[1.0] * L, *[1.0, 0.0] * L, *[0.5, 0.5] * L))
-        mup.declare(self, "scalars", Role.SCALAR, (5 * L,), "n", "scalar", init=first)
-        forward = cfg.table.forward(head)
-        self.logit_scale = forward / (SOFTCAP_SLOPE * math.sqrt(base))
-        self.scales = head_scales(D, forward) if cfg.fp8 else None
-        self.fused = False
+        self.embed = cfg.inputs.build(cfg)
+        self.value_embeds = cfg.values.build(cfg)
+        self.blocks = cfg.wiring.build(cfg, lambda layer: cfg.attn.build(cfg, layer, cfg.values.mixer(cfg, layer)))
+        self.lm_head = cfg.head.build(cfg)
         mup.init_parameters(self, cfg.table, seed)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the head's products are multiplied by before the soft cap."""
+        return self.lm_head.scale
 
     def hidden(self, tokens: Tensor, window: Window) -> Tensor:
         """(T,) ids and the long window in blocks -> (T, D), the normed stream that the head reads."""
         return self.stream(tokens, window, rotary_table(len(tokens), self.cfg.head_dim, tokens.device))
 
-    def stream(self, tokens: Tensor, window: Window, table: tuple[Tensor, Tensor]) -> Tensor:
+    def stream(self, tokens: Tensor, window: Window, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         """`hidden` for a given rotary table: this is what gets compiled, and the table need not be made again each time."""
-        cfg, L = self.cfg, self.cfg.n_layer
-        skips = self.scalars[: L // 2]
-        mixes = self.scalars[L : 3 * L].view(L, 2)
-        lambdas = self.scalars[3 * L : 5 * L].view(L, 2)
+        masks = self.masks(document_numbers(tokens, self.cfg.bos_token), window)
+        x0 = self.embed(tokens)
+        context = Context(masks, cos_sin, self.value_embeds(tokens))
+        return rms_norm(self.blocks(x0, context))
 
-        doc = document_numbers(tokens, cfg.bos_token)
-        backend = BACKENDS[cfg.attention]()
-        widest = cfg.widest_window
-        masks = {
-            True: backend.build_mask(doc, window, cfg.block_size, widest),
-            False: backend.build_mask(doc, window // 2, cfg.block_size, widest and widest // 2),
-        }
-
-        x = x0 = rms_norm(self.embed(tokens))
-        value_embeds = [embed(tokens) for embed in self.value_embeds]
-        stack: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
-            if layer >= L // 2:
-                x = x + skips[layer - L // 2] * stack.pop()
-            which = cfg.value_embed_of(layer)
-            value_embed = None if which is None else value_embeds[which]
-            x = block(x, x0, mixes[layer], value_embed, lambdas[layer], masks[cfg.has_long_window(layer)], table)
-            if layer < L // 2:
-                stack.append(x)
-        return rms_norm(x)
+    def masks(self, doc: Tensor, window: Window) -> tuple[Any, Any]:
+        """(T,) document numbers -> masks for layers with the short and with the long window (record 20)."""
+        backend, block, widest = BACKENDS[self.cfg.attention](), self.cfg.block_size, self.cfg.widest_window
+        long = backend.build_mask(doc, window, block, widest)
+        return backend.build_mask(doc, window // 2, block, widest and widest // 2), long
 
     def logits(self, tokens: Tensor, window: Window) -> Tensor:
         """(T,) -> (T, V) float32, soft-capped. All of them at once: for sampling and tests; training never does this.
@@ -88,38 +82,27 @@ class GPT(nn.Module):
         """
         T, block = len(tokens), self.cfg.block_size
         padded = F.pad(tokens, (0, -(-max(T, 1) // block) * block - T), value=self.cfg.bos_token)
-        return softcap(self.lm_head(self.hidden(padded, window)[:T]), self.logit_scale)
+        return self.lm_head.logits(self.hidden(padded, window)[:T])
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
-        weight: Tensor = self.lm_head.weight  # a Function is told that a parameter needs a gradient even under no_grad
-        training = torch.is_grad_enabled()
-        return SoftcapCrossEntropy.apply(
-            self.hidden(tokens, window),
-            weight if training else weight.detach(),
-            targets,
-            self.logit_scale,
-            FUSED_LOGIT_BYTES // self.cfg.embed_dtype.itemsize if self.fused else LOGIT_BUDGET,
-            self.scales if training else None,
-            self.fused,
-        )
+        return self.lm_head.loss(self.hidden(tokens, window), targets)
 
-    def compile_parts(self) -> None:
+    def compile(self) -> None:
         """Compile what gains by it, with static shapes: all that comes before the head, and the loss around its products.
 
         A window given as a tensor never makes it compile again.
         """
         self.stream = torch.compile(self.stream, dynamic=False)  # type: ignore[method-assign]
-        self.fused = True
+        self.lm_head.fused = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Accept the record's own checkpoints: compiled names, and `scalars` padded to a multiple of its 8 ranks."""
-        key, own = prefix + "scalars", self.scalars.numel()
-        if key in state_dict and own < state_dict[key].numel() < own + 64:
-            state_dict[key] = state_dict[key][:own]
+        """Accept the flat scalars of the record's own checkpoints and of the first edition's."""
+        flat, errors = state_dict.pop(prefix + SCALARS, None), args[-1]
+        if flat is not None:
+            try:
+                named = unpack_scalars(flat, self.cfg.n_layer)
+                state_dict.update({prefix + name: tensor for name, tensor in named.items()})
+            except ValueError as fault:
+                errors.append(f"size mismatch for {prefix}{fault}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def strip_compiled(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the "_orig_mod." that torch.compile puts before every name."""
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}

@@ -1,4 +1,4 @@
-"""What a model looks like: its sizes, its pattern of layers, its parametrization."""
+"""What all parts of a model have in common: sizes, the pattern of layers, the parametrization."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 
 VOCAB_MULTIPLE = 128
+VALUE_EMBEDS = 3
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class ModelShape:
     """The shape of a model, its base width and its parametrization.
 
     vocab_size: of the tokenizer; padded up to a multiple of 128 inside. base_width: the width that the learning rates

@@ -1,22 +1,31 @@
-"""Attention over packed documents: one mask rule, three backends that must agree.
+"""Attention over packed documents: one mask rule, three backends that must agree, and the layer that uses them.
 
-T tokens, H heads, C head_dim, B tokens per block, N = T / B blocks, W window in blocks. No batch dimension: documents
-are packed one after another into a single sequence, as in the speedrun.
+T tokens, D width, H heads, C head_dim, B tokens per block, N = T / B blocks, W window in blocks. No batch dimension:
+documents are packed one after another into a single sequence, as in the speedrun.
 
 - dense: the mask written out as (T, T). The reference; O(T^2) memory.
 - blocked: each block of queries sees the W blocks of keys that end with its own. O(T * W * B) memory, any device.
-- flex: FlexAttention with block lists, for CUDA. The window truncates the lists by a tensor, so it never recompiles.
+- flex: FlexAttention with block lists, for CUDA (KoszarskyB, record 12). The window truncates the lists by a tensor, so it
+  never recompiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from speedrun_mup.core import mup
+from speedrun_mup.core.model.layers import INTO_THE_LAYER, Linear, rms_norm, rotate
+from speedrun_mup.core.model.shape import ModelShape
+from speedrun_mup.core.model.values import ValueRows
+from speedrun_mup.core.mup import Role
+
+ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 Window = int | Tensor  # in blocks; a 0-d int32 tensor where a compiled graph must not depend on its value
 
 
@@ -46,7 +55,7 @@ class Backend(Protocol):
 
 
 class Dense:
-    """The reference: softmax over the full (T, T) matrix of scores, in the obvious way."""
+    """The reference, a textbook implementation: softmax over the full (T, T) matrix of scores."""
 
     def build_mask(self, doc: Tensor, window: Window, block_size: int, widest: int | None = None) -> Tensor:
         """(T,) -> (T, T) bool."""
@@ -142,3 +151,63 @@ class Flex:
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"dense": Dense, "blocked": Blocked, "flex": Flex}
+
+
+class Context(NamedTuple):
+    """What all layers see of a sequence. masks: the backend's, for the short and the long window."""
+
+    masks: tuple[Any, Any]
+    cos_sin: tuple[Tensor, Tensor]
+    values: ValueRows
+
+
+class HeadsOption(Protocol):
+    """The config of a technique that changes what the heads put out, before the projection."""
+
+    def build(self, shape: ModelShape, layer: int) -> nn.Module | None:
+        """A module (y (T, H, C), x (T, D), v (T, H, C)) -> (T, H, C); None where the layer goes without."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """An attention layer. scale: of the scores. options: techniques that change the heads' outputs, in this order."""
+
+    scale: float = ATTENTION_SCALE
+    options: tuple[HeadsOption, ...] = ()
+
+    def build(self, shape: ModelShape, layer: int, mixer: nn.Module) -> Attention:
+        """The attention of one layer. mixer: what it does with its values."""
+        return Attention(self, shape, layer, mixer)
+
+
+class Attention(nn.Module):
+    """Causal attention over packed documents."""
+
+    def __init__(self, cfg: AttentionConfig, shape: ModelShape, layer: int, mixer: nn.Module):
+        super().__init__()
+        D, base = shape.width, shape.base_width
+        self.head_dim, self.scale = shape.head_dim, cfg.scale
+        self.has_long_window = shape.has_long_window(layer)
+        self.backend = BACKENDS[shape.attention]()
+        self.qkv_w = nn.Parameter(torch.empty(3, D, D))
+        self.c_proj = Linear(D, D)
+        mup.declare(self, "qkv_w", Role.HIDDEN, (3, base, base), "stack out in", "matrix", init=INTO_THE_LAYER)
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, base), "out in", "matrix", init="zero")
+        self.value = mixer
+        built = (option.build(shape, layer) for option in cfg.options)
+        self.options = nn.ModuleList(option for option in built if option is not None)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """The normed stream (T, D) -> (T, D)."""
+        T = len(x)
+        qkv = F.linear(x, self.qkv_w.flatten(end_dim=1).type_as(x)).view(T, -1, self.head_dim)  # (T, 3H, C)
+        H = qkv.size(1) // 3
+        qk, v = qkv.split([2 * H, H], dim=1)
+        # QK norm (Grad62304977 and Keller Jordan, record 5). Rotation preserves the norm, so the norm after the rotary
+        # embedding equals the record's norm before it.
+        q, k = rms_norm(rotate(qk, context.cos_sin)).chunk(2, dim=1)
+        v = self.value(v, x, context.values)
+        y = self.backend.attend(q, k, v, context.masks[self.has_long_window], self.scale)
+        for option in self.options:
+            y = option(y, x, v)
+        return self.c_proj(y.reshape(T, -1))
