@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -87,16 +87,16 @@ class TimedWorld(World):
     watch: Stopwatch | None = None
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Handle:
-        """As World's."""
+        """Sum over ranks, as World does it, timed."""
         return self._timed(super().all_reduce(tensor, op))
 
     def reduce_scatter(self, full: Tensor) -> tuple[Tensor, Handle]:
-        """As World's."""
+        """Reduce and scatter, as World does it, timed."""
         part, handle = super().reduce_scatter(full)
         return part, self._timed(handle)
 
     def all_gather(self, part: Tensor) -> tuple[Tensor, Handle]:
-        """As World's."""
+        """All-gather, as World does it, timed."""
         full, handle = super().all_gather(part)
         return full, self._timed(handle)
 
@@ -118,7 +118,7 @@ class BenchResult:
 
     flops: "6N" counts matrices alone; "masked" adds attention over the keys that window and documents allow, counted on
     the batches; "window" adds attention over the window, as if documents had no end. data_sheet_flops: None if unknown.
-    measured: this device's own rate of a large matrix product and of a copy (bytes read and written).
+    measured: this device's own rate of a large matmul and of a copy (bytes read and written).
     """
 
     device: str
@@ -144,11 +144,11 @@ class BenchResult:
     profile: list[dict[str, Any]]
 
     def to_json(self) -> str:
-        """Strict JSON."""
+        """All numbers as strict JSON."""
         return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     def summary(self) -> str:
-        """For a terminal."""
+        """All numbers as lines for a terminal."""
         total = sum(self.phases_ms.values())
         shares = ", ".join(f"{name} {ms:.1f} ({ms / total:.0%})" for name, ms in self.phases_ms.items())
         rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in self.achieved_flops.items())
@@ -175,7 +175,7 @@ class BenchResult:
     def _mfu_line(self) -> str:
         if self.mfu is None:
             share = self.achieved_flops["masked"] / self.measured["matmul"]
-            return f"no data sheet known for this device; {share:.1%} of the measured matrix product"
+            return f"no data sheet known for this device; {share:.1%} of the measured matmul"
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.mfu.items())
         return f"{shares} of {(self.data_sheet_flops or 0) / 1e12:.1f} TFLOP/s (data sheet)"
 
@@ -203,17 +203,71 @@ def bench(cfg: TrainConfig, steps: int, began: float, profiled: bool = False) ->
             leave_world()
 
 
+@dataclass
+class _Timed:
+    """What was taken down while training. keys: that a query sees with the long and the short window, of each step."""
+
+    warmup_s: float = 0.0
+    start_s: float = 0.0
+    graphs_in_warmup: int = 0
+    graphs_after: int = 0
+    memory: dict[str, float] = field(default_factory=dict)
+    keys: list[tuple[float, float]] = field(default_factory=list)
+    laps: list[dict[str, float]] = field(default_factory=list)
+    profile: list[dict[str, Any]] = field(default_factory=list)
+
+
 def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchResult:
     """The benchmark itself, on a run that has not trained yet."""
-    cfg, world, device = run.cfg, run.world, run.world.device
-    steps, on_cuda = cfg.iterations, device.type == "cuda"
+    cfg, ranks, device = run.cfg, run.world.size, run.world.device
+    timed = _train_and_time(run, watch, began, profiled)
+    step_ms = [sum(lap.values()) for lap in timed.laps]
+    tokens_per_s = cfg.batch_tokens * cfg.iterations / (sum(step_ms) / 1e3)
+    shape = model_shape(cfg, run.corpus.vocab_size)
+    long, short = (statistics.fmean(seen) for seen in zip(*timed.keys, strict=True))
+    flops = {
+        "6N": weight_flops(shape),
+        "masked": weight_flops(shape) + attention_flops(shape, long, short),
+        "window": flops_per_token(cfg, run.corpus.vocab_size),
+    }
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else device.type
+    peak = next((peak for part, peak in DATASHEET_FLOPS.items() if part in name), None) if on_cuda else None
+    achieved = {formula: count * tokens_per_s / ranks for formula, count in flops.items()}
+    return BenchResult(
+        device=name,
+        torch=torch.__version__,
+        settings=asdict(cfg),
+        vocab=run.corpus.vocab_size,
+        chosen=run.passes.describe(),
+        ranks=ranks,
+        steps=cfg.iterations,
+        step_ms=step_ms,
+        phases_ms={phase: statistics.fmean(lap[phase] for lap in timed.laps) for phase in PHASES},
+        tokens_per_s=tokens_per_s,
+        flops=flops,
+        achieved_flops=achieved,
+        data_sheet_flops=peak,
+        mfu={formula: rate / peak for formula, rate in achieved.items()} if peak else None,
+        measured=ceilings(device, run.model.cfg.embed_dtype, run.model.cfg.fp8),
+        peak_memory_gib=timed.memory,
+        start_s=timed.start_s,
+        warmup_s=timed.warmup_s,
+        graphs_in_warmup=timed.graphs_in_warmup,
+        graphs_after=timed.graphs_after,
+        profile=timed.profile,
+    )
+
+
+def _train_and_time(run: Run, watch: Stopwatch, began: float, profiled: bool) -> _Timed:
+    """Warm up, then train all steps under the stopwatch, and one more under the profiler if that is wanted."""
+    world, device, steps, timed = run.world, run.world.device, run.cfg.iterations, _Timed()
     warming = time.perf_counter()
     run.warm_up_kernels()
     _wait_for(device)
-    memory = {"warmup and validation": _peak_memory(device)}
-    warmup_s, start_s, graphs = time.perf_counter() - warming, 0.0, graphs_compiled()
+    timed.warmup_s, timed.graphs_in_warmup = time.perf_counter() - warming, graphs_compiled()
+    timed.memory["warmup and validation"] = _peak_memory(device)
     run.passes.phase = watch
-    keys: list[tuple[float, float]] = []
     with closing(run.passes.batches.stream(0, world.rank, world.size)) as stream:
         for step in range(steps):
             with watch("other"):
@@ -223,49 +277,14 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
                 run.process_pending_steps(at_once=False)
             if step == 0:
                 _wait_for(device)
-                start_s = time.perf_counter() - began
-            keys.append(_mean_keys(run, micro_batches, step))
+                timed.start_s = time.perf_counter() - began
+            timed.keys.append(_mean_keys(run, micro_batches, step))
         run.process_pending_steps()
-        laps = watch.laps()[-steps:]
-        memory["training"] = _peak_memory(device)
-        graphs_after = graphs_compiled() - graphs
-        rows = profile_step(run, next(stream), steps // 2) if profiled else []
-
-    step_ms = [sum(lap.values()) for lap in laps]
-    tokens_per_s = cfg.batch_tokens * steps / (sum(step_ms) / 1e3)
-    shape = model_shape(cfg, run.corpus.vocab_size)
-    long, short = (statistics.fmean(seen) for seen in zip(*keys, strict=True))
-    flops = {
-        "6N": weight_flops(shape),
-        "masked": weight_flops(shape) + attention_flops(shape, long, short),
-        "window": flops_per_token(cfg, run.corpus.vocab_size),
-    }
-    name = torch.cuda.get_device_name(device) if on_cuda else device.type
-    peak = next((peak for part, peak in DATASHEET_FLOPS.items() if part in name), None) if on_cuda else None
-    achieved = {formula: count * tokens_per_s / world.size for formula, count in flops.items()}
-    return BenchResult(
-        device=name,
-        torch=torch.__version__,
-        settings=asdict(cfg),
-        vocab=run.corpus.vocab_size,
-        chosen=run.passes.describe(),
-        ranks=world.size,
-        steps=steps,
-        step_ms=step_ms,
-        phases_ms={phase: statistics.fmean(lap[phase] for lap in laps) for phase in PHASES},
-        tokens_per_s=tokens_per_s,
-        flops=flops,
-        achieved_flops=achieved,
-        data_sheet_flops=peak,
-        mfu={formula: rate / peak for formula, rate in achieved.items()} if peak else None,
-        measured=ceilings(device, run.model.cfg.embed_dtype, run.model.cfg.fp8),
-        peak_memory_gib=memory,
-        start_s=start_s,
-        warmup_s=warmup_s,
-        graphs_in_warmup=graphs,
-        graphs_after=graphs_after,
-        profile=rows,
-    )
+        timed.laps = watch.laps()[-steps:]
+        timed.memory["training"] = _peak_memory(device)
+        timed.graphs_after = graphs_compiled() - timed.graphs_in_warmup
+        timed.profile = profile_step(run, next(stream), steps // 2) if profiled else []
+    return timed
 
 
 def graphs_compiled() -> int:
@@ -307,7 +326,7 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20) -> list[dict[str, Any]]:
-    """The dearest operations (on CUDA: kernels) of one step: name, calls, ms, share of all."""
+    """The most expensive ops (on CUDA: kernels) of one step: name, calls, ms, share of all."""
     on_cuda = run.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     _wait_for(run.world.device)
@@ -334,7 +353,7 @@ def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, fp8: bool) -> dict[str, float]:
-    """What this device reaches: FLOP/s of a large square matrix product, bytes/s of a large copy, on random data."""
+    """What this device reaches: FLOP/s of a large square matmul, bytes/s of a large copy, on random data."""
     side, size = (8192, 2**29) if device.type == "cuda" else (1024, 2**25)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     found = {"matmul": 2 * side**3 / seconds(lambda: a @ b, device)}

@@ -47,6 +47,15 @@ FLOORS = [
 ]
 
 
+MOST_LINES, MOST_METHODS, MOST_FUNCTION_LINES = 500, 20, 60  # the last without the docstring
+# What is larger, and why it may be. An entry whose subject has shrunk has to go.
+LARGER = {
+    "data.batches": "to be split",
+    "commands.data.run_text": "to be split",
+}
+IN_CIRCLES: set[frozenset[str]] = {frozenset({"transfer.forecast", "transfer.results"})}  # to be cut
+
+
 # What means something on one machine only: its folders, absolute or hidden, trackers and registries.
 FOREIGN = (
     r"/tmp/|/root/|/home/|file://",
@@ -178,3 +187,80 @@ def test_pages_link_to_what_exists_and_the_file_tree_of_the_readme_does():
     tree = (ROOT / "README.md").read_text().split("## What is where\n\n```\n")[1].split("```")[0]
     for path in re.findall(r"(?:^|  )(\S+(?:\.py|/))(?=\s|$)", tree, re.M):
         assert (ROOT / path).exists() or (PACKAGE / path).exists(), f"the file tree of README.md names {path}"
+
+
+def too_large():
+    """Names of files, classes and functions that are over their limit, with what they have."""
+    for name, tree, lines in ((name, ast.parse(text), text.count("\n")) for name, text in every_module()):
+        if lines > MOST_LINES:
+            yield name, lines
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                methods = sum(isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) for part in node.body)
+                if methods > MOST_METHODS:
+                    yield f"{name}.{node.name}", methods
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                told = node.body[0] if ast.get_docstring(node) else None
+                of_docstring = (told.end_lineno or 0) - told.lineno + 1 if told else 0
+                length = (node.end_lineno or 0) - node.lineno + 1 - of_docstring
+                if length > MOST_FUNCTION_LINES:
+                    yield f"{name}.{node.name}", length
+
+
+def every_module():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path.read_text()
+
+
+def test_files_classes_and_functions_are_small():
+    found = dict(too_large())
+    assert not found.keys() - LARGER.keys(), (
+        f"too large: { {name: found[name] for name in found.keys() - LARGER.keys()} }"
+    )
+    assert not LARGER.keys() - found.keys(), (
+        f"no longer too large, take them off LARGER: {LARGER.keys() - found.keys()}"
+    )
+
+
+def imported_at_the_top(body):
+    """The import statements of a module that run with it, or that a type checker follows: not those in functions."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        for part in ("body", "orelse", "finalbody", "handlers"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield from imported_at_the_top(getattr(node, part, []))
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules that it imports, TYPE_CHECKING included. A package counts where its __init__ is meant."""
+    texts = dict(every_module())
+    graph = {}
+    for name, text in texts.items():
+        targets = set()
+        for node in imported_at_the_top(ast.parse(text).body):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("speedrun_mup"):
+                module = (node.module or "").removeprefix("speedrun_mup").lstrip(".")
+                joined = [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
+                targets |= {one if one in texts else module for one in joined}
+            elif isinstance(node, ast.Import):
+                targets |= {alias.name.removeprefix("speedrun_mup.") for alias in node.names}
+        graph[name] = targets & texts.keys() - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The groups of nodes from each of which every other one of the group can be reached."""
+    reach = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    groups = (frozenset(other for other in reach[name] if name in reach[other]) for name in graph)
+    return {group for group in groups if group}
+
+
+def test_no_modules_import_each_other():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == {frozenset("abc")}
+    found = circles(import_graph())
+    assert found == IN_CIRCLES, f"a circle of imports: {[sorted(one) for one in found ^ IN_CIRCLES]}"

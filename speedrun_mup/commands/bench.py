@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     parser = new_parser("speedrun-mup bench", run.__doc__ or "")
     parser.add_argument("--steps", type=int, default=28, help="steps, over which the window grows fully; %(default)s")
-    parser.add_argument("--profile", action="store_true", help="also list the dearest operations of one step")
+    parser.add_argument("--profile", action="store_true", help="also list the most expensive ops of one step")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_preset(parser)
     add_settings(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,59 @@ _MU_OPTIMIZERS = {"sgd": MuSGD, "adam": MuAdam, "adamw": MuAdamW}
 _PLAIN_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
+def _optimizer_builder(
+    optimizer: str | Callable[[nn.Module], torch.optim.Optimizer],
+    lr: float | None,
+    mup: bool,
+    chosen: Callable[[str], bool] | None,
+) -> tuple[Callable[[nn.Module], torch.optim.Optimizer], float | None]:
+    """What makes the optimizer of a model, of the parameters whose names are `chosen`; and its learning rate."""
+    if not isinstance(optimizer, str):
+        if lr is not None or chosen is not None:
+            raise ConfigError("optimizer is a function and sets lr itself; leave out lr and filter_trainable_by_name")
+        return optimizer, None
+    if optimizer not in _MU_OPTIMIZERS:
+        raise ConfigError(f"optimizer={optimizer!r} is unknown; give sgd, adam, adamw or a function of the model")
+    rate = lr if lr is not None else 0.1 if optimizer == "sgd" else 1e-3
+    make: Any = (_MU_OPTIMIZERS if mup else _PLAIN_OPTIMIZERS)[optimizer]
+
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        wanted = [p for name, p in model.named_parameters() if chosen is None or chosen(name)]
+        return make(wanted, lr=rate, model=model) if mup else make(wanted, lr=rate)
+
+    return build, rate
+
+
+def _import_pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("get_coord_data returns a pandas DataFrame; run: pip install pandas") from None
+    return pandas
+
+
+def _loss_of(
+    device: torch.device,
+    output_name: str | None,
+    flatten_input: bool,
+    flatten_output: bool,
+    lossfn: str | Callable[[Tensor, Tensor], Tensor],
+    one_hot_target: bool,
+    model: nn.Module,
+    batch: Any,
+) -> Tensor:
+    """The loss of a model on a batch, by get_coord_data's arguments. output_name: None where batches are pairs."""
+    if output_name is not None:
+        out = model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
+        return out[output_name] if isinstance(out, Mapping) else out[0]
+    data, target = (x.to(device) for x in batch)
+    out = model(data.flatten(1) if flatten_input else data)
+    out = out.flatten(0, -2) if flatten_output else out
+    if one_hot_target or (lossfn == "mse" and not target.is_floating_point()):
+        target = F.one_hot(target, out.shape[-1]).to(out.dtype)
+    return (LOSSES[lossfn] if isinstance(lossfn, str) else lossfn)(out, target)
+
+
 def get_coord_data(
     models: Mapping[int, Callable[[], nn.Module]],
     dataloader: Iterable[Any],
@@ -145,39 +199,15 @@ def get_coord_data(
     so that nothing but width differs. fix_data: train on the first batch only. lossfn: a name in LOSSES or a function
     of output and label. one_hot_target: make vectors of class labels (always so for mse). Raises ConfigError.
     """
-    try:
-        import pandas as pd
-    except ImportError:
-        raise ConfigError("get_coord_data returns a pandas DataFrame; run: pip install pandas") from None
+    pandas = _import_pandas()
     from tqdm import tqdm
 
-    if isinstance(optimizer, str):
-        if optimizer not in _MU_OPTIMIZERS:
-            raise ConfigError(f"optimizer={optimizer!r} is unknown; give sgd, adam, adamw or a function of the model")
-        lr = lr if lr is not None else 0.1 if optimizer == "sgd" else 1e-3
-        make_optimizer: Any = (_MU_OPTIMIZERS if mup else _PLAIN_OPTIMIZERS)[optimizer]
-    elif lr is not None or filter_trainable_by_name is not None:
-        raise ConfigError("optimizer is a function and sets lr itself; leave out lr and filter_trainable_by_name")
-
-    def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        if not isinstance(optimizer, str):
-            return optimizer(model)
-        chosen = filter_trainable_by_name or (lambda name: True)
-        wanted = [p for name, p in model.named_parameters() if chosen(name)]
-        return make_optimizer(wanted, lr=lr, model=model) if mup else make_optimizer(wanted, lr=lr)
-
+    build_optimizer, lr = _optimizer_builder(optimizer, lr, mup, filter_trainable_by_name)
     device = torch.device("cuda" if cuda else "cpu")
 
-    def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        if dict_in_out:
-            out = model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
-            return out[output_name] if isinstance(out, Mapping) else out[0]
-        data, target = (x.to(device) for x in batch)
-        out = model(data.flatten(1) if flatten_input else data)
-        out = out.flatten(0, -2) if flatten_output else out
-        if one_hot_target or (lossfn == "mse" and not target.is_floating_point()):
-            target = F.one_hot(target, out.shape[-1]).to(out.dtype)
-        return (LOSSES[lossfn] if isinstance(lossfn, str) else lossfn)(out, target)
+    loss_of = partial(
+        _loss_of, device, output_name if dict_in_out else None, flatten_input, flatten_output, lossfn, one_hot_target
+    )
 
     def see_scores(width: int, t: int, name: str, scores: Tensor) -> None:
         if not filter_module_by_name or filter_module_by_name(name):
@@ -185,21 +215,18 @@ def get_coord_data(
 
     batches = [next(iter(dataloader))] * nsteps if fix_data else dataloader
     records: list[dict[str, Any]] = []
-    runs = [(seed, width) for seed in range(nseeds) for width in models]
-    for seed, width in tqdm(runs, disable=not show_progress):
+    for seed, width in tqdm(list(product(range(nseeds), models)), disable=not show_progress):
         torch.manual_seed(seed)
         model = models[width]().to(device).train()
         stepper = build_optimizer(model)
         for t, batch in zip(range(1, nsteps + 1), batches):
+            fdicts = (output_fdict, input_fdict, param_fdict)
             hooks = [
-                module.register_forward_hook(
-                    _record_coords(records, width, name, t, output_fdict, input_fdict, param_fdict)
-                )
+                module.register_forward_hook(_record_coords(records, width, name, t, *fdicts))
                 for name, module in model.named_modules()
                 if not filter_module_by_name or filter_module_by_name(name)
             ]
-            attention = AttentionScores(model, partial(see_scores, width, t))
-            with attention:
+            with AttentionScores(model, partial(see_scores, width, t)) as attention:
                 loss = loss_of(model, batch)
             for hook in [*hooks, *attention.hooks]:
                 hook.remove()
@@ -207,7 +234,7 @@ def get_coord_data(
             loss.backward()
             stepper.step()
     label = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", str(optimizer))
-    return pd.DataFrame(records).assign(optimizer=label, lr=lr)
+    return pandas.DataFrame(records).assign(optimizer=label, lr=lr)
 
 
 def plot_coord_data(
