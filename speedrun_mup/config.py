@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup import PARAMETRIZATIONS
+from speedrun_mup.core.optimizers import OPTIMIZERS, ORTHOGONALIZERS
 from speedrun_mup.flags import LARGEST, Parser
 from speedrun_mup.presets import PRESETS
 from speedrun_mup.settings import (
@@ -33,7 +35,6 @@ from speedrun_mup.settings import (
     value_types,
 )
 
-TABLES = ("mup", "sp", "record26", "muon-over-m", "muon-sqrt-m", "adam-constant", "head-sqrt")
 COUNT = (at_most(2**20), at_least(1))
 TOKENS = (at_most(2**31), at_least(1))
 STEPS = (at_most(LARGEST), at_least(0))
@@ -56,7 +57,7 @@ class TrainConfig:
         "rule table for scaling with width; --mup is short for mup",
         "record26",
         affects="result",
-        choices=TABLES,
+        choices=PARAMETRIZATIONS,
         shorthand={"--mup": "mup"},
     )
 
@@ -148,7 +149,14 @@ class TrainConfig:
         valid=(POSITIVE,),
     )
     hidden_optimizer: str = setting(
-        "optimizer", "optimizer for hidden matrices", "muon", affects="result", choices=("muon", "adam")
+        "optimizer", "optimizer for hidden matrices", "muon", affects="result", choices=OPTIMIZERS
+    )
+    orthogonalizer: str | None = setting(
+        "optimizer",
+        "how Muon and NorMuon set singular values to 1 (default: newton-schulz for Muon, polar-express for NorMuon)",
+        None,
+        affects="result",
+        choices=ORTHOGONALIZERS,
     )
     adam_eps: float = setting(
         "optimizer", "for gradients summed over a micro-batch's tokens", 1e-10, affects="result", valid=(POSITIVE,)

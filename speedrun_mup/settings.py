@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class Setting:
     help: str
     affects: Affects
     on_resume: OnResume
-    choices: tuple[str, ...]
+    choices: Collection[str]
     shorthand: Mapping[str, str]
     valid: tuple[Valid, ...]
     shown: bool
@@ -84,7 +84,7 @@ def setting(
     *,
     affects: Affects,
     on_resume: OnResume | None = None,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
     shorthand: Mapping[str, str] | None = None,
     valid: Sequence[Valid] = (),
     shown: bool = True,
@@ -100,7 +100,7 @@ def setting(
             "speed": where and how fast; "storage": where files are and which are kept; "display": what is shown.
         on_resume: "free": a resume may change it although it affects the result; "lasting": a resume may change it, and
             what it changed stays in config.json.
-        choices: the values that a text may have.
+        choices: the values that a text may have; a registry is asked anew each time, so that it may grow.
         shorthand: further flags, each with its value, such as {"--mup": "mup"}.
         valid: conditions on a value that is not None.
         shown: whether `--help` has its flag.
@@ -111,7 +111,7 @@ def setting(
     """
     usual: OnResume = "fixed" if affects == "result" else "free"
     meta = Setting(
-        group, help, affects, on_resume or usual, tuple(choices), dict(shorthand or {}), tuple(valid), shown, fitted
+        group, help, affects, on_resume or usual, choices, dict(shorthand or {}), tuple(valid), shown, fitted
     )
     return dataclasses.field(default=default, metadata={"setting": meta})
 
@@ -143,7 +143,7 @@ def problems(values: Any) -> list[str]:
     found = []
     for name, meta in settings_of(values.__class__).items():
         value = getattr(values, name)
-        if meta.choices and value not in meta.choices:
+        if meta.choices and value is not None and value not in meta.choices:
             found.append(f"{name}={value!r} is not one of {', '.join(meta.choices)}")
         if value is not None:
             found += [f"{name}={value} must be {valid.text}" for valid in meta.valid if not valid.holds(value)]

@@ -12,7 +12,6 @@ from speedrun_mup.commands.train import train_parser
 from speedrun_mup.config import (
     FORMER,
     PRESETS,
-    TABLES,
     from_json,
     make_config,
     rules_in_force,
@@ -84,8 +83,19 @@ def test_the_record26_preset_is_the_record():
     assert (cfg.val_tokens, cfg.val_chunk_tokens, cfg.val_every) == (10_485_760, 262_144, 125)
 
 
-def test_names_of_rule_tables_are_told_without_torch():
-    assert set(TABLES) == set(mup.PARAMETRIZATIONS)
+def test_names_of_rule_tables_and_optimizers_are_told_without_torch():
+    code = (
+        "import sys; from speedrun_mup.config import TrainConfig, settings_of; made = settings_of(TrainConfig)\n"
+        "for name in ('parametrization', 'hidden_optimizer', 'orthogonalizer'): print(*made[name].choices)\n"
+        "print('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert [set(line.split()) for line in told.splitlines()] == [
+        set(mup.PARAMETRIZATIONS),
+        {"muon", "adam", "normuon"},
+        {"newton-schulz", "polar-express"},
+        {"False"},
+    ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -45,7 +45,7 @@ def test_at_base_width_both_columns_agree():
         assert row.base == row.here
 
 
-@pytest.mark.parametrize("hidden", ["muon", "adam"])
+@pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
 def test_the_table_is_what_training_does(tiny, hidden):
     cfg = tiny(hidden_optimizer=hidden, weight_decay=0.1)
     corpus, _ = find_corpus(cfg.data)

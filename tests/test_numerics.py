@@ -112,7 +112,7 @@ def test_metrics_tell_rate_and_gradient(tiny):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("hidden", ["muon", "adam"])
+@pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
 def test_the_gradient_s_norm_is_that_of_the_sum_over_ranks(tiny, strict, hidden):
     """Not the sum of the ranks' norms, which is about sqrt(ranks) times as large."""
     changes = {"iterations": 3, "width": 32, "deterministic": strict, "hidden_optimizer": hidden, "val_every": 0}

@@ -27,6 +27,7 @@ from speedrun_mup.core.optimizers import (
     orthogonalize,
     param_groups,
 )
+from speedrun_mup.core.optimizers.normuon import NorMuon
 from speedrun_mup.core.utils import World, generator
 
 Build = Callable[[list[dict[str, Any]], World], ShardedOptimizer]
@@ -442,9 +443,17 @@ def muon(groups: list[dict[str, Any]], world: World) -> Muon:
     return Muon(groups, world, lr=0.05, weight_decay=0.1)
 
 
+def normuon(groups: list[dict[str, Any]], world: World) -> NorMuon:
+    return NorMuon(groups, world, lr=0.05, weight_decay=0.1)
+
+
 ADAM_SHAPES = [(7,), (5, 3), (1,), (2, 3, 4)]  # no size divides by two and by three
 MUON_SHAPES = [(3, 4, 4), (4, 4), (6, 4), (4, 6), (2, 6, 4)]  # 4 + 3 + 1 matrices
-BOTH = pytest.mark.parametrize(("build", "shapes"), [(adam, ADAM_SHAPES), (muon, MUON_SHAPES)], ids=["adam", "muon"])
+EACH = pytest.mark.parametrize(
+    ("build", "shapes"),
+    [(adam, ADAM_SHAPES), (muon, MUON_SHAPES), (normuon, MUON_SHAPES)],
+    ids=["adam", "muon", "normuon"],
+)
 
 
 PARTS = {1: [1], 2: [2, -1], 3: [1, 1, -1]}  # of the gradient, by rank: their sum is it exactly, in any order and type
@@ -463,7 +472,7 @@ def after_three_steps(build: Build, shapes: list[tuple[int, ...]], world: World,
 
 @pytest.mark.dist
 @pytest.mark.parametrize("size", [2, 3])
-@BOTH
+@EACH
 def test_ranks_together_take_the_step_of_one(build, shapes, size):
     alone, whole = after_three_steps(build, shapes, World(), torch.float32)
     answers = run_ranks(size, lambda world: after_three_steps(build, shapes, world, torch.float32))
@@ -513,7 +522,7 @@ def shared_out(build: Build, shapes: list[tuple[int, ...]], states: dict[str, Te
 
 @given(st.integers(1, 9), st.integers(1, 9))
 @settings(deadline=None, max_examples=10)
-@pytest.mark.parametrize("build", [adam, muon])
+@pytest.mark.parametrize("build", [adam, muon, normuon])
 def test_state_moves_between_any_numbers_of_ranks_and_training_goes_on_bit_for_bit(build, size, other):
     shapes = ADAM_SHAPES if build is adam else MUON_SHAPES
     params = parameters(shapes)
@@ -521,10 +530,11 @@ def test_state_moves_between_any_numbers_of_ranks_and_training_goes_on_bit_for_b
     for step in range(2):
         step_once(optimizer, params, step)
     states = merged([optimizer.slices()])
+    kept = {adam: ["exp_avg", "exp_avg_sq"], muon: ["momentum_buffer"], normuon: ["momentum_buffer", "second_moment"]}
     assert {key: len(state) for key, state in states.items()} == {
-        f"p{i}/{state}": math.prod(shape)
+        f"p{i}/{state}": math.prod(shape[:-1] if state == "second_moment" else shape)
         for i, shape in enumerate(shapes)
-        for state in (("exp_avg", "exp_avg_sq") if build is adam else ("momentum_buffer",))
+        for state in kept[build]
     }
     once = shared_out(build, shapes, states, size)
     twice = shared_out(build, shapes, once, other)
@@ -539,7 +549,7 @@ def test_state_moves_between_any_numbers_of_ranks_and_training_goes_on_bit_for_b
     assert all(map(torch.equal, params, resumed_params))
 
 
-@BOTH
+@EACH
 def test_a_rank_holds_no_more_than_its_share(build, shapes):
     states = merged([after_three_steps(build, shapes, World(), torch.float32)[1]])
     total = sum(len(state) for state in states.values())
@@ -551,7 +561,7 @@ def test_a_rank_holds_no_more_than_its_share(build, shapes):
             assert held <= total / size + (2 * len(shapes) if build is adam else 3 * 24)
 
 
-@BOTH
+@EACH
 def test_before_the_first_step_and_after_a_reset_there_is_no_state(build, shapes):
     params = parameters(shapes)
     optimizer = build(groups_of(params), World())
@@ -573,7 +583,7 @@ def test_before_the_first_step_and_after_a_reset_there_is_no_state(build, shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@BOTH
+@EACH
 def test_where_a_step_is_not_good_nothing_changes(build, shapes, dtype):
     """Even if every gradient is NaN; and where it is good, `good` changes no bit."""
     plain, gated = parameters(shapes, dtype), parameters(shapes, dtype)

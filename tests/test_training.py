@@ -577,7 +577,7 @@ STRICT = {"deterministic": True, "micro_batches": 8, "iterations": 5, "val_every
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("hidden", ["muon", "adam"])
+@pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
 def test_a_strict_run_is_the_same_to_the_bit_on_any_number_of_ranks(tiny, hidden):
     alone = train(tiny(name="1", hidden_optimizer=hidden, **STRICT))
     for size in (2, 4):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +17,36 @@ from speedrun_mup.coord_check.observe import Record
 from speedrun_mup.coord_check.results import CoordCheck
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.model.attention import Dense
-from speedrun_mup.core.mup import Parametrization, Role
+from speedrun_mup.core.mup import Parametrization, Role, Update
+from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import train_batches
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.training.build import build_optimizers, model_config
 
 ADAM_MATRIX_LR = 0.004  # at base width; what a control gives Adam where the settings' matrix_lr is meant for Muon
-# Rule table, who updates the hidden matrices (None: as in the settings), whose updates must be seen to go how.
+# Rule table, the kind of update whose rule for hidden matrices it breaks, whose updates must be seen to go how.
 _GPT_CONTROLS = (
-    ("muon-over-m", "muon", Role.HIDDEN, -1.0),
-    ("muon-sqrt-m", "muon", Role.HIDDEN, 0.5),
-    ("adam-constant", "adam", Role.HIDDEN, 1.0),
+    ("muon-over-m", Update.SPECTRAL, Role.HIDDEN, -1.0),
+    ("muon-sqrt-m", Update.SPECTRAL, Role.HIDDEN, 0.5),
+    ("adam-constant", Update.ENTRYWISE, Role.HIDDEN, 1.0),
     ("head-sqrt", None, Role.OUTPUT, 0.5),
 )
+
+
+def _gpt_controls(cfg: TrainConfig) -> Iterator[tuple[TrainConfig, Role, float]]:
+    """Settings with one rule wrong, whose updates must be seen to go how: of every rule that is in use.
+
+    Where the hidden matrices have a spectral update, Adam's rule is in use too, for the others; its control gives them
+    to Adam.
+    """
+    kind = OPTIMIZERS[cfg.hidden_optimizer].kind
+    for name, breaks, role, slope in _GPT_CONTROLS:
+        wrong = replace(cfg, parametrization=name)
+        if breaks in (None, kind):
+            yield wrong, role, slope
+        elif breaks is Update.ENTRYWISE:
+            yield replace(wrong, hidden_optimizer="adam", matrix_lr=ADAM_MATRIX_LR), role, slope
 
 
 def gpt_coord_check(
@@ -80,14 +96,10 @@ def gpt_coord_check(
             "optimizer": lambda model: build_optimizers(model, cfg, World()),
         }
 
-    arms = []
-    for name, hidden_optimizer, role, slope in _GPT_CONTROLS if controls else ():
-        changes: dict[str, Any] = {"parametrization": name}
-        if hidden_optimizer and hidden_optimizer != cfg.hidden_optimizer:
-            if cfg.hidden_optimizer == "adam":
-                continue  # Muon's rules are not in use
-            changes |= {"hidden_optimizer": hidden_optimizer, "matrix_lr": ADAM_MATRIX_LR}
-        arms.append(Control(name, **recipe(replace(cfg, **changes)), role=role, slope=slope))
+    arms = [
+        Control(wrong.parametrization, **recipe(wrong), role=role, slope=slope)
+        for wrong, role, slope in (_gpt_controls(cfg) if controls else ())
+    ]
     batches = train_batches(corpus, tokens, 1, cfg.seed, order=cfg.data_order)
     return coord_check(
         widths=widths,

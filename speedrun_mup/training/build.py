@@ -85,7 +85,9 @@ def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
 
     def tuned(lr: float, optimizer: str = "adam", eps: float = cfg.adam_eps) -> GroupHyperparams:
         betas = (cfg.adam_beta1, cfg.adam_beta2)
-        return GroupHyperparams(optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps, betas, cfg.momentum)
+        return GroupHyperparams(
+            optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps, betas, cfg.momentum, cfg.orthogonalizer
+        )
 
     return {
         "embed": tuned(cfg.embed_lr),

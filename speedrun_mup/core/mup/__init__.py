@@ -1,111 +1,15 @@
-"""muP: roles, the rule table, what a parameter is; and a library with microsoft/mup's names (docs/mup-library.md)."""
+"""muP: roles, the rule table, what a parameter is; and a library with microsoft/mup's names (docs/mup-library.md).
 
-from speedrun_mup.core.mup.compat import coord_check, infshape, init, layer, optim, shape
-from speedrun_mup.core.mup.compat.fold import fold
-from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
-from speedrun_mup.core.mup.compat.init import (
-    calculate_gain,
-    constant_std_init_,
-    eye_,
-    kaiming_normal_,
-    kaiming_uniform_,
-    normal_,
-    ones_,
-    trunc_normal_,
-    uniform_,
-    xavier_normal_,
-    xavier_uniform_,
-)
-from speedrun_mup.core.mup.compat.layer import MuReadout, MuSharedReadout, rescale_init, rescale_linear_bias
-from speedrun_mup.core.mup.compat.optim import Combined, MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
-from speedrun_mup.core.mup.compat.shape import (
-    apply_infshapes,
-    assert_hidden_size_inf,
-    clear_dims,
-    get_infshapes,
-    get_shapes,
-    load_base_shapes,
-    make_base_shapes,
-    save_base_shapes,
-    set_base_shapes,
-    zip_infshapes,
-)
-from speedrun_mup.core.mup.rules import (
-    PARAMETRIZATIONS,
-    Exponents,
-    Multipliers,
-    NoRuleError,
-    Parametrization,
-    Role,
-    Rule,
-    Update,
-    UpdateScaling,
-    mup,
-)
-from speedrun_mup.core.mup.spec import Init, ParamSpec, UndeclaredParameterError, declare, init_parameters, named_specs
+The rule tables need no torch, so that `--help` can tell their names; the other names are imported when they are asked for.
+"""
 
-Power, Step, Factors = Exponents, UpdateScaling, Multipliers  # their first names
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "PARAMETRIZATIONS",
-    "BaseShapeError",
-    "Combined",
-    "Exponents",
-    "Factors",
-    "InfDim",
-    "InfShape",
-    "Init",
-    "MuAdam",
-    "MuAdamW",
-    "MuMuon",
-    "MuReadout",
-    "MuSGD",
-    "MuSharedReadout",
-    "Multipliers",
-    "NoRuleError",
-    "ParamSpec",
-    "Parametrization",
-    "Power",
-    "Role",
-    "Rule",
-    "Step",
-    "UndeclaredParameterError",
-    "Update",
-    "UpdateScaling",
-    "apply_infshapes",
-    "assert_hidden_size_inf",
-    "calculate_gain",
-    "clear_dims",
-    "constant_std_init_",
-    "coord_check",
-    "declare",
-    "eye_",
-    "fold",
-    "get_infshapes",
-    "get_shapes",
-    "infshape",
-    "init",
-    "init_parameters",
-    "kaiming_normal_",
-    "kaiming_uniform_",
-    "layer",
-    "load_base_shapes",
-    "make_base_shapes",
-    "mup",
-    "named_specs",
-    "normal_",
-    "ones_",
-    "optim",
-    "process_param_groups",
-    "rescale_init",
-    "rescale_linear_bias",
-    "save_base_shapes",
-    "set_base_shapes",
-    "shape",
-    "trunc_normal_",
-    "uniform_",
-    "xavier_normal_",
-    "xavier_uniform_",
-    "zip_infshape",
-    "zip_infshapes",
-]
+from speedrun_mup.core.mup.rules import PARAMETRIZATIONS as PARAMETRIZATIONS
+
+if TYPE_CHECKING:
+    from speedrun_mup.core.mup.library import *  # noqa: F403
+else:
+    from speedrun_mup.core.registry import names_of
+
+    __getattr__, __dir__ = names_of("speedrun_mup.core.mup.library")

@@ -25,7 +25,7 @@ class Muon(MatrixOptimizer):
     label = "Muon"
     kind = Update.SPECTRAL
     defaults = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0, "orthogonalizer": "newton-schulz"}
-    state_names = ("momentum_buffer",)
+    state_names: tuple[str, ...] = ("momentum_buffer",)
 
     @classmethod
     def shape_factor(cls, spec: ParamSpec) -> float:

@@ -197,9 +197,14 @@ class MatrixOptimizer(ShardedOptimizer):
             batches.setdefault((shape[-2:], shared), []).append(member)
         return [Replicated(members, shape, self.world) for (shape, _), members in batches.items()]
 
+    def _state_shape(self, name: str, shard: Shard) -> tuple[int, ...]:
+        """Of the state `name` of one matrix."""
+        return shard.unit
+
     def _new_state(self, shard: Shard) -> dict[str, Tensor]:
         device = shard.members[0].parameter.device
-        return {name: torch.zeros(shard.count, *shard.unit, device=device) for name in self.state_names}
+        shapes = {name: (shard.count, *self._state_shape(name, shard)) for name in self.state_names}
+        return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
 
     def _advance(self, shard: Shard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
         state = self.state_of(shard)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,25 @@ SMALLEST_SYMMETRIC = 512  # rows: from four tiles of 128 on, computing the lower
 
 def newton_schulz(matrices: Tensor) -> Tensor:
     """Roughly orthogonalize each of (N, d_out, d_in): same singular vectors, singular values near 1. Zero stays zero."""
-    a, b, c = NEWTON_SCHULZ
+    return quintic_steps(
+        matrices, matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7, [NEWTON_SCHULZ] * NEWTON_SCHULZ_STEPS
+    )
+
+
+def quintic_steps(matrices: Tensor, scale: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """X / scale, then X <- a X + (b X X^T + c (X X^T)^2) X for each (a, b, c): a polynomial of the singular values.
+
+    Args:
+        matrices: X, (N, d_out, d_in).
+        scale: (N, 1, 1); brings all singular values to 1 or below.
+        coefficients: of each step.
+    """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    pays = symmetric_products_pay(x)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        if pays:
+    x = x / scale
+    use_triton = symmetric_products_pay(x)
+    for a, b, c in coefficients:
+        if use_triton:
             from speedrun_mup.core.kernels.triton import symmetric_product
 
             gram = symmetric_product(x)

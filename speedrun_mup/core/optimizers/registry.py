@@ -19,6 +19,7 @@ OPTIMIZERS: Registry[type[ShardedOptimizer]] = Registry(
     {
         "muon": f"{_HERE}.muon:Muon",
         "adam": f"{_HERE}.adam:DistAdam",
+        "normuon": f"{_HERE}.normuon:NorMuon",
     },
 )
 
@@ -26,5 +27,6 @@ ORTHOGONALIZERS: Registry[Callable[[Tensor], Tensor]] = Registry(  # (N, d_out, 
     "orthogonalizer",
     {
         "newton-schulz": f"{_HERE}.orthogonalization:newton_schulz",
+        "polar-express": f"{_HERE}.polar_express:polar_express",
     },
 )
