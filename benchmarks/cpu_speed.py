@@ -65,7 +65,7 @@ class Race:
     def __post_init__(self) -> None:
         self.opponent = Opponent(self.cfg, find_corpus("embedded")[0], self.cfg.iterations)
         self.square = torch.randn(SQUARE, SQUARE)
-        self.rows = torch.randn(self.cfg.batch_tokens, self.cfg.width)
+        self.rows = torch.randn(self.cfg.schedule.at(0).tokens, self.cfg.width)
         self.matrix = torch.randn(self.cfg.width, 4 * self.cfg.width)
         self.profiler = profile(activities=[ProfilerActivity.CPU], with_flops=True)
 
@@ -100,7 +100,7 @@ def race(width: int, steps: int) -> Race:
 def speed_row(run: Race) -> list[str]:
     """Width, both models' tokens per second, and the paired ratio."""
     ratios = [theirs / ours for ours, theirs in zip(run.ours_s, run.theirs_s)]
-    rates = [f"{run.cfg.batch_tokens / quantile(times, 0.5):,.0f}" for times in (run.ours_s, run.theirs_s)]
+    rates = [f"{run.cfg.schedule.at(0).tokens / quantile(times, 0.5):,.0f}" for times in (run.ours_s, run.theirs_s)]
     return [str(run.cfg.width), *rates, with_spread(ratios), str(len(ratios))]
 
 
@@ -147,7 +147,7 @@ def main() -> None:
         "# Training speed on a CPU",
         circumstances(),
         "## Tokens per second against Hugging Face's GPT-2",
-        f"Both: {cfg.n_layer} layers, heads of {cfg.head_dim}, bytes of Python source, {cfg.batch_tokens:,} tokens a "
+        f"Both: {cfg.n_layer} layers, heads of {cfg.head_dim}, bytes of Python source, {cfg.schedule.at(0).tokens:,} tokens a "
         f"step as {cfg.micro_batches} sequences of {cfg.micro_batch_tokens}, float32, one forward pass a step. GPT-2: "
         "scaled dot product attention, no dropout, AdamW, gradient clipping. Ours: Muon and Adam, attention window "
         "growing over the run as in training. Ratio of speeds (above 1: ours is faster): median and middle 80 % of "

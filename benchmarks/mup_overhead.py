@@ -47,7 +47,7 @@ def main() -> None:
             return stack.enter_context(closing(Run(cfg, World())))
 
         runs = [opened("without", "record26"), opened("with", "mup"), opened("again", "record26")]
-        stream = runs[0].batches.stream(0, 0, 1)
+        stream = runs[0].passes.batches.stream(0, 0, 1)
 
         def step(run: Run, micro_batches: list, number: int) -> None:
             check = run.recovery.check(number, run.passes.accumulate_gradients(micro_batches, number), stop=False)

@@ -72,7 +72,7 @@ class Gpt2Run:
             for first in range(0, len(chunks), self.cfg.micro_batches)
         )
         loss = sum(self.opponent.loss(group).item() * len(group) for group in groups) / len(chunks)
-        return Point(FACTOR * self.cfg.iterations * self.cfg.batch_tokens, self.train_s, loss)
+        return Point(FACTOR * self.cfg.schedule.tokens, self.train_s, loss)
 
 
 def train_both(cfg: TrainConfig, lr: float) -> tuple[list[Point], Point]:
@@ -86,7 +86,7 @@ def train_both(cfg: TrainConfig, lr: float) -> tuple[list[Point], Point]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         result = train(replace(cfg, out=folder), observe)
         records = [record for record in read_metrics(result.folder) if record["kind"] == "val"]
-    ours = [Point(r["step"] * cfg.batch_tokens, r["train_s"] - lent[r["step"]], r["loss"]) for r in records]
+    ours = [Point(cfg.schedule.tokens_before(r["step"]), r["train_s"] - lent[r["step"]], r["loss"]) for r in records]
     return ours, gpt2.end()
 
 
@@ -136,7 +136,7 @@ def main() -> None:
         print(f"GPT-2, learning rate {lr}: {gpt2[lr]}", flush=True)
 
     best = min(gpt2, key=lambda lr: gpt2[lr].loss)
-    target, budget = gpt2[best], FACTOR * preset.iterations * preset.batch_tokens
+    target, budget = gpt2[best], FACTOR * preset.schedule.tokens
     # GPT-2's step takes as long at any learning rate; ours are paired with the runs beside them.
     pairs = list(zip(ours, gpt2.values()))
     rows = []
@@ -155,7 +155,7 @@ def main() -> None:
         f"Target: validation loss {target.loss:.4f}, where GPT-2 of width {preset.width} ends after {budget:,} tokens, "
         f"{FACTOR} times those of our preset, at its best learning rate, {best:g}. Validation: {base.val_tokens:,} "
         f"tokens in chunks of {base.val_chunk_tokens}, so no model sees more context than in training. Both: "
-        f"{preset.n_layer} layers, heads of {preset.head_dim}, {preset.batch_tokens:,} tokens a step as "
+        f"{preset.n_layer} layers, heads of {preset.head_dim}, {preset.schedule.at(0).tokens:,} tokens a step as "
         f"{preset.micro_batches} sequences. GPT-2: AdamW, betas 0.9 and 0.95, weight decay 0.1, clipping at 1, 5 % "
         "linear warmup, linear decay to 0. Ours: the laptop preset with muP, as it is, with its own schedule and length.",
         "## Our preset",

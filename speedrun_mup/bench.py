@@ -26,7 +26,6 @@ from speedrun_mup.core.utils import Handle, World, deterministic, join_world, le
 from speedrun_mup.data.batches import Batch
 from speedrun_mup.training.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops
 from speedrun_mup.training.run import Run
-from speedrun_mup.training.schedules import window_blocks
 
 PHASES = ("data", "forward", "backward", "optimizer", "communication", "other")
 # Dense bfloat16, from NVIDIA's data sheets; the first entry that is part of the device's name.
@@ -222,9 +221,10 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
     cfg, ranks, device = run.cfg, run.world.size, run.world.device
     timed = _train_and_time(run, watch, began, profiled)
     step_ms = [sum(lap.values()) for lap in timed.laps]
-    tokens_per_s = cfg.batch_tokens * cfg.iterations / (sum(step_ms) / 1e3)
+    tokens_per_s = cfg.schedule.tokens / (sum(step_ms) / 1e3)
     shape = model_shape(cfg, run.corpus.vocab_size)
-    long, short = (statistics.fmean(seen) for seen in zip(*timed.keys, strict=True))
+    weights = [run.schedule.at(step).tokens for step in range(cfg.iterations)]
+    long, short = (statistics.fmean(seen, weights) for seen in zip(*timed.keys, strict=True))
     flops = {
         "6N": weight_flops(shape),
         "masked": weight_flops(shape) + attention_flops(shape, long, short),
@@ -299,8 +299,8 @@ def graphs_compiled() -> int:
 def _mean_keys(run: Run, micro_batches: list[Batch], step: int) -> tuple[float, float]:
     """Keys that a query sees in layers with the long and with the short window, on these batches."""
     cfg = run.cfg
-    window = window_blocks(step / cfg.iterations, cfg.window_tokens, cfg.block_size)
-    docs = [document_numbers(inputs, run.corpus.bos_token) for inputs, _ in micro_batches]
+    window = run.schedule.at(step).window
+    docs = [document_numbers(run.passes.sequences(batch, step)[0], run.corpus.bos_token) for batch in micro_batches]
     long, short = (
         statistics.fmean(keys_seen(doc, reach, cfg.block_size) for doc in docs) for reach in (window, window // 2)
     )

@@ -34,6 +34,7 @@ from speedrun_mup.settings import (
     settings_of,
     value_types,
 )
+from speedrun_mup.training.schedules import Schedule
 
 COUNT = (at_most(2**20), at_least(1))
 TOKENS = (at_most(2**31), at_least(1))
@@ -184,6 +185,12 @@ class TrainConfig:
         affects="result",
         on_resume="lasting",
         valid=(at_most(LARGEST), at_least(1)),
+    )
+    batch_schedule: str = setting(
+        "schedule",
+        "constant, record46, or stages such as 1/3:1,1/3:2:1.5: fraction of the steps, factors on --micro-batches and rates",
+        "constant",
+        affects="result",
     )
     momentum_warmup: int = setting(
         "schedule", "steps to warm Muon's momentum up from start to final", 300, affects="result", valid=STEPS
@@ -341,11 +348,12 @@ class TrainConfig:
             )
         if wrong:
             raise ConfigError("; ".join(wrong))
+        _ = self.schedule  # raises, too
 
     @property
-    def batch_tokens(self) -> int:
-        """Tokens of one optimizer step, over all ranks."""
-        return self.micro_batch_tokens * self.micro_batches
+    def schedule(self) -> Schedule:
+        """What changes from step to step. ConfigError for stages that this run cannot have."""
+        return Schedule.of(self)
 
     @property
     def tuned_width(self) -> int:
@@ -353,19 +361,8 @@ class TrainConfig:
         return self.base_width or self.width
 
 
-GROUPS = (
-    "scaling",
-    "model",
-    "batch",
-    "training",
-    "optimizer",
-    "momentum",
-    "schedule",
-    "data",
-    "run",
-    "display",
-    "device",
-)
+_GROUPS = "scaling model batch training optimizer momentum schedule data run display device"
+GROUPS = tuple(_GROUPS.split())
 # What the hash of a run was made of at first. A setting that came later counts where it is not at its default.
 _FIRST_HASHED = (
     "width base_width parametrization n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches "

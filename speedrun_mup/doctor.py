@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
@@ -19,7 +20,7 @@ import torch
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.core.utils import is_out_of_memory, pick_device
-from speedrun_mup.data.batches import ValBatches, train_batches
+from speedrun_mup.data.batches import ValBatches, batches_of
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.inspect_corpus import inspect_corpus
 from speedrun_mup.data.shards import Corpus, Mixture
@@ -168,16 +169,24 @@ def _data(cfg: TrainConfig, corpus: Corpus) -> Iterator[Finding]:
         return
     for note in ValBatches(corpus, cfg.val_tokens, cfg.val_chunk_tokens).notes:
         yield Finding(Level.WARNING, "data", f"validation: {note}", "lower --val-tokens, or use more validation data")
-    usage = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, order=cfg.data_order).usage()
+    batches = batches_of(dataclasses.replace(cfg, epochs=None), corpus)
+    usage = batches.usage()
     if not usage.steps:
         level = Level.WARNING if cfg.epochs is None else Level.BAD
         text = "a part of the mixture repeats within the first step"
         yield Finding(level, "data", text, "lower the batch, or give that part less weight or more text")
         return
-    epochs = cfg.iterations / usage.steps
-    text = f"{usage.steps:,} steps an epoch, which trains on {usage.share:.1%} of the tokens; this run takes {epochs:.2f} epochs"
+    epochs = cfg.schedule.micro_batches_before(cfg.iterations) / (usage.steps * batches.N)
+    text = (
+        f"{usage.steps:,} {batches.groups} an epoch, which trains on {usage.share:.1%} of the tokens; "
+        f"this run takes {epochs:.2f} epochs"
+    )
     too_long = cfg.epochs is not None and epochs > cfg.epochs
-    fix = f"train at most {usage.steps * (cfg.epochs or 0):,} steps, or allow more --epochs" if too_long else ""
+    fix = (
+        f"train at most {usage.steps * (cfg.epochs or 0):,} {batches.groups}, or allow more --epochs"
+        if too_long
+        else ""
+    )
     yield Finding(Level.BAD if too_long else Level.GOOD, "data", text, fix)
 
 

@@ -28,10 +28,10 @@ from speedrun_mup.data import bound
 from speedrun_mup.data.batches import (
     Batches,
     MixedBatches,
+    MixtureSchedule,
     Permutation,
     ShuffledBatches,
     TrainBatches,
-    Turns,
     ValBatches,
     _val_chunks_without,
     find_steps,
@@ -602,7 +602,7 @@ def mixture(tmp_path: Path, small: Corpus) -> Mixture:
 def test_turns_keep_to_the_shares(weights: list[int]) -> None:
     shares = [weight * 1000 // sum(weights) for weight in weights]
     shares[0] += 1000 - sum(shares)
-    turns, taken = Turns(shares), np.zeros(len(shares), int)
+    turns, taken = MixtureSchedule(shares), np.zeros(len(shares), int)
     for turn in range(2100):
         assert turns.taken(turn).tolist() == taken.tolist()
         assert np.abs(taken - turn * np.array(shares) / 1000).max() < len(shares)
@@ -615,7 +615,7 @@ def test_mixture_is_its_parts_in_turn(mixture: Mixture) -> None:
     mixed = train_batches(mixture, 64, 4, seed=3)
     assert isinstance(mixed, MixedBatches)
     alone = [TrainBatches(part, 64, 1, seed=3) for part in mixture.parts]
-    given, turns = [0, 0], Turns(mixture.shares)
+    given, turns = [0, 0], MixtureSchedule(mixture.shares)
     for index in range(400):
         part = turns.part_of(index)
         expected = alone[part].micro_batch(given[part])
@@ -637,7 +637,7 @@ def test_shuffled_mixture(mixture: Mixture) -> None:
     alone, given, turns = (
         [ShuffledBatches(part, 64, 1, seed=3) for part in mixture.parts],
         [0, 0],
-        Turns(mixture.shares),
+        MixtureSchedule(mixture.shares),
     )
     for index in range(400):
         part = turns.part_of(index)
@@ -651,7 +651,7 @@ def test_shuffled_mixture(mixture: Mixture) -> None:
 
 def test_epochs_of_a_mixture(mixture: Mixture) -> None:
     sizes = [TrainBatches(part, 64, 1, 0).steps_per_epoch for part in mixture.parts]
-    mixed, turns = train_batches(mixture, 64, 4, seed=0), Turns(mixture.shares)
+    mixed, turns = train_batches(mixture, 64, 4, seed=0), MixtureSchedule(mixture.shares)
     usage = mixed.usage()
     repeats = next(step for step in range(10_000) if (turns.taken(4 * (step + 1)) > sizes).any())
     assert usage.steps == repeats and usage.used == repeats * 4 * 64 and usage.used + usage.skipped == 14_500 + 3000
@@ -664,7 +664,7 @@ def test_epochs_of_a_mixture(mixture: Mixture) -> None:
 
 def test_validation_of_a_mixture(mixture: Mixture) -> None:
     val, parts = ValBatches(mixture, 5 * 32, 32), [ValBatches(part, 5 * 32, 32) for part in mixture.parts]
-    order = [Turns(mixture.shares).part_of(i) for i in range(len(val))]
+    order = [MixtureSchedule(mixture.shares).part_of(i) for i in range(len(val))]
     assert order.count(0) > order.count(1) > 0
     for i, part in enumerate(order):
         assert torch.equal(val[i][0], parts[part][order[:i].count(part) % len(parts[part])][0])

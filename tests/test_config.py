@@ -70,7 +70,7 @@ def test_a_run_says_its_rules():
 
 def test_the_record26_preset_is_the_record():
     cfg = make_config("record26", {})
-    assert cfg.batch_tokens == 393_216 and cfg.iterations == 1750 and cfg.n_layer == 12 and cfg.head_dim == 128
+    assert cfg.schedule.at(0).tokens == 393_216 and cfg.iterations == 1750 and cfg.n_layer == 12 and cfg.head_dim == 128
     assert (cfg.matrix_lr, cfg.embed_lr, cfg.head_lr, cfg.scalar_lr) == (0.05, 0.6, 0.22, 0.04)
     assert (cfg.adam_beta1, cfg.adam_beta2, cfg.adam_eps, cfg.weight_decay) == (0.8, 0.95, 1e-10, 0)
     assert (cfg.cooldown, cfg.final_lr_frac, cfg.momentum_start, cfg.momentum, cfg.momentum_warmup) == (

@@ -164,7 +164,7 @@ def test_memory_decides_first_on_the_pass_then_on_the_micro_batch(tiny, most, ex
     cfg = tiny(fit_memory=True, micro_batch_tokens=256, micro_batches=8)
     found = fit_micro_batch(cfg, 8, lambda cfg: cfg.micro_batches_per_forward * cfg.micro_batch_tokens <= most)
     assert (found.micro_batch_tokens, found.micro_batches, found.micro_batches_per_forward) == expected
-    assert not found.fit_memory and found.batch_tokens == cfg.batch_tokens
+    assert not found.fit_memory and found.schedule.at(0).tokens == cfg.schedule.at(0).tokens
 
 
 def test_a_micro_batch_of_one_block_that_does_not_fit_is_an_error(tiny):
@@ -308,7 +308,7 @@ def test_a_gpu_that_is_too_small_for_the_micro_batch(tiny):
     try:
         with closing(Run(tiny(name="found", fit_memory=True, **sizes), world)) as run:
             assert run.cfg.micro_batch_tokens < sizes["micro_batch_tokens"]
-            assert run.cfg.batch_tokens == sizes["micro_batch_tokens"] * sizes["micro_batches"]
+            assert run.cfg.schedule.at(0).tokens == sizes["micro_batch_tokens"] * sizes["micro_batches"]
             assert run.train().finished
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

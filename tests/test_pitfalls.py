@@ -222,7 +222,7 @@ def test_pitfall_17_the_pattern_of_layers_is_relative():
 def test_pitfall_18_only_width_differs_between_the_runs_of_an_arm(tiny):
     narrow, wide = tiny(width=32, base_width=32), tiny(width=128, base_width=32)
     assert {f.name for f in dataclasses.fields(narrow) if getattr(narrow, f.name) != getattr(wide, f.name)} == {"width"}
-    assert wide.batch_tokens >= wide.width  # fewer tokens than width would leave Muon's update short of rank
+    assert wide.schedule.at(0).tokens >= wide.width  # fewer tokens than width would leave Muon's update short of rank
 
 
 def test_pitfall_19_bf16_embeddings_still_move_at_the_end_of_training():

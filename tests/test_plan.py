@@ -240,7 +240,7 @@ def test_a_long_validation_is_reckoned_and_not_waited_for(target, out):
         make_plan(target, out, FakeEngine(), budget_flops=1e18),
     )
     assert max(cell.cfg.val_tokens for cell in engine.ran) == 8192
-    a_step = run_flops(target, 65) / target.iterations / target.batch_tokens  # FLOPs per token of the target
+    a_step = run_flops(target, 65) / target.iterations / target.schedule.at(0).tokens  # FLOPs per token of the target
     assert a_step * (2**20 - 8192) / 3 / SPEED * plan.runs / 2 > plan.sweep_s - short.sweep_s > 0
 
 

@@ -323,7 +323,7 @@ def test_a_report_says_what_was_trained_and_how(swept, whole):
     target, _ = read_plan(swept[0])
     told = dict(make_report(swept[0], measure_sweep(swept[0]), command=["speedrun-mup", "report", "a b"]).facts)
     assert f"{target.n_layer} layers" in told["Model"] and "16 (" in told["Model"] and "Muon" in told["Optimizer"]
-    assert told["Tokens"].startswith(f"{target.iterations * target.batch_tokens:,} a run")
+    assert told["Tokens"].startswith(f"{target.iterations * target.schedule.at(0).tokens:,} a run")
     assert target.data in told["Data"] and re.match(r"\d{4}-\d\d-\d\d$", told["Trained"])
     assert "speedrun-mup 1;" in told["Code"] and told["Report"].endswith("by `speedrun-mup report 'a b'`")
     assert "Standard parametrization (Adam) `adam-sp` (control)" in told["Arms"]

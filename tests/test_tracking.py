@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 import types
+from fractions import Fraction
 from unittest import mock
 
 import pytest
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.report import plot_loss_curve
+from speedrun_mup.training.schedules import Schedule, Stage
 from speedrun_mup.training.tracking import (
     RunLog,
     clock,
@@ -33,7 +35,8 @@ def log(tmp_path):
     opened = []
 
     def make(steps=100, start=0, main=True, progress=True, track="none"):
-        opened.append(RunLog(tmp_path, steps, start, main, progress, track, {"width": 64}))
+        schedule = Schedule((Stage(Fraction(1), 1),), steps, 1000, 1, 1, 0.0, 0.0, (0.9, 0.9, 0))
+        opened.append(RunLog(tmp_path, schedule, start, main, progress, track, {"width": 64}))
         return opened[-1]
 
     yield make

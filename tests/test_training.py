@@ -300,7 +300,7 @@ def test_the_bad_step_is_dumped(tiny, opened):
         run.train(poison(3))
     text = (run.folder / "bad-step-00000003.json").read_text()
     dump = json.loads(text, parse_constant=lambda text: pytest.fail(f"{text} is not strict JSON"))
-    assert (dump["step"], dump["data_step"]) == (3, 3)
+    assert (dump["step"], dump["first_micro_batch"]) == (3, 3 * 2)
     (rank,) = dump["ranks"]
     assert math.isfinite(rank["loss"]) and rank["gradient_norms"].pop(POISONED) == "NaN"
     assert all(norm >= 0 for norm in rank["gradient_norms"].values())
@@ -338,7 +338,7 @@ def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, op
     run = opened(tiny(name="back", on_nonfinite="rollback", iterations=6, save_every=2))
 
     def observe(step, model, batches):
-        if step == 5 and not run.data_offset:
+        if step == 5 and not run.skipped_micro_batches:
             run.train_s += 1000.0
             poison(5)(step, model, batches)
 
@@ -366,13 +366,13 @@ def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
         assert torch.equal(trained[step], run.passes.batches.micro_batch(data_step * 4)[0])
     run.close()
     again = opened(tiny(name="back", on_nonfinite="rollback", iterations=9, save_every=2, resume=str(run.folder)))
-    assert again.start == 9 and again.data_offset == 2
+    assert again.start == 9 and again.skipped_micro_batches == 2 * 4
 
 
 def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
     cfg = {"iterations": 9, "save_every": 4}
     whole = opened(tiny(name="back", on_nonfinite="rollback", **cfg))
-    whole.train(lambda step, model, batches: whole.data_offset or poison(5)(step, model, batches))
+    whole.train(lambda step, model, batches: whole.skipped_micro_batches or poison(5)(step, model, batches))
     other = opened(tiny(name="other", **cfg))
 
     def leave(step, model, batches):
@@ -384,7 +384,7 @@ def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
     other.close()
     resumed = opened(tiny(name="other", resume=str(other.folder), **cfg))
     assert resumed.start == 4
-    resumed.data_offset = 2
+    resumed.skipped_micro_batches = 2 * 4
     resumed.train()
     assert_same_state(state_of(whole), state_of(resumed))
 

@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
     add_settings(
         parser,
         groups=("scaling", "model", "batch", "optimizer", "momentum", "data", "device"),
-        plus=("seed", "deterministic", "on_nonfinite", "fit_memory"),
+        plus=("seed", "deterministic", "on_nonfinite", "fit_memory", "batch_schedule"),
     )
     flags = vars(parse(parser, argv))
     steps, profiled, as_json = (flags.pop(name) for name in ("steps", "profile", "json"))

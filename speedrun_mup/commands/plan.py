@@ -84,7 +84,7 @@ def _opening(target: TrainConfig) -> list[str]:
     lines = [rules_in_force(target)]
     if target.base_width is None:
         lines.append(f"proxies: muP from base width {target.width}, the target's own, where all rules are one")
-    steps = f"{target.iterations:,} steps of {target.batch_tokens:,} tokens"
+    steps = target.schedule.describe()
     return [*lines, f"choosing proxies for width {target.width}, {target.n_layer} layers, {steps}"]
 
 

@@ -84,7 +84,7 @@ def gpt_coord_check(
         raise CoordCheckError(f"tokens={tokens} is less than the widest width, {max(widths)}; take as many or more")
     corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)
     window = min(cfg.window_tokens, tokens) // cfg.block_size
-    lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.batch_tokens)
+    lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.schedule.at(0).tokens)
     cfg = replace(cfg, base_width=cfg.tuned_width, lr_scale=lr_scale, kernel_warmup=0)
 
     def recipe(cfg: TrainConfig, table: Parametrization | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ shuffles these anew in every epoch. Which tokens a micro-batch holds depends onl
 index, so the order is the same on 1 GPU and on 8, and resuming needs no state but the step.
 """
 
-# T tokens of a micro-batch, N micro-batches of a step, C tokens of a validation chunk
+# T tokens of a micro-batch, N micro-batches of a group (of a step, if the batch is constant), C tokens of a validation chunk
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count
@@ -66,7 +66,7 @@ def find_steps(bos: np.ndarray, shard_tokens: int, T: int, N: int) -> np.ndarray
     return starts[: steps * N].reshape(steps, N)
 
 
-class Usage(NamedTuple):
+class EpochStats(NamedTuple):
     """What one epoch trains on: its whole steps, and tokens. `skipped` ones lie between sequences or at an end."""
 
     steps: int
@@ -80,25 +80,35 @@ class Usage(NamedTuple):
 
 
 class Batches(ABC):
-    """The micro-batches of a training run: T tokens each, N to a step, found by their index in the whole run."""
+    """The micro-batches of a training run: T tokens each, found by their index in the whole run.
 
-    T: int
-    N: int
+    They come in groups of N, and a step takes whole groups: one, unless the batch changes from step to step. `before` says
+    how many micro-batches all steps before a given one take; by default step * N.
+    """
+
+    def __init__(self, T: int, N: int, before: Callable[[int], int] | None = None):
+        self.T, self.N = T, N
+        self.before = before or (lambda step: step * N)
+        self.groups = f"groups of {N} micro-batches" if before else "steps"  # what an error counts
 
     @abstractmethod
     def micro_batch(self, index: int) -> Batch:
-        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        """Micro-batch `index` of the whole run: inputs (T,) int32 and targets (T,) int64."""
 
     @abstractmethod
-    def epoch_of(self, step: int) -> int:
-        """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
+    def epoch_at(self, index: int) -> int:
+        """Which epoch micro-batch `index` is of, from 0. ShardError if the data has run out by then."""
+
+    def epoch_of(self, step: int, skipped: int = 0) -> int:
+        """Which epoch `step` ends in, from 0, if `skipped` micro-batches are left out before it. Raises as `epoch_at`."""
+        return self.epoch_at(self.before(step + 1) + skipped - 1)
 
     @abstractmethod
     def place(self, index: int) -> tuple[str, int]:
-        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        """The shard's name and the first token in it of micro-batch `index` of the whole run."""
 
     @abstractmethod
-    def usage(self) -> Usage:
+    def usage(self) -> EpochStats:
         """What one epoch uses and skips. Indexes every shard."""
 
     @abstractmethod
@@ -109,31 +119,47 @@ class Batches(ABC):
     def confirm(self) -> None:
         """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
 
-    def stream(self, start_step: int, rank: int, size: int, depth: int = 2) -> Generator[list[Batch], None, None]:
-        """For every step from `start_step` on, this rank's contiguous N / size micro-batches, read `depth` steps ahead.
+    def stream(
+        self, start_step: int, rank: int, size: int, depth: int = 2, skipped: int = 0
+    ) -> Generator[list[Batch], None, None]:
+        """For every step from `start_step` on, this rank's micro-batches: a contiguous part, read `depth` steps ahead.
 
         Reading happens in a thread that ends with the iterator; its errors surface at the step that they belong to.
-        Raises ConfigError if N is not a multiple of `size`.
-        """
-        share = self.share(size)
-        return self._prefetch(start_step, range(rank * share, (rank + 1) * share), depth)
+        Raises as `check_ranks`.
 
-    def share(self, size: int) -> int:
-        """Micro-batches of a step for each of `size` ranks. ConfigError if N is not a multiple of it."""
+        Args:
+            start_step: the first step.
+            rank: whose micro-batches.
+            size: of ranks.
+            depth: steps to read ahead.
+            skipped: micro-batches that are left out before `start_step`.
+        """
+        self.check_ranks(size)
+        return self._prefetch(start_step, rank, size, depth, skipped)
+
+    def check_ranks(self, size: int) -> None:
+        """ConfigError unless `size` ranks can share every step's micro-batches evenly: N must be a multiple of it."""
         if self.N % size:
             fits = ", ".join(str(n) for n in range(1, self.N + 1) if self.N % n == 0)
             raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
-        return self.N // size
 
-    def _load(self, step: int, share: range) -> list[Batch]:
-        return [self.micro_batch(step * self.N + i) for i in share]
+    def indices(self, step: int, rank: int, size: int, skipped: int = 0) -> range:
+        """Which micro-batches of the whole run `rank` of `size` takes at `step`."""
+        first, end = self.before(step) + skipped, self.before(step + 1) + skipped
+        share = (end - first) // size
+        return range(first + rank * share, first + (rank + 1) * share)
 
-    def _prefetch(self, start_step: int, share: range, depth: int) -> Generator[list[Batch], None, None]:
+    def _load(self, indices: range) -> list[Batch]:
+        return [self.micro_batch(index) for index in indices]
+
+    def _prefetch(
+        self, start_step: int, rank: int, size: int, depth: int, skipped: int
+    ) -> Generator[list[Batch], None, None]:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
             ahead: deque[Future[list[Batch]]] = deque()
             for step in count(start_step):
-                ahead.append(pool.submit(self._load, step, share))
+                ahead.append(pool.submit(self._load, self.indices(step, rank, size, skipped)))
                 if len(ahead) > depth:
                     yield ahead.popleft().result()
         finally:
@@ -147,25 +173,34 @@ def _no_step(corpus: Corpus, tokens: int, shards: int, needs: str) -> ShardError
     )
 
 
-def _data_ends(corpus: Corpus, epochs: int, steps: int, step: int) -> ShardError:
+def _data_ends(batches: OneCorpus, groups: int, group: int) -> ShardError:
+    kind = batches.groups
     return ShardError(
-        f"{corpus.directory}: the data ends after {epochs} epoch(s) of {steps:,} steps, but step {step:,} (from 0) was "
-        "asked for; train fewer steps, allow more epochs or add shards"
+        f"{batches.corpus.directory}: the data ends after {batches.epochs} epoch(s) of {groups:,} {kind}, but "
+        f"{'step' if kind == 'steps' else 'group'} {group:,} (from 0) was asked for; train fewer steps, allow more epochs or "
+        "add shards"
     )
 
 
 class TrainBatches(Batches):
-    """The record's order: micro-batches of T tokens that start at a document, N to a step.
+    """The record's order: micro-batches of T tokens that start at a document, N to a group.
 
-    Epoch 0 visits the steps in file order, as record 26 does; epoch e > 0 in an order drawn from (seed, e). `epochs`
-    None repeats for ever. Shards are opened, checked against the vocabulary and indexed when a step first needs them.
-    Raises ShardError for a bad shard, or when the corpus does not hold even one step.
+    Epoch 0 visits the groups in file order, as record 26 does; epoch e > 0 in an order drawn from (seed, e). `epochs`
+    None repeats for ever. Shards are opened, checked against the vocabulary and indexed when a group first needs them.
+    Raises ShardError for a bad shard, or when the corpus does not hold even one group.
     """
 
     def __init__(
-        self, corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+        self,
+        corpus: Corpus,
+        micro_batch_tokens: int,
+        micro_batches: int,
+        seed: int,
+        epochs: int | None = None,
+        before: Callable[[int], int] | None = None,
     ):
-        self.corpus, self.T, self.N, self.seed, self.epochs = corpus, micro_batch_tokens, micro_batches, seed, epochs
+        super().__init__(micro_batch_tokens, micro_batches, before)
+        self.corpus, self.seed, self.epochs = corpus, seed, epochs
         self._shards: list[Shard] = []
         self._starts: list[np.ndarray] = []  # per shard (steps, N)
         self._ends: list[int] = []  # per shard: steps of the epoch up to its end
@@ -181,10 +216,10 @@ class TrainBatches(Batches):
                 pass
         return self._ends[-1]
 
-    def usage(self) -> Usage:
+    def usage(self) -> EpochStats:
         """How many tokens one epoch uses and skips. Indexes every shard."""
         used = self.steps_per_epoch * self.N * self.T
-        return Usage(self.steps_per_epoch, used, sum(len(shard) for shard in self._shards) - used)
+        return EpochStats(self.steps_per_epoch, used, sum(len(shard) for shard in self._shards) - used)
 
     def describe(self) -> str:
         """The order, and which share of the tokens one epoch uses, judged by the shards that are indexed by now."""
@@ -199,12 +234,12 @@ class TrainBatches(Batches):
         for shard in list(self._shards):
             shard.confirm()
 
-    def epoch_of(self, step: int) -> int:
-        """Which epoch `step` lies in, from 0. ShardError if the data has run out by then."""
-        return self._locate(step)[0]
+    def epoch_at(self, index: int) -> int:
+        """Which epoch micro-batch `index` is of, from 0. ShardError if the data has run out by then."""
+        return self._locate(index // self.N)[0]
 
     def place(self, index: int) -> tuple[str, int]:
-        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        """The shard's name and the first token in it of micro-batch `index` of the whole run."""
         number, start = self._place(index)
         return self._shards[number].path.name, start
 
@@ -214,25 +249,25 @@ class TrainBatches(Batches):
         return _to_batch(self._shards[number].take(start, start + self.T + 1))
 
     def _place(self, index: int) -> tuple[int, int]:
-        step, i = divmod(index, self.N)
-        _, number, row = self._locate(step)
+        group, i = divmod(index, self.N)
+        _, number, row = self._locate(group)
         return number, int(self._starts[number][row, i])
 
-    def _locate(self, step: int) -> tuple[int, int, int]:
-        """The epoch of `step`, the number of the shard that holds it, and the step's row in that shard's index."""
-        if step < 0:
-            raise IndexError(f"step {step} is before the first")
+    def _locate(self, group: int) -> tuple[int, int, int]:
+        """The epoch of a group, the number of the shard that holds it, and its row in that shard's index."""
+        if group < 0:
+            raise IndexError(f"step {group} is before the first")
         with self._lock:
-            while (not self._ends or step >= self._ends[-1]) and self._index_next_shard():
+            while (not self._ends or group >= self._ends[-1]) and self._index_next_shard():
                 pass
             total = self._ends[-1]
             if total == 0:
                 tokens, wanted = sum(len(shard) for shard in self._shards), 2 * self.N * self.T + 1
                 needs = f"one of {self.N} x {self.T} needs a shard of more than {wanted:,}"
                 raise _no_step(self.corpus, tokens, len(self._shards), needs)
-            epoch, row = divmod(step, total)
+            epoch, row = divmod(group, total)
             if self.epochs is not None and epoch >= self.epochs:
-                raise _data_ends(self.corpus, self.epochs, total, step)
+                raise _data_ends(self, total, group)
             if epoch > 0:
                 row = int(self._shuffled(epoch, total)[row])
         number = bisect.bisect_right(self._ends, row)
@@ -314,9 +349,16 @@ class ShuffledBatches(Batches):
     """
 
     def __init__(
-        self, corpus: Corpus, micro_batch_tokens: int, micro_batches: int, seed: int, epochs: int | None = None
+        self,
+        corpus: Corpus,
+        micro_batch_tokens: int,
+        micro_batches: int,
+        seed: int,
+        epochs: int | None = None,
+        before: Callable[[int], int] | None = None,
     ):
-        self.corpus, self.T, self.N, self.seed, self.epochs = corpus, micro_batch_tokens, micro_batches, seed, epochs
+        super().__init__(micro_batch_tokens, micro_batches, before)
+        self.corpus, self.seed, self.epochs = corpus, seed, epochs
         self._row = TokenRow(corpus, corpus.train)
         self.sequences = (len(self._row) - 1) // self.T
         if self.sequences < self.N:
@@ -324,10 +366,10 @@ class ShuffledBatches(Batches):
             raise _no_step(corpus, len(self._row), len(corpus.train), needs)
         self._order = lru_cache(2)(lambda epoch: Permutation(self.sequences, seed_for(seed, "sequences", epoch)))
 
-    def usage(self) -> Usage:
+    def usage(self) -> EpochStats:
         """How many tokens one epoch uses and skips."""
         used = self.sequences * self.T
-        return Usage(self.sequences // self.N, used, len(self._row) - used)
+        return EpochStats(self.sequences // self.N, used, len(self._row) - used)
 
     def describe(self) -> str:
         """The order, and which share of the tokens one epoch uses."""
@@ -337,12 +379,12 @@ class ShuffledBatches(Batches):
         """Wait until all shards that were read are known to be what the manifest says. ShardError if one is not."""
         self._row.confirm()
 
-    def epoch_of(self, step: int) -> int:
-        """Which epoch `step` ends in, from 0. ShardError if the data has run out by then."""
-        return self._locate(step * self.N + self.N - 1)[0]
+    def epoch_at(self, index: int) -> int:
+        """Which epoch micro-batch `index` is of, from 0. ShardError if the data has run out by then."""
+        return self._locate(index)[0]
 
     def place(self, index: int) -> tuple[str, int]:
-        """The shard's name and the first token in it of micro-batch `index` = step * N + i of the whole run."""
+        """The shard's name and the first token in it of micro-batch `index` of the whole run."""
         path, start = self._row.place(self._locate(index)[1])
         return path.name, start
 
@@ -361,11 +403,11 @@ class ShuffledBatches(Batches):
             raise IndexError(f"micro-batch {index} is before the first")
         epoch, place = divmod(index, self.sequences)
         if self.epochs is not None and epoch >= self.epochs:
-            raise _data_ends(self.corpus, self.epochs, self.sequences // self.N, index // self.N)
+            raise _data_ends(self, self.sequences // self.N, index // self.N)
         return epoch, self._order(epoch)(place) * self.T
 
 
-class Turns:
+class MixtureSchedule:
     """Whose turn it is in a mixture: after any number of turns, each part has had its share as nearly as can be."""
 
     def __init__(self, shares: Sequence[int]):
@@ -400,10 +442,11 @@ class MixedBatches(Batches):
         seed: int,
         epochs: int | None = None,
         order: str = "record",
+        before: Callable[[int], int] | None = None,
     ):
-        self.T, self.N = micro_batch_tokens, micro_batches
+        super().__init__(micro_batch_tokens, micro_batches, before)
         self.parts = [ORDERS[order](part, micro_batch_tokens, 1, seed, epochs) for part in mixture.parts]
-        self._turns = Turns(mixture.shares)
+        self._turns = MixtureSchedule(mixture.shares)
 
     def describe(self) -> str:
         """The order, and which share of its tokens one epoch of each part uses."""
@@ -415,12 +458,12 @@ class MixedBatches(Batches):
             part.confirm()
 
     def micro_batch(self, index: int) -> Batch:
-        """Micro-batch `index` = step * N + i of the whole run: inputs (T,) int32 and targets (T,) int64."""
+        """Micro-batch `index` of the whole run: inputs (T,) int32 and targets (T,) int64."""
         part, own = self._turn(index)
         return part.micro_batch(own)
 
     def place(self, index: int) -> tuple[str, int]:
-        """The folder's and shard's name and the first token in it of micro-batch `index` = step * N + i."""
+        """The folder's and shard's name and the first token in it of micro-batch `index`."""
         part, own = self._turn(index)
         name, start = part.place(own)
         return f"{part.corpus.directory.name}/{name}", start
@@ -430,12 +473,12 @@ class MixedBatches(Batches):
         part = self._turns.part_of(index)
         return self.parts[part], int(self._turns.taken(index)[part])
 
-    def epoch_of(self, step: int) -> int:
-        """The highest epoch that a part has come to by the end of `step`."""
-        taken = self._turns.taken((step + 1) * self.N)
-        return max(part.epoch_of(int(n) - 1) for part, n in zip(self.parts, taken) if n)
+    def epoch_at(self, index: int) -> int:
+        """The highest epoch that a part has come to by micro-batch `index`."""
+        taken = self._turns.taken(index + 1)
+        return max(part.epoch_at(int(n) - 1) for part, n in zip(self.parts, taken) if n)
 
-    def usage(self) -> Usage:
+    def usage(self) -> EpochStats:
         """What the steps before any part repeats use and skip. Indexes every shard."""
         usages = [part.usage() for part in self.parts]
         longest = sum(usage.steps for usage in usages) * MIXTURE_PERIOD
@@ -444,7 +487,7 @@ class MixedBatches(Batches):
             for k, usage in enumerate(usages)
         )
         used = turns // self.N * self.N * self.T
-        return Usage(turns // self.N, used, sum(usage.used + usage.skipped for usage in usages) - used)
+        return EpochStats(turns // self.N, used, sum(usage.used + usage.skipped for usage in usages) - used)
 
 
 OneCorpus = TrainBatches | ShuffledBatches
@@ -458,11 +501,32 @@ def train_batches(
     seed: int,
     epochs: int | None = None,
     order: str = "record",
+    before: Callable[[int], int] | None = None,
 ) -> Batches:
-    """The micro-batches of a corpus or a mixture, in one of ORDERS. Raises ShardError."""
+    """The micro-batches of a training run.
+
+    Args:
+        corpus: or a mixture of several.
+        micro_batch_tokens: T.
+        micro_batches: N, of a group.
+        seed: of the order.
+        epochs: after which the data ends; None repeats them.
+        order: one of ORDERS.
+        before: micro-batches of all steps before a step, if steps take more than one group.
+
+    Raises:
+        ShardError: for a bad shard, or data that do not hold one group.
+    """
     if isinstance(corpus, Mixture):
-        return MixedBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs, order)
-    return ORDERS[order](corpus, micro_batch_tokens, micro_batches, seed, epochs)
+        return MixedBatches(corpus, micro_batch_tokens, micro_batches, seed, epochs, order, before)
+    return ORDERS[order](corpus, micro_batch_tokens, micro_batches, seed, epochs, before)
+
+
+def batches_of(cfg: TrainConfig, corpus: Corpus) -> Batches:
+    """The micro-batches that a run of these settings trains on, in the order and the groups of its schedule."""
+    schedule = cfg.schedule
+    before = None if schedule.is_constant else schedule.micro_batches_before
+    return train_batches(corpus, cfg.micro_batch_tokens, schedule.group, cfg.seed, cfg.epochs, cfg.data_order, before)
 
 
 class ValBatches:
@@ -505,7 +569,7 @@ class ValBatches:
         return _to_batch(source.take(start, start + self.chunk_tokens + 1))
 
     def _mixed_chunks(self, mixture: Mixture, asked: int) -> list[Chunk]:
-        own, turns = [], Turns(mixture.shares)
+        own, turns = [], MixtureSchedule(mixture.shares)
         for part, seen in zip(mixture.parts, trained_elsewhere(mixture)):
             name = printable(part.directory)
             if seen:
@@ -638,7 +702,7 @@ def uses(corpus: Corpus) -> dict[str, str]:
     for name, preset in PRESETS.items():
         cfg = TrainConfig(**preset.settings)
         try:
-            batches = train_batches(corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, order=cfg.data_order)
+            batches = batches_of(cfg, corpus)
         except ShardError:
             told[name] = f"too little text for a step of {cfg.micro_batches} x {cfg.micro_batch_tokens:,} tokens"
         else:

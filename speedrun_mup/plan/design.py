@@ -90,7 +90,7 @@ class Plan:
         dear = " (for a target this small tuning costs more than training it; the share falls with the target's size)"
         dear = dear if self.flops > self.target_flops else ""
         lines = [
-            f"target: width {target.width}, {target.iterations:,} steps of {target.batch_tokens:,} tokens; "
+            f"target: width {target.width}, {target.schedule.describe()}; "
             f"{self.target_flops:.3g} FLOPs, about {clock(self.target_s)} here",
             f"proxies: widths (seeds) {self.proxies}, about {self.points} learning rates each: about {self.runs} runs",
             f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.1%} of the target run{dear}; "
@@ -333,8 +333,9 @@ def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: C
     base, arm = _proxy_base(target), arm_of(target)
     chunk = target.val_chunk_tokens
     val_tokens = min(target.val_tokens, max(chunk, PROBE_VAL_TOKENS // chunk * chunk))
-    base = replace(base, iterations=PROBE_STEPS, kernel_warmup=max(target.kernel_warmup, 1), val_tokens=val_tokens)
-    left_out = (target.val_tokens - val_tokens) / (PROBE_STEPS * target.batch_tokens) * FORWARD_SHARE
+    base = replace(base, iterations=PROBE_STEPS, batch_schedule="constant", val_tokens=val_tokens)
+    base = replace(base, kernel_warmup=max(target.kernel_warmup, 1))
+    left_out = (target.val_tokens - val_tokens) / base.schedule.tokens * FORWARD_SHARE
     with tempfile.TemporaryDirectory() as scratch:
         for width in widths:
             sweep = Sweep(base, (width,), (arm,))

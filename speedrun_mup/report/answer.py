@@ -196,8 +196,7 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.tuned_width}"
     hidden = "Muon for hidden matrices, Adam for the rest" if cfg.hidden_optimizer == "muon" else "Adam for everything"
     yield "Optimizer", f"{hidden} (of {arm_words(cell.arm)})"
-    steps, batch = cfg.iterations, cfg.batch_tokens
-    yield "Tokens", f"{steps * batch:,} a run: {steps:,} steps of {batch:,}"
+    yield "Tokens", f"{cfg.schedule.tokens:,} a run: {cfg.schedule.describe()}"
     data = f"{seen.target.data}; " if seen.target else ""
     yield "Data", f"{data}fingerprint {', '.join(sorted({one.corpus[:12] for one in seen.cells}))}"
     bad, seeds = sum(one.diverged for one in seen.cells), len({one.seed for one in seen.cells})

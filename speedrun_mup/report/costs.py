@@ -109,5 +109,5 @@ class _Cost:
 def vocabulary(cell: CellResult, source: Path) -> int:
     """The padded vocabulary of a finished cell's data, which is not recorded but counts in its FLOPs."""
     cfg = from_json(json.dumps(cell.config), source)
-    per_token = cell.flops / (len(cell.curve) * cfg.batch_tokens)
+    per_token = cell.flops / cfg.schedule.tokens_before(len(cell.curve))
     return VOCAB_MULTIPLE + round((per_token - flops_per_token(cfg, VOCAB_MULTIPLE)) / (6 * cfg.width))

@@ -62,6 +62,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
     first = next((value for value in curve if math.isfinite(value)), math.nan)
     if not reason and not loss < first:
         reason = f"ended at a loss of {loss:.4f}, began at {first:.4f}"
+    schedule = cell.cfg.schedule
     tail = [value for value in curve[-max(1, round(TAIL * cell.cfg.iterations)) :] if math.isfinite(value)]
     return CellResult(
         id=cell.id,
@@ -76,7 +77,7 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
         curve=curve,
         seconds=time.perf_counter() - began,
         train_s=records[-1]["train_s"] if records else 0.0,
-        flops=cell.flops * len(curve) / cell.cfg.iterations,
+        flops=cell.flops * schedule.tokens_before(len(curve)) / schedule.tokens,
         corpus=cell.corpus,
         config=computed_settings(cell.cfg),
         made_with={name: made_with[name] for name in ("speedrun_mup", "revision", "source_sha256", "torch", "platform")}

@@ -17,7 +17,6 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
 from speedrun_mup.training.memory import translate_oom
 from speedrun_mup.training.ranks import on_main
-from speedrun_mup.training.schedules import window_blocks
 
 
 def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
@@ -76,7 +75,7 @@ def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.
         embed_dtype=dtype,
         attention=attention,
         fp8=fp8,
-        widest_window=window_blocks(1.0, cfg.window_tokens, cfg.block_size),
+        widest_window=cfg.schedule.widest_window,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.model import GPTConfig
-from speedrun_mup.training.schedules import window_blocks
+from speedrun_mup.training.schedules import Schedule
 
 
 def flops_per_token(cfg: TrainConfig, vocab_size: int) -> float:
@@ -20,13 +20,12 @@ def flops_per_token(cfg: TrainConfig, vocab_size: int) -> float:
     optimizers, of which Muon takes 0.55 % there but a large part of a very small model's step, and validation.
     """
     shape = model_shape(cfg, vocab_size)
-    keys = _mean_keys(cfg.iterations, cfg.window_tokens, cfg.block_size, cfg.micro_batch_tokens)
-    return weight_flops(shape) + attention_flops(shape, *keys)
+    return weight_flops(shape) + attention_flops(shape, *_mean_keys(cfg.schedule))
 
 
 def run_flops(cfg: TrainConfig, vocab_size: int) -> float:
     """FLOPs of a whole training run."""
-    return flops_per_token(cfg, vocab_size) * cfg.batch_tokens * cfg.iterations
+    return flops_per_token(cfg, vocab_size) * cfg.schedule.tokens
 
 
 def weight_flops(shape: GPTConfig) -> float:
@@ -49,16 +48,20 @@ def model_shape(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
 
 
 @functools.cache
-def _mean_keys(iterations: int, window_tokens: int, block_size: int, tokens: int) -> tuple[float, float]:
-    """Keys that a query sees, mean over positions and over training, in layers with the long and the short window."""
-    blocks = tokens // block_size
+def _mean_keys(schedule: Schedule) -> tuple[float, float]:
+    """Keys that a query sees, mean over positions and tokens of training, in layers with the long and the short window."""
 
-    def keys(window: int) -> float:
+    def keys(window: int, tokens: int) -> float:
+        blocks = tokens // schedule.block_size
         window = min(max(window, 1), blocks)
-        return block_size * (window - 1) * (blocks - window / 2) / blocks + (block_size + 1) / 2
+        return schedule.block_size * (window - 1) * (blocks - window / 2) / blocks + (schedule.block_size + 1) / 2
 
-    windows = [window_blocks(step / iterations, window_tokens, block_size) for step in range(iterations)]
-    return sum(map(keys, windows)) / iterations, sum(keys(window // 2) for window in windows) / iterations
+    steps = [schedule.at(step) for step in range(schedule.iterations)]
+    groups = [step.micro_batches // schedule.group for step in steps]
+    return (
+        sum(keys(step.window, step.sequence_tokens) * n for step, n in zip(steps, groups)) / sum(groups),
+        sum(keys(step.window // 2, step.sequence_tokens) * n for step, n in zip(steps, groups)) / sum(groups),
+    )
 
 
 def keys_seen(doc: Tensor, window: int, block_size: int) -> float:

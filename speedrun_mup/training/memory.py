@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,7 +51,9 @@ def memory_advice(cfg: TrainConfig, work: str, pack: int) -> tuple[str, str]:
     elif validation:
         advice = f"--val-chunk-tokens {smaller}"
     else:
-        advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
+        advice = (
+            f"--micro-batch-tokens {smaller} --micro-batches {cfg.micro_batches * cfg.micro_batch_tokens // smaller}"
+        )
     if not validation and pack > 1:
         advice = f"--micro-batches-per-forward {pack // 2}, or {advice}"
     return f"{f'validation on {size:,}' if validation else f'{pack} x {size:,}'} tokens at once", advice
@@ -58,18 +61,18 @@ def memory_advice(cfg: TrainConfig, work: str, pack: int) -> tuple[str, str]:
 
 def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
     """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --deterministic cannot be kept."""
-    share = max(cfg.micro_batches // world_size, 1)
+    shares = [max(stage.micro_batches // world_size, 1) for stage in cfg.schedule.stages]
     if cfg.deterministic:
-        if world_size > 1 and share & (share - 1):
+        if world_size > 1 and (odd := next((share for share in shares if share & (share - 1)), 0)):
             raise ConfigError(
-                f"{share} micro-batches per process are no branch of the tree that --deterministic sums in; start 1 process, or "
+                f"{odd} micro-batches per process are no branch of the tree that --deterministic sums in; start 1 process, or "
                 "so many that each has 1, 2, 4, 8, ... of them"
             )
         return 1
     if cfg.micro_batches_per_forward:
-        return min(cfg.micro_batches_per_forward, share)
-    fits = TOKENS_AT_ONCE[device.type] // cfg.micro_batch_tokens
-    return max((n for n in range(1, share + 1) if share % n == 0 and n <= fits), default=1)
+        return min(cfg.micro_batches_per_forward, max(shares))
+    fits, common = TOKENS_AT_ONCE[device.type] // cfg.micro_batch_tokens, math.gcd(*shares)
+    return max((n for n in range(1, common + 1) if common % n == 0 and n <= fits), default=1)
 
 
 def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:

@@ -16,12 +16,11 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.device import is_out_of_memory
 from speedrun_mup.core.distributed import TreeSum, World
 from speedrun_mup.core.model.attention import Window
-from speedrun_mup.data.batches import Batch, Batches, ValBatches, train_batches
+from speedrun_mup.data.batches import Batch, Batches, ValBatches, batches_of
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import bytes_of_tokens
 from speedrun_mup.training.build import build_model
 from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack, translate_oom
-from speedrun_mup.training.schedules import window_blocks
 
 
 class Passes:
@@ -54,29 +53,28 @@ class Passes:
         """What was chosen for this device, and why."""
         cfg = self.cfg
         return (
-            f"{self._choices}; {self.pack} of {cfg.micro_batches} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
+            f"{self._choices}; {self.pack} of {self.schedule.group} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
             f"{cfg.val_chunk_tokens:,} in validation"
         )
 
     def configure_batches(self, cfg: TrainConfig) -> None:
         """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
-        self.cfg, self.pack = cfg, cfg.micro_batches_per_forward
-        self.batches = train_batches(
-            self.corpus, cfg.micro_batch_tokens, cfg.micro_batches, cfg.seed, cfg.epochs, cfg.data_order
-        )
-        self.batches.share(self.world.size)  # raises now, before there is a folder
+        self.cfg, self.schedule, self.pack = cfg, cfg.schedule, cfg.micro_batches_per_forward
+        self.batches = batches_of(cfg, self.corpus)
+        self.batches.check_ranks(self.world.size)  # raises now, before there is a folder
         if cfg.epochs:
             self.batches.epoch_of(cfg.iterations - 1)  # raises now, not after hours, if the data ends before
         self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
 
     def fits(self, cfg: TrainConfig) -> bool:
-        """Whether a step's passes of `cfg`, beside the optimizers' state, fit into every rank's memory.
+        """Whether the passes of the largest step of `cfg`, beside the optimizers' state, fit into every rank's memory.
 
         Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them. The
         window is that of the last step, the widest.
         """
         self.configure_batches(cfg)
-        with closing(self.batches.stream(0, self.world.rank, self.world.size)) as stream:
+        largest = self.schedule.largest_step
+        with closing(self.batches.stream(largest, self.world.rank, self.world.size)) as stream:
             micro_batches = next(stream)[: None if cfg.deterministic else 2 * self.pack]
             return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, cfg.iterations - 1))
 
@@ -107,11 +105,25 @@ class Passes:
 
     def window(self, step: int) -> Window:
         """The long attention window at `step`, in blocks; a tensor where the graph must not depend on its value."""
-        blocks = window_blocks(step / self.cfg.iterations, self.cfg.window_tokens, self.cfg.block_size)
+        blocks = self.schedule.at(step).window
         if not self.compiled:
             return blocks
         # unlike torch.tensor, does not synchronise
         return torch.full((), blocks, dtype=torch.int32, device=self.world.device)
+
+    def loss_scale(self, step: int) -> float:
+        """What the loss summed over a micro-batch is divided by, for the mean over the N micro-batches of the step."""
+        now = self.schedule.at(step)
+        return now.micro_batches / now.loss_weights[0]
+
+    def sequences(self, batch: Batch, step: int) -> Batch:
+        """A micro-batch, cut into sequences of the step's length: a BOS stands where the next one begins, for its first token."""
+        inputs, targets = batch
+        length = self.schedule.at(step).sequence_tokens
+        if length < len(inputs):
+            inputs = inputs.clone()
+            inputs[length::length] = self.corpus.bos_token
+        return inputs, targets
 
     def to_device(self, batch: Batch) -> Batch:
         """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle.
@@ -130,25 +142,25 @@ class Passes:
         """
         if self.cfg.deterministic:
             return self._accumulate_as_tree(micro_batches, step)
-        window, total = self.window(step), torch.zeros((), device=self.world.device)
+        window, scale, total = self.window(step), self.loss_scale(step), torch.zeros((), device=self.world.device)
         for first in range(0, len(micro_batches), self.pack):
-            group = micro_batches[first : first + self.pack]
+            group = [self.sequences(batch, step) for batch in micro_batches[first : first + self.pack]]
             inputs, targets = self.to_device((torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])))
             with self.phase("forward"):
                 loss = self.model(inputs, targets, window)
             with self.phase("backward"):
-                (loss / self.cfg.micro_batches).backward()
+                (loss / scale).backward()
             total += loss.detach()
         return total
 
     def _accumulate_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
         """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
-        window, tree = self.window(step), TreeSum()
+        window, scale, tree = self.window(step), self.loss_scale(step), TreeSum()
         for batch in micro_batches:
             with self.phase("forward"):
-                loss = self.model(*self.to_device(batch), window)
+                loss = self.model(*self.to_device(self.sequences(batch, step)), window)
             with self.phase("backward"):
-                (loss / self.cfg.micro_batches).backward()
+                (loss / scale).backward()
             tree.add([loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)])
             reached = [p for p in self.model.parameters() if p.grad is not None]
             self.model.zero_grad(set_to_none=True)

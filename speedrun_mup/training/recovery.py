@@ -69,17 +69,17 @@ class Recovery:
         if spike := self.spikes.update(loss):
             self.folder.log.say(f"warning: step {step}: {spike}")
 
-    def handle_bad_step(self, check: FiniteCheck, batches: Batches, data_step: int) -> None:
+    def handle_bad_step(self, check: FiniteCheck, batches: Batches, skipped: int) -> None:
         """Dump the step whose update was withheld, and do as `on_nonfinite` says. NonFiniteError after BAD_STEPS of them.
 
-        Raises NonFiniteError to stop, RollBack to roll back, on all ranks.
+        Raises NonFiniteError to stop, RollBack to roll back, on all ranks. skipped: micro-batches left out of the data so far.
         """
         norms = self.world.gather_objects(check.norms())
         named = {rank: not_finite(values) for rank, values in enumerate(norms)}
         where = "; ".join(f"rank {rank}: {', '.join(names[:3])}" for rank, names in named.items() if names)
         what = f"step {check.step}: not finite on {where}"
         if self.folder.find():
-            dump = _describe_bad_step(check.step, data_step, batches, norms)
+            dump = _describe_bad_step(check.step, skipped, batches, norms)
             self.folder.log.dump(f"bad-step-{check.step:08d}.json", dump)
         self.bad_steps += 1
         if self.cfg.on_nonfinite == "stop" or self.bad_steps > BAD_STEPS:
@@ -130,18 +130,15 @@ class Recovery:
             self.folder.log.say(f"warning: {fault}; training goes on")
 
 
-def _describe_bad_step(step: int, data_step: int, batches: Batches, norms: list[dict[str, float]]) -> dict[str, Any]:
+def _describe_bad_step(step: int, skipped: int, batches: Batches, norms: list[dict[str, float]]) -> dict[str, Any]:
     """Where the step's tokens came from, and every rank's loss and gradient norms."""
-    share = batches.share(len(norms))
-    first = data_step * batches.N
+    taken = [batches.indices(step, rank, len(norms), skipped) for rank in range(len(norms))]
     return {
         "step": step,
-        "data_step": data_step,
+        "first_micro_batch": taken[0].start,
         "ranks": [
             {
-                "micro_batches": [
-                    dict(zip(("shard", "first_token"), batches.place(first + rank * share + i))) for i in range(share)
-                ],
+                "micro_batches": [dict(zip(("shard", "first_token"), batches.place(i))) for i in taken[rank]],
                 "loss": values["the loss"],
                 "gradient_norms": {name: value for name, value in values.items() if name != "the loss"},
             }

@@ -23,7 +23,8 @@ from speedrun_mup.training.ranks import attempt, unwrap
 from speedrun_mup.training.run_folder import check_resumable, checked_state, is_longer, told_of_extension
 from speedrun_mup.training.tracking import lives, source_sha256
 
-DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data_offset": 0, "losses": []}  # what version 0.1.0 did not write
+# What earlier checkpoints lack. Those before schedules counted skipped data in steps, as data_offset.
+DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data_offset": 0, "skipped_micro_batches": 0, "losses": []}
 
 
 def restore(
@@ -39,7 +40,7 @@ def restore(
         optimizers: on any number of ranks.
 
     Returns:
-        The state: step, train_s, data_offset, val_loss, losses; and lines about what changes with it.
+        The state: step, train_s, skipped_micro_batches, val_loss, losses; and lines about what changes with it.
 
     Raises:
         CheckpointError: if it belongs to another run.
@@ -51,6 +52,7 @@ def restore(
         notes.append(f"--dtype auto: this device takes {types}, so from here on numbers are rounded otherwise")
         weights = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in weights.items()}
     check_match(weights, own)
+    state["skipped_micro_batches"] += state["data_offset"] * cfg.micro_batches
     model.load_state_dict(weights)
     for optimizer in optimizers:
         optimizer.load_slices(loaded.slice, state["optimizer_steps"][type(optimizer).__name__])

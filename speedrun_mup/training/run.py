@@ -32,7 +32,6 @@ from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.recovery import Recovery, RollBack
 from speedrun_mup.training.resume import restore, take_weights, told_of_other_code
 from speedrun_mup.training.run_folder import FolderLock, RunFolder, check_resumable, saved_config
-from speedrun_mup.training.schedules import lr_factor, muon_momentum
 from speedrun_mup.training.signals import StoppedEarly, StopSignals, stop_signals
 from speedrun_mup.training.tracking import source_sha256
 
@@ -104,6 +103,7 @@ class Run:
         self.optimizers = build_optimizers(self.model, cfg, world, self.passes.compiled)
         check_agreement(cfg, self.corpus, world)
         self.cfg = cfg = self.passes.fit()
+        self.schedule = self.passes.schedule
         notes = self.take_weights(cfg.init_from) if cfg.init_from and not cfg.resume else []
 
         self.run_folder = RunFolder(self.cfg, world, lock)
@@ -111,7 +111,7 @@ class Run:
         self.checkpoints.clean()
         self.recovery = Recovery(cfg, world, self.model, self.run_folder, self.checkpoints)
         self.start, self.train_s = 0, 0.0
-        self.data_offset = 0  # steps of data that were skipped for good: step s trains on the batch s + data_offset
+        self.skipped_micro_batches = 0  # of the data, left out for good after a roll-back
         self.train_loss: float | None = None
         self.val_loss: float | None = None
         self.stopping = False
@@ -133,8 +133,7 @@ class Run:
         return [
             f"data order: {passes.batches.describe()}",
             *(f"validation: {note}" for note in passes.val_batches.notes),
-            f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters; "
-            f"{cfg.iterations} steps of {cfg.batch_tokens:,} tokens",
+            f"model: width {cfg.width}, {cfg.n_layer} layers, {parameters:,} parameters; {self.schedule.describe()}",
             rules_in_force(cfg),
             passes.describe(),
             *filter(None, [told_of_slurm()]),
@@ -153,7 +152,9 @@ class Run:
     def train_from_start(self, observe: Observer | None, signals: StopSignals) -> TrainResult:
         """The loop, from step `start`: one more pass than steps, because the last one only validates."""
         cfg, batches = self.cfg, self.passes.batches
-        with closing(batches.stream(self.start + self.data_offset, self.world.rank, self.world.size)) as steps:
+        with closing(
+            batches.stream(self.start, self.world.rank, self.world.size, skipped=self.skipped_micro_batches)
+        ) as steps:
             for step in range(self.start, cfg.iterations + 1):
                 if self.stopping:
                     break
@@ -189,7 +190,7 @@ class Run:
             step,
             self.val_loss,
             self.train_loss,
-            step * cfg.batch_tokens,
+            self.schedule.tokens_before(step),
             self.train_s,
             finished=step == cfg.iterations and not self.stopping,
         )
@@ -227,15 +228,15 @@ class Run:
                 self.stopping = True
                 lag = 0
             if status.bad:
-                self.recovery.handle_bad_step(check, self.passes.batches, check.step + self.data_offset)
+                self.recovery.handle_bad_step(check, self.passes.batches, self.skipped_micro_batches)
             else:
-                self.log_step(check.step, status.loss / self.cfg.batch_tokens, status.grad_norm)
+                self.log_step(check.step, status.loss / self.schedule.at(check.step).tokens, status.grad_norm)
 
     def log_step(self, step: int, loss: float, grad_norm: float) -> None:
         """Record a step that counted. lr: the hidden matrices' at base width, the others keep their ratios to it."""
-        cfg, tokens = self.cfg, (step + 1) * self.cfg.batch_tokens
+        cfg, tokens = self.cfg, self.schedule.tokens_before(step + 1)
         self.train_loss = loss
-        rates = {"lr": cfg.matrix_lr * cfg.lr_scale * self.lr_factor(step), "grad_norm": grad_norm}
+        rates = {"lr": cfg.matrix_lr * cfg.lr_scale * self.schedule.at(step).lr_factor, "grad_norm": grad_norm}
         record = {"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s}
         self.run_folder.log.train(record | rates)
         self.recovery.record_loss(step, loss, grad_norm)
@@ -246,12 +247,13 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         self.recovery.poll_checkpoint(wait=True)
         self.checkpoints.root = self.run_folder.follow() / "checkpoints"
-        used, train_s = bad_step + 1 + self.data_offset, self.train_s
+        used, train_s = self.schedule.micro_batches_before(bad_step + 1) + self.skipped_micro_batches, self.train_s
         found = self.checkpoints.newest(self.run_folder.log.say)
         if found is None:
             raise NonFiniteError(f"step {bad_step}: no checkpoint to roll back to; set --save-every, or skip the step")
         self.load(found)
-        self.data_offset, self.train_s = used - self.start, train_s
+        self.skipped_micro_batches = used - self.schedule.micro_batches_before(self.start)
+        self.train_s = train_s
         self.run_folder.log.rewind(self.start, train_s)
         self.run_folder.log.say(f"rolled back to {found}; its data and that up to step {bad_step}'s are left out")
 
@@ -270,27 +272,21 @@ class Run:
                 f"step {step}: the validation loss is {self.val_loss}; lower --lr-scale, or see the data"
             )
 
-    def lr_factor(self, step: int) -> float:
-        """What the schedule leaves of the learning rates at `step`."""
-        return lr_factor(step / self.cfg.iterations, self.cfg.cooldown, self.cfg.final_lr_frac)
-
     def log_epoch_change(self, step: int) -> None:
         """Say so where the data repeats."""
-        data_step = step + self.data_offset
-        epoch = self.passes.batches.epoch_of(data_step)
-        if data_step and epoch > self.passes.batches.epoch_of(data_step - 1):
+        batches, skipped = self.passes.batches, self.skipped_micro_batches
+        epoch = batches.epoch_of(step, skipped)
+        if (step or skipped) and epoch > batches.epoch_of(step - 1, skipped):
             self.run_folder.log.say(f"step {step}: the data repeats from here, epoch {epoch + 1}")
 
     def set_schedule(self, step: int) -> None:
         """Learning rates and Muon's momentum for this step."""
-        cfg = self.cfg
-        factor = self.lr_factor(step)
-        momentum = muon_momentum(step, cfg.momentum_warmup, cfg.momentum_start, cfg.momentum)
+        now = self.schedule.at(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * now.lr_factor
                 if "momentum" in group:
-                    group["momentum"] = momentum
+                    group["momentum"] = now.momentum
 
     def warm_up_kernels(self) -> None:
         """Run a few steps to compile and warm every kernel, then put weights and optimizer states back, from host memory."""
@@ -335,7 +331,7 @@ class Run:
         state = {
             "step": step,
             "train_s": self.train_s,
-            "data_offset": self.data_offset,
+            "skipped_micro_batches": self.skipped_micro_batches,
             "val_loss": self.val_loss,
             "losses": self.recovery.spikes.history,
             "optimizer_steps": {type(optimizer).__name__: optimizer.steps_taken for optimizer in self.optimizers},
@@ -371,7 +367,8 @@ class Run:
     def load(self, path: Path) -> list[str]:
         """Take model, optimizers and position from a checkpoint of this run; returns what changes with it."""
         state, notes = restore(self.checkpoints.load(path), self.cfg, self.corpus, self.model, self.optimizers)
-        self.start, self.train_s, self.data_offset = state["step"], state["train_s"], state["data_offset"]
+        self.start, self.train_s = state["step"], state["train_s"]
+        self.skipped_micro_batches = state["skipped_micro_batches"]
         self.val_loss = state["val_loss"]
         self.recovery.spikes = LossSpikeDetector(state["losses"])
         return notes

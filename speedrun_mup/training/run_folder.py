@@ -24,7 +24,6 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_text, write_whole
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from speedrun_mup.training.ranks import attempt, on_main, unwrap
-from speedrun_mup.training.schedules import lr_factor
 from speedrun_mup.training.tracking import (
     CONFIG,
     LOG,
@@ -155,7 +154,7 @@ class RunFolder:
 
         def open_it() -> RunLog:
             main, values = self.world.is_main, dataclasses.asdict(cfg)
-            log = RunLog(self.path, cfg.iterations, start, main, cfg.progress, cfg.track, values)
+            log = RunLog(self.path, cfg.schedule, start, main, cfg.progress, cfg.track, values)
             if main:
                 _note_start(cfg, self.path, start)
             return log
@@ -266,6 +265,7 @@ _STATE: dict[str, Any] = {  # what a checkpoint says of the run that it is from
     "step": int,
     "train_s": int | float,
     "data_offset": int,
+    "skipped_micro_batches": int,
     "val_loss": int | float | None,
     "losses": list,
     "optimizer_steps": dict,
@@ -278,7 +278,8 @@ def checked_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """The state in the checkpoint `path`, which may be anybody's. DamagedCheckpoint unless a run could have written it."""
     lists = {name: state.get(name) for name in ("losses", "optimizer_steps")}
     steps = lists["optimizer_steps"]
-    counts = [state.get("step"), state.get("data_offset"), *(steps.values() if isinstance(steps, dict) else ())]
+    counts = [state.get(name) for name in ("step", "data_offset", "skipped_micro_batches")]
+    counts += [*(steps.values() if isinstance(steps, dict) else ())]
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name, ()), kind)]
     wrong += ["a count"] * any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
     if not wrong:
@@ -299,11 +300,17 @@ def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], pat
     """
     now, before = vars(cfg), known_settings(state["config"])
     fixed = [key for key, meta in settings().items() if meta.must_match and before[key] != now[key]]
-    if is_longer(before["iterations"], cfg.iterations):
+    if longer := is_longer(before["iterations"], cfg.iterations):
         fixed.remove("iterations")
     differ = [f"{key} was {printable(before[key])}, is {now[key]}" for key in fixed]
     if not corpus.is_known_as(state["corpus"]):
         differ.append("the corpus is not the same")
+    if longer and not fixed:
+        shorter = dataclasses.replace(cfg, iterations=before["iterations"]).schedule
+        if not cfg.schedule.agrees(shorter, state.get("step", 0)):
+            differ.append(
+                f"iterations was {before['iterations']}, is {cfg.iterations}, which moves stages that it went through"
+            )
     if differ:
         raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
 
@@ -322,7 +329,7 @@ def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
     )
     if start <= cooled:
         return f"{said}; up to step {start} the learning rate was that of the longer run too"
-    fell, rises = (lr_factor(start / length, cfg.cooldown, cfg.final_lr_frac) for length in (before, now))
+    fell, rises = (dataclasses.replace(cfg, iterations=length).schedule.at(start).lr_factor for length in (before, now))
     return (
         f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its height, and "
         f"it goes on at {rises:.2f}: the result is not that of {now} steps from the start, for which start anew, or "

@@ -34,6 +34,7 @@ from speedrun_mup.files import (
     write_whole,
 )
 from speedrun_mup.terminal import tell
+from speedrun_mup.training.schedules import Schedule
 from speedrun_mup.training.trackers import Tracker
 
 LONG_RUN_S = 3600  # beyond this a run says how long it will take,
@@ -229,11 +230,25 @@ class RunLog:
     A disk that takes nothing costs one line, and every later record is tried again. `missing` are the ranges of steps that
     metrics.jsonl lacks because of that; status.json tells them, too.
 
-    start_step: of a resumed run; records of that step and later, left by a life that died, are dropped.
+    Args:
+        folder: of the run.
+        schedule: of the run, by which the time that is left is told.
+        start_step: of a resumed run; records of that step and later, left by a crashed attempt, are dropped.
+        main: whether this is rank 0.
+        progress: whether to show it.
+        track: none, or a tracker that mirrors the metrics.
+        config: the run's settings, for the tracker.
     """
 
     def __init__(
-        self, folder: Path, steps: int, start_step: int, main: bool, progress: bool, track: str, config: dict[str, Any]
+        self,
+        folder: Path,
+        schedule: Schedule,
+        start_step: int,
+        main: bool,
+        progress: bool,
+        track: str,
+        config: dict[str, Any],
     ):
         self._main, self._folder, self._tracker = main, folder, None
         if not main:
@@ -241,12 +256,12 @@ class RunLog:
         self._metrics, self._log = _line_file(folder / METRICS), _line_file(folder / LOG)
         self._live = progress and bool(sys.stderr) and sys.stderr.isatty()
         self._plain = progress and not self._live
-        self._steps, self._last_plain = steps, -math.inf
+        self._schedule, self._steps, self._last_plain = schedule, schedule.iterations, -math.inf
         self._warned_long = False
         self._warned_disk = False
         self._lost: list[int] = []  # steps whose records found no room, until there is room again
         self._status: dict[str, Any] = {}
-        self._bar = tqdm(total=steps, unit="step", disable=not self._live, dynamic_ncols=True)
+        self._bar = tqdm(total=self._steps, unit="step", disable=not self._live, dynamic_ncols=True)
         self.rewind(start_step)
         if track != "none":
             self._tracker = Tracker(track, folder, config, start_step, self._warn)
@@ -309,28 +324,29 @@ class RunLog:
         """One optimizer step: kind, step, loss, tokens and train_s, both since the start. Early on, warns of a long run."""
         if not self._main:
             return
-        done, (tokens, seconds) = record["step"] + 1, self._pace(record)
-        eta = seconds * (self._steps - done)
-        self._keep({**record, "tokens_per_s": tokens / seconds})
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {tokens / seconds:,.0f} tok/s")
+        done, tokens_per_s = record["step"] + 1, self._pace(record)
+        eta = (self._schedule.tokens - record["tokens"]) / tokens_per_s
+        self._keep({**record, "tokens_per_s": tokens_per_s})
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {tokens_per_s:,.0f} tok/s")
         self._bar.update()
         if self._plain and (record["train_s"] - self._last_plain >= PLAIN_EVERY_S or done == self._steps):
             self._last_plain = record["train_s"]
-            rate = f"{tokens / seconds:,.0f} tokens/s"
+            rate = f"{tokens_per_s:,.0f} tokens/s"
             tell(f"step {done}/{self._steps}  loss {record['loss']:.4f}  {rate}  {clock(eta)} left")
-        if eta > LONG_RUN_S and not self._warned_long and (self._steps_seen == 3 or seconds > SLOW_STEP_S):
+        slow = self._schedule.at(record["step"]).tokens / tokens_per_s > SLOW_STEP_S
+        if eta > LONG_RUN_S and not self._warned_long and (self._steps_seen == 3 or slow):
             self._warned_long = True
             self.say(f"this run will take about {clock(eta)} here, by its first steps; going on")
 
-    def _pace(self, record: Mapping[str, Any]) -> tuple[float, float]:
-        """Tokens and seconds of a step, averaged over this life but for its first step, which warms up."""
-        now = (record["step"] + 1, record["tokens"], record["train_s"])
+    def _pace(self, record: Mapping[str, Any]) -> float:
+        """Tokens per second, averaged since the last (re)start but for its first step, which warms up."""
         self._steps_seen += 1
         if self._steps_seen == 1:
-            self._first = now
-            return record["tokens"] / now[0], max(record["train_s"] - self._resumed_train_s, 1e-9)
-        steps, tokens, seconds = (a - b for a, b in zip(now, self._first))
-        return tokens / steps, max(seconds, 1e-9) / steps
+            self._first = record["tokens"], record["train_s"]
+            tokens, seconds = self._schedule.at(record["step"]).tokens, record["train_s"] - self._resumed_train_s
+        else:
+            tokens, seconds = record["tokens"] - self._first[0], record["train_s"] - self._first[1]
+        return float(tokens / max(seconds, 1e-9))
 
     def val(self, record: Mapping[str, Any]) -> None:
         """One validation: kind, step, loss, train_s and, where it is known, bits_per_byte."""
