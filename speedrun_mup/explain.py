@@ -5,7 +5,6 @@ Nothing is computed here: the model declares, the rule table scales, and `param_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -15,6 +14,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core import mup
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.optimizers import param_groups
+from speedrun_mup.files import strict_json
 from speedrun_mup.training.build import tuned_values
 
 
@@ -85,7 +85,7 @@ def _values(
 
 def to_json(rows: Sequence[Row]) -> str:
     """The rows as strict JSON."""
-    return json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
+    return strict_json([asdict(row) for row in rows], indent=1)
 
 
 def table(rows: Sequence[Row]) -> str:
