@@ -27,7 +27,7 @@ FLOORS = [
         "training.signals",
     ],
     ["core.kernels.fp8", "core.optimizers"],
-    ["core.model", "presets", "synonyms", "flags", "settings", "config"],
+    ["core.model", "presets", "synonyms", "flags", "settings", "sampling", "config"],
     [
         "training.checkpoint",
         "training.flops",
@@ -40,7 +40,7 @@ FLOORS = [
         "training.tracking",
     ],
     ["data"],
-    ["training.run_folder"],
+    ["training.run_folder", "sample", "evaluate"],
     ["training"],
     ["bench", "coord_check", "doctor", "explain", "export", "plan", "report", "sweep", "transfer"],
     ["commands", "cli"],
