@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
@@ -23,8 +24,7 @@ from speedrun_mup.core.kernels.fp8 import E4M3
 from speedrun_mup.core.model.attention import document_numbers
 from speedrun_mup.core.utils import Handle, World, deterministic, join_world, leave_world
 from speedrun_mup.data.batches import Batch
-from speedrun_mup.files import strict_json
-from speedrun_mup.training.flops import attention_flops, flops_per_token, keys_seen, model_shape, weight_flops
+from speedrun_mup.training.flops import attention_flops, flops_per_token, keys_seen, weight_flops
 from speedrun_mup.training.run import Run
 
 PHASES = ("data", "forward", "backward", "optimizer", "communication", "other")
@@ -144,7 +144,7 @@ class BenchResult:
 
     def to_json(self) -> str:
         """All numbers as strict JSON."""
-        return strict_json(asdict(self), indent=1)
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     def summary(self) -> str:
         """All numbers as lines for a terminal."""
@@ -222,7 +222,7 @@ def measure(run: Run, watch: Stopwatch, began: float, profiled: bool) -> BenchRe
     timed = _train_and_time(run, watch, began, profiled)
     step_ms = [sum(lap.values()) for lap in timed.laps]
     tokens_per_s = cfg.schedule.tokens / (sum(step_ms) / 1e3)
-    shape = model_shape(cfg, run.corpus.vocab_size)
+    shape = run.model.cfg
     weights = [run.schedule.at(step).tokens for step in range(cfg.iterations)]
     long, short = (statistics.fmean(seen, weights) for seen in zip(*timed.keys, strict=True))
     flops = {

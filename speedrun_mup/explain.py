@@ -5,17 +5,16 @@ Nothing is computed here: the model declares, the rule table scales, and `param_
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core import mup
-from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.model import declarations
 from speedrun_mup.core.optimizers import param_groups
-from speedrun_mup.files import strict_json
 from speedrun_mup.training.build import tuned_values
+from speedrun_mup.training.model_config import Vocabulary, model_config
 
 
 @dataclass(frozen=True)
@@ -58,34 +57,26 @@ def _values(
     cfg: TrainConfig, width: int, base_width: int, vocab_size: int
 ) -> dict[str, tuple[mup.ParamSpec, str, Values]]:
     """Spec, optimizer and values of every parameter at `width`."""
-    shape = GPTConfig(
-        vocab_size=vocab_size,
-        bos_token=vocab_size - 1,
-        n_layer=cfg.n_layer,
-        width=width,
-        base_width=base_width,
-        head_dim=cfg.head_dim,
-        parametrization=cfg.parametrization,
-    )
-    with torch.device("meta"):
-        model = GPT(shape)
+    here = replace(cfg, width=width, base_width=base_width)
+    model = declarations(model_config(here, Vocabulary(vocab_size)))
+    rules = model.cfg.table
     groups = {}
-    for optimizer, members in param_groups(model, shape.table, tuned_values(cfg)).items():
+    for optimizer, members in param_groups(model, rules, tuned_values(cfg)).items():
         for group in members:
             (named,) = group["params"]
             groups[named[0]] = optimizer, group
     found = {}
     for name, _, spec in mup.named_specs(model):
         optimizer, group = groups[name]
-        forward = shape.table.forward(spec)
-        values = Values(spec.init_std(shape.table), forward, group["lr"], group.get("eps"), group["weight_decay"])
+        forward = rules.forward(spec)
+        values = Values(spec.init_std(rules), forward, group["lr"], group.get("eps"), group["weight_decay"])
         found[name] = spec, optimizer, values
     return found
 
 
 def to_json(rows: Sequence[Row]) -> str:
     """The rows as strict JSON."""
-    return strict_json([asdict(row) for row in rows], indent=1)
+    return json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -15,7 +15,8 @@ from speedrun_mup.bench import PHASES, Stopwatch, TimedWorld, bench
 from speedrun_mup.cli import main
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.utils import World
-from speedrun_mup.training.flops import attention_flops, model_shape, weight_flops
+from speedrun_mup.training.flops import attention_flops, weight_flops
+from speedrun_mup.training.model_config import Vocabulary, model_config
 from speedrun_mup.training.run import Run
 
 CPU = torch.device("cpu")
@@ -134,12 +135,9 @@ def test_a_strict_benchmark_is_deterministic_as_strict_training_is(tiny, no_ceil
 def test_flops_are_those_of_the_model_and_of_the_batches(tiny, no_ceilings):
     cfg = tiny()
     result = bench(cfg, steps=2, began=0.0)
-    shape = model_shape(cfg, result.vocab)
-    matrices = sum(
-        p.numel()
-        for name, p in GPT(shape).named_parameters()
-        if p.ndim > 1 and "embed" not in name and "lambdas" not in name
-    )
+    shape = model_config(cfg, Vocabulary(result.vocab))
+    parameters = GPT(shape).named_parameters()
+    matrices = sum(p.numel() for name, p in parameters if p.ndim > 1 and "embed" not in name and "lambdas" not in name)
     assert result.flops["6N"] == 6 * matrices == weight_flops(shape)
     assert result.flops["6N"] < result.flops["masked"] < result.flops["window"]
     assert result.achieved_flops["6N"] == result.flops["6N"] * result.tokens_per_s

@@ -48,7 +48,7 @@ def test_gradients_of_our_own_functions_survive_compiling(function, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "blocked"])
 def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, traced, attention):
-    """Stream and loss with gradients and without, and Adam for tables and for scalars; window and learning rates are tensors."""
+    """Stream and loss with gradients and without, and Adam for tables, not for scalars; window and rates are tensors."""
     settings = {"attention": attention, "kernel_warmup": 1, "iterations": 8, "window_tokens": 128, "save": False}
     losses = {}
     for compiled in (False, True):
@@ -59,7 +59,7 @@ def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, tra
             result = run.train()
             losses[compiled] = result.val_loss
         assert windows == {1, 2, 3, 4}
-        assert warm - before == (6 if compiled else 0)
+        assert warm - before == (5 if compiled else 0)
         assert graphs_compiled() == warm
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 

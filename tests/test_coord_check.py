@@ -23,7 +23,7 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, Update
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.report.checks import check_section
-from speedrun_mup.training.build import model_config
+from speedrun_mup.training.model_config import model_config
 
 MUP = PARAMETRIZATIONS["mup"]
 ROOT = Path(__file__).parent.parent

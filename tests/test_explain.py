@@ -10,7 +10,8 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.explain import explain, table
-from speedrun_mup.training.build import build_optimizers, model_config
+from speedrun_mup.training.build import build_optimizers
+from speedrun_mup.training.model_config import model_config
 
 
 def rows_of(**changes):

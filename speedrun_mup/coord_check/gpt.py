@@ -22,7 +22,8 @@ from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import train_batches
 from speedrun_mup.data.corpus import find_corpus
-from speedrun_mup.training.build import build_optimizers, model_config
+from speedrun_mup.training.build import build_optimizers
+from speedrun_mup.training.model_config import model_config
 
 ADAM_MATRIX_LR = 0.004  # at base width; what a control gives Adam where the settings' matrix_lr is meant for Muon
 # Rule table, the kind of update whose rule for hidden matrices it breaks, whose updates must be seen to go how.

@@ -19,7 +19,6 @@ from speedrun_mup.sweep import (
     Failure,
     Pace,
     Sweep,
-    arm_name,
     read_results,
 )
 from speedrun_mup.training.flops import run_flops
@@ -126,10 +125,8 @@ def arm_of(target: TrainConfig) -> Arm:
     tables are one, and muP is what carries over."""
     own = target.base_width is None or (target.parametrization == "record26" and target.base_width == target.width)
     table = "mup" if own else target.parametrization
-    return Arm(
-        arm_name(target.hidden_optimizer, table),
-        {"parametrization": table, "hidden_optimizer": target.hidden_optimizer},
-    )
+    name = table if target.hidden_optimizer == "muon" else f"{target.hidden_optimizer}-{table}"
+    return Arm(name, {"parametrization": table, "hidden_optimizer": target.hidden_optimizer})
 
 
 class NoPlanFits(ConfigError):

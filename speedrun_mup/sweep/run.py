@@ -31,7 +31,8 @@ from speedrun_mup.sweep.grid import next_points
 from speedrun_mup.sweep.measure import made_differently
 from speedrun_mup.sweep.result import CellResult, Failure, mean_losses, place_of
 from speedrun_mup.sweep.spec import Cell, Sweep
-from speedrun_mup.training.flops import model_shape, run_flops
+from speedrun_mup.training.flops import run_flops
+from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.signals import signals_interrupt
 from speedrun_mup.training.tracking import clock, source_sha256
 from speedrun_mup.transfer import Axes
@@ -121,7 +122,7 @@ def run_sweep(
     """
     corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
     for width in sweep.widths:
-        model_shape(replace(sweep.base, width=width), corpus.vocab_size)
+        model_config(replace(sweep.base, width=width), corpus)  # raises for an impossible shape
     began = time.monotonic()
     stopped = False
     with open_folder(out) as scratch, closing(_Progress(progress, *part)) as shown:

@@ -10,12 +10,13 @@ import torch
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import CollectiveError, UserError
-from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import OPTIMIZERS, GroupHyperparams, ShardedOptimizer, param_groups
 from speedrun_mup.data.corpus import cache_folder, find_corpus
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
 from speedrun_mup.training.memory import translate_oom
+from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.ranks import on_main
 
 
@@ -59,24 +60,6 @@ def build_model(cfg: TrainConfig, corpus: Corpus, world: World) -> BuiltModel:
         f"attention {attention} ({why_attention}); head in {'fp8' if fp8 else precision} ({why_head})"
     )
     return BuiltModel(model, compiled, choices)
-
-
-def model_config(cfg: TrainConfig, corpus: Corpus, attention: str, dtype: torch.dtype, fp8: bool = False) -> GPTConfig:
-    """The model that `cfg` describes, for the vocabulary of `corpus`."""
-    return GPTConfig(
-        vocab_size=corpus.vocab_size,
-        bos_token=corpus.bos_token,
-        n_layer=cfg.n_layer,
-        width=cfg.width,
-        base_width=cfg.tuned_width,
-        head_dim=cfg.head_dim,
-        block_size=cfg.block_size,
-        parametrization=cfg.parametrization,
-        embed_dtype=dtype,
-        attention=attention,
-        fp8=fp8,
-        widest_window=cfg.schedule.widest_window,
-    )
 
 
 def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.model import GPTConfig
+from speedrun_mup.core.model import GPTConfig, declarations
+from speedrun_mup.core.mup import named_specs
+from speedrun_mup.training.model_config import Vocabulary, model_config
 from speedrun_mup.training.schedules import Schedule
 
 
@@ -19,7 +23,7 @@ def flops_per_token(cfg: TrainConfig, vocab_size: int) -> float:
     be of the same document is left out, so this is an upper bound (2.7 % too much for record 26). Also left out: the
     optimizers, of which Muon takes 0.55 % there but a large part of a very small model's step, and validation.
     """
-    shape = model_shape(cfg, vocab_size)
+    shape = model_config(cfg, Vocabulary(vocab_size))
     return weight_flops(shape) + attention_flops(shape, *_mean_keys(cfg.schedule))
 
 
@@ -30,21 +34,28 @@ def run_flops(cfg: TrainConfig, vocab_size: int) -> float:
 
 def weight_flops(shape: GPTConfig) -> float:
     """6 N: two for each weight that a token is multiplied with, forward, and twice that backward."""
-    attention = shape.n_layer - 1  # one layer has none
-    return 6.0 * ((4 * attention + 8 * shape.n_layer) * shape.width**2 + shape.padded_vocab * shape.width)
+    return 6.0 * _declared_costs(_without_runtime(shape))[0]
 
 
 def attention_flops(shape: GPTConfig, long: float, short: float) -> float:
     """Of scores and their use, per token: 12 * width per key. long, short: mean keys in layers of either window."""
-    layers = [layer for layer in range(shape.n_layer) if layer != shape.layer_without_attention]
-    return 12.0 * shape.width * sum(long if shape.has_long_window(layer) else short for layer in layers)
+    _, layers = _declared_costs(_without_runtime(shape))
+    costs = {flops for flops, _ in layers}
+    return sum(cost * sum(long if is_long else short for flops, is_long in layers if flops == cost) for cost in costs)
 
 
-def model_shape(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
-    """The model's shape. Raises ConfigError for an impossible one."""
-    return GPTConfig(
-        vocab_size, 0, cfg.n_layer, cfg.width, cfg.tuned_width, cfg.head_dim, cfg.block_size, cfg.parametrization
-    )
+def _without_runtime(shape: GPTConfig) -> GPTConfig:
+    """`shape` without what costs depend on in no way."""
+    return dataclasses.replace(shape, bos_token=0, parametrization="sp", base_width=shape.width, widest_window=None)
+
+
+@functools.lru_cache(maxsize=256)
+def _declared_costs(shape: GPTConfig) -> tuple[float, list[tuple[float, bool]]]:
+    """What the parts of a model declare: weights met by a token; FLOPs per key of each attention, and if its window is long."""
+    model = declarations(shape)
+    weights = sum(spec.products_per_token for _, _, spec in named_specs(model))
+    attention: list[Any] = [module for module in model.modules() if hasattr(module, "flops_per_key")]
+    return weights, [(module.flops_per_key, module.has_long_window) for module in attention]
 
 
 @functools.cache

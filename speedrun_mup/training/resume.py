@@ -17,8 +17,8 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable
-from speedrun_mup.training.build import model_config
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, Loaded, check_match
+from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.ranks import attempt, unwrap
 from speedrun_mup.training.run_folder import check_resumable, checked_state, is_longer, told_of_extension
 from speedrun_mup.training.tracking import lives, source_sha256

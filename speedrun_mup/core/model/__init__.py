@@ -1,7 +1,7 @@
 """The model in five parts, each built by its own config: token inputs, values, attention, wiring and head."""
 
 from speedrun_mup.core.model.attention import ATTENTION_SCALE, Attention, AttentionConfig, Context
-from speedrun_mup.core.model.gpt import GPT, GPTConfig
+from speedrun_mup.core.model.gpt import GPT, GPTConfig, declarations
 from speedrun_mup.core.model.head import Head, HeadConfig
 from speedrun_mup.core.model.inputs import TokenInputs, TokenInputsConfig
 from speedrun_mup.core.model.layers import (
@@ -62,6 +62,7 @@ __all__ = [
     "UNetConfig",
     "Values",
     "ValuesConfig",
+    "declarations",
     "loss_and_gradient",
     "loss_and_gradient_in_place",
     "pack_scalars",

@@ -181,13 +181,17 @@ class AttentionConfig:
 
 
 class Attention(nn.Module):
-    """Causal attention over packed documents."""
+    """Causal attention over packed documents.
+
+    flops_per_key: of scores and their use in training, for each token and key that it sees.
+    """
 
     def __init__(self, cfg: AttentionConfig, shape: ModelShape, layer: int, mixer: nn.Module):
         super().__init__()
         D, base = shape.width, shape.base_width
         self.head_dim, self.scale = shape.head_dim, cfg.scale
         self.has_long_window = shape.has_long_window(layer)
+        self.flops_per_key = 12.0 * D
         self.backend = BACKENDS[shape.attention]()
         self.qkv_w = nn.Parameter(torch.empty(3, D, D))
         self.c_proj = Linear(D, D)

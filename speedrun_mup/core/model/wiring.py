@@ -83,7 +83,8 @@ class UNet(nn.ModuleList):
         """x0 (T, D) -> the stream after the last layer, (T, D)."""
         layers = list(zip(self, self.x0_lambdas.unbind(), strict=True))
         half = len(layers) // 2
-        x, outputs = x0, list[Tensor]()
+        x = x0
+        outputs: list[Tensor] = []
         for block, lambdas in layers[:half]:
             x = block(mix(lambdas, x, x0), context)
             outputs.append(x)

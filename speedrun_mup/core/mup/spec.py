@@ -65,6 +65,7 @@ class ParamSpec:
     m_depth: depth multiplier, for a parameter that writes a residual branch into the stream; see rules.py.
     inferred: whether set_base_shapes worked out role and layout by itself; if so, it may do that again.
     init: how it starts; None where that is left to whoever made the parameter.
+    uses: matrix products with it for each token of a forward pass; None: by its role.
     """
 
     role: Role
@@ -75,6 +76,7 @@ class ParamSpec:
     m_depth: float = 1.0
     inferred: bool = False
     init: Init | None = None
+    uses: float | None = None
 
     def __post_init__(self) -> None:
         if not len(self.base_shape) == len(self.shape) == len(self.layout):
@@ -120,6 +122,12 @@ class ParamSpec:
         """This parameter's row of the table in numbers; see Parametrization.factors."""
         return table.factors(self.role, self.m_in, self.m_out, update, self.group, self.m_depth)
 
+    @property
+    def products_per_token(self) -> float:
+        """Weights that a token is multiplied with: of hidden and output matrices all; embeddings are looked up."""
+        by_role = 1 if self.role in (Role.HIDDEN, Role.OUTPUT) else 0
+        return math.prod(self.shape) * (by_role if self.uses is None else self.uses)
+
     def init_std(self, table: Parametrization) -> float:
         """Standard deviation of the first values at this width; 0 where they are constant, or not declared."""
         if self.init is None or not self.init.std:
@@ -137,6 +145,7 @@ def declare(
     group: str = "",
     m_depth: float = 1.0,
     init: Init | str | None = None,
+    uses: float | None = None,
 ) -> ParamSpec:
     """Record what `module`'s own parameter `name` is. Call it right after creating the parameter.
 
@@ -144,7 +153,7 @@ def declare(
         name: of a parameter of `module`, or of one of its submodules ("parametrizations.weight.original").
         layout: one word per dimension, "3 out in" for three stacked matrices.
         init: how it starts: "zero", "unit" (normal, std 1), "fan_in" (normal, std 1 / sqrt(fan-in)), or an Init.
-        role, base_shape, group, m_depth: ParamSpec's fields.
+        role, base_shape, group, m_depth, uses: ParamSpec's fields.
 
     Raises:
         BaseShapeError: for a base shape or a layout of another number of dimensions.
@@ -162,6 +171,7 @@ def declare(
         group,
         m_depth,
         init=INITS[init] if isinstance(init, str) else init,
+        uses=uses,
     )
     vars(parameter).pop("infshape", None)  # a convenience of set_base_shapes that says something else now
     vars(module.get_submodule(owner)).setdefault("mup_specs", {})[local] = spec

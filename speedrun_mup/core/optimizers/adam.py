@@ -12,6 +12,8 @@ from torch import Tensor
 from speedrun_mup.core.mup.rules import Update
 from speedrun_mup.core.optimizers.optimizer import EntryOptimizer, State
 
+SMALL = 1024  # entries: torch keeps the code of 8 sizes of a function, and scalars come in many
+
 
 class DistAdam(EntryOptimizer):
     """Adam with decoupled weight decay (lr * weight_decay), any parameter shape, state sharded by flat ranges.
@@ -28,7 +30,7 @@ class DistAdam(EntryOptimizer):
     formula: Callable[..., None] | None = None
 
     def compile_parts(self) -> None:
-        """Compile the update of each type and shape into one pass over memory. Changing learning rates compile nothing."""
+        """Compile the update of each type and size, but for SMALL ones, into one pass. Changing rates compile nothing."""
         self.formula = torch.compile(adam_formula, dynamic=False)
 
     def _scalars(self, group: Mapping[str, Any]) -> tuple[float, float]:
@@ -48,7 +50,7 @@ class DistAdam(EntryOptimizer):
         self, values: Tensor, gradient: Tensor, state: State, group: Mapping[str, Any], is_finite: Tensor | None
     ) -> None:
         """In one compiled pass, where there is one."""
-        if self.formula is None:
+        if self.formula is None or values.numel() <= SMALL:
             super().update_in_place(values, gradient, state, group, is_finite)
             return
         is_finite = torch.ones((), dtype=torch.bool, device=values.device) if is_finite is None else is_finite
