@@ -5,28 +5,27 @@ Imports no torch, so that `--help` and a misspelt flag answer at once.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
+import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
-from speedrun_mup.core.optimizers import OPTIMIZERS, ORTHOGONALIZERS
-from speedrun_mup.flags import LARGEST, Parser
+from speedrun_mup.core.optimizers import ORTHOGONALIZERS
+from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
+from speedrun_mup.flags import LARGEST
+from speedrun_mup.param_groups import Hyperparams, ParamGroup, with_param_groups
 from speedrun_mup.presets import PRESETS
 from speedrun_mup.settings import (
     BELOW_ONE,
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
-    Former,
     Setting,
-    add_flags,
     at_least,
     at_most,
     problems,
@@ -42,6 +41,7 @@ STEPS = (at_most(LARGEST), at_least(0))
 
 
 @dataclass(frozen=True)
+@with_param_groups
 class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 
@@ -107,7 +107,7 @@ class TrainConfig:
     )
 
     seed: int = setting(
-        "training",
+        "run",
         "fixes the initial weights and the order of the data (see --data-order)",
         0,
         affects="result",
@@ -129,28 +129,19 @@ class TrainConfig:
         choices=("stop", "skip", "rollback"),
     )
     fit_memory: bool = setting(
-        "training",
+        "run",
         "until a step fits the device's memory, halve --micro-batches-per-forward, then --micro-batch-tokens (with twice "
         "the --micro-batches); until a validation pass fits, halve the tokens that it sees at once",
         False,
         affects="result",
     )
 
-    matrix_lr: float = setting("optimizer", "hidden matrices", 0.05, affects="result", valid=(POSITIVE,))
-    embed_lr: float = setting("optimizer", "embedding and value embeddings", 0.6, affects="result", valid=(POSITIVE,))
-    head_lr: float = setting("optimizer", "readout", 0.22, affects="result", valid=(POSITIVE,))
-    scalar_lr: float = setting(
-        "optimizer", "skip weights and mixing coefficients", 0.04, affects="result", valid=(POSITIVE,)
-    )
     lr_scale: float = setting(
         "optimizer",
         "multiplier on all learning rates; the default sweep variable",
         1.0,
         affects="result",
         valid=(POSITIVE,),
-    )
-    hidden_optimizer: str = setting(
-        "optimizer", "optimizer for hidden matrices", "muon", affects="result", choices=OPTIMIZERS
     )
     orthogonalizer: str | None = setting(
         "optimizer",
@@ -161,13 +152,6 @@ class TrainConfig:
     )
     adam_eps: float = setting(
         "optimizer", "for gradients summed over a micro-batch's tokens", 1e-10, affects="result", valid=(POSITIVE,)
-    )
-    scalar_eps: float = setting(
-        "optimizer",
-        "the scalars'; 1e-10 lets their first noisy gradient take a full-size step",
-        1e-10,
-        affects="result",
-        valid=(POSITIVE,),
     )
     weight_decay: float = setting(
         "optimizer", "decoupled; multiplied by the learning rate", 0.0, affects="result", valid=(NOT_NEGATIVE,)
@@ -350,10 +334,27 @@ class TrainConfig:
             raise ConfigError("; ".join(wrong))
         _ = self.schedule  # raises, too
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return build, ({name: getattr(self, name) for name in settings()},)
+
     @property
     def schedule(self) -> Schedule:
         """What changes from step to step. ConfigError for stages that this run cannot have."""
         return Schedule.of(self)
+
+    @property
+    def groups(self) -> dict[str, Hyperparams]:
+        """The hyperparameters of every group that models declare; what a group has none of is the common value."""
+        common = {"weight_decay": self.weight_decay, "eps": self.adam_eps}
+        common |= {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
+        found = {}
+        kind: Any = type(self)
+        for group, names in _names_by_group(kind).items():
+            own = {key: getattr(self, name) for key, name in names.items()}
+            values = {key: common[key] if value is None else value for key, value in own.items()}
+            betas = values.pop("beta1"), values.pop("beta2")
+            found[group] = Hyperparams(**values | {"lr": values["lr"] * self.lr_scale, "betas": betas})
+        return found
 
     @property
     def tuned_width(self) -> int:
@@ -363,37 +364,68 @@ class TrainConfig:
 
 _GROUPS = "scaling model batch training optimizer momentum schedule data run display device"
 GROUPS = tuple(_GROUPS.split())
-# What the hash of a run was made of at first. A setting that came later counts where it is not at its default.
-_FIRST_HASHED = (
-    "width base_width parametrization n_layer head_dim block_size window_tokens iterations micro_batch_tokens micro_batches "
-    "micro_batch seed strict on_nonfinite matrix_lr embed_lr head_lr scalar_lr lr_scale hidden_optimizer adam_beta1 adam_beta2 "
-    "adam_eps scalar_eps weight_decay momentum momentum_start momentum_warmup cooldown lr_floor epochs val_tokens "
-    "val_chunk_tokens dtype fp8"
-)
-FIRST_HASHED = frozenset(_FIRST_HASHED.split())
-# Flags and names of the first edition. A config.json is read with them for good, a flag works for one release.
-FORMER = {
-    "pack": Former("micro_batches_per_forward"),
-    "strict": Former("deterministic"),
-    "micro_batch": Former("fit_memory", {"fixed": False, "auto": True}),
-    "lr_floor": Former("final_lr_frac"),
-    "kernel_warmup": Former("kernel_warmup"),
-    "momentum_start": Former("momentum_start"),
-    "progress": Former("progress"),
-    "save": Former("save"),
-    "scalar_eps": Former("scalar_eps"),
-    "timeout_s": Former("timeout_s"),
-}
+_in_force: Any = TrainConfig  # with what was added from outside the package
+
+
+def add_setting(name: str, kind: Any, declared: Any) -> None:
+    """Add a setting from outside the package: it gets a flag, and a place in config.json, resume checks and hashes.
+
+    Args:
+        name: its name; `cfg.NAME` is its value.
+        kind: its type, such as float or int | None.
+        declared: what `setting` returns.
+    """
+    _extend([(name, kind, declared)])
+
+
+def add_param_group(name: str, group: ParamGroup) -> None:
+    """Add a group of parameters from outside the package; modules declare `name` as the group of their parameters."""
+    _extend(group.fields(name))
+
+
+def _extend(fields: list[tuple[str, Any, Any]]) -> None:
+    global _in_force
+    for name, _, declared in fields:
+        if name in settings() or declared.metadata["setting"].group not in GROUPS:
+            raise ConfigError(f"setting {name} cannot be added: its name is taken, or its group is not one of GROUPS")
+    _in_force = dataclasses.make_dataclass("TrainConfig", fields, bases=(_in_force,), frozen=True)
+
+
+def build(values: Mapping[str, Any]) -> TrainConfig:
+    """The config with these settings. Raises ConfigError for values that cannot be, and for unknown settings."""
+    if unknown := sorted(values.keys() - settings().keys()):
+        raise ConfigError(f"setting {unknown[0]} is unknown here; import what adds it first")
+    return _in_force(**values)
+
+
+@functools.cache
+def _names_by_group(kind: Any) -> dict[str, dict[str, str]]:
+    """Parameter group -> hyperparameter -> the setting's name."""
+    found: dict[str, dict[str, str]] = {}
+    for name, meta in settings_of(kind).items():
+        for group in meta.param_groups:
+            found.setdefault(group, {})[name.removeprefix(f"{meta.param_groups[0]}_")] = name
+    return found
 
 
 def settings() -> dict[str, Setting]:
-    """All settings by name."""
-    return settings_of(TrainConfig)
+    """All settings by name, in the order of `--help`."""
+    return settings_of(_in_force, GROUPS)
+
+
+def types() -> dict[str, tuple[type, bool]]:
+    """The type of every setting, and whether it may be None."""
+    return value_types(_in_force)
 
 
 def defaults() -> dict[str, Any]:
     """The default of every setting."""
-    return {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    return {name: getattr(_in_force, name) for name in settings()}
+
+
+def swept_settings() -> list[str]:
+    """The hyperparameters that a sweep can turn: those that a factor makes sense on."""
+    return [name for name, meta in settings().items() if meta.is_result and {POSITIVE, NOT_NEGATIVE} & {*meta.valid}]
 
 
 def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -403,23 +435,9 @@ def computed_settings(cfg: TrainConfig) -> dict[str, Any]:
 
 def hashed_settings(cfg: TrainConfig) -> dict[str, Any]:
     """`computed_settings` as the hash of a run has them: the same in every edition that computes the same."""
-    values = computed_settings(cfg)
-    for name, former in FORMER.items():
-        if name != former.setting and former.setting in values:
-            now = values.pop(former.setting)
-            values[name] = {is_: was for was, is_ in former.values.items()}[now] if former.values else now
     usual = defaults()
+    values = first_names(computed_settings(cfg))
     return {name: value for name, value in values.items() if name in FIRST_HASHED or value != usual[name]}
-
-
-def present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names, and with the values, that they have in this edition."""
-    values = {}
-    for name, value in saved.items():
-        former = FORMER.get(name, Former(name))
-        spelled = former.values if former.values and isinstance(value, str) else {}
-        values[former.setting] = spelled.get(value, value)
-    return values
 
 
 def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -438,7 +456,7 @@ def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
         values.setdefault("parametrization", "mup")
     elif "parametrization" in values:
         values["base_width"] = PRESETS[preset].base_width
-    return TrainConfig(**values)
+    return build(values)
 
 
 def rules_in_force(cfg: TrainConfig) -> str:
@@ -450,48 +468,24 @@ def rules_in_force(cfg: TrainConfig) -> str:
     return f"rules: {name} from base width {cfg.tuned_width}{own}"
 
 
-def add_settings(parser: Parser, groups: Collection[str] = (), plus: Collection[str] = ()) -> None:
-    """Give `parser` one flag per setting that its command takes. A flag that is not given leaves no trace.
-
-    Args:
-        parser: the command's.
-        groups: taken as a whole, of GROUPS.
-        plus: names of single settings.
-    """
-    unknown = {*groups} - {*GROUPS} | {*plus} - {*settings()}
-    if unknown:
-        raise ValueError(f"no such settings: {', '.join(sorted(unknown))}")
-    shown = {}
-    for name, usual in defaults().items():
-        values = {preset: str(recipe.settings.get(name, usual)) for preset, recipe in PRESETS.items()}
-        same = len(set(values.values())) == 1
-        shown[name] = str(usual) if same else ", ".join(f"{preset}: {value}" for preset, value in values.items())
-    taken = [name for name, meta in settings().items() if meta.group in groups or name in plus]
-    add_flags(parser, TrainConfig, taken, shown, FORMER)
-
-
-def add_preset(parser: argparse.ArgumentParser) -> None:
-    """The --preset flag."""
-    about = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
-    parser.add_argument(
-        "--preset", choices=("auto", *PRESETS), default="auto", help=f"auto is record26 on CUDA, else laptop. {about}"
-    )
-
-
 def to_json(cfg: TrainConfig) -> str:
     """The settings as strict JSON."""
-    return json.dumps(dataclasses.asdict(cfg), indent=1, allow_nan=False)
+    import json
+
+    return json.dumps({name: getattr(cfg, name) for name in settings()}, indent=1, allow_nan=False)
 
 
 def from_json(text: str, source: Path) -> TrainConfig:
     """Read back `to_json`. ConfigError naming `source` for anything that is not a TrainConfig."""
+    import json
+
     try:
         values = present_names(json.loads(text))
         for name, value in values.items():
-            kind, optional = value_types(TrainConfig)[name]
+            kind, optional = types()[name]
             fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)
             if not fits:
                 raise TypeError(f"{name}={value!r} should be {kind.__name__}")
-        return TrainConfig(**values)
+        return _in_force(**values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as fault:
         raise ConfigError(f"{source} is not a valid config ({fault}); restore it or start a new run") from None

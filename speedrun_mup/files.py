@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import stat
@@ -101,6 +100,8 @@ def read_json(path: Path, advice: str, error: type[UserError] = ConfigError, mos
         error: what is raised for a file that cannot be read or is not JSON.
         most: bytes.
     """
+    import json
+
     try:
         return json.loads(read_bytes(path, most))
     except OSError as fault:

@@ -11,7 +11,6 @@ import os
 import re
 import typing
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ def whole_number(text: str) -> int:
 
     Raises ArgumentTypeError for anything else, and for numbers beyond 2^53.
     """
+    from decimal import Decimal
+
     unit = _UNITS.get(text[-1:], 1)
     try:
         number = Decimal(text[:-1] if unit > 1 else text) * unit

@@ -6,12 +6,10 @@ A recipe names what differs from the defaults of TrainConfig, which are record 2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """A complete set of settings and what it costs: hardware, minutes, and the loss to expect from which tokens.
 
     base_width: the width that its learning rates were tuned at, for runs with muP.

@@ -5,25 +5,18 @@ Imports no torch, so that `--help` and a misspelt flag answer at once.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import os
-import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from speedrun_mup.flags import Parser
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 Affects = Literal["result", "speed", "storage", "display"]
 OnResume = Literal["fixed", "free", "lasting"]
 
 
-@dataclass(frozen=True)
-class Valid:
+class Valid(NamedTuple):
     """A condition on a value, and its words after "must be"."""
 
     text: str
@@ -47,8 +40,7 @@ BELOW_ONE = Valid("in [0, 1)", lambda value: 0 <= value < 1)
 FRACTION = Valid("in [0, 1]", lambda value: 0 <= value <= 1)
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """What is known of a setting besides its name, type and default. See `setting`."""
 
     group: str
@@ -60,6 +52,7 @@ class Setting:
     valid: tuple[Valid, ...]
     shown: bool
     fitted: bool
+    param_groups: tuple[str, ...]
 
     @property
     def is_result(self) -> bool:
@@ -89,6 +82,7 @@ def setting(
     valid: Sequence[Valid] = (),
     shown: bool = True,
     fitted: bool = False,
+    param_groups: tuple[str, ...] = (),
 ) -> Any:
     """A field of TrainConfig.
 
@@ -105,37 +99,30 @@ def setting(
         valid: conditions on a value that is not None.
         shown: whether `--help` has its flag.
         fitted: whether --fit-memory decides on it.
+        param_groups: the groups of parameters that it is a hyperparameter of; its name begins with the first.
 
     Returns:
         The dataclass field.
     """
     usual: OnResume = "fixed" if affects == "result" else "free"
+    again = on_resume or usual
     meta = Setting(
-        group, help, affects, on_resume or usual, choices, dict(shorthand or {}), tuple(valid), shown, fitted
+        group, help, affects, again, choices, dict(shorthand or {}), tuple(valid), shown, fitted, param_groups
     )
     return dataclasses.field(default=default, metadata={"setting": meta})
 
 
-@dataclass(frozen=True)
-class Former:
-    """A flag, or name in a config.json, of the edition before.
-
-    Attributes:
-        setting: what it is called now; a flag that has no successor keeps its setting's name.
-        values: what its values are now, if they were others.
-    """
-
-    setting: str
-    values: Mapping[Any, Any] | None = None
-
-
 @functools.cache
-def settings_of(kind: Any) -> dict[str, Setting]:
-    """The settings that the dataclass `kind` declares, by name. TypeError for a field that is not made by `setting`."""
+def settings_of(kind: Any, order: tuple[str, ...] = ()) -> dict[str, Setting]:
+    """The settings that the dataclass `kind` declares, by name; by group where an `order` of groups is given.
+
+    Raises TypeError for a field that is not made by `setting`.
+    """
     bare = [field.name for field in dataclasses.fields(kind) if "setting" not in field.metadata]
     if bare:
         raise TypeError(f"{kind.__name__}.{bare[0]}: declare it with setting(..., affects=...)")
-    return {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
+    found = {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1].group))) if order else found
 
 
 def problems(values: Any) -> list[str]:
@@ -156,7 +143,7 @@ def flag_of(name: str) -> str:
 
 
 @functools.cache
-def value_types(kind: type) -> dict[str, tuple[type, bool]]:
+def value_types(kind: Any) -> dict[str, tuple[type, bool]]:
     """The type of each setting, and whether it may be None."""
     return {
         name: (next(one for one in typing.get_args(hint) if one is not types.NoneType), True)
@@ -164,77 +151,3 @@ def value_types(kind: type) -> dict[str, tuple[type, bool]]:
         else (hint, False)
         for name, hint in typing.get_type_hints(kind).items()
     }
-
-
-def add_flags(
-    parser: Parser, kind: type, names: Iterable[str], shown: Mapping[str, str], former: Mapping[str, Former]
-) -> None:
-    """Give `parser` a flag for each of `names`, by group. A flag that is not given leaves no trace in the namespace.
-
-    Args:
-        parser: told the flags of the other settings of `kind`, which have no effect in this command.
-        kind: a dataclass of settings.
-        names: of the settings that the command takes.
-        shown: the default of each in words, for `--help`.
-        former: flags of the edition before, which work with a note.
-    """
-    groups: dict[str, Any] = {}
-    taken = set(names)
-    for name, entry in former.items():
-        if entry.setting in taken:
-            _add_former_flag(parser, name, entry, value_types(kind)[entry.setting][0])
-        else:
-            parser.elsewhere.add(flag_of(name))
-    for name, meta in settings_of(kind).items():
-        if name not in taken:
-            parser.elsewhere |= {flag_of(name), *meta.shorthand}
-            continue
-        if name in former:
-            continue
-        if meta.group not in groups:
-            groups[meta.group] = parser.add_argument_group(meta.group)
-        text = meta.help if "(default" in meta.help else f"{meta.help} ({shown[name]})"
-        text = text.replace("%", "%%") if meta.shown else argparse.SUPPRESS
-        _add_flag(groups[meta.group], name, meta, value_types(kind)[name][0], text)
-
-
-def _add_flag(group: Any, name: str, meta: Setting, kind: type, text: str) -> None:
-    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-    if meta.shorthand:
-        group = group.add_mutually_exclusive_group()
-    if kind is bool:
-        group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=text, **options)
-    else:
-        values: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
-        group.add_argument(
-            flag_of(name), help=text, **options, **({"choices": meta.choices} if meta.choices else values)
-        )
-    for flag, value in meta.shorthand.items():
-        group.add_argument(flag, action="store_const", const=value, help=f"= {flag_of(name)} {value}", **options)
-
-
-class _Noted(argparse.Action):
-    """Stores a value as it is called now, and says so on stderr."""
-
-    instead, now = "", dict[Any, Any]()
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"note: {option_string} works for one more release; {self.instead}", file=sys.stderr)
-        if self.nargs == 0:
-            values = not str(option_string).startswith("--no-")
-        setattr(namespace, self.dest, self.now.get(values, values))
-
-
-def _add_former_flag(parser: Parser, name: str, entry: Former, kind: type) -> None:
-    options: dict[str, Any] = {"type": kind}
-    flags = [flag_of(name)]
-    if entry.values:
-        options = {"choices": tuple(entry.values)}
-    elif kind is bool:
-        options, flags = {"nargs": 0}, [*flags, flag_of(f"no_{name}")]
-    quiet: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    action: Any = parser.add_argument(*flags, action=_Noted, dest=entry.setting, **quiet, **options)
-    renamed = name != entry.setting
-    action.instead = f"it is now {flag_of(entry.setting)}" if renamed else f"set {name} from Python"
-    action.now = entry.values or {}

@@ -169,8 +169,8 @@ FLAGS = (
     Meaning("nesterov", "", "there is none, because Muon always looks ahead as Nesterov does"),
     Meaning(
         "optimizer optim opt optimizer-name adam adamw muon use-muon sgd",
-        "--hidden-optimizer",
-        "use --hidden-optimizer muon or adam: of the hidden matrices; all other parameters have Adam",
+        "--matrix-optimizer",
+        "use --matrix-optimizer muon or adam: of the hidden matrices; all other parameters have Adam",
     ),
     Meaning(
         "wandb use-wandb wandb-log report-to logger log-with tracker tensorboard trackio tb logging wandb-enabled",

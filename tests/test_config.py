@@ -10,7 +10,6 @@ import pytest
 from speedrun_mup.cli import main
 from speedrun_mup.commands.train import train_parser
 from speedrun_mup.config import (
-    FORMER,
     PRESETS,
     from_json,
     make_config,
@@ -20,6 +19,7 @@ from speedrun_mup.config import (
 )
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.editions import FORMER
 from speedrun_mup.flags import parse
 from speedrun_mup.settings import flag_of
 
@@ -86,7 +86,7 @@ def test_the_record26_preset_is_the_record():
 def test_names_of_rule_tables_and_optimizers_are_told_without_torch():
     code = (
         "import sys; from speedrun_mup.config import TrainConfig, settings_of; made = settings_of(TrainConfig)\n"
-        "for name in ('parametrization', 'hidden_optimizer', 'orthogonalizer'): print(*made[name].choices)\n"
+        "for name in ('parametrization', 'matrix_optimizer', 'orthogonalizer'): print(*made[name].choices)\n"
         "print('torch' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -156,7 +156,7 @@ BAD = {
     "--weight-decay nan": "weight_decay=nan must be finite and at least 0",
     "--weight-decay inf": "weight_decay=inf must be finite and at least 0",
     "--final-lr-frac 1.5": "final_lr_frac=1.5 must be in [0, 1]",
-    "--hidden-optimizer sgd": "invalid choice: 'sgd'",
+    "--matrix-optimizer sgd": "invalid choice: 'sgd'",
     "--on-nonfinite pray": "invalid choice: 'pray'",
     "--dtype float16": "invalid choice: 'float16'",
     "--attention magic": "invalid choice: 'magic'",
@@ -205,7 +205,7 @@ FORMER_FLAGS = {  # what it says now
     "--momentum-start 0.5": ("set momentum_start from Python", {"momentum_start": 0.5}),
     "--no-progress": ("set progress from Python", {"progress": False}),
     "--no-save": ("set save from Python", {"save": False}),
-    "--scalar-eps 1e-4": ("set scalar_eps from Python", {"scalar_eps": 1e-4}),
+    "--hidden-optimizer adam": ("--matrix-optimizer", {"matrix_optimizer": "adam"}),
     "--timeout-s 60": ("set timeout_s from Python", {"timeout_s": 60.0}),
 }
 
@@ -227,8 +227,14 @@ def test_every_former_flag_is_tested():
 
 
 def test_a_config_of_the_edition_before_is_read():
-    former = {"pack": 4, "strict": True, "micro_batch": "auto", "lr_floor": 0.2}
-    now = {"micro_batches_per_forward": 4, "deterministic": True, "fit_memory": True, "final_lr_frac": 0.2}
+    former = {"pack": 4, "strict": True, "micro_batch": "auto", "lr_floor": 0.2, "hidden_optimizer": "adam"}
+    now = {
+        "matrix_optimizer": "adam",
+        "micro_batches_per_forward": 4,
+        "deterministic": True,
+        "fit_memory": True,
+        "final_lr_frac": 0.2,
+    }
     values = vars(make_config("laptop", {}))
     saved = {name: value for name, value in values.items() if name not in now} | former
     assert from_json(json.dumps(saved), Path("x")) == make_config("laptop", now) == make_config("laptop", former)

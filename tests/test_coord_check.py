@@ -235,7 +235,7 @@ def test_the_same_cnn_fails_with_an_optimizer_that_knows_no_mup():
 # The GPT
 
 SMALL = {"data": "synthetic", "width": 32, "base_width": 32, "parametrization": "mup", "head_dim": 16, "block_size": 32}
-WITH_ADAM = {"hidden_optimizer": "adam", "matrix_lr": 0.004}
+WITH_ADAM = {"matrix_optimizer": "adam", "matrix_lr": 0.004}
 
 
 def check_gpt(changes=None, **options):

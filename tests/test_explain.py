@@ -35,7 +35,7 @@ def test_the_papers_rules_at_width_2048_from_768():
 
 
 def test_adam_s_hidden_rule():
-    rows = rows_of(hidden_optimizer="adam", weight_decay=0.1)
+    rows = rows_of(matrix_optimizer="adam", weight_decay=0.1)
     c_fc, m = rows["blocks.3.mlp.c_fc.weight"], 2048 / 768
     assert c_fc.here.lr == pytest.approx(0.05 / m) and c_fc.here.weight_decay == pytest.approx(0.1 * m)
     assert c_fc.here.eps == pytest.approx(1e-10 / m)
@@ -48,7 +48,7 @@ def test_at_base_width_both_columns_agree():
 
 @pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
 def test_the_table_is_what_training_does(tiny, hidden):
-    cfg = tiny(hidden_optimizer=hidden, weight_decay=0.1)
+    cfg = tiny(matrix_optimizer=hidden, weight_decay=0.1)
     corpus, _ = find_corpus(cfg.data)
     model = GPT(model_config(cfg, corpus, "blocked", torch.float32), cfg.seed)
     rows = {row.name: row for row in explain(cfg, corpus.vocab_size)}

@@ -27,7 +27,7 @@ FLOORS = [
         "training.signals",
     ],
     ["core.kernels.fp8", "core.optimizers"],
-    ["core.model", "presets", "synonyms", "flags", "settings", "config"],
+    ["core.model", "presets", "synonyms", "flags", "settings", "editions", "param_groups", "config", "setting_flags"],
     [
         "training.checkpoint",
         "training.flops",

@@ -155,7 +155,7 @@ def registered(monkeypatch):
 def update_slope(optimizer: str) -> tuple[Verdict, float]:
     """Verdict of the check and mean slope of the hidden matrices' updates."""
     small = {"block_size": 32, "window_tokens": 64, "head_dim": 16, "data": "embedded", "parametrization": "mup"}
-    cfg = make_config("laptop", small | {"width": 32, "base_width": 32, "hidden_optimizer": optimizer})
+    cfg = make_config("laptop", small | {"width": 32, "base_width": 32, "matrix_optimizer": optimizer})
     result = gpt_coord_check(cfg, (32, 64, 128), tokens=192, controls=False, progress=False)
     return result.verdict, result.arm.update_slope(Role.HIDDEN)
 
@@ -173,7 +173,7 @@ def test_taken_for_an_entrywise_update_it_is_seen_to_shrink_as_one_over_width(re
 
 @pytest.mark.dist
 def test_a_run_resumes_bit_for_bit_on_other_numbers_of_ranks(tiny):
-    same = {"hidden_optimizer": "normuon", "deterministic": True, "micro_batches": 8, "iterations": 6, "val_every": 3}
+    same = {"matrix_optimizer": "normuon", "deterministic": True, "micro_batches": 8, "iterations": 6, "val_every": 3}
     whole = train(tiny(name="whole", **same))
 
     def stop_at(last):

@@ -53,7 +53,7 @@ def test_a_run_that_ends_above_where_it_began_keeps_its_last_good_checkpoint(tin
     assert json.loads((folder / "status.json").read_text())["status"] == "diverged"
 
 
-@pytest.mark.parametrize("changes", [{"lr_scale": 1e3}, {"lr_scale": 1e4, "hidden_optimizer": "adam"}])
+@pytest.mark.parametrize("changes", [{"lr_scale": 1e3}, {"lr_scale": 1e4, "matrix_optimizer": "adam"}])
 def test_a_model_that_saturates_for_ever_diverged_though_its_loss_is_no_higher(tiny, changes):
     with pytest.raises(Diverged, match="the gradient is zero"):
         train(tiny(name="a", iterations=40, val_every=0, save=False, **changes))
@@ -115,7 +115,7 @@ def test_metrics_tell_rate_and_gradient(tiny):
 @pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
 def test_the_gradient_s_norm_is_that_of_the_sum_over_ranks(tiny, strict, hidden):
     """Not the sum of the ranks' norms, which is about sqrt(ranks) times as large."""
-    changes = {"iterations": 3, "width": 32, "deterministic": strict, "hidden_optimizer": hidden, "val_every": 0}
+    changes = {"iterations": 3, "width": 32, "deterministic": strict, "matrix_optimizer": hidden, "val_every": 0}
     alone = steps(train(tiny(name="1", micro_batches_per_forward=1, **changes)).folder)
     for size in (2, 4):
         run_ranks(

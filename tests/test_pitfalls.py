@@ -132,7 +132,7 @@ def test_pitfall_8_parameters_of_one_shape_keep_their_own_learning_rates():
 
 
 def test_pitfall_9_the_schedule_keeps_ratios_of_scaled_learning_rates(tiny):
-    with closing(Run(tiny(hidden_optimizer="adam"), World())) as run:
+    with closing(Run(tiny(matrix_optimizer="adam"), World())) as run:
         rates = [[g["lr"] for o in run.optimizers for g in o.param_groups]]
         run.set_schedule(step=5)
         rates.append([g["lr"] for o in run.optimizers for g in o.param_groups])
@@ -156,7 +156,7 @@ def test_pitfall_10_decay_per_step_is_what_was_tuned_at_every_width(width):
 
 def test_pitfall_11_eps_does_not_bind_at_any_width(tiny):
     for width in (32, 128):
-        with closing(Run(tiny(name=f"w{width}", width=width, hidden_optimizer="adam", iterations=8), World())) as run:
+        with closing(Run(tiny(name=f"w{width}", width=width, matrix_optimizer="adam", iterations=8), World())) as run:
             run.train()
             moments = run.optimizers[0].slices()
             for name, _, group in run.optimizers[0].named_groups():

@@ -160,16 +160,16 @@ def test_a_plan_is_found_again_and_not_taken_for_another(target, out, monkeypatc
 
 
 def test_proxies_are_scaled_and_optimized_like_the_target(target, out):
-    adam = dataclasses.replace(target, hidden_optimizer="adam", parametrization="sp", matrix_lr=0.004)
+    adam = dataclasses.replace(target, matrix_optimizer="adam", parametrization="sp", matrix_lr=0.004)
     engine = FakeEngine()
     plan = make_plan(adam, out, engine, budget_minutes=20)
     run_plan(plan, out, engine, progress=False)
-    assert {(c.cfg.hidden_optimizer, c.cfg.parametrization, c.cfg.matrix_lr) for c in engine.ran} == {
+    assert {(c.cfg.matrix_optimizer, c.cfg.parametrization, c.cfg.matrix_lr) for c in engine.ran} == {
         ("adam", "sp", 0.004)
     }
     assert {result.arm for result in read_results(out)} == {"adam-sp"} and predict(out).lr_scale > 0
     own = make_plan(dataclasses.replace(adam, base_width=None), out, engine, budget_minutes=20)
-    assert own.sweeps[0].arms[0].settings == {"parametrization": "mup", "hidden_optimizer": "adam"}
+    assert own.sweeps[0].arms[0].settings == {"parametrization": "mup", "matrix_optimizer": "adam"}
     asked = make_plan(dataclasses.replace(adam, base_width=128), out, engine, budget_minutes=20)
     assert (
         asked.sweeps[0].arms[0].settings["parametrization"] == "sp"

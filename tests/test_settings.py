@@ -3,23 +3,37 @@
 import dataclasses
 import importlib
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 
-from speedrun_mup.cli import COMMANDS
+from speedrun_mup import config
+from speedrun_mup.cli import COMMANDS, main
+from speedrun_mup.commands.train import train_parser
 from speedrun_mup.config import (
-    FIRST_HASHED,
     GROUPS,
     TrainConfig,
+    add_param_group,
+    add_setting,
     computed_settings,
+    from_json,
     hashed_settings,
     known_settings,
     make_config,
     settings,
+    swept_settings,
+    to_json,
 )
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.settings import flag_of, setting, settings_of
+from speedrun_mup.editions import FIRST_HASHED
+from speedrun_mup.flags import parse
+from speedrun_mup.param_groups import ParamGroup
+from speedrun_mup.settings import FRACTION, flag_of, setting, settings_of
 from speedrun_mup.sweep.spec import Cell
+from speedrun_mup.training.build import tuned_values
+from speedrun_mup.training.checkpoint import CheckpointError
+from speedrun_mup.training.run import train
 
 FREE_AT_FIRST = {  # on resume, in the first edition
     *("out", "name", "resume", "init_from", "save", "save_every", "keep_last", "keep_every", "track", "progress"),
@@ -113,7 +127,8 @@ def flags_of(command, monkeypatch):
 def test_commands_take_only_what_they_use(monkeypatch):
     train = flags_of("train", monkeypatch)
     assert {flag_of(name) for name in settings()} <= train  # also those that `--help` does not show
-    stored = {flag_of(name) for name, meta in settings().items() if meta.group == "run"} - {"--val-every"}
+    stored = {flag_of(name) for name, meta in settings().items() if meta.affects in ("storage", "display")}
+    stored -= {"--data", "--tokenizer", "--val-every", "--progress"}
     for command in set(COMMANDS) - {"train", "doctor", "data"}:
         taken = flags_of(command, monkeypatch) & stored
         assert taken <= {"--out"} | ({"--name"} if command == "coord-check" else set()), command
@@ -125,3 +140,79 @@ def test_commands_take_only_what_they_use(monkeypatch):
 def test_settings_survive_json_with_all_their_names():
     cfg = make_config("laptop", {"epochs": 2})
     assert json.loads(json.dumps(vars(cfg))) == {name: getattr(cfg, name) for name in settings()}
+
+
+@pytest.fixture
+def plug_in(monkeypatch):
+    """What a program outside the package adds: a setting and a group of parameters, an entry each."""
+    monkeypatch.setattr(config, "_in_force", TrainConfig)
+    smoothing = setting("training", "label smoothing", 0.0, affects="result", valid=(FRACTION,))
+    add_setting("label_smoothing", float, smoothing)
+    add_param_group("bigram", ParamGroup("bigram embedding", lr=0.3))
+
+
+def test_what_is_added_from_outside_has_flags(plug_in, capsys, monkeypatch):
+    line = ["--label-smoothing", "0.1", "--bigram-lr", "0.2", "--bigram-beta1", "0.7"]
+    assert vars(parse(train_parser(), line)) == {
+        "preset": "auto",
+        "label_smoothing": 0.1,
+        "bigram_lr": 0.2,
+        "bigram_beta1": 0.7,
+    }
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "label smoothing (0.0)" in shown and "bigram embedding (0.3)" in shown and "scalar, bigram)" in shown
+    assert main(["train", "--label-smoothing", "2"]) == 2
+    assert capsys.readouterr().err == "error: label_smoothing=2.0 must be in [0, 1]\n"
+    for command in ("bench", "plan", "sweep"):
+        assert {"--bigram-lr", "--label-smoothing"} <= flags_of(command, monkeypatch), command
+    explained = flags_of("explain", monkeypatch)
+    assert "--bigram-lr" in explained and "--label-smoothing" not in explained
+
+
+def test_what_is_added_from_outside_is_kept_and_hashed(plug_in, tiny):
+    usual = make_config("laptop", {"base_width": 64})
+    assert Cell("mup", usual.width, 0.0, 0, usual, "f" * 64, 256).id == "029d04de3a168186"  # as without it
+    other = dataclasses.replace(usual, bigram_lr=0.2, label_smoothing=0.1)
+    assert from_json(to_json(other), Path("x")) == other != usual
+    changed = hashed_settings(other).items() - hashed_settings(usual).items()
+    assert changed == {("bigram_lr", 0.2), ("label_smoothing", 0.1)}
+    assert "bigram_lr" in swept_settings() and "label_smoothing" not in swept_settings()
+    assert pickle.loads(pickle.dumps(other)) == other
+    first = from_json(to_json(usual).replace('"bigram_lr": 0.3,', ""), Path("x"))
+    assert first == usual  # of a run that was saved without it
+
+
+def test_a_group_of_parameters_has_its_own_hyperparameters(plug_in):
+    cfg = make_config("laptop", {"bigram_lr": 0.2, "bigram_beta1": 0.7, "lr_scale": 2.0, "weight_decay": 0.1})
+    assert cfg.groups["bigram"]._asdict() == {
+        "optimizer": "adam",
+        "lr": 0.4,
+        "weight_decay": 0.1,
+        "eps": 1e-10,
+        "betas": (0.7, 0.95),
+    }
+    assert cfg.groups["scalar"].eps == 1e-3 and cfg.groups["value_embed"] == cfg.groups["embed"]
+    assert tuned_values(cfg)["bigram"].lr == 0.4
+
+
+def test_a_resume_compares_what_is_added_from_outside(plug_in, tiny, capsys):
+    folder = train(tiny(iterations=2, label_smoothing=0.1)).folder
+    assert json.loads((folder / "config.json").read_text())["label_smoothing"] == 0.1
+    assert main(["train", "--resume", str(folder)]) == 0
+    for flag, was in (("--label-smoothing", "0.1"), ("--bigram-lr", "0.3")):
+        assert main(["train", "--resume", str(folder), flag, "0.2"]) == CheckpointError.exit_code
+        said = capsys.readouterr().err
+        name = flag.removeprefix("--").replace("-", "_")
+        assert f"belongs to another run: {name} was {was}, is 0.2; " in said and said.count("\n") == 1
+
+
+def test_a_process_without_the_addition_says_so(plug_in, tiny, monkeypatch):
+    cfg = tiny(label_smoothing=0.1)
+    kept = pickle.dumps(cfg)
+    monkeypatch.setattr(config, "_in_force", TrainConfig)
+    with pytest.raises(ConfigError, match="setting bigram_beta1 is unknown here; import what adds it first"):
+        pickle.loads(kept)
+    with pytest.raises(ConfigError, match="setting width cannot be added: its name is taken"):
+        add_setting("width", int, setting("model", "x", 1, affects="result"))

@@ -151,7 +151,7 @@ def test_a_cell_is_its_arm_width_rate_and_seed_and_nothing_else(small, corpus):
     cell = cell_of(small(), corpus, "adam-sp", 32, -1.5, 7)
     plain = cell_of(small(), corpus).cfg
     differ = {key for key in vars(plain) if vars(plain)[key] != vars(cell.cfg)[key]}
-    assert differ == {"parametrization", "hidden_optimizer", "matrix_lr", "lr_scale", "seed", "width"}
+    assert differ == {"parametrization", "matrix_optimizer", "matrix_lr", "lr_scale", "seed", "width"}
     assert (cell.cfg.width, cell.cfg.seed, cell.cfg.lr_scale) == (32, 7, 2**-1.5)
     assert not cell.cfg.save and cell.cfg.val_every == 0
 
@@ -212,7 +212,7 @@ def test_flops_are_those_of_the_model_and_of_the_mask_rule(tiny, width):
 @pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.predicted], ids=lambda arm: arm.name)
 def test_predicted_drifts_undo_the_rule_tables_error(arm):
     """Twice the width: hidden matrices learn 2**error times too fast, and the best rate moves by -error octaves."""
-    optimizer = arm.settings["hidden_optimizer"]
+    optimizer = arm.settings["matrix_optimizer"]
     wrong, right = (PARAMETRIZATIONS[name] for name in (arm.settings["parametrization"], "mup"))
     error = math.log2(wrong.factors(Role.HIDDEN, 2, 2, optimizer).lr / right.factors(Role.HIDDEN, 2, 2, optimizer).lr)
     assert arm.predicted == pytest.approx(-error)
@@ -743,12 +743,12 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
     ("flags", "told"),
     [
         (
-            "--parametrization sp --hidden-optimizer adam",
+            "--parametrization sp --matrix-optimizer adam",
             "arm mup fixes parametrization at mup; leave .* --arms adam-sp",
         ),
         ("--parametrization sp", "or choose among --arms adam-sp"),
         ("--mup --arms mup,adam-sp", "arm adam-sp fixes parametrization at sp; leave --parametrization out"),
-        ("--hidden-optimizer adam", "arm mup fixes hidden_optimizer at muon; .* --arms adam-mup adam-sp"),
+        ("--matrix-optimizer adam", "arm mup fixes matrix_optimizer at muon; .* --arms adam-mup adam-sp"),
         ("--parametrization head-sqrt", "or no arm has parametrization=head-sqrt"),
         (
             "--matrix-lr 0.02 --arms mup adam-mup",

@@ -85,7 +85,7 @@ def test_the_seed_fixes_everything_and_another_seed_changes_it(tiny):
 
 @pytest.mark.parametrize("hidden", ["muon", "adam"])
 def test_at_base_width_mup_is_the_record_bit_for_bit(tiny, hidden):
-    same = {"width": 32, "base_width": 32, "hidden_optimizer": hidden}
+    same = {"width": 32, "base_width": 32, "matrix_optimizer": hidden}
     assert_same_training(
         train(tiny(name="mup", parametrization="mup", **same)),
         train(tiny(name="plain", parametrization="record26", **same)),
@@ -519,7 +519,7 @@ def test_a_torn_line_of_metrics_is_dropped_on_resume(tiny):
 
 
 def test_adam_can_own_the_hidden_matrices(tiny):
-    result = train(tiny(hidden_optimizer="adam", matrix_lr=0.01, iterations=30))
+    result = train(tiny(matrix_optimizer="adam", matrix_lr=0.01, iterations=30))
     assert result.val_loss < 4.0
 
 
@@ -579,9 +579,9 @@ STRICT = {"deterministic": True, "micro_batches": 8, "iterations": 5, "val_every
 @pytest.mark.dist
 @pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
 def test_a_strict_run_is_the_same_to_the_bit_on_any_number_of_ranks(tiny, hidden):
-    alone = train(tiny(name="1", hidden_optimizer=hidden, **STRICT))
+    alone = train(tiny(name="1", matrix_optimizer=hidden, **STRICT))
     for size in (2, 4):
-        cfg = tiny(name=str(size), hidden_optimizer=hidden, **STRICT)
+        cfg = tiny(name=str(size), matrix_optimizer=hidden, **STRICT)
         results = run_ranks(size, lambda world, cfg=cfg: dataclasses.asdict(train(cfg))["finished"])
         assert results == [True] * size
         assert_same_training(alone, dataclasses.replace(alone, folder=Path(cfg.out) / cfg.name))

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 
 from speedrun_mup.commands.train import config_of
-from speedrun_mup.config import add_preset, add_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.setting_flags import add_preset, add_settings
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,8 +22,8 @@ def run(argv: Sequence[str]) -> int:
     add_preset(parser)
     add_settings(
         parser,
-        groups=("scaling", "model", "batch", "optimizer", "momentum", "data", "device"),
-        plus=("seed", "deterministic", "on_nonfinite", "fit_memory", "batch_schedule"),
+        groups=("scaling", "model", "batch", "training", "optimizer", "momentum", "data", "device"),
+        plus=("seed", "fit_memory", "batch_schedule"),
     )
     flags = vars(parse(parser, argv))
     steps, profiled, as_json = (flags.pop(name) for name in ("steps", "profile", "json"))

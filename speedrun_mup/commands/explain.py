@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speedrun_mup.config import PRESETS, add_settings, make_config, rules_in_force
+from speedrun_mup.config import PRESETS, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.setting_flags import add_settings
 
 
 def run(argv: Sequence[str]) -> int:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from speedrun_mup.commands.sweep import add_engine, budget_of, take
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
-from speedrun_mup.config import PRESETS, TrainConfig, add_settings, make_config, rules_in_force
+from speedrun_mup.config import PRESETS, TrainConfig, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.setting_flags import add_settings
 
 if TYPE_CHECKING:
     from speedrun_mup.plan import Plan
@@ -36,8 +37,19 @@ def run(argv: Sequence[str]) -> int:
     add_engine(parser, "; 10%% of the target's FLOPs")
     add_settings(
         parser,
-        groups=("scaling", "model", "batch", "optimizer", "momentum", "schedule", "data", "display", "device"),
-        plus=("seed", "deterministic", "on_nonfinite", "val_every"),
+        groups=(
+            "scaling",
+            "model",
+            "batch",
+            "training",
+            "optimizer",
+            "momentum",
+            "schedule",
+            "data",
+            "display",
+            "device",
+        ),
+        plus=("seed", "val_every"),
     )
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
-from speedrun_mup.config import PRESETS, add_settings, make_config
+from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several
+from speedrun_mup.setting_flags import add_settings
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -74,8 +75,8 @@ def run(argv: Sequence[str]) -> int:
     add_engine(parser)
     add_settings(
         parser,
-        groups=("model", "batch", "optimizer", "momentum", "schedule", "data", "display", "device"),
-        plus=("base_width", "parametrization", "deterministic", "on_nonfinite"),
+        groups=("model", "batch", "training", "optimizer", "momentum", "schedule", "data", "display", "device"),
+        plus=("base_width", "parametrization"),
     )
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))

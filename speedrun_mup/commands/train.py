@@ -8,19 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speedrun_mup.config import (
-    GROUPS,
-    PRESETS,
-    TrainConfig,
-    add_preset,
-    add_settings,
-    computed_settings,
-    make_config,
-    settings,
-)
+from speedrun_mup.config import GROUPS, PRESETS, TrainConfig, build, computed_settings, make_config, settings
 from speedrun_mup.core.errors import ConfigError, Stopped, UserError
 from speedrun_mup.files import printable
 from speedrun_mup.flags import Parser, new_parser, parse
+from speedrun_mup.setting_flags import add_preset, add_settings
 
 if TYPE_CHECKING:
     from speedrun_mup.training.run import TrainResult
@@ -79,7 +71,7 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
         if any(flags.get(name, size) != size for name, size in kept.items()) and os.environ.get("RANK", "0") == "0":
             told = ", ".join(f"{name}={size}" for name, size in kept.items())
             print(f"--fit-memory: the run keeps what it found at its start: {told}")
-        return TrainConfig(**(saved | flags | kept)), lock
+        return build(saved | flags | kept), lock
     if preset == "auto":
         device = pick_device(str(flags.get("device", "auto")))
         preset = "record26" if device.type == "cuda" else "laptop"

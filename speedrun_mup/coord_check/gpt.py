@@ -41,13 +41,14 @@ def _gpt_controls(cfg: TrainConfig) -> Iterator[tuple[TrainConfig, Role, float]]
     Where the hidden matrices have a spectral update, Adam's rule is in use too, for the others; its control gives them
     to Adam.
     """
-    kind = OPTIMIZERS[cfg.hidden_optimizer].kind
+    given_to_adam: dict[str, Any] = {"matrix_optimizer": "adam", "matrix_lr": ADAM_MATRIX_LR}
+    kind = OPTIMIZERS[cfg.groups["matrix"].optimizer].kind
     for name, breaks, role, slope in _GPT_CONTROLS:
         wrong = replace(cfg, parametrization=name)
         if breaks in (None, kind):
             yield wrong, role, slope
         elif breaks is Update.ENTRYWISE:
-            yield replace(wrong, hidden_optimizer="adam", matrix_lr=ADAM_MATRIX_LR), role, slope
+            yield replace(wrong, **given_to_adam), role, slope
 
 
 def gpt_coord_check(
@@ -112,7 +113,7 @@ def gpt_coord_check(
         seeds=seeds,
         taps=_tap_scores,
         output_scale=_logit_scale,
-        name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.hidden_optimizer}",
+        name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.groups['matrix'].optimizer}",
         progress=progress,
     )
 

@@ -125,8 +125,9 @@ def arm_of(target: TrainConfig) -> Arm:
     tables are one, and muP is what carries over."""
     own = target.base_width is None or (target.parametrization == "record26" and target.base_width == target.width)
     table = "mup" if own else target.parametrization
-    name = table if target.hidden_optimizer == "muon" else f"{target.hidden_optimizer}-{table}"
-    return Arm(name, {"parametrization": table, "hidden_optimizer": target.hidden_optimizer})
+    hidden = target.groups["matrix"].optimizer
+    name = table if hidden == "muon" else f"{hidden}-{table}"
+    return Arm(name, {"parametrization": table, "matrix_optimizer": hidden})
 
 
 class NoPlanFits(ConfigError):

@@ -194,7 +194,11 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     target = f"; target {seen.target.width} ({seen.target.width // cfg.head_dim})" if seen.target else ""
     yield "Model", f"GPT of record 26: {cfg.n_layer} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
     yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.tuned_width}"
-    hidden = "Muon for hidden matrices, Adam for the rest" if cfg.hidden_optimizer == "muon" else "Adam for everything"
+    hidden = (
+        "Muon for hidden matrices, Adam for the rest"
+        if cfg.groups["matrix"].optimizer == "muon"
+        else "Adam for everything"
+    )
     yield "Optimizer", f"{hidden} (of {arm_words(cell.arm)})"
     yield "Tokens", f"{cfg.schedule.tokens:,} a run: {cfg.schedule.describe()}"
     data = f"{seen.target.data}; " if seen.target else ""

@@ -12,12 +12,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import computed_settings, known_settings
+from speedrun_mup.config import computed_settings, known_settings, present_names, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
 from speedrun_mup.sweep.result import CellResult, place_of
-from speedrun_mup.sweep.spec import KNOBS, SCHEMA, Cell, Sweep
+from speedrun_mup.sweep.spec import SCHEMA, Cell, Sweep
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.transfer import MADE_WITH, Axes
 
@@ -100,8 +100,10 @@ def read_definition(out: Path) -> dict[str, Any]:
     try:
         definition = json.loads(read_bytes(path))
         base, arms, asked = (definition[name] for name in ("base", "arms", "asked"))
+        for arm in arms.values():
+            arm["settings"] = present_names(arm["settings"])
         drifts = [arm["predicted"] for arm in arms.values()]
-        good = isinstance(base["base_width"], int) and base["knob"] in KNOBS and all(map(_is_request, asked))
+        good = isinstance(base["base_width"], int) and base["knob"] in swept_settings() and all(map(_is_request, asked))
         good = good and all(drift is None or math.isfinite(drift) for drift in drifts)
         good = good and all(name == printable(name, 100) for name in arms)
         good = good and all(map(_is_place, definition.get("failed", [])))

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, hashed_settings
+from speedrun_mup.config import TrainConfig, hashed_settings, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.flops import run_flops
 
 SCHEMA = 1  # of result.json; part of every id
-# What a factor of powers of two makes sense on.
-KNOBS = ("lr_scale", "matrix_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "adam_eps", "scalar_eps")
 MOST_OCTAVES = 32.0  # either way that a grid may go
 MOST_SEEDS = 100
 
@@ -36,8 +34,8 @@ class Arm:
 
 # Adam's rate for hidden matrices at base width, where all tables agree: the best of a sweep of matrix_lr alone, laptop
 # preset at width 64, one seed. (Record 26 gives its Adam groups multiples of 0.008.)
-ADAM = {"hidden_optimizer": "adam", "matrix_lr": 0.008}
-MUON = {"hidden_optimizer": "muon"}
+ADAM = {"matrix_optimizer": "adam", "matrix_lr": 0.008}
+MUON = {"matrix_optimizer": "muon"}
 # adam-sp is the table "sp", not "adam-constant": what people do without muP. A constant rate is then too fast by m in
 # hidden matrices and readout; both call for -1 octave per doubling, which shows even where one knob turns all rates.
 ARMS: dict[str, Arm] = {
@@ -74,7 +72,7 @@ def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
             fit = [other.name for other in ARMS.values() if not clashes(other, fixed)]
             together = " ".join(f"{one}={given[one]}" for one in fixed)
             choice = f"choose among --arms {' '.join(fit)}" if fit else f"no arm has {together}"
-            knob = f", or turn it with --knob {name}" if name in KNOBS else ""
+            knob = f", or turn it with --knob {name}" if name in swept_settings() else ""
             why = f"{flag} {given[name]}: arm {arm.name} fixes {name} at {arm.settings[name]}"
             raise ConfigError(f"{why}; leave {flag} out{knob}, or {choice}")
 
@@ -112,7 +110,7 @@ class Sweep:
     """Which cells to run.
 
     base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, one of
-    KNOBS. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
+    `swept_settings`. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
     half octaves around the minimum, else one point on its better side. Raises ConfigError.
     """
 
@@ -132,8 +130,8 @@ class Sweep:
                 raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
         if len(self.seeds) > MOST_SEEDS:
             raise ConfigError(f"{len(self.seeds)} seeds: give at most {MOST_SEEDS}")
-        if self.knob not in KNOBS:
-            raise ConfigError(f"knob={self.knob!r} cannot be turned; choose {', '.join(KNOBS)}")
+        if self.knob not in swept_settings():
+            raise ConfigError(f"knob={self.knob!r} cannot be turned; choose {', '.join(swept_settings())}")
         if not getattr(self.base, self.knob):
             flag = "--" + self.knob.replace("_", "-")
             raise ConfigError(f"{self.knob}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,20 +64,8 @@ def build_model(cfg: TrainConfig, corpus: Corpus, world: World) -> BuiltModel:
 
 def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
     """What each parameter group was tuned to at base width."""
-
-    def tuned(lr: float, optimizer: str = "adam", eps: float = cfg.adam_eps) -> GroupHyperparams:
-        betas = (cfg.adam_beta1, cfg.adam_beta2)
-        return GroupHyperparams(
-            optimizer, lr * cfg.lr_scale, cfg.weight_decay, eps, betas, cfg.momentum, cfg.orthogonalizer
-        )
-
-    return {
-        "embed": tuned(cfg.embed_lr),
-        "value_embed": tuned(cfg.embed_lr),
-        "matrix": tuned(cfg.matrix_lr, cfg.hidden_optimizer),
-        "head": tuned(cfg.head_lr),
-        "scalar": tuned(cfg.scalar_lr, eps=cfg.scalar_eps),
-    }
+    common: dict[str, Any] = {"momentum": cfg.momentum, "orthogonalizer": cfg.orthogonalizer}
+    return {name: GroupHyperparams(**values._asdict(), **common) for name, values in cfg.groups.items()}
 
 
 def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool = False) -> list[ShardedOptimizer]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun_mup.config import TrainConfig, known_settings, settings
+from speedrun_mup.config import TrainConfig, build, known_settings, settings
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
@@ -106,7 +106,7 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
             " give the same --width, --n-layer and tokens"
         )
     saved = known_settings(loaded.state["config"])
-    theirs = TrainConfig(**{name: saved[name] for name in settings()})
+    theirs = build({name: saved[name] for name in settings()})
     with torch.device("meta"):
         scale = GPT(model_config(theirs, corpus, "dense", torch.float32)).logit_scale
     if theirs.head_dim != cfg.head_dim or not math.isclose(scale, model.logit_scale):

@@ -236,7 +236,7 @@ class Run:
         """Record a step that counted. lr: the hidden matrices' at base width, the others keep their ratios to it."""
         cfg, tokens = self.cfg, self.schedule.tokens_before(step + 1)
         self.train_loss = loss
-        rates = {"lr": cfg.matrix_lr * cfg.lr_scale * self.schedule.at(step).lr_factor, "grad_norm": grad_norm}
+        rates = {"lr": cfg.groups["matrix"].lr * self.schedule.at(step).lr_factor, "grad_norm": grad_norm}
         record = {"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s}
         self.run_folder.log.train(record | rates)
         self.recovery.record_loss(step, loss, grad_norm)

@@ -1,0 +1,87 @@
+"""Groups of parameters with hyperparameters of their own: one table, from which their settings and flags are made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple, TypeVar
+
+from speedrun_mup.core.optimizers.registry import OPTIMIZERS
+from speedrun_mup.settings import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Valid, setting
+
+T = TypeVar("T", bound=type)
+
+
+class ParamGroup(NamedTuple):
+    """A group of parameters with hyperparameters of its own, at base width. Each is a setting, such as matrix_lr.
+
+    Attributes:
+        about: what is in it, for `--help`.
+        lr: the learning rate.
+        optimizer: its name.
+        weight_decay, eps, beta1, beta2: None is what is common to all groups: weight_decay, adam_eps and so on.
+        shown: the hyperparameters that `--help` lists; the others have flags as well.
+        also: further groups that models declare, with the same hyperparameters.
+    """
+
+    about: str
+    lr: float
+    optimizer: str = "adam"
+    weight_decay: float | None = None
+    eps: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    shown: Collection[str] = ("lr",)
+    also: Collection[str] = ()
+
+    def fields(self, name: str) -> list[tuple[str, Any, Any]]:
+        """The settings of the group `name`, as `dataclasses.make_dataclass` takes them."""
+        made = []
+        for key, (group, kind, valid) in _HYPERPARAMETERS.items():
+            field = setting(
+                group,
+                self.about if key == "lr" else f"{key.replace('_', ' ')} of {self.about}",
+                getattr(self, key),
+                affects="result",
+                choices=OPTIMIZERS if key == "optimizer" else (),
+                valid=(valid,) if valid else (),
+                shown=key in self.shown,
+                param_groups=(name, *self.also),
+            )
+            made.append((f"{name}_{key}", kind, field))
+        return made
+
+
+_HYPERPARAMETERS: dict[str, tuple[str, Any, Valid | None]] = {
+    "lr": ("optimizer", float, POSITIVE),
+    "optimizer": ("optimizer", str, None),
+    "weight_decay": ("optimizer", float | None, NOT_NEGATIVE),
+    "eps": ("optimizer", float | None, POSITIVE),
+    "beta1": ("momentum", float | None, BELOW_ONE),
+    "beta2": ("momentum", float | None, BELOW_ONE),
+}
+PARAM_GROUPS = {
+    "matrix": ParamGroup("hidden matrices", lr=0.05, optimizer="muon", shown=("lr", "optimizer")),
+    "embed": ParamGroup("embedding and value embeddings", lr=0.6, also=("value_embed",)),
+    "head": ParamGroup("readout", lr=0.22),
+    # 1e-10 lets their first noisy gradient take a full-size step
+    "scalar": ParamGroup("skip weights and mixing coefficients", lr=0.04, eps=1e-10),
+}
+
+
+class Hyperparams(NamedTuple):
+    """What a group of parameters has at base width. lr: with lr_scale."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    eps: float
+    betas: tuple[float, float]
+
+
+def with_param_groups(config: T) -> T:
+    """Give a class of settings, which is to be a dataclass, those of PARAM_GROUPS."""
+    for group, entry in PARAM_GROUPS.items():
+        for name, kind, declared in entry.fields(group):
+            config.__annotations__[name] = kind
+            setattr(config, name, declared)
+    return config
