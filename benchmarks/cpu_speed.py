@@ -105,7 +105,7 @@ def speed_row(run: Race) -> list[str]:
 
 
 def profile_of(run: Race) -> tuple[float, float, list[list[str]]]:
-    """GFLOP of a step's matmuls, the seconds spent in them, and rows of the dearest operations."""
+    """GFLOP of a step's matmuls, the seconds spent in them, and rows of the most expensive operations."""
     operations = sorted(run.profiler.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
     total_us = sum(entry.self_cpu_time_total for entry in operations)
     matmuls = [entry for entry in operations if entry.key in MATMULS]

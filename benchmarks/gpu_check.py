@@ -6,7 +6,7 @@
 
 Needs no network and nothing but what the package needs, and pytest: the corpus is made from the Python sources that are
 installed. Every part runs in a process of its own, so that one that fails or takes too long costs only itself, and the
-file is written anew after each. Most important first: what the time does not suffice for is said to be left out.
+file is written again after each. Most important first: what the time does not suffice for is reported as left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from speedrun_mup.data.shards import measure_shard, write_shard
 RESULT = RESULTS / "gpu_check.md"
 WIDTHS = {256: 11, 1024: 30, 2048: 58}  # and the GiB that each takes
 BENCH = ("-m", "speedrun_mup", "bench", "--json")
-FIRST_START_GIB = 35  # of width 768 and the tests beside it
+FIRST_START_GIB = 35  # of width 768 and the tests at the same time
 SHORTEST_S = 45  # a part that has less time left is not begun
 MEDIAN_TOKENS, MEAN_TOKENS = 403, 690  # of FineWeb's documents
 TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 600_000

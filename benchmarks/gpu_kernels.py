@@ -1,4 +1,4 @@
-"""Each fast form on an NVIDIA GPU beside its plain one, at record 26's sizes; the two take turns in one process.
+"""Each fast form on an NVIDIA GPU against its plain one, at record 26's sizes; the two are interleaved in one process.
 
     python benchmarks/gpu_kernels.py
 
@@ -62,7 +62,7 @@ def transpose_pairs() -> Iterator[Pair]:
 
 
 def head_pairs() -> Iterator[Pair]:
-    """Head, cap and cross-entropy, forward and backward: fused with 8-bit products, against bfloat16 and unfused."""
+    """Head, cap and cross-entropy, forward and backward: fused with FP8 matmuls, against bfloat16 and unfused."""
     x = torch.nn.functional.rms_norm(torch.randn(T, D, device=CUDA), (D,)).bfloat16().requires_grad_()
     w = (0.02 * torch.randn(V, D, device=CUDA)).requires_grad_()
     targets = torch.randint(V, (T,), device=CUDA)

@@ -14,27 +14,27 @@ from speedrun_mup.files import printable
 from speedrun_mup.terminal import guarded
 
 COMMANDS = {  # the command's module in `commands` has the same name, and a function run(argv) -> exit code
-    "demo": "the main job on the embedded corpus: minutes, offline, on a CPU",
+    "demo": "end-to-end demo: minutes, offline, on a CPU",
     "train": "train a model",
-    "data": "get text ready to train on: FineWeb, or your own files; look into a folder of shards",
-    "doctor": "does this machine, or a run's folder, have what it needs? what to fix if not",
-    "bench": "what a training step costs here: time by phase, tokens/s, MFU, memory, beside the device's ceilings",
-    "explain": "what the rules come to for every parameter of a model",
+    "data": "prepare text for training: FineWeb, or your own files; inspect a folder of shards",
+    "doctor": "check the environment or a run folder and suggest fixes",
+    "bench": "what a training step costs here: time by phase, tokens/s, MFU, memory, and the device's ceilings",
+    "explain": "effective init, learning rate, eps and weight decay of every parameter",
     "coord-check": "do updates scale with width as muP says? with controls that must fail",
     "plan": "which small runs a big one needs, what they cost, and what they predict",
-    "sweep": "the best learning rate, or another knob, at several widths: many small runs, in parallel, resumable",
-    "transfer": "does the best learning rate, or another knob, stay put with width? verdict on a sweep, or on your own table",
+    "sweep": "the best learning rate at several widths: many small runs, in parallel, resumable",
+    "transfer": "does the best learning rate transfer across width? verdict on a sweep, or on your own table",
     "report": "page, pictures and summary of a sweep, or of your own table",
 }
 
 
 def usage() -> str:
     """The list of commands."""
-    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup help COMMAND tells more; speedrun-mup --version", ""]
+    lines = ["usage: speedrun-mup COMMAND [FLAGS]; speedrun-mup help COMMAND for its flags; speedrun-mup --version", ""]
     return "\n".join([*lines, *(f"  {name:<12} {about}" for name, about in COMMANDS.items())])
 
 
-# What goes on, and keeps its exit code, when nobody can be told about it any more.
+# What continues, and keeps its exit code, when its output has no reader any more.
 RUNS = ("demo", "train", "plan", "sweep")
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with guarded(keep_going=runs) as terminal:
             code = _run(arguments)
-    except BrokenPipeError:  # whoever read our output, such as head, has gone
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
         return 128 + signal.SIGPIPE
     return code or int(terminal.lost and not runs)
 

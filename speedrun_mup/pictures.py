@@ -35,7 +35,7 @@ _STAMPS = {".svg": ("Date",), ".pdf": ("CreationDate", "Creator", "Producer"), "
 
 
 class PictureError(UserError):
-    """A picture that cannot be drawn or written. Everything else can still be told."""
+    """A picture that cannot be drawn or written. Everything else can still be reported."""
 
 
 def plain(text: object, most: int = 80) -> str:

@@ -73,11 +73,14 @@ class GuardedStream(io.TextIOBase):
         if isinstance(fault, BrokenPipeError) and not self.keep_going:
             raise fault
         if self.other is not None:
-            print(f"warning: {self._name} cannot be written ({in_a_line(fault)}); going on without it", file=self.other)
+            print(
+                f"warning: {self._name} cannot be written ({in_a_line(fault)}); not written from here on",
+                file=self.other,
+            )
 
 
 def tell(text: str, error: bool = False) -> None:
-    """Print a line, to stderr if it is an error, whoever set up the streams: raises nothing, shows no escape sequence."""
+    """Print a line, to stderr if it is an error, however the streams were set up: raises nothing, shows no escape sequence."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full, gone, closed, or None
         stream = sys.stderr if error else sys.stdout
         encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -42,7 +42,7 @@ def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
     for text in (
         "cpu (asked for)",
         "float32 (bfloat16 where a GPU computes in it, else float32)",
-        "no (pays on CUDA only)",
+        "no (only worthwhile on CUDA)",
         "blocked (FlexAttention has no backward on cpu)",
         " steps an epoch, ",
         f"6 checkpoints in {run} take up to",
@@ -81,7 +81,7 @@ def test_changed_and_missing_data(tiny, tmp_path):
     tokens[1000] ^= 1
     tokens.tofile(shard)
     assert f"{shard}: not what the manifest says" in bad(examine(tiny(data=str(data))))["data"]
-    assert "no folder" in bad(examine(tiny(data=str(tmp_path / "nowhere"))))["data"]
+    assert "not a folder" in bad(examine(tiny(data=str(tmp_path / "nowhere"))))["data"]
     assert "epochs" in bad(examine(tiny(iterations=2000, epochs=2)))["data"]
 
 

@@ -56,7 +56,7 @@ def test_a_pt_file_and_a_dcp_folder_of_any_kind_are_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="has no state dict"):
         import_pt(tmp_path / "b.pt")
     (tmp_path / "dcp").mkdir()
-    with pytest.raises(CheckpointError, match="is no folder of torch.distributed.checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="is not a folder of torch.distributed.checkpoint") as caught:
         import_dcp(tmp_path / "dcp", trusted=True)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="is not whole") as caught:

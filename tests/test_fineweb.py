@@ -144,7 +144,7 @@ DAMAGED: dict[str, tuple[object, str]] = {
     "huge size": ([listed(size=10**30)], "has size 1000"),
     "path as hash": ([listed(oid="../../etc")], r"has SHA-256 '\.\./\.\./etc'"),
     "twice": ([listed(), listed()], "000001.bin is in it twice"),
-    "no list": ({"error": "x"}, "it is no list"),
+    "no list": ({"error": "x"}, "it is not a list"),
     "other things": ([1, None, {}, {"path": 3}], r"has no \*_val_\*\.bin"),
 }
 

@@ -44,9 +44,9 @@ def test_types_are_float32_unless_a_gpu_computes_in_bfloat16(monkeypatch):
 
 
 def test_compiling_is_for_cuda_where_it_works(monkeypatch):
-    assert pick_compile(TrainConfig(), CPU) == (False, "pays on CUDA only")
+    assert pick_compile(TrainConfig(), CPU) == (False, "only worthwhile on CUDA")
     assert pick_compile(TrainConfig(compile=True), CPU) == (True, "asked for")
-    assert pick_compile(TrainConfig(compile=False), CPU) == (False, "pays on CUDA only")
+    assert pick_compile(TrainConfig(compile=False), CPU) == (False, "only worthwhile on CUDA")
     for without in (TrainConfig(compile=False), make_config("laptop", {})):
         assert pick_compile(without, CUDA) == (False, "by flag or preset")
 
@@ -115,11 +115,11 @@ def test_what_is_chosen_on_a_gpu_for_small_blocks_trains():
 @pytest.mark.parametrize(
     ("changes", "device", "dtype", "compiled", "expected"),
     [
-        ({}, CUDA, BF16, True, (True, "the GPU multiplies 8-bit numbers")),
+        ({}, CUDA, BF16, True, (True, "the GPU has FP8 matmuls")),
         ({}, CUDA, FP32, True, (False, "activations are not bfloat16")),
         ({}, CUDA, BF16, False, (False, "the model is not compiled")),
-        ({}, CPU, FP32, False, (False, "pays on CUDA only")),
-        ({}, MPS, BF16, True, (False, "no 8-bit products on this mps")),
+        ({}, CPU, FP32, False, (False, "only worthwhile on CUDA")),
+        ({}, MPS, BF16, True, (False, "no FP8 matmuls on this mps")),
         ({"fp8": False}, CUDA, BF16, True, (False, "asked for")),
         ({"fp8": True}, CPU, FP32, False, (True, "asked for")),
         ({"head_dim": 4, "width": 20}, CUDA, BF16, True, (False, "width=20 not a multiple of 16")),
@@ -140,7 +140,7 @@ def test_when_the_head_is_in_8_bits(monkeypatch, changes, device, dtype, compile
         ),
         ({}, CUDA, FP32, True, "activations are not bfloat16"),
         ({}, CUDA, BF16, False, "the model is not compiled"),
-        ({}, MPS, BF16, True, "no 8-bit products on this mps"),
+        ({}, MPS, BF16, True, "no FP8 matmuls on this mps"),
     ],
 )
 def test_8_bits_that_cannot_work_are_an_error(monkeypatch, changes, device, dtype, compiled, fault):
@@ -327,7 +327,7 @@ def test_a_run_says_in_one_line_what_was_chosen(tiny, capsys):
         pass
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("device:")]
     assert line == (
-        "device: 1 x cpu, float32; not compiled (pays on CUDA only); attention blocked (FlexAttention has no "
+        "device: 1 x cpu, float32; not compiled (only worthwhile on CUDA); attention blocked (FlexAttention has no "
         "backward on cpu); head in fp8 (asked for); 4 of 4 micro-batches of 128 tokens a pass, 256 in validation"
     )
 

@@ -20,7 +20,7 @@ def test_a_kind_of_update_is_also_called_by_its_value_and_by_its_best_known_opti
 
 @pytest.mark.parametrize("name", ["normuon", "", "Adam", None, 3])
 def test_what_is_no_kind_of_update_is_refused_in_a_line(name):
-    with pytest.raises(mup.NoRuleError, match="is no kind of update; choose gradient, entrywise, spectral"):
+    with pytest.raises(mup.NoRuleError, match="is not a kind of update; choose gradient, entrywise, spectral"):
         HIDDEN.factors(PARAMETRIZATIONS["mup"], name)
 
 

@@ -185,7 +185,7 @@ def test_a_jump_between_widths_is_not_a_line():
         for run in sweep(sigma=0.002)
     ]
     arm = measure_arm(moved)
-    assert arm.verdict is Verdict.INCONCLUSIVE and "octaves off the line" in arm.reasons[0]
+    assert arm.verdict is Verdict.INCONCLUSIVE and "(log2) off the line" in arm.reasons[0]
     assert measure_arm(runs).verdict is not Verdict.PASS
 
 
@@ -274,7 +274,7 @@ def test_divergence_between_the_optimum_and_its_neighbour_is_inconclusive():
         dataclasses.replace(run, loss=math.nan) if run.sizes["width"] == 64 and run.value == 2**0.5 else run
         for run in runs
     ]
-    assert "less than a grid step (1 octaves)" in measure_arm(runs).reasons[0]
+    assert "less than a grid step (1 in log2)" in measure_arm(runs).reasons[0]
 
 
 # ---- seeds and noise ------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_one_seed_everywhere_needs_sigma():
         with pytest.raises(TransferError, match="--sigma .*: must be positive and finite"):
             measure_arm(runs, sigma=sigma)
     with pytest.raises(
-        TransferError, match="--sigma 0.1: runs with several seeds tell the noise already; leave it out"
+        TransferError, match="--sigma 0.1: runs with several seeds already give the noise; leave it out"
     ):
         measure_arm(sweep(), sigma=0.1)  # a large one would hide a drift, a small one invent certainty
     # SE(D) = sigma / (sqrt(40) c h) / sqrt(sum (j - mean j)^2), mup notes 4.4; equal weights here.
@@ -563,8 +563,8 @@ def test_a_sweep_from_a_file_end_to_end():
         ("width,lr,seed\n64,1,0\n", "no column loss in the header \\(width,lr,seed\\); name each once"),
         ("width;lr;seed;loss\n64;1;0;3\n", "no column width, lr, seed, loss .*; separate columns with commas"),
         ("arm,arm,width,lr,seed,loss\n", "more than one column 'arm'"),
-        ("width,lr,seed,loss\n64,0,5,1,3\n", "row 2: 5 cells below a header of 4; quote a cell with a comma"),
-        ("width,lr,seed,loss,arm\n64,1,0,3\n", "row 2: 4 cells below a header of 5"),
+        ("width,lr,seed,loss\n64,0,5,1,3\n", "row 2: 5 values below a header of 4; quote a value with a comma"),
+        ("width,lr,seed,loss,arm\n64,1,0,3\n", "row 2: 4 values below a header of 5"),
         ('width,lr,seed,loss,arm\n64,1,0,3,"a\n64,2,0,3,b\n64,4,0,3,c\n', "row 4: .*; look for a quote that is not cl"),
         ("width,lr,seed,loss,note\n64,1,0,3," + 200_000 * "x", "row 2: field larger than field limit"),
         ("\n\nwidth,lr,seed,loss\n\n64,1,0,x\n", "row 5, column loss"),
@@ -579,7 +579,7 @@ def test_a_sweep_from_a_file_end_to_end():
             "row 3, column seed: '0' should be a name, as the seeds above are",
         ),
         ("width,lr,seed,loss\n64,1,,3\n", "row 2, column seed: '' should be a whole number"),
-        ("width,lr,seed,loss\n64,1,0\n", "row 2: 3 cells below a header of 4"),
+        ("width,lr,seed,loss\n64,1,0\n", "row 2: 3 values below a header of 4"),
         ("width,lr,seed,loss\n64,1,0,\n", "row 2, column loss: '' should be a number \\(write nan or diverged"),
         ("width,lr,seed,loss\n64,1,0,3\n64,1.0,0,4\n", "row 3: arm sweep, width 64, lr 1, seed 0 is there twice"),
     ],

@@ -52,7 +52,7 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--controls", "sp=-1"], "control 'sp' is not among the arms"),
         ([TABLE, "--controls", "sp=nan"], "give every arm once, with a finite drift"),
         ([TABLE, "--controls", "sp=-1,sp=-2"], "give every arm once, with a finite drift"),
-        ([TABLE, "--sigma", "0.5"], "--sigma 0.5: runs with several seeds tell the noise already; leave it out"),
+        ([TABLE, "--sigma", "0.5"], "--sigma 0.5: runs with several seeds already give the noise; leave it out"),
         ([TABLE, "--base-width", "100"], "--base-size 100: was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
         ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),

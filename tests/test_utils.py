@@ -202,7 +202,7 @@ def test_the_others_name_a_rank_that_is_lost(how, monkeypatch):
     told = run_ranks(3, partial(_lose_rank_1, how), join_timeout_s=8, lost=[1])
     assert time.monotonic() - begun < 30
     for rank in (0, 2):
-        assert told[rank].startswith("no sign of life from rank 1 (") and "\n" not in told[rank]
+        assert told[rank].startswith("no response from rank 1 (") and "\n" not in told[rank]
         assert told[rank].endswith("; start all ranks again with --resume")
 
 
@@ -258,7 +258,7 @@ def test_a_process_that_lost_a_rank_ends_though_gloo_waits_on(environment):
         for rank in ranks:
             rank.kill()
             rank.communicate()
-    assert ranks[0].returncode == CollectiveError.exit_code and b"no sign of life from rank 1 (" in said
+    assert ranks[0].returncode == CollectiveError.exit_code and b"no response from rank 1 (" in said
 
 
 def test_a_port_that_nobody_answers_at_is_one_line(environment):

@@ -24,14 +24,14 @@ def run(argv: Sequence[str]) -> int:
     commands = {"fineweb": run_fineweb, "text": run_text, "inspect": run_inspect}
     parser = new_parser("speedrun-mup data", run.__doc__ or "")
     about = "; ".join(f"{name}: {command.__doc__}" for name, command in commands.items())
-    parser.add_argument("command", choices=tuple(commands), help=f"{about} data COMMAND --help tells more")
+    parser.add_argument("command", choices=tuple(commands), help=f"{about} data COMMAND --help shows its flags")
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise ConfigError(f"unknown command data {argv[0]}; {command_meaning(argv[0], commands, DATA_COMMANDS)}")
     return commands[parse(parser, argv[:1]).command](argv[1:])
 
 
 def run_fineweb(argv: Sequence[str]) -> int:
-    """Download FineWeb's ready-made GPT-2 shards from the Hugging Face hub, checked. A killed download goes on."""
+    """Download FineWeb's ready-made GPT-2 shards from the Hugging Face hub, checked. A killed download resumes."""
     parser = new_parser("speedrun-mup data fineweb", run_fineweb.__doc__ or "")
     parser.add_argument(
         "--tokens", default="900M", metavar="N", help="to have for training, in whole shards of 100M; %(default)s"
@@ -60,7 +60,7 @@ def run_fineweb(argv: Sequence[str]) -> int:
 
 
 def run_text(argv: Sequence[str]) -> int:
-    """Turn files, folders, standard input or Hugging Face datasets into shards. A killed run goes on where it was."""
+    """Turn files, folders, standard input or Hugging Face datasets into shards. A killed run resumes where it was."""
     parser = new_parser("speedrun-mup data text", run_text.__doc__ or "")
     parser.add_argument(
         "paths",
@@ -84,7 +84,7 @@ def run_text(argv: Sequence[str]) -> int:
         dest="suffixes",
         default=[],
         metavar="SUFFIX",
-        help="of files in folders to read as plain text, such as .py .c, beside .txt .md .jsonl .parquet",
+        help="of files in folders to read as plain text, such as .py .c, in addition to .txt .md .jsonl .parquet",
     )
     parser.add_argument("--bos", metavar="TOKEN", help="opens a document, for a tokenizer.json that does not say")
     parser.add_argument("--field", default="text", metavar="NAME", help="of a record that holds the text; %(default)s")
@@ -113,7 +113,7 @@ def run_text(argv: Sequence[str]) -> int:
         "--on-bad-document",
         choices=("stop", "skip"),
         default="stop",
-        help="that cannot be read or encoded: stop (mend it, and the same command goes on), or name, count and leave it out;"
+        help="that cannot be read or encoded: stop (fix it and rerun to resume), or name, count and leave it out;"
         " %(default)s",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
@@ -149,7 +149,7 @@ _TALLY = {
 
 
 def _other_share(corpus: Corpus, asked: float) -> str:
-    """What to say of validation's share of the documents if it is not about the one asked for."""
+    """A line on validation's share of the documents if it is not about the one asked for."""
     from speedrun_mup.data.tokenize_text import FEWEST_VAL
 
     val, train = (sum(corpus.facts[path.name].documents for path in paths) for paths in (corpus.val, corpus.train))
@@ -186,7 +186,7 @@ def run_inspect(argv: Sequence[str]) -> int:
     picture, undrawn = arguments.picture or arguments.directory / "document-lengths.png", None
     try:
         print(f"picture      {printable(found.plot(picture))}")
-    except UserError as fault:  # the rest can be told without it
+    except UserError as fault:  # the rest can be printed without it
         undrawn = fault
     for text in first_documents(corpus, arguments.documents):
         print(f"\n{text}")

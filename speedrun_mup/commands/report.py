@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
         "--out",
         type=Path,
         metavar="DIR",
-        help="for the files; default: report in a sweep's folder, NAME-report beside a table",
+        help="for the files; default: report in a sweep's folder, NAME-report next to a table",
     )
     arguments = parse(parser, argv)
 

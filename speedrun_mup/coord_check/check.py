@@ -136,7 +136,7 @@ def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: Setting, prog
 
 
 def _problems(found: Sequence[Findings], rows: Iterable[Row], setting: Setting) -> Iterator[str]:
-    """Why the slopes of an arm prove nothing, in words."""
+    """Why the slopes of an arm prove nothing."""
     if setting.steps <= setting.thresholds.first_step:
         yield f"{setting.steps} updates are too few; take {setting.thresholds.first_step + 1} or more"
     still = set().union(*(findings.still for findings in found))
@@ -144,7 +144,7 @@ def _problems(found: Sequence[Findings], rows: Iterable[Row], setting: Setting) 
     if still:
         yield f"{', '.join(sorted(still))} did not move in {setting.steps} updates"
     if unseen:
-        yield f"{', '.join(sorted(unseen))} cannot be followed: not seen to multiply anything"
+        yield f"{', '.join(sorted(unseen))} cannot be followed: they multiply nothing that can be observed"
 
 
 def judge(series: Iterable[Series], widths: Sequence[int], thresholds: Thresholds) -> Iterator[Row]:

@@ -117,7 +117,7 @@ class Findings:
     values: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     roles: dict[str, Role | None] = field(default_factory=dict)
     still: set[str] = field(default_factory=set)  # did not move
-    unseen: set[str] = field(default_factory=set)  # matrices that were not seen to multiply anything
+    unseen: set[str] = field(default_factory=set)  # matrices that multiplied nothing observable
 
 
 class Observer:
@@ -157,7 +157,7 @@ class Observer:
             self.record(name, output)
 
     def _see_product(self, name: str, effect: Tensor, output: Tensor, is_lookup: bool) -> None:
-        """Called by _Products. Matrices stacked along the output are told apart: q, k and v of a (3, D, D)."""
+        """Called by _Products. Matrices stacked along the output are kept apart: q, k and v of a (3, D, D)."""
         spec, scale = self.parameters[name][1], self.scales.get(name, 1.0)
         self._multiplied.add(name)
         role = spec.role

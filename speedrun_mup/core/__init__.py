@@ -1,1 +1,1 @@
-"""The physics: architecture, optimizers and muP. Imports nothing from the rest of the package."""
+"""The core: architecture, optimizers and muP. Imports nothing from the rest of the package."""

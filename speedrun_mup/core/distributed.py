@@ -25,10 +25,10 @@ from torch import Tensor
 from speedrun_mup.core.device import env_int, pick_device
 from speedrun_mup.core.errors import CollectiveError, ConfigError, in_a_line
 
-PARENT_DIED = signal.SIGUSR2  # a signal of its own, because nobody means it twice
-ROLL_CALL_S = 3.0  # how long ranks that lost someone wait for each other's sign of life
+PARENT_DIED = signal.SIGUSR2  # a signal of its own, because one death may send it more than once
+ROLL_CALL_S = 3.0  # how long ranks that lost another wait for each other's response
 LOOK_S = 1.0  # between two looks whether a collective over gloo is done
-PATIENCE = datetime.timedelta(days=100)  # of gloo itself, whose clock goes on while this process is suspended
+PATIENCE = datetime.timedelta(days=100)  # of gloo itself, whose clock runs while this process is suspended
 
 
 def tree_sum(terms: Sequence[Tensor]) -> Tensor:
@@ -191,7 +191,7 @@ class World:
             raise CollectiveError(f"{said}; start all ranks again with --resume") from fault
 
     def _call_roll(self) -> str:
-        """Who gives no sign of life. The store answers for the others; a store that is gone died with its host, rank 0."""
+        """The ranks that do not respond. The store answers for the others; a store that is gone died with its host, rank 0."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
             store = dist.distributed_c10d._get_default_store()
@@ -202,7 +202,7 @@ class World:
         except RuntimeError:
             return f"rank {self.rank} lost the process that the ranks meet at, rank 0 or torchrun"
         named = ", ".join(map(str, lost))
-        return f"no sign of life from rank {named}" if lost else f"rank {self.rank} lost touch with the others"
+        return f"no response from rank {named}" if lost else f"rank {self.rank} lost connection to the other ranks"
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -213,7 +213,7 @@ _abandoned: list[Any] = []  # groups in which a rank was lost
 
 
 def _abandon_groups() -> None:
-    """Have nobody wait for gloo's threads, which go on waiting for the lost: no destructor, nor the end of the process."""
+    """Have nothing wait for gloo's threads, which keep waiting for lost ranks: no destructor, nor the end of the process."""
     if not _abandoned:
         atexit.register(_end_at_once)
     _abandoned.extend(dist.distributed_c10d._world.pg_map)
@@ -229,7 +229,7 @@ def _end_at_once() -> None:
 def _wait_awake(work: Any, timeout_s: float) -> None:
     """Wait for a collective over gloo for `timeout_s` of the time in which this process runs.
 
-    Nobody is called lost because a whole job was suspended: however long that was, it counts as one look.
+    No rank counts as lost because a whole job was suspended: however long that was, it counts as one look.
     """
     for _ in range(math.ceil(timeout_s / LOOK_S)):
         try:
@@ -243,7 +243,7 @@ def _wait_awake(work: Any, timeout_s: float) -> None:
 
 
 def told_of_slurm() -> str:
-    """What there is to say where Slurm has several tasks and nobody told this one of the others, or nothing."""
+    """The error where Slurm has several tasks and this one does not know the others, or nothing."""
     if {"RANK", "WORLD_SIZE"} & set(os.environ):
         return ""
     tasks = max(env_int("SLURM_STEP_NUM_TASKS", 1), env_int("SLURM_NTASKS", 1))

@@ -1,8 +1,8 @@
-"""Faults that the user can mend, each with the exit code of the process. Imports nothing, so that flags answer at once."""
+"""User-facing errors, each with its exit code. Imports nothing, so that `--help` stays fast."""
 
 
 class UserError(Exception):
-    """A fault that the user can mend. Its text is one line: what, where, how to fix it. `exit_code` is the process's."""
+    """An error that the user can fix. Its text is one line: what, where, how to fix it. `exit_code` is the process's."""
 
     exit_code = 1
 
@@ -30,7 +30,7 @@ class NonFiniteError(Diverged):
 
 
 class Stopped(UserError):
-    """Somebody asked the run to stop before it had anything to save."""
+    """The run was asked to stop before it had anything to save."""
 
     exit_code = 75  # EX_TEMPFAIL: a scheduler should start the command again
 

@@ -20,7 +20,7 @@ _SETTLED_NS = 2 * 10**9  # a file that changed more recently may change again wi
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it writes by itself. Raises ConfigError where nobody knows of a home folder."""
+    """Where this package keeps what it writes by itself. Raises ConfigError where no home folder is known."""
     if folder := os.environ.get("SPEEDRUN_MUP_CACHE"):
         return Path(folder)
     if folder := os.environ.get("XDG_CACHE_HOME"):
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Identity:
-    """What of a file on disk changes whenever its content does, as far as the file system tells."""
+    """What of a file on disk changes whenever its content does, as far as the file system shows it."""
 
     device: int
     inode: int

@@ -102,7 +102,7 @@ def _split(texts: Iterable[str]) -> dict[str, list[str]]:
 
 
 def embedded_corpus(tokenizer: str = "byte") -> Corpus:
-    """The running Python's own standard library, without its tests: about 12 MB of text that is always at hand.
+    """The running Python's own standard library, without its tests: about 12 MB of text that is always available.
 
     tokenizer: "byte" (vocabulary 257) or "bpe:V" (V ids in all, trained on the train part). Another Python version has
     other files, which its fingerprint shows. Raises ConfigError for an unknown tokenizer or an unwritable cache folder.
@@ -228,7 +228,7 @@ def find_corpus(
     elif "," in data:
         corpus = mix(*zip(*(_weighted(part, tokenizer) for part in data.split(","))))
     else:
-        raise ConfigError(f"data={data} is no folder; choose auto, embedded, synthetic or a folder of .bin shards")
+        raise ConfigError(f"data={data} is not a folder; choose auto, embedded, synthetic or a folder of .bin shards")
     if tokenizer not in ("byte", corpus.tokenizer):
         raise ConfigError(
             f"tokenizer={tokenizer}, but {corpus.source} holds {corpus.tokenizer} tokens; "

@@ -1,6 +1,6 @@
 """Records of bytes put in the order of their keys, in bounded memory: sorted pieces on disk, then merged (external sorting).
 
-A piece is a file that is written once, whole; its size and SHA-256 are kept by whoever wrote it, who also says when it must
+A piece is a file that is written once, whole; its size and SHA-256 are kept by its writer, which also says when it must
 be on the disk. In it are n keys, ascending (uint64), n ends of records (int64), n tags (16 bytes each), then the records, all
 in the order of the keys.
 """

@@ -1,6 +1,6 @@
 """FineWeb as tokens: downloads modded-nanogpt's ready-made GPT-2 shards from the Hugging Face hub, and checks them.
 
-A shard is fetched into DIR/.download, where a later run goes on with it, and moved beside the others only when its size,
+A shard is fetched into DIR/.download, where a later run resumes it, and moved to the others only when its size,
 header, ids and SHA-256 are right. So a file that has a shard's name is whole. The hub's address, token and proxies are what
 huggingface_hub makes of HF_ENDPOINT, HF_TOKEN and the rest. A mirror is not trusted: names, sizes and hashes of its listing are
 checked, no body may be longer than it was said to be, and one that trickles is given up.
@@ -86,7 +86,7 @@ def download_fineweb(
     """Have the first shards with at least `tokens` train tokens, and the val shard, in `out`; fetch those not there yet.
 
     dataset: a key of REPOSITORIES. revision: branch, tag or commit. Raises ConfigError, FetchError, ShardError; what was
-    fetched stays, and the next call goes on with it.
+    fetched stays, and the next call resumes it.
     """
     if workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
@@ -157,9 +157,9 @@ def list_shards(repository: str, revision: str) -> tuple[str, list[RemoteShard]]
 
 
 def _listed(repository: str, files: Any) -> Iterator[RemoteShard]:
-    """The shards among the files of a listing. What it says of other files does not matter."""
+    """The shards among the files of a listing. Its other files do not matter."""
     if not isinstance(files, list):
-        raise _damaged(repository, "it is no list")
+        raise _damaged(repository, "it is not a list")
     for file in files:
         name = file.get("path") if isinstance(file, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*_(train|val)_\d+\.bin", name, re.ASCII):
@@ -278,7 +278,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _fetch(shard: RemoteShard, url: str, staging: Path, out: Path, stop: threading.Event) -> ShardFacts:
-    """Bring one shard into `out`, whole and verified, going on with what `staging` has of it."""
+    """Bring one shard into `out`, whole and verified, resuming from what `staging` has of it."""
     path = staging / shard.name
 
     def fetch() -> ShardFacts:
@@ -376,7 +376,7 @@ def _attempt(
 
 
 def _status(fault: BaseException) -> int | None:
-    """The HTTP status that a fault tells of."""
+    """The HTTP status of a fault."""
     return getattr(getattr(fault, "response", None), "status_code", None)
 
 

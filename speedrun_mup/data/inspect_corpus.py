@@ -1,4 +1,4 @@
-"""A folder of shards, laid open: what it holds, whether every byte of it is right, how long its documents are."""
+"""Inspect and verify a shard folder: what it holds, whether every byte of it is right, how long its documents are."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _manifest_faults(corpus: Corpus) -> list[str]:
 def first_documents(corpus: Corpus, count: int) -> list[str]:
     """The beginning of each of the first `count` train documents as text; ids where there is no tokenizer for them."""
     if not count:
-        return []  # without looking for a tokenizer, which may be on a hub that nobody can reach
+        return []  # without looking for a tokenizer, which may be on a hub that cannot be reached
     shard = Shard(corpus.train[0])
     starts = np.flatnonzero(shard.take(0, min(2**24, len(shard))) == corpus.bos_token)[: count + 1].tolist()
     ends = [*starts[1:], len(shard)] if len(starts) <= count else starts[1:]

@@ -146,7 +146,7 @@ def _open_manifest(path: Path) -> Corpus:
 
 
 def _shown(value: object) -> str:
-    """A value of somebody's JSON, for a message."""
+    """A value of a foreign JSON, for a message."""
     try:
         return printable(repr(value), 80)
     except RecursionError:

@@ -38,7 +38,7 @@ class Source:
 
 
 def format_of(name: str) -> str:
-    """The format of a file, such as ".jsonl", by its name without the compression; "" where that does not tell."""
+    """The format of a file, such as ".jsonl", by its name without the compression; "" where that does not show it."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
@@ -103,7 +103,7 @@ def find_sources(
         paths: files, folders, "-" or "hf://...".
         out: a folder that is not looked into, because it is going to be written.
         skip_bad: leave out and count what may not be read, instead of raising.
-        suffixes: of files that folders are searched for beside those of FORMATS, as plain text; lower case, with the dot.
+        suffixes: of files that folders are searched for in addition to those of FORMATS, as plain text; lower case, with the dot.
 
     Raises:
         SourceError: a path is missing, may not be read or is of another kind, or a folder is without any text.

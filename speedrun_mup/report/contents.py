@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Values = Sequence[float] | NDArray[np.float64]
 Color = tuple[str, str]  # on light and on dark ground
 GREY: Color = ("#6b6b6b", "#a0a0a0")
-ARM_COLORS: tuple[Color, ...] = (  # after Okabe and Ito, who see to it that everybody can tell them apart
+ARM_COLORS: tuple[Color, ...] = (  # after Okabe and Ito: distinguishable for everyone
     ("#0072b2", "#4aa8e0"),
     ("#d55e00", "#f08a3c"),
     ("#009e73", "#2fc99c"),

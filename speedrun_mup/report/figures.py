@@ -62,7 +62,7 @@ def _pair(result: TransferResult) -> list[str]:
 
 
 def _loss_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, label: str, loss: str) -> Figure:
-    """Marks of a size: its seeds, the line through their means, the fitted parabola, its optimum, what diverged."""
+    """Marks of a size: its seeds, the line through their means, the quadratic fit, its optimum, what diverged."""
     colors, axes = size_colors(result), result.axes
     ranks = {size: rank for rank, size in enumerate(reversed(colors))}
     symbols = dict(zip(colors, cycle(SYMBOLS)))
@@ -87,8 +87,8 @@ def _loss_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, l
         keys.append(Key("diverged", "cross"))
     caption = (
         f"Loss against {axes.label}, a line per {axes.size}, means over seeds (faint dots: single seeds). Diamonds: the best "
-        f"{axes.label} of {with_article(axes.size)}, from the parabola behind its line, at the loss of the table below, from a "
-        "narrower one that keeps closer to the points; hollow where it does not count. "
+        f"{axes.label} of {with_article(axes.size)}, from the fit behind its line, at the loss of the table below, from "
+        "a narrower fit that keeps closer to the points; hollow where it does not count. "
         f"Dotted: the best of the base {axes.size}. If {axes.plain_values} transfer, the diamonds stand above one another."
     )
     if name == "loss-curves-others":
@@ -102,7 +102,7 @@ def _movement(arm: ArmResult) -> str:
     if arm.drift is None:
         return f"how the best {arm.axes.label} moves is not known"
     slope = arm.drift.value
-    return f"best per doubling of {arm.axes.size}: \N{MULTIPLICATION SIGN}{2**slope:.2f} ({signed(slope)} octaves)"
+    return f"best per doubling of {arm.axes.size}: \N{MULTIPLICATION SIGN}{2**slope:.2f} ({signed(slope)} in log2)"
 
 
 def size_colors(result: TransferResult) -> dict[int, Color]:
@@ -132,9 +132,9 @@ def _curve(arm: ArmResult, fit: SizeFit, color: Color, symbol: str, rank: int) -
     seed, column = np.nonzero(np.isfinite(table.losses))
     near = np.linspace(fitted.left[0], fitted.right[0], 61)
     parabola = fitted.a[0] + (near - fitted.center[0]) * (fitted.b[0] + (near - fitted.center[0]) * fitted.c[0])
-    notes = [f"curvature {fit.curvature:.4f} nats per octave squared", *fit.problems]
+    notes = [f"curvature {fit.curvature:.4f} nats per log2 squared", *fit.problems]
     if not math.isnan(fit.optimum_se):
-        notes.append(f"known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} octaves")
+        notes.append(f"known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} (log2)")
     note = "; ".join(notes)
     best: dict[str, Any] = {"symbol": "D", "size": 7, "hollow": bool(fit.problems), "notes": [note]}
     faint: dict[str, Any] = {"size": 1.6, "opacity": 0.35}
@@ -203,7 +203,7 @@ def drift(result: TransferResult) -> Figure:
         }
         marks = [Mark("band", arm.base_size * 2**x, **zone), *_drift_marks(arm, slope, colors[name], ends)]
         panels.append(Panel(f"{_title(arm)}\n{interval_text(slope)}", marks, {"arm": name}))
-    keys = [Key(f"stands still: within \N{PLUS-MINUS SIGN}{limit:g} octaves per doubling", "band", BAND)]
+    keys = [Key(f"no drift: within \N{PLUS-MINUS SIGN}{limit:g} in log2 per doubling", "band", BAND)]
     keys += [
         Key(f"best of {with_article(axes.size)}, with its 90 % error", "points"),
         Key("fitted drift, shaded over its 90 % interval", "line"),
@@ -212,10 +212,10 @@ def drift(result: TransferResult) -> Figure:
         keys.append(Key("does not count", "points", hollow=True))
     caption = (
         f"How far the best {axes.label} moves with {axes.size}, counted from the fitted line at the base {axes.size}. Above "
-        f"each panel the drift, in octaves per doubling of {axes.size}, with its 90 % interval; a line inside the grey zone "
+        f"each panel the drift, in log2 per doubling of {axes.size}, with its 90 % interval; a line inside the grey zone "
         "passes as transfer."
     )
-    y = Axis(f"shift of the best {axes.label} (octaves)")
+    y = Axis(f"shift of the best {axes.label} (log2)")
     return Figure("drift", caption, Axis(axes.size, "log2", ticks=sizes), y, panels, keys, size=(2.6, 2.5))
 
 

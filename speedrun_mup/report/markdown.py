@@ -1,4 +1,4 @@
-"""A report as Markdown, beside its pictures."""
+"""A report as Markdown, next to its pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from speedrun_mup.files import printable
 from speedrun_mup.report.contents import Report, Table
 
-# Our own `code`, in which nothing that HTML or Markdown would act on can stand; everything else is somebody's text.
+# Our own `code`, in which nothing that HTML or Markdown would act on can stand; everything else is foreign text.
 _CODE = re.compile(r"(?<![`\\])`([^`<>\[\]&|\\]+)`(?!`)")
 _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$]|(?<!\w)_|_(?!\w)|(?<=[\]!])\(|(?<=:)//")
 _BEGINS = re.compile(r"^(?:(?=[+-] |#+ |[=-]+$)|(\d+)(?=[.)] ))")
@@ -17,7 +17,7 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "//": "&#47;/"}
 
 
 def to_markdown(report: Report) -> str:
-    """The text of the file; pictures are named as `png.draw` is told to name them."""
+    """The text of the file; pictures have the names that `png.draw` gets."""
     return "\n".join(_lines(report)) + "\n"
 
 

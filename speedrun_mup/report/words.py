@@ -10,35 +10,35 @@ _TERMS = {
     "muP": "Maximal update parametrization: rules that scale initialisation, forward pass and learning rates with {size}, "
     "so that what was tuned on a small model holds for a large one.",
     "standard parametrization": "What most code does: initialisation by fan-in, one learning rate whatever the {size}.",
-    "arm": "One way to scale with {size}: a set of rules and an optimizer. All arms share data, steps and seeds.",
+    "arm": "One parametrization: rules for scaling with {size}, and an optimizer. All arms share data, steps and seeds.",
     "control": "An arm with a rule that is wrong on purpose. Its best {label} must drift; if it did not, this measurement "
     "could not have noticed a mistake, and nothing here would count.",
     "{label}": "Here a factor on what was tuned at the base {size}, unless it says otherwise; 1 is as tuned.",
-    "octave": "A factor of two: +1 octave is twice, \N{MINUS SIGN}1 is half, 0.25 is 1.19 times.",
-    "drift": "How far the best {label} moves with each doubling of {size}, in octaves. 0: it stays, and transfers.",
+    "log2": "Rates are compared by their logarithm to base 2: +1 is twice, \N{MINUS SIGN}1 is half, 0.25 is 1.19 times.",
+    "drift": "How far log2 of the best {label} moves with each doubling of {size}. 0: it stays, and transfers.",
     "loss": "Mean cross-entropy per token on text that the model was not trained on. Lower is better.",
     "nat": "Unit of the loss (natural logarithm). 0.01 nats less is a perplexity 1 % lower.",
     "regret": "Loss given away by the {largest} model if it takes the best {label} of the base {size} instead of its own.",
     "interval": "Of 90 % here: in nine of ten such measurements it holds the true value, as far as noise between seeds goes.",
     "seed": "Number that fixes what is random. Runs that differ in their seed only show how large the noise is.",
     "sd": "Standard deviation: how far single runs lie from their mean, as a rule of thumb two times out of three.",
-    "curvature": "How steeply the loss rises on either side of the best {label}, in nats per octave squared.",
-    "diverged": "A run whose loss was no number, or ended above where it began. The {label} was too high.",
+    "curvature": "How steeply the loss rises on either side of the best {label}, in nats per log2 squared.",
+    "diverged": "A run whose loss was not finite, or ended above where it began. The {label} was too high.",
     "FLOPs": "Floating-point operations, the usual measure of what training costs.",
-    "PASS": "The best {label} stays where it is, surely enough, and keeping it costs next to nothing.",
+    "PASS": "The best {label} stays where it is, with enough certainty, and keeping it costs next to nothing.",
     "FAIL": "The best {label} moves, or keeping it costs loss, by more than noise explains.",
-    "INCONCLUSIVE": "These runs cannot tell. The reasons say what is missing.",
+    "INCONCLUSIVE": "These runs do not decide it. The reasons say what is missing.",
 }
 
-# What a stranger's table does not tell is not told of it.
+# Nothing is claimed that a foreign table does not say.
 _TERMS_OF_TABLE = _TERMS | {
     "base {size}": "The {size} whose best {label} is held against that of the {largest}: the {smallest}, unless another was "
     "named.",
-    "arm": "One way to scale with {size}: a set of rules and an optimizer. Runs of one should differ in nothing else than "
+    "arm": "One parametrization: rules for scaling with {size}, and an optimizer. Runs of one should differ in nothing else than "
     "{size}, {label} and seed.",
     "{label}": "As it stands in the table.",
     "loss": "As it stands in the table, taken for nats. Lower is better.",
-    "diverged": "A run whose loss was no number, or far above all others. The {label} was too high.",
+    "diverged": "A run whose loss was not finite, or far above all others. The {label} was too high.",
 }
 
 
@@ -56,8 +56,8 @@ ARM_WORDS = {
     "sp": "Standard parametrization",
     "adam-sp": "Standard parametrization (Adam)",
     "record26": "Record 26's own rules",
-    "muon-sqrt-m": "muP, but for Muon's rate times sqrt(m)",
-    "muon-over-m": "muP, but for Muon's rate over m",
+    "muon-sqrt-m": "muP, except Muon's rate times sqrt(m)",
+    "muon-over-m": "muP, except Muon's rate over m",
 }
 
 
@@ -70,7 +70,7 @@ def verdict_words(result: TransferResult) -> str:
     """A verdict as a sentence."""
     axes, limit = result.axes, result.thresholds.equivalence
     best, larger = f"the best {axes.label}", axes.scale.larger
-    still = f"up to \N{PLUS-MINUS SIGN}{limit:g} octaves per doubling of {axes.size} count as standing still"
+    still = f"up to \N{PLUS-MINUS SIGN}{limit:g} in log2 per doubling of {axes.size} count as no drift"
     told = {
         "PASS": f"PASS: {best} stays where it is as the model gets {larger} ({still}).",
         "FAIL": f"FAIL: {best} does not hold for {larger} models ({still}); tune it again for each {axes.size}.",

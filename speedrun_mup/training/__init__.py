@@ -1,4 +1,4 @@
-"""One training run: the loop, its schedule, its folder, its checkpoints and what it tells.
+"""One training run: the loop, its schedule, its folder, its checkpoints and what it reports.
 
 `train` and `TrainResult` are found here; they are imported when they are asked for, so that `tracking` and its kin need no torch.
 """

@@ -65,7 +65,7 @@ class Checkpoints:
     """The checkpoints of one run, in `root`, the `keep_last` newest and every `milestone_every`-th step (0: none).
 
     All methods are collective except `load`: every rank calls them at the same step. A failed save raises
-    CheckpointError on all ranks, and earlier checkpoints are untouched; the caller may go on training.
+    CheckpointError on all ranks, and earlier checkpoints are untouched; the caller may continue training.
     """
 
     def __init__(self, root: Path, world: World, keep_last: int = 2, milestone_every: int = 0):
@@ -89,7 +89,7 @@ class Checkpoints:
 
         optim: this rank's ranges, keyed "parameter/state"; over all ranks they must tile each state without overlap.
         model, state: the same on all ranks. state: plain JSON (None, bool, int, finite float, str, list, dict).
-        wait: False returns once everything is copied to memory, and `poll` tells when it is on the disk. Waits for the
+        wait: False returns once everything is copied to memory, and `poll` shows when it is on the disk. Waits for the
         save before it first; if that one failed, raises its fault instead of saving.
         """
         self.poll(wait=True)
@@ -182,7 +182,7 @@ class Checkpoints:
                 return step, manifest.digest
         if steps:
             raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {self.root} is intact; move them to start anew"
+                f"none of the {len(steps)} checkpoints in {self.root} is intact; move them to start again"
             )
         return None
 
@@ -294,7 +294,7 @@ class Loaded:
             self._divide(SCALARS, ranges_of_scalars(len(flat) // 5))
 
     def slice(self, key: str, begin: int, end: int) -> Tensor:
-        """The flat range [begin, end) of "parameter/state", (end - begin,), whoever wrote it."""
+        """The flat range [begin, end) of "parameter/state", (end - begin,), whichever rank wrote it."""
         size = self.optim_sizes.get(key)
         if size is None or not 0 <= begin <= end <= size:
             have = "nothing of that name" if size is None else f"{size} elements"

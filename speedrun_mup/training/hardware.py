@@ -1,4 +1,4 @@
-"""What this device can do, found out by trying, and what that means for a run. Every choice comes with its reason."""
+"""Capability probes (dtype, compile, attention, FP8), and what they mean for a run. Every choice comes with its reason."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pick_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
     if cfg.compile:
         return True, "asked for"
     if device.type != "cuda":
-        return False, "pays on CUDA only"
+        return False, "only worthwhile on CUDA"
     if cfg.compile is False:
         return False, "by flag or preset"
     try:
@@ -118,7 +118,7 @@ def _try_flex(head_dim: int, block_size: int, device: torch.device, dtype: torch
 
 
 def pick_fp8(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[bool, str]:
-    """Whether the head trains with 8-bit products, and why. ConfigError if that is asked for and impossible."""
+    """Whether the head trains with FP8 matmuls, and why. ConfigError if that is asked for and impossible."""
     odd = [f"{name}={getattr(cfg, name)}" for name in ("width", "block_size") if getattr(cfg, name) % GRANULE]
     on_cuda, obstacle = device.type == "cuda", ""
     if odd:
@@ -128,21 +128,21 @@ def pick_fp8(cfg: TrainConfig, device: torch.device, dtype: torch.dtype, compile
     elif on_cuda and not compiled:
         obstacle = "the model is not compiled"
     elif not has_fp8(device):
-        obstacle = f"no 8-bit products on this {device.type}"
+        obstacle = f"no FP8 matmuls on this {device.type}"
     if cfg.fp8 and obstacle:
         raise ConfigError(f"fp8 cannot be used: {obstacle}; use --no-fp8")
     if cfg.fp8 is not None:
         return cfg.fp8, "asked for"
     if obstacle:
         return False, obstacle
-    return (True, "the GPU multiplies 8-bit numbers") if on_cuda else (False, "pays on CUDA only")
+    return (True, "the GPU has FP8 matmuls") if on_cuda else (False, "only worthwhile on CUDA")
 
 
 def use_compile_cache(folder: Path) -> None:
     """Keep compiled code in `folder`, so that the next start need not compile; unless the environment names another.
 
     Comes before anything is compiled: torch then writes its own choice, a folder that may not outlive the machine's next
-    start, into the environment. Torch also keeps derived gradients, but unless told to not those of a graph with an
+    start, into the environment. Torch also keeps derived gradients, but by default not those of a graph with an
     autograd.Function in it; its forward and backward are part of the graph, so that a changed one is not taken for the old.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -65,7 +65,7 @@ def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
     if cfg.deterministic:
         if world_size > 1 and (odd := next((share for share in shares if share & (share - 1)), 0)):
             raise ConfigError(
-                f"{odd} micro-batches per process are no branch of the tree that --deterministic sums in; start 1 process, or "
+                f"{odd} micro-batches per process do not fit the tree that --deterministic sums in; start 1 process, or "
                 "so many that each has 1, 2, 4, 8, ... of them"
             )
         return 1

@@ -55,7 +55,7 @@ class FiniteCheck:
         """Have the gradient's norm over all ranks, where there are several. One all-reduce of one number.
 
         squares: the squared norms of what this rank's optimizers had of the summed gradient. A rank's own gradient does
-            not tell, because gradients of ranks add up before they are squared.
+            not show it, because gradients of ranks add up before they are squared.
         """
         if world.size > 1:
             total = torch.stack(list(squares)).sum()
@@ -76,11 +76,11 @@ class FiniteCheck:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", non_blocking=tensor.is_cuda)  # elsewhere nothing tells when it has arrived
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)  # elsewhere nothing shows when it has arrived
 
 
 def _arrival(tensor: Tensor) -> Any:
-    """What tells when all that was asked of a GPU so far is done; None elsewhere."""
+    """An event after all that was asked of a GPU so far; None elsewhere."""
     if not tensor.is_cuda:
         return None
     event = torch.cuda.Event()
@@ -95,7 +95,7 @@ def not_finite(norms: dict[str, float]) -> list[str]:
 
 
 class LossSpikeDetector:
-    """Tells when a loss lies SPIKE_SIGMAS standard deviations above the mean of the last SPIKE_WINDOW.
+    """Detects a loss that lies SPIKE_SIGMAS standard deviations above the mean of the last SPIKE_WINDOW.
 
     history: the losses so far, of a resumed run.
     """
@@ -131,7 +131,7 @@ def exploded_weights(weights: Mapping[str, Tensor]) -> str:
 
 
 def judged_losses(steps: int) -> int:
-    """How many of the last losses tell how a run of `steps` steps stands: a tenth, at least 5, of those that are kept."""
+    """How many of the last losses show where a run of `steps` steps stands: a tenth, at least 5, of those that are kept."""
     return min(max(round(JUDGED_SHARE * steps), 5), SPIKE_WINDOW)
 
 

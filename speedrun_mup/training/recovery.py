@@ -1,4 +1,4 @@
-"""What becomes of a run when its numbers go bad or a save fails: go on, skip the step, roll back, or stop in one line."""
+"""What becomes of a run when its numbers go bad or a save fails: continue, skip the step, roll back, or stop in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BAD_STEPS = 10  # skipped or rolled back before the run gives up
 
 
 class RollBack(Exception):
-    """The numbers went bad at a step: the run is to go on from its last checkpoint, with the data after that step."""
+    """The numbers went bad at a step: the run is to continue from its last checkpoint, with the data after that step."""
 
     def __init__(self, step: int):
         self.step = step
@@ -127,7 +127,7 @@ class Recovery:
             self.failed_saves += 1
             if last or self.failed_saves >= SAVE_ATTEMPTS:
                 raise
-            self.folder.log.say(f"warning: {fault}; training goes on")
+            self.folder.log.say(f"warning: {fault}; training continues")
 
 
 def _describe_bad_step(step: int, skipped: int, batches: Batches, norms: list[dict[str, float]]) -> dict[str, Any]:

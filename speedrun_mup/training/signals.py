@@ -63,14 +63,14 @@ def stop_signals() -> Iterator[StopSignals]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in a list instead of dying of them; the third ends the process at once.
 
     While there is nothing to save, the first raises StoppedEarly too: compiling can take minutes. The end of torchrun is in
-    the list as well, unless something else came before; it counts once, however often it is told. Outside the main thread
+    the list as well, unless something else came before; it counts once, however often it arrives. Outside the main thread
     the list stays empty.
     """
     received = StopSignals()
 
     def stop_early() -> None:
         if not received.something_to_save:
-            raise StoppedEarly(received[0])  # whoever drops this, as a finalizer does, stops after the step
+            raise StoppedEarly(received[0])  # code that drops this, as a finalizer does, stops after the step
 
     def on_signal(number: int, frame: Any) -> None:
         name = "the end of torchrun or SIGUSR2" if number == PARENT_DIED else signal.Signals(number).name
@@ -80,7 +80,7 @@ def stop_signals() -> Iterator[StopSignals]:
         if len(received) == 1:  # a second would interrupt what the first has begun
             after_imports(stop_early, frame)
         if len(received) == 2 and received.something_to_save:
-            print(f"{received[-1]} again: still saving; once more quits without", file=sys.stderr)
+            print(f"{received[-1]}: still saving; once more to quit without saving", file=sys.stderr)
         if len(received) >= 3:
             os._exit(128 + number)
 

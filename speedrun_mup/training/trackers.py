@@ -22,7 +22,7 @@ TRACKER_FIXES = {  # what to do about a tracker that fails
 
 
 class Tracker:
-    """A mirror of the metrics in somebody's tracker, which works in a thread of its own: no fault of it reaches the run.
+    """A mirror of the metrics in a tracker, which works in a thread of its own: no fault of it reaches the run.
 
     The first fault of any kind switches it off, with one line.
 
@@ -30,7 +30,7 @@ class Tracker:
         kind: tensorboard, wandb or trackio.
         folder: of the run.
         config: the run's settings.
-        start_step: of a resumed run; TensorBoard hides what a dead life mirrored of that step and later.
+        start_step: of a resumed run; TensorBoard hides what a crashed attempt mirrored of that step and later.
         warn: is called with the line, in the tracker's thread.
 
     Raises:
@@ -64,7 +64,7 @@ class Tracker:
         while not self.failed and (work := self._work.get()):
             try:
                 work()
-            except BaseException as fault:  # of somebody else's code, which may even call sys.exit
+            except BaseException as fault:  # of foreign code, which may even call sys.exit
                 self._fail(in_a_line(fault))
 
     def _fail(self, why: str) -> None:
@@ -72,7 +72,7 @@ class Tracker:
             self.failed = Tracker.abandoned = True
             fix = TRACKER_FIXES[self.kind]
             self._warn(
-                f"warning: {self.kind} failed ({printable(why)}); going on without it, metrics.jsonl has all; {fix}"
+                f"warning: {self.kind} failed ({printable(why)}); continuing without it, metrics.jsonl has all; {fix}"
             )
 
     def _open(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""One size: its table of losses, the parabola near the minimum, the optimum, and the noise of all that."""
+"""One size: its table of losses, the quadratic fit near the minimum, the optimum, and the noise of all that."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class QuadraticFit:
-    """Parabolas near the minimum of R curves: loss = a + b (x - center) + c (x - center)**2. Every field is (R,).
+    """Quadratic fits near the minimum of R curves: loss = a + b (x - center) + c (x - center)**2. Every field is (R,).
 
     left, right: the window that was fitted. resolved: c > 0, lowest grid point not at an end, vertex inside the window.
     """
@@ -64,7 +64,7 @@ class QuadraticFit:
 
     @property
     def vertex(self) -> Array:
-        """The optimum, log2; the end of the window that looks better where the parabola has no vertex inside."""
+        """The optimum, log2; the end of the window that looks better where the fit has no vertex inside."""
         with np.errstate(divide="ignore", invalid="ignore"):
             free = np.where(self.c > 0, self.center - self.b / (2 * self.c), np.where(self.b < 0, np.inf, -np.inf))
         return np.clip(free, self.left, self.right)
@@ -81,7 +81,7 @@ class QuadraticFit:
 
 
 def fit_quadratics(log2_value: Array, losses: Array, window: float, excess: float) -> QuadraticFit:
-    """Least-squares parabola to each row of `losses` (R, K) over the points of the grid `log2_value` (K,) in its window.
+    """Least-squares quadratic fit to each row of `losses` (R, K) over the points of the grid `log2_value` (K,) in its window.
 
     The window: the lowest point, its two neighbours, and what lies within `window` octaves of it and not more than
     `excess` (a fraction) above it. Loss curves are steeper on the right, so the whole range would pull the vertex left.
@@ -267,7 +267,7 @@ class Noise:
         if pooled < 1e-9 * max(abs(float(table.mean.min())) for table in source):
             raise TransferError("all seeds have the same losses near the optimum; give more digits")
         if given is not None:
-            raise TransferError(f"--sigma {given:g}: runs with several seeds tell the noise already; leave it out")
+            raise TransferError(f"--sigma {given:g}: runs with several seeds already give the noise; leave it out")
         seeds = sum(len(table.filled) - 1 for table in source)
         return Noise(pooled, max(total, pooled), float(freedom[0]), float(seeds), own, own_total)
 
@@ -319,7 +319,7 @@ class SizeFit:
 
     @property
     def best_losses(self) -> Array:
-        """Loss at the optimum (R,), read off the narrow parabola, which keeps closer to the points."""
+        """Loss at the optimum (R,), read off the narrow fit, which keeps closer to the points."""
         return self.narrow.at(self.quadratic.vertex)
 
     @property
@@ -334,7 +334,7 @@ class SizeFit:
         return float(below.max()) if len(below) else math.nan
 
     def loss_at(self, x: Array) -> Array:
-        """Loss at log2 value `x` (R,): parabola in its window, lines between the means outside, inf where runs diverge."""
+        """Loss at log2 value `x` (R,): quadratic fit in its window, lines between the means outside, inf where runs diverge."""
         grid = self.table.log2_value
         right = np.clip(np.searchsorted(grid, x), 1, len(grid) - 1)
         row = np.arange(len(x))
@@ -430,9 +430,9 @@ def _obstacles(table: LossTable, quadratic: QuadraticFit, thresholds: Thresholds
     elif lowest == grid[-1]:
         yield f"minimum at the right edge of the grid: extend the sweep to {value_text(2 * grid[-1] - grid[-2])}"
     elif not quadratic.resolved[0]:
-        yield f"no parabola with a minimum inside the window around {value_text(lowest)}: add seeds or points there"
+        yield f"no quadratic fit with a minimum inside the window around {value_text(lowest)}: add seeds or points there"
     elif cliff - vertex < (step := float(grid[np.searchsorted(grid, lowest) + 1]) - lowest) - 1e-6:
-        where = f"less than a grid step ({step:g} octaves) right of the optimum at {value_text(vertex)}"
+        where = f"less than a grid step ({step:g} in log2) right of the optimum at {value_text(vertex)}"
         yield f"diverges at {value_text(cliff)}, {where}: add points in between"
     elif len(quadratic.resolved) > 1 and (lost := 1 - quadratic.resolved[1:].mean()) > thresholds.max_unresolved:
         yield f"{lost:.0%} of the resamples have no minimum inside the grid: add seeds or extend the sweep"

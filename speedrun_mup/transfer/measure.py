@@ -272,7 +272,7 @@ def _scatter(usable: Sequence[SizeFit], drift: float, thresholds: Thresholds) ->
     if excess[worst] <= 0:
         return ()
     return (
-        f"{usable[worst].place}: optimum {rest[worst]:+.2f} octaves off the line through all {usable[worst].table.axes.plural}",
+        f"{usable[worst].place}: optimum {rest[worst]:+.2f} (log2) off the line through all {usable[worst].table.axes.plural}",
     )
 
 
@@ -341,11 +341,11 @@ def _short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: T
             text += f"; a {axes.scale.larger} {axes.size} would settle it sooner than more seeds"
         short.append(text)
     elif abs(drift.value) > bound:
-        short.append(f"{measured}: more than {bound:g}, but not surely")
+        short.append(f"{measured}: more than {bound:g}, but not certainly")
     narrowly = drift.value + shift.value
     if abs(shift.value) > 2 * shift.se and (abs(shift.value) > thresholds.max_window_shift or abs(narrowly) > bound):
         narrow = f"drift {narrowly:+.3f} from the narrow window, {drift.value:+.3f} from the wide one"
-        short.append(f"{narrow}: the answer depends on the window; add half-octave points near the optima")
+        short.append(f"{narrow}: the answer depends on the window; add half-step points near the optima")
     return short
 
 

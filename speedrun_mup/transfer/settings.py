@@ -1,4 +1,4 @@
-"""What a table's further columns say of its runs: settings that must be alike, and those that may follow a rule of size.
+"""What a table's further columns say about its runs: settings that must be alike, and those that may follow a rule of size.
 
 A column that cannot matter (a name, a time, a host, a path, a count of parameters) raises no doubt, however it varies.
 """

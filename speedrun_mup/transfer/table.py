@@ -1,4 +1,4 @@
-"""Runs from somebody's CSV: which column means what, what is left out, and bounds on all of it."""
+"""Runs from a foreign CSV: which column means what, what is left out, and bounds on all of it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str,
         where = f"{printable(path)} row {line}"
         if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
             raise TransferError(
-                f"{where}: {len(cells)} cells below a header of {len(header)}; quote a cell with a comma"
+                f"{where}: {len(cells)} values below a header of {len(header)}; quote a value with a comma"
             )
         told = {role: cells[number].strip() for role, number in place.items()}
         others = {name: int(cells[at]) for name, at in sizes.items() if re.fullmatch(r"\s*[0-9]{1,18}\s*", cells[at])}
@@ -260,7 +260,7 @@ def _find_columns(path: Path, header: Sequence[str], axes: Axes, columns: Mappin
 
 
 def _advice(absent: Sequence[str], names: Sequence[str]) -> str:
-    """Which --columns to give instead, as far as names tell."""
+    """Which --columns to give instead, as far as names show it."""
     if len(names) <= 1:
         return "separate columns with commas"
     found = {role: _candidates(role, names) for role in absent}

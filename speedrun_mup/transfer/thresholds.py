@@ -28,7 +28,7 @@ class Thresholds:
     regret_sigmas: float = 2.0  # ... or this many standard deviations of one run, whichever is more
     min_sizes: int = 3
     min_span: float = 4.0  # largest size over smallest
-    window: float = 2.0  # octaves on either side of the lowest point that the parabola sees
+    window: float = 2.0  # octaves on either side of the lowest point that the fit takes
     narrow_window: float = 1.0  # the same for the check that the window does not matter
     window_excess: float = 0.05  # points this fraction above the lowest loss are treated as divergence, not fitted
     # Octaves per doubling: narrow drift minus drift, unless noise (2 SE) explains it; nor may the narrow one exceed max_drift.

@@ -1,4 +1,4 @@
-"""Matrix products in 8-bit floating point, as custom operators `nanogpt::mm` and `nanogpt::mm_backward`.
+"""FP8 matmuls, as custom operators `nanogpt::mm` and `nanogpt::mm_backward`.
 
 Values and weights are stored as e4m3 (3 bits of mantissa, up to 448), gradients as e5m2 (2 bits, up to 57,344), each
 divided by a scale that is fixed in advance, as in record 26 of the speedrun. The conversion clamps: what it does with
@@ -48,7 +48,7 @@ def quantize(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, a_s: float, b_s: float, out: torch.dtype, fast: bool) -> Tensor:
-    """a (m, k) row-major times b (k, n) column-major, both 8-bit; float32 sums, unless `fast`, rounded to `out`."""
+    """a (m, k) row-major times b (k, n) column-major, both FP8; float32 sums, unless `fast`, rounded to `out`."""
     a_scale, b_scale = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (a_s, b_s))
     return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=out, use_fast_accum=fast)
 
@@ -66,7 +66,7 @@ def _fused_mm() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """(m, n) of 8-bit numbers -> the contiguous (n, m): the products want both factors along the sum."""
+    """(m, n) in FP8 -> the contiguous (n, m): the matmuls want both factors along the sum."""
     if has_triton(x.device):
         from speedrun_mup.core.kernels.triton import transpose_bytes
 
@@ -123,7 +123,7 @@ mm.register_autograd(_differentiate, setup_context=_save)
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether `device` can multiply 8-bit matrices: found out by multiplying some."""
+    """Whether `device` has FP8 matmuls: found out by trying one."""
     try:
         a = torch.zeros(GRANULE, GRANULE, device=device)
         _product(a.to(E4M3), a.to(E4M3).T, 1.0, 1.0, torch.bfloat16, fast=True)

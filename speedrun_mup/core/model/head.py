@@ -54,7 +54,7 @@ class Head(Linear):
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The stream (T, D) and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
-        training = torch.is_grad_enabled()  # a Function is told that a parameter needs a gradient even under no_grad
+        training = torch.is_grad_enabled()  # a Function sees that a parameter needs a gradient even under no_grad
         return SoftcapCrossEntropy.apply(
             x,
             self.weight if training else self.weight.detach(),

@@ -79,8 +79,8 @@ def _fused_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor | None]]:
 class SoftcapCrossEntropy(torch.autograd.Function):
     """Head, softcap and summed cross-entropy over chunks of rows, so that (T, V) logits never exist.
 
-    The gradient is computed beside the loss, while a chunk's logits are there, so nothing is computed twice. fp8: scales
-    of 8-bit products; fused: compile what is around the products.
+    The gradient is computed with the loss, while a chunk's logits are there, so nothing is computed twice. fp8: scales
+    of FP8 matmuls; fused: compile what is around the matmuls.
     """
 
     @staticmethod

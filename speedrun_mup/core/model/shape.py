@@ -19,7 +19,7 @@ class ModelShape:
 
     vocab_size: of the tokenizer; padded up to a multiple of 128 inside. base_width: the width that the learning rates
     were tuned at. bos_token: opens a document. parametrization: a name in mup.PARAMETRIZATIONS or a table of your own.
-    fp8: train the head with 8-bit products; it predicts and validates without them, as in the record. widest_window: in
+    fp8: train the head with FP8 matmuls; it predicts and validates without them, as in the record. widest_window: in
     blocks, what a window that is given as a tensor may come to (None: the whole sequence).
     Raises ConfigError for an impossible shape.
     """

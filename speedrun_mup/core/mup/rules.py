@@ -42,7 +42,7 @@ class Update(enum.Enum):
     def _missing_(cls, value: object) -> Update:
         best_known = {"sgd": cls.GRADIENT, "adam": cls.ENTRYWISE, "muon": cls.SPECTRAL}
         if not isinstance(value, str) or value not in best_known:
-            raise NoRuleError(f"{value!r} is no kind of update; choose {', '.join(kind.value for kind in cls)}")
+            raise NoRuleError(f"{value!r} is not a kind of update; choose {', '.join(kind.value for kind in cls)}")
         return best_known[value]
 
 

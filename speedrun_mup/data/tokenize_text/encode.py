@@ -135,7 +135,7 @@ def _resume(job: Job, work: Progress) -> tuple[DocumentReader, Iterator[Document
 
 
 class PieceWriter:
-    """Collects what was encoded, and brings it to the disk as pieces: large enough, or often enough, beside the reading.
+    """Collects what was encoded, and brings it to the disk as pieces: large enough, or often enough, while reading continues.
 
     What is collected is kept too when the block is left by an exception, Ctrl-C included.
     """

@@ -25,7 +25,7 @@ from speedrun_mup.data.tokenizers import Tokenizer
 from speedrun_mup.files import printable, read_json, sync_folder, write_whole
 
 MOST_WORKERS = 1024
-_NOT_FOREIGN = ("lost+found",)  # what an empty folder may hold, besides hidden files
+_NOT_FOREIGN = ("lost+found",)  # what an empty folder may hold, in addition to hidden files
 
 
 def tokenize_text(
@@ -36,9 +36,9 @@ def tokenize_text(
     progress: bool = False,
     skip_bad: bool = False,
 ) -> Corpus:
-    """Write the documents of `paths` into `out` as a corpus. Goes on where a killed process stopped.
+    """Write the documents of `paths` into `out` as a corpus. Resumes where a killed process stopped.
 
-    Returns at once if `out` already holds just this, which of standard input nobody can tell: it needs a new `out`.
+    Returns at once if `out` already holds just this, which is unknown of standard input: it needs a new `out`.
 
     Args:
         paths: files, folders, "-" for standard input, hf://OWNER/NAME/CONFIG.
@@ -127,7 +127,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(directory / MANIFEST, advice)
     parts = [manifest.get(part) for part in PARTS] if isinstance(manifest, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or not isinstance(manifest.get("recipe"), str):
-        raise ConfigError(f"{printable(directory / MANIFEST)} is no manifest; {advice}")
+        raise ConfigError(f"{printable(directory / MANIFEST)} is not a manifest; {advice}")
     return manifest
 
 

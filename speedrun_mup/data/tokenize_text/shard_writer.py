@@ -61,7 +61,7 @@ def plan_shards(sizes: Iterable[np.ndarray], shard_tokens: int) -> Iterator[Plan
 class ShardWriter:
     """Writes the shards of one part ("train" or "val") as planned.
 
-    A shard is begun anew unless it was finished: a part of one is never taken up. Its facts are those of what is written,
+    A shard is begun again unless it was finished: a part of one is never taken up. Its facts are those of what is written,
     checked before it is, so nothing is read back.
     """
 

@@ -22,7 +22,7 @@ _TRAINING_CHARS = 50_000_000  # of text, from its start, for train:N
 
 
 def ready_tokenizer(sources: Sequence[Source], settings: TextSettings) -> Tokenizer | None:
-    """The tokenizer, or None if it is to be trained. What cannot be is told here, before anything is written."""
+    """The tokenizer, or None if it is to be trained. What cannot be is reported here, before anything is written."""
     if trained_vocab_size(settings.tokenizer) is None:
         return find_tokenizer(settings.tokenizer, settings.bos)
     if settings.bos is not None:

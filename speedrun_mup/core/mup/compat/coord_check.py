@@ -195,7 +195,7 @@ def get_coord_data(
 
     models: {width: constructor}. dataloader: (input, label) pairs, or with dict_in_out keyword arguments of a model
     that returns its loss under `output_name`, or first. optimizer: sgd, adam or adamw (lr default 0.1 or 1e-3; torch's
-    own with mup=False), or a function of the model. t = 1 is before any update. The seed is set anew for every model,
+    own with mup=False), or a function of the model. t = 1 is before any update. The seed is set again for every model,
     so that nothing but width differs. fix_data: train on the first batch only. lossfn: a name in LOSSES or a function
     of output and label. one_hot_target: make vectors of class labels (always so for mse). Raises ConfigError.
     """

@@ -22,7 +22,7 @@ def fold(model: Model) -> Model:
 
     So its state dict loads into plain classes, and merging an adapter is exact. A readout that shares an embedding gets
     a weight of its own: where a Hugging Face config says tie_word_embeddings, the copy's says no. The copy has no base
-    shapes; to go on training in muP, keep `model`.
+    shapes; to continue training in muP, keep `model`.
 
     Raises:
         UndeclaredParameterError: if set_base_shapes was not called.

@@ -194,13 +194,13 @@ def _layout_by_shape(infshape: InfShape, infinite: list[int], guess: bool) -> li
         # one row for all positions or examples, (1, 1, d) or (1, T, d); or one number for each channel, (d, 1, 1)
         added = len(words) > 2 and (infshape[0] == InfDim(None, 1) or set(others) == {1})
         if not (len(words) == 1 or added or guess):
-            raise BaseShapeError("one dimension grows with width, and the shape does not tell whether it is read from")
+            raise BaseShapeError("one dimension grows with width, and the shape does not show whether it is read from")
         words[infinite[0]] = "out"
     elif len(infinite) == 2:
         words[infinite[0]], words[infinite[1]] = "out", "in"
     elif infinite:
         raise BaseShapeError(
-            f"{infshape!r}: cannot tell in from out; say with mup.declare(module, name, role, base, layout)"
+            f"{infshape!r}: in and out are ambiguous; declare them with mup.declare(module, name, role, base, layout)"
         )
     return words
 

@@ -59,7 +59,7 @@ class MuReadout(nn.Linear):
     (..., in_features) -> (..., out_features). Its input is multiplied by output_mult and by the table's forward factor,
     1 / width multiplier in muP; the bias is not. A weight that is shared with an embedding (`readout.weight =
     embedding.weight`) keeps the embedding's initialisation, as in MuSharedReadout. state_dict() holds the multiplier
-    beside the weight, and loading it checks that this model's is the same; one without it loads as it is.
+    next to the weight, and loading it checks that this model's is the same; one without it loads as it is.
 
     Args:
         readout_zero_init: start at zero.
@@ -84,7 +84,7 @@ class MuReadout(nn.Linear):
         super().__init__(*args, **kwargs)
 
     def reset_parameters(self) -> None:
-        """Initialise anew, as torch does or to zero, keeping a rescaling that was asked for before."""
+        """Initialise again, as torch does or to zero, keeping a rescaling that was asked for before."""
         factors = vars(self).pop("mup_rescaled", {})
         vars(self).pop("mup_loaded", None)
         own = self._own_parameters()
@@ -182,7 +182,7 @@ class MuReadout(nn.Linear):
             )
 
 
-# Beside a readout's weight in state_dict(), and in its metadata: [the multiplier, in_features at base width].
+# Next to a readout's weight in state_dict(), and in its metadata: [the multiplier, in_features at base width].
 MULTIPLIER = "mup_multiplier"
 
 
@@ -205,7 +205,7 @@ def rescale_linear_bias(linear: nn.Module) -> None:
     """Turn torch's init of a linear or convolution bias, std 1/sqrt(fan_in), into muP's constant. Safe to repeat."""
     spec = tensor_spec(linear, "weight") or weight_spec(linear)
     if len(spec.shape) < 2:
-        raise BaseShapeError(f"a {type(linear).__name__} is no linear or convolution layer: nothing to rescale")
+        raise BaseShapeError(f"a {type(linear).__name__} is not a linear or convolution layer: nothing to rescale")
     m_in = spec.shape[1] / spec.base_shape[1]  # torch takes the fan-in from here, also for transposed convolutions
     _rescale(linear, {"bias": ROOT_PER_IN.inverse()(m_in, 1.0)})
 

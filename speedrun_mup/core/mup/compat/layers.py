@@ -32,7 +32,7 @@ def _is_matrix(module: nn.Module, tensor: str) -> bool:
 
 
 def layout_of(module: nn.Module, tensor: str, ndim: int) -> list[str] | None:
-    """One word for each of the `ndim` dimensions of a tensor of `module`; None where torch's classes do not tell."""
+    """One word for each of the `ndim` dimensions of a tensor of `module`; None where torch's classes do not show it."""
     if isinstance(module, _GAINS) and tensor in ("weight", "bias"):
         return ["out"] * ndim
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and tensor == "weight" and ndim == 2:

@@ -129,7 +129,7 @@ def _scaled(params: Params, impl: Callable[..., Optimizer], kwargs: dict[str, An
     if isinstance(params, nn.Module):
         split, params = replace(split, model=params), params.named_parameters()
     if not callable(impl):
-        raise ConfigError(f"impl={impl!r} is no optimizer class")
+        raise ConfigError(f"impl={impl!r} is not an optimizer class")
     signature = inspect.signature(impl).parameters
     defaults = {k: signature[k].default for k in ("lr", "weight_decay", "eps") if k in signature}
     defaults = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
@@ -223,7 +223,7 @@ def MuMuon(
 
     def compensate(spec: ParamSpec) -> float:
         if impl is Muon and len(spec.shape) != 2:
-            raise NoRuleError("torch's muon must not own what is no matrix of two dimensions: use adam for it")
+            raise NoRuleError("torch's muon must not own it, only matrices of two dimensions: use adam")
         return shape_factor(*spec.base_shape[-2:]) / shape_factor(*spec.shape[-2:])
 
     return _scaled(params, impl, kwargs, _Split(Update.SPECTRAL, {}, parametrization, model, compensate=compensate))
@@ -253,7 +253,7 @@ class Combined(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: only you know which of the optimizers should own it."""
         if self.optimizers:
-            raise ConfigError("add the group to one of the optimizers, then combine them anew")
+            raise ConfigError("add the group to one of the optimizers, then combine them again")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -83,9 +83,11 @@ def load_base_shapes(filename: str | Path) -> dict[str, InfShape]:
         sizes = yaml.safe_load(text)
         finite = [json.loads(line.removeprefix(_FINITE)) for line in text.splitlines() if line.startswith(_FINITE)]
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
-        raise BaseShapeError(f"{filename} is no file of base shapes: {in_a_line(fault)}; save it again") from None
+        raise BaseShapeError(f"{filename} is not a file of base shapes: {in_a_line(fault)}; save it again") from None
     if not sizes or not all(_are_shapes(part) for part in [sizes, *finite]):
-        raise BaseShapeError(f"{filename} is no file of base shapes: it lacks {{name: [sizes or null]}}; save it again")
+        raise BaseShapeError(
+            f"{filename} is not a file of base shapes: it lacks {{name: [sizes or null]}}; save it again"
+        )
     shapes = {name: InfShape.from_base_shape(base) for name, base in sizes.items()}
     for name, known in ((name, known) for part in finite for name, known in part.items()):
         if len(known) != len(shapes.get(name, ())):
@@ -101,7 +103,7 @@ def _read(filename: str | Path) -> str:
         with os.fdopen(handle, "rb") as file:
             info = os.fstat(handle)
             if not stat.S_ISREG(info.st_mode) or info.st_size > _MOST_BYTES:
-                raise BaseShapeError(f"{filename} is no file of base shapes: not a regular file of up to 8 MiB")
+                raise BaseShapeError(f"{filename} is not a file of base shapes: not a regular file of up to 8 MiB")
             return file.read(_MOST_BYTES).decode()
     except (OSError, ValueError) as fault:
         if isinstance(fault, BaseShapeError):
@@ -362,7 +364,7 @@ def set_base_shapes(
     savefile: str | Path | None = None,
     do_assert: bool = True,
 ) -> Model:
-    """Tell every parameter of `model` its shape at base width and its role, and return the model.
+    """Declare shape at base width and role of every parameter of `model`, and return the model.
 
     Safe to call again, on the same or another base. On meta nothing is rescaled: call again once the model has values.
 
