@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist import run_ranks
 from faults.test_matrix import assert_same_run, folder_of
+from helpers.dist import run_ranks
 from test_checkpoint import reseal, sha256
 from test_training import assert_same_training, curve, poison
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from faults.harness import fork, wait
+from helpers.small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import seed_for

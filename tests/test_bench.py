@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from dist import run_ranks
+from helpers.dist import run_ranks
 
 from speedrun_mup import bench as bench_module
 from speedrun_mup.bench import PHASES, Stopwatch, TimedWorld, bench

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from loopback_hub import LoopbackHub
+from helpers.loopback_hub import LoopbackHub
 
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.data import documents

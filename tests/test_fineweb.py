@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback_hub import COMMIT, LoopbackHub
-from small_corpus import naive_read
+from helpers.loopback_hub import COMMIT, LoopbackHub
+from helpers.small_corpus import naive_read
 
 from speedrun_mup.cli import main
 from speedrun_mup.core.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dist import run_ranks
+from helpers.dist import run_ranks
 from test_golden import named
 from test_optimizers import groups_of
 from test_polar_express import GOLDEN, summary

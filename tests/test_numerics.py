@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist import run_ranks
+from helpers.dist import run_ranks
 
 from speedrun_mup.core.errors import Diverged, NonFiniteError
 from speedrun_mup.core.utils import World

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dist import run_ranks
+from helpers.dist import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

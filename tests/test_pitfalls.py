@@ -1,8 +1,10 @@
-"""The known ways to get muP wrong, one test each. Those not here: 14 and 22 (the GPT has one head_dim and no NorMuon)."""
+"""The known ways to get muP wrong, a test each; docs/pitfalls.md lists them."""
 
 import copy
 import dataclasses
+import re
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,13 +56,13 @@ def small(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head, slope", [(0.5, 0.5), (2.0, -1.0)])
-def test_pitfall_1_head_corrected_by_half_or_twice(small, head, slope):
+def test_head_corrected_by_half_or_twice(small, head, slope):
     result = check(small, mup.mup(head=head))
     assert result.verdict is Verdict.FAIL
     assert result.arm.update_slope(Role.OUTPUT) == pytest.approx(slope, abs=0.25)
 
 
-def test_pitfall_2_the_head_s_multiplier_is_in_every_path():
+def test_the_head_s_multiplier_is_in_every_path():
     model = lively()  # m = 4
     logits = model.logits(INPUTS, 2)
     expected = nn.functional.cross_entropy(logits, TARGETS, reduction="sum")
@@ -77,25 +79,25 @@ def test_pitfall_2_the_head_s_multiplier_is_in_every_path():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table, slope", [("muon-over-m", -1.0), ("muon-sqrt-m", 0.5)])
-def test_pitfall_3_muon_with_a_factor_that_it_does_not_need(small, table, slope):
+def test_muon_with_a_factor_that_it_does_not_need(small, table, slope):
     result = check(small, PARAMETRIZATIONS[table])
     assert result.verdict is Verdict.FAIL
     assert result.arm.update_slope(Role.HIDDEN) == pytest.approx(slope, abs=0.25)
 
 
 @pytest.mark.parametrize("name", PARAMETRIZATIONS)
-def test_pitfall_4_every_table_is_the_identity_at_base_width(name):
+def test_every_table_is_the_identity_at_base_width(name):
     for _, _, spec in named_specs(gpt(16, 16)):
         for optimizer in ("adam", "sgd", *(["muon"] if spec.role is Role.HIDDEN else [])):
             assert spec.factors(PARAMETRIZATIONS[name], optimizer) == mup.Multipliers(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.slow
-def test_pitfall_5_two_steps_are_too_few_to_see_zero_initialised_layers_move(small):
+def test_two_steps_are_too_few_to_see_zero_initialised_layers_move(small):
     assert check(small, steps=2).verdict is Verdict.INCONCLUSIVE
 
 
-def test_pitfall_6_fused_and_transposed_layouts():
+def test_fused_and_transposed_layouts():
     specs = {name: spec for name, _, spec in named_specs(gpt())}
     qkv = specs["blocks.0.attn.qkv_w"]
     assert (qkv.m_in, qkv.m_out) == (4, 4) and qkv.factors(PARAMETRIZATIONS["mup"], "sgd").lr == 1
@@ -107,7 +109,7 @@ def test_pitfall_6_fused_and_transposed_layouts():
     assert (plain.m_in, plain.m_out) == (turned.m_in, turned.m_out) == (8, 4)
 
 
-def test_pitfall_7_multipliers_survive_copies_and_are_never_guessed():
+def test_multipliers_survive_copies_and_are_never_guessed():
     model = gpt()
     before = param_groups(model, model.cfg.table, TUNED)
     after = param_groups(copy.deepcopy(model), model.cfg.table, TUNED)
@@ -117,7 +119,7 @@ def test_pitfall_7_multipliers_survive_copies_and_are_never_guessed():
         param_groups(model, model.cfg.table, TUNED)
 
 
-def test_pitfall_8_parameters_of_one_shape_keep_their_own_learning_rates():
+def test_parameters_of_one_shape_keep_their_own_learning_rates():
     model = gpt()
     tuned = TUNED | {"embed": Tuned("adam", 0.3), "head": Tuned("adam", 0.2)}
     adam = DistAdam(param_groups(model, model.cfg.table, tuned)["adam"])
@@ -131,7 +133,7 @@ def test_pitfall_8_parameters_of_one_shape_keep_their_own_learning_rates():
     )
 
 
-def test_pitfall_9_the_schedule_keeps_ratios_of_scaled_learning_rates(tiny):
+def test_the_schedule_keeps_ratios_of_scaled_learning_rates(tiny):
     with closing(Run(tiny(matrix_optimizer="adam"), World())) as run:
         rates = [[g["lr"] for o in run.optimizers for g in o.param_groups]]
         run.set_schedule(step=5)
@@ -141,7 +143,7 @@ def test_pitfall_9_the_schedule_keeps_ratios_of_scaled_learning_rates(tiny):
 
 
 @pytest.mark.parametrize("width", [16, 64])
-def test_pitfall_10_decay_per_step_is_what_was_tuned_at_every_width(width):
+def test_decay_per_step_is_what_was_tuned_at_every_width(width):
     model = gpt(width)
     tuned = {group: dataclasses.replace(value, optimizer="adam", weight_decay=0.5) for group, value in TUNED.items()}
     adam = DistAdam(param_groups(model, model.cfg.table, tuned)["adam"])
@@ -154,7 +156,7 @@ def test_pitfall_10_decay_per_step_is_what_was_tuned_at_every_width(width):
         torch.testing.assert_close(parameter.detach(), before[name] * shrink)
 
 
-def test_pitfall_11_eps_does_not_bind_at_any_width(tiny):
+def test_eps_does_not_bind_at_any_width(tiny):
     for width in (32, 128):
         with closing(Run(tiny(name=f"w{width}", width=width, matrix_optimizer="adam", iterations=8), World())) as run:
             run.train()
@@ -166,7 +168,7 @@ def test_pitfall_11_eps_does_not_bind_at_any_width(tiny):
                     assert (second[touched] < 10 * group["eps"]).float().mean() < 1e-3, name
 
 
-def test_pitfall_12_base_shapes_in_which_nothing_grows_are_refused(tmp_path):
+def test_base_shapes_in_which_nothing_grows_are_refused(tmp_path):
     def mlp(width):
         return nn.Sequential(
             nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), mup.MuReadout(width, 4)
@@ -178,7 +180,7 @@ def test_pitfall_12_base_shapes_in_which_nothing_grows_are_refused(tmp_path):
         mup.set_base_shapes(mlp(16), mlp(16), savefile=tmp_path / "x.bsh")
 
 
-def test_pitfall_13_another_vocabulary_is_refused():
+def test_another_vocabulary_is_refused():
     def model(width, vocab):
         return nn.Sequential(nn.Embedding(vocab, width), nn.Linear(width, width), mup.MuReadout(width, vocab))
 
@@ -186,7 +188,7 @@ def test_pitfall_13_another_vocabulary_is_refused():
         mup.set_base_shapes(model(64, 32), model(16, 50), delta=model(32, 50))
 
 
-def test_pitfall_15_small_gates_and_gains_are_not_hidden():
+def test_small_gates_and_gains_are_not_hidden():
     class Gated(nn.Module):
         def __init__(self, width):
             super().__init__()
@@ -202,7 +204,7 @@ def test_pitfall_15_small_gates_and_gains_are_not_hidden():
     assert adam == {"gate": 1.0, "gain": 1.0, "bias": 1.0}
 
 
-def test_pitfall_16_a_changed_aspect_ratio_changes_muon_s_rate():
+def test_a_changed_aspect_ratio_changes_muon_s_rate():
     module = nn.Module()
     module.wide = nn.Parameter(torch.zeros(64, 16 * 64))  # four times the base's MLP ratio
     mup.declare(module, "wide", Role.HIDDEN, (16, 4 * 16), "out in", "matrix")
@@ -210,7 +212,7 @@ def test_pitfall_16_a_changed_aspect_ratio_changes_muon_s_rate():
     assert group["lr"] == pytest.approx(0.05 * (4 / 16) ** 0.5)  # sqrt(m_out / m_in)
 
 
-def test_pitfall_17_the_pattern_of_layers_is_relative():
+def test_the_pattern_of_layers_is_relative():
     for layers in (6, 8, 12, 24):
         cfg = GPTConfig(**SHAPE | {"n_layer": layers}, width=16, base_width=16)
         long = [layer for layer in range(layers) if cfg.has_long_window(layer)]
@@ -219,13 +221,13 @@ def test_pitfall_17_the_pattern_of_layers_is_relative():
         assert [cfg.value_embed_of(layers + layer) for layer in (-3, -2, -1)] == [0, 1, 2]
 
 
-def test_pitfall_18_only_width_differs_between_the_runs_of_an_arm(tiny):
+def test_only_width_differs_between_the_runs_of_an_arm(tiny):
     narrow, wide = tiny(width=32, base_width=32), tiny(width=128, base_width=32)
     assert {f.name for f in dataclasses.fields(narrow) if getattr(narrow, f.name) != getattr(wide, f.name)} == {"width"}
     assert wide.schedule.at(0).tokens >= wide.width  # fewer tokens than width would leave Muon's update short of rank
 
 
-def test_pitfall_19_bf16_embeddings_still_move_at_the_end_of_training():
+def test_bf16_embeddings_still_move_at_the_end_of_training():
     """Learning rate 0.06 at the floor on entries of size 10 is above bfloat16's half ulp, at any width (exponent 0)."""
     for base_width in (16, 64):
         model = gpt(64, base_width)
@@ -238,7 +240,7 @@ def test_pitfall_19_bf16_embeddings_still_move_at_the_end_of_training():
 
 
 @pytest.mark.parametrize("drift, verdict", [(0.0, "PASS"), (-0.5, "FAIL"), (1.0, "FAIL")])
-def test_pitfall_20_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
+def test_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
     rng = torch.Generator().manual_seed(0)
     runs = [
         Point(
@@ -254,7 +256,7 @@ def test_pitfall_20_transfer_is_a_measured_drift_not_an_argmin(drift, verdict):
     assert str(measure_transfer(runs, resamples=300).arms["runs"].verdict) == verdict
 
 
-def test_pitfall_20_an_optimum_on_the_edge_proves_nothing():
+def test_an_optimum_on_the_edge_proves_nothing():
     rng = torch.Generator().manual_seed(0)
     runs = [
         Point({"width": w}, 2.0**k, s, 3.0 - 0.1 * k + 0.002 * torch.randn((), generator=rng).item())
@@ -265,7 +267,7 @@ def test_pitfall_20_an_optimum_on_the_edge_proves_nothing():
     assert str(measure_transfer(runs, resamples=300).verdict) == "INCONCLUSIVE"
 
 
-def test_pitfall_21_a_checkpoint_is_not_rescaled_again():
+def test_a_checkpoint_is_not_rescaled_again():
     def model(width):
         return nn.Sequential(nn.Linear(8, width), mup.MuReadout(width, 4))
 
@@ -281,3 +283,12 @@ def test_tuned_values_cover_every_group_of_the_model(tiny):
     assert {spec.group for _, _, spec in named_specs(gpt())} == set(tuned_values(tiny()))
     assert Exponents(1, 0)(2, 3) == 2 and Exponents(0, -1)(2, 4) == 0.25
     assert isinstance(Muon(param_groups(gpt(), PARAMETRIZATIONS["mup"], TUNED)["muon"]), Muon)
+
+
+def test_the_page_lists_every_pitfall_that_is_tested_here():
+    page = (Path(__file__).parent.parent / "docs" / "pitfalls.md").read_text()
+    listed = set(re.findall(r"`(test_\w+)`", page))
+    tested = {name for name in globals() if name.startswith("test_")}
+    assert listed == tested - {"test_tuned_values_cover_every_group_of_the_model"} - {
+        "test_the_page_lists_every_pitfall_that_is_tested_here"
+    }

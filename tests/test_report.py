@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import Browser, find_browser
 from conftest import TINY
+from helpers.browser import Browser, find_browser
 from PIL import Image
 from test_transfer import control, sweep
 from torch import nn

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from dist import run_ranks
 from faults.harness import fork, wait
+from helpers.dist import run_ranks
 from test_cli import as_flags
 from test_training import assert_same_training, curve, weights
 

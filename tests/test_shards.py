@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_corpus import BOS, VOCAB, documents, make_corpus, naive_read, one_line
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data import bound, shards

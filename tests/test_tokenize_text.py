@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import kill_tokenize
 import numpy as np
 import pytest
-from small_corpus import naive_read
+from helpers import kill_tokenize
+from helpers.small_corpus import naive_read
 
 import speedrun_mup
 from speedrun_mup.cli import main

@@ -10,7 +10,7 @@ from threading import Barrier
 
 import numpy as np
 import pytest
-import small_corpus
+from helpers import small_corpus
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data import tokenizers as module

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist import run_ranks
 from faults.harness import dice, fork, repeats, wait
 from faults.torchrun import until
+from helpers.dist import run_ranks
 from safetensors.torch import load_file
 
 from speedrun_mup.config import make_config

@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import torch
-from dist import new_store, run_ranks
 from faults.harness import fork_together
+from helpers.dist import new_store, run_ranks
 
 from speedrun_mup.core.errors import CollectiveError, ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.utils import (
@@ -340,7 +340,7 @@ def test_a_restarted_group_meets_in_a_fresh_key_space(monkeypatch):
         return join_world(device, timeout_s)
 
     store = new_store()
-    monkeypatch.setattr("dist.join_world", join_late)
+    monkeypatch.setattr("helpers.dist.join_world", join_late)
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         assert run_ranks(2, lambda world: world.gather_objects(world.rank), 10, store) == [[0, 1]] * 2
@@ -349,7 +349,9 @@ def test_a_restarted_group_meets_in_a_fresh_key_space(monkeypatch):
 @pytest.mark.dist
 def test_the_helper_reports_a_rank_that_fails_and_ends_one_that_hangs(monkeypatch):
     pids: list[int] = []
-    monkeypatch.setattr("dist.fork_together", lambda works: pids.extend(started := fork_together(works)) or started)
+    monkeypatch.setattr(
+        "helpers.dist.fork_together", lambda works: pids.extend(started := fork_together(works)) or started
+    )
 
     def fail(world: World) -> None:
         if world.rank == 1:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist import new_store, run_ranks
+from helpers.dist import new_store, run_ranks
 from test_checkpoint import assert_is_step, on_ranks, reseal, save
 from test_training import assert_same_state, assert_same_training, curve, state_of
 

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from dist import run_ranks
+from helpers.dist import run_ranks
 from test_checkpoint import reseal
 from test_cli import as_flags
 from test_training import assert_same_training, curve, poison, state_of

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from mup_zoo import Tiny, tiny
+from helpers.mup_zoo import Tiny, tiny
 from torch import nn
 
 from speedrun_mup.core import mup

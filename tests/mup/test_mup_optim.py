@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mup_zoo import ADAM, SGD, Tiny, learning_rates, loss_of, tiny
+from helpers.mup_zoo import ADAM, SGD, Tiny, learning_rates, loss_of, tiny
 from torch import nn
 
 from speedrun_mup.core import mup

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from helpers.mup_zoo import Tiny, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mup_zoo import Tiny, tiny
 from torch import nn
 
 from speedrun_mup.core import mup

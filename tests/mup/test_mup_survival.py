@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from mup_zoo import ADAM, SGD, Tiny, learning_rates, loss_of, tiny, tokens
+from helpers.mup_zoo import ADAM, SGD, Tiny, learning_rates, loss_of, tiny, tokens
 from torch import nn
 
 from speedrun_mup.core import mup

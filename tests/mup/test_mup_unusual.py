@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from mup_zoo import Tiny, learning_rates, loss_of, tiny, tokens
+from helpers.mup_zoo import Tiny, learning_rates, loss_of, tiny, tokens
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune

@@ -1,6 +1,6 @@
 """Kill `data text` with SIGKILL at random moments, start it again, and compare the shards with those of an unbroken run.
 
-    python tests/kill_tokenize.py --kills 20 --seed 0
+    python tests/helpers/kill_tokenize.py --kills 20 --seed 0
 
 Every start is killed after a random time of up to twice what it needs to get going, until as many kills as asked for have
 hit it at work; then it may finish. Notes of progress are taken at every chunk, so that many kinds of moments are hit.
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 START = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
