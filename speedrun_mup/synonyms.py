@@ -166,11 +166,16 @@ FLAGS = (
     Meaning("eps epsilon adam-epsilon optimizer-eps", "--adam-eps", "use --adam-eps: for gradients summed over tokens"),
     Meaning("muon-momentum mu", "--momentum", "use --momentum: Muon's"),
     Meaning("momentum-warmup-steps", "--momentum-warmup", "use --momentum-warmup"),
+    Meaning(
+        "orthogonalize newton-schulz polar-express zeropower",
+        "--orthogonalizer",
+        "use --orthogonalizer newton-schulz or polar-express: of Muon and NorMuon",
+    ),
     Meaning("nesterov", "", "there is none, because Muon always looks ahead as Nesterov does"),
     Meaning(
-        "optimizer optim opt optimizer-name adam adamw muon use-muon sgd",
+        "optimizer optim opt optimizer-name adam adamw muon normuon use-muon sgd",
         "--matrix-optimizer",
-        "use --matrix-optimizer muon or adam: of the hidden matrices; all other parameters have Adam",
+        "use --matrix-optimizer muon, normuon or adam: of the hidden matrices; all other parameters have Adam",
     ),
     Meaning(
         "wandb use-wandb wandb-log report-to logger log-with tracker tensorboard trackio tb logging wandb-enabled",

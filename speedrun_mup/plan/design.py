@@ -19,6 +19,7 @@ from speedrun_mup.sweep import (
     Failure,
     Pace,
     Sweep,
+    arm_name,
     read_results,
 )
 from speedrun_mup.training.flops import run_flops
@@ -126,8 +127,7 @@ def arm_of(target: TrainConfig) -> Arm:
     own = target.base_width is None or (target.parametrization == "record26" and target.base_width == target.width)
     table = "mup" if own else target.parametrization
     hidden = target.groups["matrix"].optimizer
-    name = table if hidden == "muon" else f"{hidden}-{table}"
-    return Arm(name, {"parametrization": table, "matrix_optimizer": hidden})
+    return Arm(arm_name(hidden, table), {"parametrization": table, "matrix_optimizer": hidden})
 
 
 class NoPlanFits(ConfigError):

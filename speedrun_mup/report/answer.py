@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.explain import explain
 from speedrun_mup.plan import Comparison, Prediction
 from speedrun_mup.report.contents import Table
@@ -165,7 +166,11 @@ def rates(seen: Measured) -> Table | None:
 
 def _told(key: tuple[str, float, float]) -> tuple[str, str, str]:
     optimizer, base, here = key
-    return {"muon": "Muon", "adam": "Adam"}.get(optimizer, optimizer), f"{base:.4g}", f"{here:.4g}"
+    return _label(optimizer), f"{base:.4g}", f"{here:.4g}"
+
+
+def _label(optimizer: str) -> str:
+    return OPTIMIZERS[optimizer].label if optimizer in OPTIMIZERS else optimizer
 
 
 def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
@@ -194,11 +199,8 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     target = f"; target {seen.target.width} ({seen.target.width // cfg.head_dim})" if seen.target else ""
     yield "Model", f"GPT of record 26: {cfg.n_layer} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
     yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.tuned_width}"
-    hidden = (
-        "Muon for hidden matrices, Adam for the rest"
-        if cfg.groups["matrix"].optimizer == "muon"
-        else "Adam for everything"
-    )
+    label = _label(cfg.groups["matrix"].optimizer)
+    hidden = f"{label} for hidden matrices, Adam for the rest" if label != "Adam" else "Adam for everything"
     yield "Optimizer", f"{hidden} (of {arm_words(cell.arm)})"
     yield "Tokens", f"{cfg.schedule.tokens:,} a run: {cfg.schedule.describe()}"
     data = f"{seen.target.data}; " if seen.target else ""

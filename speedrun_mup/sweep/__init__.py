@@ -19,7 +19,7 @@ from speedrun_mup.sweep.measure import measure_sweep, points_of, training_curves
 from speedrun_mup.sweep.one_run import attempt, run_cell
 from speedrun_mup.sweep.result import CellResult, Failure
 from speedrun_mup.sweep.run import SweepResult, run_sweep
-from speedrun_mup.sweep.spec import ARMS, Arm, Cell, Sweep, check_given, pick_arms
+from speedrun_mup.sweep.spec import ARMS, Arm, Cell, Sweep, arm_name, check_given, pick_arms
 
 __all__ = [
     "ARMS",
@@ -37,6 +37,7 @@ __all__ = [
     "RayEngine",
     "Sweep",
     "SweepResult",
+    "arm_name",
     "attempt",
     "check_given",
     "cores",

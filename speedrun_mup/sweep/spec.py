@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from typing import Any
 
 from speedrun_mup.config import TrainConfig, hashed_settings, swept_settings
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup import PARAMETRIZATIONS
+from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.flops import run_flops
 
@@ -51,12 +54,27 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def arm_name(optimizer: str, table: str) -> str:
+    """How an arm is called: by its rule table alone where Muon has the hidden matrices."""
+    return table if optimizer == "muon" else f"{optimizer}-{table}"
+
+
 def pick_arms(names: Iterable[str]) -> tuple[Arm, ...]:
-    """The arms called `names`. Raises ConfigError for an unknown one."""
-    unknown = [name for name in names if name not in ARMS]
-    if unknown:
-        raise ConfigError(f"arm {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
-    return tuple(ARMS[name] for name in names)
+    """The arms called `names`: those of ARMS, or any OPTIMIZER-TABLE. Raises ConfigError for an unknown one."""
+    return tuple(_pick_arm(name) for name in names)
+
+
+def _pick_arm(name: str) -> Arm:
+    if name in ARMS:
+        return ARMS[name]
+    for optimizer, table in itertools.product(OPTIMIZERS, PARAMETRIZATIONS):
+        if name == arm_name(optimizer, table):
+            own = ADAM if optimizer == "adam" else {"hidden_optimizer": optimizer}
+            return Arm(name, {"parametrization": table, **own})
+    raise ConfigError(
+        f"arm {name!r} is unknown; choose from {', '.join(ARMS)}, or OPTIMIZER-TABLE with an optimizer of "
+        f"{', '.join(OPTIMIZERS)} and a rule table of {', '.join(PARAMETRIZATIONS)}"
+    )
 
 
 def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:

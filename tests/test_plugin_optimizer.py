@@ -1,0 +1,126 @@
+"""An optimizer and a rule table that are not part of the package: a class and a dict here, and one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from dist import run_ranks
+from test_training import curve, weights
+
+from speedrun_mup.cli import main
+from speedrun_mup.config import make_config
+from speedrun_mup.coord_check import Verdict, gpt_coord_check
+from speedrun_mup.core import mup
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup import PARAMETRIZATIONS, Role, Update, UpdateScaling
+from speedrun_mup.core.optimizers import OPTIMIZERS, DistAdam, EntryOptimizer, GroupHyperparams, param_groups
+from speedrun_mup.sweep import pick_arms
+from speedrun_mup.training import train
+
+
+class Lion(EntryOptimizer):
+    """Lion by Chen et al. (arXiv 2302.06675): the sign of a mean of gradients. Its step has entries of size lr."""
+
+    label = "Lion"
+    kind = Update.ENTRYWISE
+    defaults = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    state_names = ("mean",)
+
+    def update(self, values, gradient, state, group):
+        near, far = group["betas"]
+        step = state["mean"].lerp(gradient, 1 - near).sign()
+        decayed = values * (1 - group["lr"] * group["weight_decay"])
+        return decayed - group["lr"] * step, {"mean": state["mean"].lerp(gradient, 1 - far)}
+
+
+class LionAsSpectral(Lion):
+    """Lion taken for what it is not."""
+
+    kind = Update.SPECTRAL
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    """One line each; what is around them takes both out again."""
+    monkeypatch.setattr(OPTIMIZERS, "_things", dict(OPTIMIZERS._things))
+    OPTIMIZERS.register("lion", Lion)
+    OPTIMIZERS.register("spectral-lion", LionAsSpectral)
+    wrong = dataclasses.replace(mup.mup().rules[Role.HIDDEN], entrywise=UpdateScaling())
+    table = mup.Parametrization("constant-rate", mup.mup().rules | {Role.HIDDEN: wrong})
+    monkeypatch.setitem(PARAMETRIZATIONS, table.name, table)
+
+
+LION = {"hidden_optimizer": "lion", "matrix_lr": 0.002}
+
+
+def test_it_trains_and_resumes_bit_for_bit(tiny):
+    whole = train(tiny(name="whole", iterations=6, **LION))
+    assert whole.val_loss < curve(whole.folder, "val")[0][1] - 0.3
+    cfg = tiny(name="part", iterations=6, **LION)
+    stop = lambda step, model, batches: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None  # noqa: E731
+    assert train(cfg, observe=stop).steps == 3
+    again = train(dataclasses.replace(cfg, resume=str(Path(cfg.out) / "part")))
+    assert curve(again.folder) == curve(whole.folder)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
+
+
+@pytest.mark.dist
+def test_it_is_shared_out_over_ranks(tiny):
+    same = {"iterations": 4, "deterministic": True, "micro_batches": 8, **LION}
+    alone = train(tiny(name="1", **same))
+    cfg = tiny(name="4", **same)
+    assert run_ranks(4, lambda world: train(cfg).finished) == [True] * 4
+    assert curve(Path(cfg.out) / "4") == curve(alone.folder)
+
+
+@pytest.mark.parametrize("table, rate", [("mup", "0.002 -> 0.0005"), ("constant-rate", "0.002")])
+def test_the_table_scales_it_by_its_kind_and_explain_shows_both(table, rate, capsys):
+    flags = "--preset laptop --width 256 --base-width 64 --hidden-optimizer lion --matrix-lr 0.002 --parametrization"
+    assert main(["explain", *flags.split(), table]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "qkv_w" in line)
+    assert row.split(" lion ")[1].strip().split("  ")[0] == rate
+
+
+def test_the_coordinate_check_sees_that_its_kind_is_right():
+    small = {"data": "synthetic", "width": 32, "base_width": 32, "head_dim": 16, "block_size": 32}
+    slopes = {}
+    for optimizer, table in (("lion", "mup"), ("spectral-lion", "mup"), ("lion", "constant-rate")):
+        changes = {"parametrization": table, "hidden_optimizer": optimizer, "matrix_lr": 0.002}
+        cfg = make_config("laptop", small | changes)
+        result = gpt_coord_check(cfg, (32, 64, 128), tokens=192, controls=False, progress=False)
+        slopes[optimizer, table] = result.arm.update_slope(Role.HIDDEN)
+        assert (result.verdict is Verdict.FAIL) == (abs(slopes[optimizer, table]) > 0.3)
+    right, *wrong = slopes.values()
+    assert right == pytest.approx(0.0, abs=0.15) and wrong == pytest.approx([1.0, 1.0], abs=0.25)
+
+
+def test_a_sweep_has_an_arm_of_it():
+    (arm,) = pick_arms(["lion-constant-rate"])
+    assert arm.settings == {"parametrization": "constant-rate", "hidden_optimizer": "lion"}
+    with pytest.raises(ConfigError, match="arm 'lyon-mup' is unknown; .* optimizer of muon, adam, normuon, lion"):
+        pick_arms(["lyon-mup"])
+
+
+def test_a_name_that_is_taken_or_unknown_is_refused_in_a_line():
+    OPTIMIZERS.register("lion", Lion)  # again, by a module that is imported twice
+    with pytest.raises(ConfigError, match="optimizer 'adam' is registered already; choose another name"):
+        OPTIMIZERS.register("adam", DistAdam)
+    with pytest.raises(ConfigError, match="optimizer 'lyon' is unknown; choose muon, adam, normuon, lion"):
+        OPTIMIZERS["lyon"]
+    with pytest.raises(TypeError, match="Lion has no eps; it has lr, betas, weight_decay"):
+        Lion([torch.nn.Parameter(torch.zeros(2))], eps=1.0)
+
+
+def test_a_model_of_ones_own_takes_it_too():
+    layer = torch.nn.Linear(8, 8, bias=False)
+    mup.declare(layer, "weight", Role.HIDDEN, (4, 4), "out in", "matrix")
+    groups = param_groups(layer, PARAMETRIZATIONS["mup"], {"matrix": GroupHyperparams("lion", 0.01)})
+    layer.weight.grad = torch.ones_like(layer.weight)
+    before = layer.weight.detach().clone()
+    OPTIMIZERS["lion"](groups["lion"]).step()
+    torch.testing.assert_close(layer.weight.detach(), before - 0.005)
