@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from speedrun_mup.core.kernels.fp8 import E4M3
 from speedrun_mup.core.model.attention import document_numbers
 from speedrun_mup.core.utils import Handle, World, deterministic, join_world, leave_world
 from speedrun_mup.data.batches import Batch
+from speedrun_mup.files import strict_json
 from speedrun_mup.training.flops import attention_flops, flops_per_token, keys_seen, weight_flops
 from speedrun_mup.training.run import Run
 
@@ -144,7 +144,7 @@ class BenchResult:
 
     def to_json(self) -> str:
         """All numbers as strict JSON."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+        return strict_json(asdict(self), indent=1)
 
     def summary(self) -> str:
         """All numbers as lines for a terminal."""

@@ -5,7 +5,6 @@ Nothing is computed here: the model declares, the rule table scales, and `param_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -13,6 +12,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core import mup
 from speedrun_mup.core.model import declarations
 from speedrun_mup.core.optimizers import param_groups
+from speedrun_mup.files import strict_json
 from speedrun_mup.training.build import tuned_values
 from speedrun_mup.training.model_config import Vocabulary, model_config
 
@@ -76,7 +76,7 @@ def _values(
 
 def to_json(rows: Sequence[Row]) -> str:
     """The rows as strict JSON."""
-    return json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
+    return strict_json([asdict(row) for row in rows], indent=1)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
+import json
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -110,6 +114,32 @@ def read_json(path: Path, advice: str, error: type[UserError] = ConfigError, mos
         raise error(f"{printable(path)} is not JSON; {advice}") from None
 
 
+def strict_json(value: Any, indent: int | None = None, digits: int | None = None) -> str:
+    """Anything that JSON has a word for, as strict JSON: what is not a finite number becomes null.
+
+    Args:
+        value: dicts, sequences, arrays, enums, numbers, text; nested.
+        indent: spaces of a level; None puts all on one line, without spaces if `digits` are given.
+        digits: significant ones of a float; None keeps all.
+    """
+    separators = (",", ":") if digits else None
+    return json.dumps(_finite(value, digits), indent=indent, separators=separators, allow_nan=False)
+
+
+def _finite(value: Any, digits: int | None) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _finite(entry, digits) for key, entry in value.items()}
+    if hasattr(value, "tolist"):  # an array of numpy or torch
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(entry, digits) for entry in value]
+    if isinstance(value, float):
+        return (float(f"{value:.{digits}g}") if digits else value) if math.isfinite(value) else None
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,11 +186,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def write_whole(
     path: Path,
-    content: str | bytes,
+    content: str | bytes | Sequence[bytes | memoryview],
     advice: str = "make room or choose another folder",
     error: type[UserError] = ConfigError,
 ) -> None:
     """Write a file in one go, its folder too if need be; killed at any moment, this leaves the old file or the new one.
+
+    Args:
+        path: of the file.
+        content: text, bytes, or parts of the file in order, which are not copied.
+        advice: how to fix it, the end of the one-line message.
+        error: what is raised for a file that cannot be written.
 
     Raises:
         error: in one line that ends with `advice`, if the file cannot be written.
@@ -168,7 +204,12 @@ def write_whole(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            parts = (
+                [content.encode() if isinstance(content, str) else content]
+                if isinstance(content, str | bytes)
+                else content
+            )
+            file.writelines(parts)
     except OSError as fault:
         raise error(f"{printable(path)} cannot be written ({fault.strerror}); {advice}") from None
 
@@ -251,3 +292,81 @@ def own_folder(folder: Path) -> None:
     mode = folder.lstat().st_mode
     if not stat.S_ISDIR(mode):
         raise OSError(errno.ENOTDIR, f"it is {kind_of(mode)}, not a folder", str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who works in a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FolderLock:
+    """Keeps other processes out of a folder until it is closed or its process ends, however it ends.
+
+    `folder` is where it is; `find` notices that somebody renamed it. Raises ConfigError naming the process that holds it.
+    """
+
+    def __init__(self, folder: Path, flag: str = "--name"):
+        self.folder, self._file, self._place = folder, -1, -1
+        try:
+            self._place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._file = open_lock(folder / ".lock")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._file, 32).decode(errors="replace")
+            self.close()
+            raise ConfigError(
+                f"{folder} is in use by process {printable(owner)}; stop it or choose another {flag}"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        os.ftruncate(self._file, 0)
+        os.write(self._file, str(os.getpid()).encode())
+
+    @staticmethod
+    def holder(folder: Path) -> str | None:
+        """The process that holds `folder`, or None; nothing is written."""
+        try:
+            with open_regular(folder / ".lock") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return file.read(32).decode(errors="replace")
+        except OSError:  # not there, or nothing that can be held
+            pass
+        return None
+
+    def find(self) -> Path:
+        """Where the folder is now, which becomes `folder`. UserError if its name is another's and Linux cannot tell its own."""
+        held = os.fstat(self._place)
+        if not _is_at(self.folder, held):
+            with contextlib.suppress(OSError):
+                moved = Path(os.readlink(f"/proc/self/fd/{self._place}"))
+                if _is_at(moved, held):
+                    self.folder = moved
+                    return moved
+            raise UserError(
+                f"{self.folder} was renamed or deleted while the run worked in it, and cannot be found; nothing more was "
+                "written; go on with --resume and its new name"
+            )
+        return self.folder
+
+    def close(self) -> None:
+        """Let others in."""
+        for descriptor in (self._file, self._place):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._place = -1
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit, `os` may be gone before this is
+        for descriptor in (self._file, self._place):
+            if descriptor >= 0:
+                close(descriptor)
+
+
+def _is_at(path: Path, held: os.stat_result) -> bool:
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)

@@ -55,7 +55,7 @@ def _registered(monkeypatch):
     monkeypatch.setitem(PARAMETRIZATIONS, table.name, table)
 
 
-LION = {"hidden_optimizer": "lion", "matrix_lr": 0.002}
+LION = {"matrix_optimizer": "lion", "matrix_lr": 0.002}
 
 
 def test_it_trains_and_resumes_bit_for_bit(tiny):
@@ -90,7 +90,7 @@ def test_the_coordinate_check_sees_that_its_kind_is_right():
     small = {"data": "synthetic", "width": 32, "base_width": 32, "head_dim": 16, "block_size": 32}
     slopes = {}
     for optimizer, table in (("lion", "mup"), ("spectral-lion", "mup"), ("lion", "constant-rate")):
-        changes = {"parametrization": table, "hidden_optimizer": optimizer, "matrix_lr": 0.002}
+        changes = {"parametrization": table, "matrix_optimizer": optimizer, "matrix_lr": 0.002}
         cfg = make_config("laptop", small | changes)
         result = gpt_coord_check(cfg, (32, 64, 128), tokens=192, controls=False, progress=False)
         slopes[optimizer, table] = result.arm.update_slope(Role.HIDDEN)
@@ -101,7 +101,7 @@ def test_the_coordinate_check_sees_that_its_kind_is_right():
 
 def test_a_sweep_has_an_arm_of_it():
     (arm,) = pick_arms(["lion-constant-rate"])
-    assert arm.settings == {"parametrization": "constant-rate", "hidden_optimizer": "lion"}
+    assert arm.settings == {"parametrization": "constant-rate", "matrix_optimizer": "lion"}
     with pytest.raises(ConfigError, match="arm 'lyon-mup' is unknown; .* optimizer of muon, adam, normuon, lion"):
         pick_arms(["lyon-mup"])
 

@@ -329,7 +329,7 @@ def test_a_run_on_a_disk_that_is_read_only_is_told_what_helps(tiny, monkeypatch,
     def read_only(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("speedrun_mup.training.run_folder.open_lock", read_only)
+    monkeypatch.setattr("speedrun_mup.files.open_lock", read_only)
     there = f"{cfg.out}/there"
     asked = dataclasses.replace(cfg, resume=there) if resume else dataclasses.replace(cfg, name="other")
     with pytest.raises(ConfigError, match=rf"\.lock cannot be written \(Read-only file system\); .*{fix}$"):

@@ -35,7 +35,11 @@ def run(argv: Sequence[str]) -> int:
     result = measure(arguments)
     _check_size(arguments.predict, result.axes)
     forecasts = _forecasts(result, arguments.predict, arguments.tested) if arguments.predict else None
-    print(result.to_json(forecasts) if arguments.json else result.summary())
+    if arguments.json:
+        told = {name: one if isinstance(one, str) else one.to_dict() for name, one in (forecasts or {}).items()}
+        print(result.to_json(told if forecasts is not None else None))
+    else:
+        print(result.summary())
     if forecasts and not arguments.json:
         print("\nforecast")
         print("\n".join(f"- {name}: {_told(arguments.source, name, forecast)}" for name, forecast in forecasts.items()))

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from speedrun_mup.core.mup import Role
+from speedrun_mup.files import strict_json
 
 Array = NDArray[np.float64]
 
@@ -182,7 +182,7 @@ class CoordCheck:
 
     def to_json(self) -> str:
         """All that was measured, as strict JSON; null where a value is zero, not finite or was not taken."""
-        return json.dumps(_plain({"verdict": self.verdict, "reasons": self.reasons} | asdict(self)), allow_nan=False)
+        return strict_json({"verdict": self.verdict, "reasons": self.reasons} | asdict(self))
 
     def plot(self, path: str | Path) -> None:
         """Draw updates, start and activations against width, for the model and for its controls: the figure of a report."""
@@ -236,14 +236,3 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     return f"{row.slope:+.2f}" if row.predicted is None else f"{row.slope:+.2f} ({row.predicted:+.1f})"
-
-
-def _plain(value: Any) -> Any:
-    """The same in what strict JSON has: arrays and tuples as lists, what is not finite as None."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, enum.Enum):
-        return value.value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -15,16 +14,16 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.bound import Check, Identity
-from speedrun_mup.files import open_lock, open_regular, printable, whole_file
+from speedrun_mup.files import FolderLock, open_regular, printable, write_whole
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zeros
@@ -47,17 +46,6 @@ class ShardError(UserError):
 # One file
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that takes the place of `path`, on the disk when this returns. Raises ShardError."""
-    try:
-        with whole_file(path) as file:
-            write(file)
-    except OSError as fault:
-        raise ShardError(
-            f"{printable(path)}: cannot write: {fault.strerror}; free some space or choose another folder"
-        ) from None
-
-
 @contextlib.contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
     """Make `directory` and keep other writers out of it until done, or until this process ends, however it ends.
@@ -67,11 +55,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with open(open_lock(directory / ".lock")) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{directory}: another process is writing there; wait for it or stop it") from None
+        with contextlib.closing(FolderLock(directory, "--out")):
             for leftover in directory.glob(".*.tmp"):
                 leftover.unlink()
             yield
@@ -104,11 +88,8 @@ def write_shard(path: Path, tokens: Sequence[int] | np.ndarray) -> None:
             f"{path}: token id {low if low < 0 else high} does not fit in 16 bits; use a vocabulary <= 65536"
         )
 
-    def write(file: BinaryIO) -> None:
-        file.write(shard_header(len(ids)))
-        file.write(np.ascontiguousarray(ids, "<u2").data)
-
-    write_atomically(path, write)
+    parts: list[Any] = [shard_header(len(ids)), np.ascontiguousarray(ids, "<u2").data]
+    write_whole(path, parts, "free some space or choose another folder", ShardError)
 
 
 _LOOKS_LIKE = (

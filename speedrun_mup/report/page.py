@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
 
+from speedrun_mup.files import strict_json
 from speedrun_mup.report.contents import Report, Section, Table
 
 DIGITS = 6  # of a number on the page
@@ -41,7 +39,7 @@ _PAGE = """<!doctype html>
 def to_html(report: Report) -> str:
     """The text of the file."""
     drawn = {"title": report.title, "switches": report.switches, "figures": list(map(asdict, report.figures))}
-    data = json.dumps(_plain(drawn), allow_nan=False, separators=(",", ":"))
+    data = strict_json(drawn, digits=DIGITS)
     return _PAGE.format(
         title=escape(f"{report.title}: {report.headline}"),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
@@ -149,16 +147,3 @@ def _cell(cell: str) -> str:
     word = cell.split(" ")[0]
     names = ("short" if len(cell) <= SHORT else "long") + f" {word}" * (word in VERDICTS)
     return f'<td class="{names}">{escape(cell)}</td>'
-
-
-def _plain(value: Any) -> Any:
-    """The same in what strict JSON has: arrays and tuples as lists, numbers rounded, what is not finite as None."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError, in_a_line
-from speedrun_mup.files import printable
+from speedrun_mup.files import printable, strict_json
 from speedrun_mup.sweep.spec import MOST_OCTAVES, SCHEMA
 
 MOST_STEPS = 10**7
@@ -53,9 +53,7 @@ class CellResult:
 
     def to_json(self) -> str:
         """One line of strict JSON; a number that is not finite becomes null."""
-        values = asdict(self) | {"loss": _or_null(self.loss), "train_loss": _or_null(self.train_loss)}
-        values["curve"] = [_or_null(loss) for loss in self.curve]
-        return json.dumps({"schema": SCHEMA, **values}, allow_nan=False)
+        return strict_json({"schema": SCHEMA, **asdict(self)})
 
     @staticmethod
     def from_json(text: str | bytes, source: Path) -> CellResult:
@@ -90,10 +88,6 @@ def _check_types(result: CellResult) -> None:
     good["curve"] = good["whole numbers"] and len(result.curve) <= iterations <= MOST_STEPS
     if wrong := [name for name, fine in good.items() if not fine]:
         raise ValueError(f"impossible: {', '.join(wrong)}")
-
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def or_nan(value: float | None) -> float:

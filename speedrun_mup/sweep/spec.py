@@ -69,7 +69,7 @@ def _pick_arm(name: str) -> Arm:
         return ARMS[name]
     for optimizer, table in itertools.product(OPTIMIZERS, PARAMETRIZATIONS):
         if name == arm_name(optimizer, table):
-            own = ADAM if optimizer == "adam" else {"hidden_optimizer": optimizer}
+            own = ADAM if optimizer == "adam" else {"matrix_optimizer": optimizer}
             return Arm(name, {"parametrization": table, **own})
     raise ConfigError(
         f"arm {name!r} is unknown; choose from {', '.join(ARMS)}, or OPTIMIZER-TABLE with an optimizer of "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from speedrun_mup.config import TrainConfig, from_json, known_settings, settings
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.shards import Corpus
-from speedrun_mup.files import open_lock, open_regular, open_to_append, printable, read_text, write_whole
+from speedrun_mup.files import FolderLock, open_to_append, printable, read_text, write_whole
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from speedrun_mup.training.ranks import attempt, on_main, unwrap
 from speedrun_mup.training.tracking import (
@@ -38,84 +37,6 @@ from speedrun_mup.training.tracking import (
 )
 
 LINES = 8  # about folders that --resume auto leaves out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who works in it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class FolderLock:
-    """Keeps other processes out of a run's folder until it is closed or its process ends, however it ends.
-
-    `folder` is where it is; `find` notices that somebody renamed it. Raises ConfigError naming the process that holds it.
-    """
-
-    def __init__(self, folder: Path, flag: str = "--name"):
-        self.folder, self._file, self._place = folder, -1, -1
-        try:
-            self._place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._file = open_lock(folder / ".lock")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(self._file, 32).decode(errors="replace")
-            self.close()
-            raise ConfigError(
-                f"{folder} is in use by process {printable(owner)}; stop it or choose another {flag}"
-            ) from None
-        except BaseException:
-            self.close()
-            raise
-        os.ftruncate(self._file, 0)
-        os.write(self._file, str(os.getpid()).encode())
-
-    @staticmethod
-    def holder(folder: Path) -> str | None:
-        """The process that holds `folder`, or None; nothing is written."""
-        try:
-            with open_regular(folder / ".lock") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return file.read(32).decode(errors="replace")
-        except OSError:  # not there, or nothing that can be held
-            pass
-        return None
-
-    def find(self) -> Path:
-        """Where the folder is now, which becomes `folder`. UserError if its name is another's and Linux cannot tell its own."""
-        held = os.fstat(self._place)
-        if not _is_at(self.folder, held):
-            with contextlib.suppress(OSError):
-                moved = Path(os.readlink(f"/proc/self/fd/{self._place}"))
-                if _is_at(moved, held):
-                    self.folder = moved
-                    return moved
-            raise UserError(
-                f"{self.folder} was renamed or deleted while the run worked in it, and cannot be found; nothing more was "
-                "written; go on with --resume and its new name"
-            )
-        return self.folder
-
-    def close(self) -> None:
-        """Let others in."""
-        for descriptor in (self._file, self._place):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._file = self._place = -1
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit, `os` may be gone before this is
-        for descriptor in (self._file, self._place):
-            if descriptor >= 0:
-                close(descriptor)
-
-
-def _is_at(path: Path, held: os.stat_result) -> bool:
-    try:
-        found = path.stat()
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

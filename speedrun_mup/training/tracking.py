@@ -30,6 +30,7 @@ from speedrun_mup.files import (
     open_regular,
     printable,
     read_bytes,
+    strict_json,
     without_escapes,
     write_whole,
 )
@@ -208,14 +209,8 @@ def clock(seconds: float) -> str:
     )
 
 
-def _strict(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON; a number that is not finite becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> str:
-    """Write a small file whole or not at all, as strict JSON, with "NaN" and "Infinity". Why that failed, or ""."""
+    """Write a small file whole or not at all, as strict JSON that tells "NaN" from "Infinity". Why that failed, or ""."""
     try:
         text = json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1) + "\n"
         write_whole(path, text, advice="training goes on")
@@ -361,7 +356,7 @@ class RunLog:
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         try:
-            self._metrics.append(_strict(record))
+            self._metrics.append(strict_json(record))
         except OSError as fault:
             self._lost.append(record["step"])
             self._warn_of(METRICS, fault)

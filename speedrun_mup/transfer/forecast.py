@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from speedrun_mup.transfer.axes import Axes
 from speedrun_mup.transfer.fits import Array, Estimate, optima, propagate, slope_weights, student_t, variances
 from speedrun_mup.transfer.points import TransferError
-from speedrun_mup.transfer.results import ArmResult
+from speedrun_mup.transfer.results import ArmResult, numbers
 from speedrun_mup.transfer.thresholds import Verdict
 
 
@@ -27,6 +28,11 @@ class Forecast:
     log2_value: Estimate
     exponent: Estimate
     method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON has of it."""
+        found = {"loss": numbers(self.loss), "log2_value": numbers(self.log2_value)}
+        return {"size": self.size, **found, "method": self.method}
 
     def __str__(self) -> str:
         return self.told(self.axes.short)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from speedrun_mup.files import strict_json
 from speedrun_mup.transfer.axes import Axes
 from speedrun_mup.transfer.claims import Doubt
 from speedrun_mup.transfer.fits import Estimate, Noise, SizeFit, student_t
 from speedrun_mup.transfer.larger import LargerIsBetter
 from speedrun_mup.transfer.points import value_text
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
-
-if TYPE_CHECKING:
-    from speedrun_mup.transfer.forecast import Forecast
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +80,15 @@ class TransferResult:
         """A table for a terminal, at most 100 columns wide but for the reasons."""
         return "\n".join(_summary_lines(self))
 
-    def to_json(self, forecasts: Mapping[str, Forecast | str] | None = None) -> str:
+    def to_json(self, forecasts: Mapping[str, Mapping[str, Any] | str] | None = None) -> str:
         """Everything but the resamples as strict JSON; what is not a finite number is null.
 
-        forecasts: by arm, to be included, or why there is none. se is half the central 68 % interval.
+        forecasts: by arm, as `Forecast.to_dict` gives them, or why there is none. se is half the central 68 % interval.
         """
         told = _as_dict(self)
         if forecasts is not None:
-            told["forecasts"] = {arm: _forecast(forecast) for arm, forecast in forecasts.items()}
-        return json.dumps(_plain(told), indent=1, allow_nan=False)
+            told["forecasts"] = forecasts
+        return strict_json(told, indent=1)
 
 
 def _summary_lines(result: TransferResult) -> Iterator[str]:
@@ -137,9 +134,9 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
                 "reasons": arm.reasons,
                 "predicted_drift": arm.predicted,
                 "base_size": arm.base_size,
-                "drift": _numbers(arm.drift),
-                "window_shift": _numbers(arm.window_shift),
-                "regret": _numbers(arm.regret),
+                "drift": numbers(arm.drift),
+                "window_shift": numbers(arm.window_shift),
+                "regret": numbers(arm.regret),
                 "sigma": arm.noise.sigma,
                 "seed_sd": arm.noise.total,
                 "larger_is_better": arm.larger and asdict(arm.larger),
@@ -153,7 +150,7 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
                         "largest_stable_log2_value": fit.largest_stable,
                         "optimum_log2_value": fit.optimum,
                         "optimum_se": fit.optimum_se,
-                        "best_loss": _numbers(arm.best_loss(fit)),
+                        "best_loss": numbers(arm.best_loss(fit)),
                         "curvature": fit.curvature,
                         "sigma": fit.sigma,
                         "problems": fit.problems,
@@ -166,25 +163,10 @@ def _as_dict(result: TransferResult) -> dict[str, Any]:
     }
 
 
-def _forecast(forecast: Forecast | str) -> dict[str, Any] | str:
-    if isinstance(forecast, str):
-        return forecast
-    numbers = {"loss": _numbers(forecast.loss), "log2_value": _numbers(forecast.log2_value)}
-    return {"size": forecast.size, **numbers, "method": forecast.method}
-
-
-def _numbers(estimate: Estimate | None) -> dict[str, Any] | None:
+def numbers(estimate: Estimate | None) -> dict[str, Any] | None:
+    """An estimate for JSON; se is half the central 68 % interval."""
     if estimate is None:
         return None
     low, high = estimate.interval(0.6827)  # Student's t with few degrees of freedom has no standard deviation
     intervals = {"interval_90": estimate.interval(0.9), "interval_95": estimate.interval(0.95)}
     return {"value": estimate.value, "se": (high - low) / 2, **intervals}
-
-
-def _plain(value: Any) -> Any:
-    """The same with tuples as lists and what is not finite as None."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
