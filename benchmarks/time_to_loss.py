@@ -28,8 +28,9 @@ from benchmarks.common import circumstances, publish, seconds, table
 from benchmarks.opponent import Opponent
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.core.model import GPT
-from speedrun_mup.data.batches import Batch, TrainBatches, ValBatches
+from speedrun_mup.data.batches import Batch, TrainBatches
 from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.training import train
 from speedrun_mup.training.tracking import read_metrics
 

@@ -20,10 +20,11 @@ import torch
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.core.utils import is_out_of_memory, pick_device
-from speedrun_mup.data.batches import ValBatches, batches_of
+from speedrun_mup.data.batches import batches_of
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.inspect_corpus import inspect_corpus
 from speedrun_mup.data.shards import Corpus, Mixture
+from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.explain import explain
 from speedrun_mup.files import kind_of
 from speedrun_mup.training.checkpoint import list_checkpoints

@@ -28,18 +28,14 @@ from speedrun_mup.data import bound
 from speedrun_mup.data.batches import (
     Batches,
     MixedBatches,
-    MixtureSchedule,
-    Permutation,
     ShuffledBatches,
     TrainBatches,
-    ValBatches,
-    _val_chunks_without,
     find_steps,
     train_batches,
-    trained_elsewhere,
     uses,
 )
 from speedrun_mup.data.manifest import open_corpus, write_manifest
+from speedrun_mup.data.order import MixtureSchedule, Permutation
 from speedrun_mup.data.shards import (
     Corpus,
     Mixture,
@@ -51,6 +47,7 @@ from speedrun_mup.data.shards import (
     shard_header,
     write_shard,
 )
+from speedrun_mup.data.validation import ValBatches, _val_chunks_without, trained_elsewhere
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ import pytest
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data import corpus as module
-from speedrun_mup.data.batches import TrainBatches, ValBatches
+from speedrun_mup.data.batches import TrainBatches
 from speedrun_mup.data.corpus import FINEWEB_COMMAND, cache_folder, embedded_corpus, find_corpus, write_synthetic
 from speedrun_mup.data.documents import split_passages
 from speedrun_mup.data.manifest import GPT2_BOS, open_corpus
 from speedrun_mup.data.shards import Corpus, Mixture, ShardError, read_shard, write_shard
 from speedrun_mup.data.tokenizers import BpeTokenizer, load_tokenizer
+from speedrun_mup.data.validation import ValBatches
 
 TEXT = "def área(x):\n    return 'naïve 漢字 🎲', x\n\x00\r\n"
 

@@ -23,7 +23,7 @@ import speedrun_mup
 from speedrun_mup.cli import main
 from speedrun_mup.config import PRESETS, TrainConfig
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data.batches import TrainBatches, ValBatches, train_batches
+from speedrun_mup.data.batches import TrainBatches, train_batches
 from speedrun_mup.data.manifest import open_corpus
 from speedrun_mup.data.shards import Corpus, ShardError, write_shard
 from speedrun_mup.data.sources import SourceError, find_sources
@@ -40,6 +40,7 @@ from speedrun_mup.data.tokenize_text import (
 from speedrun_mup.data.tokenize_text.settings import Job
 from speedrun_mup.data.tokenize_text.tokenizer import training_text
 from speedrun_mup.data.tokenizers import find_tokenizer, load_tokenizer
+from speedrun_mup.data.validation import ValBatches
 
 TEXTS = [f"document {i}: " + "spam and naïve eggs, " * (i % 17) for i in range(400)]
 BYTES = TextSettings(tokenizer="byte", val_share=0.1, shard_tokens=20_000)

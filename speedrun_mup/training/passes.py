@@ -16,9 +16,10 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.device import is_out_of_memory
 from speedrun_mup.core.distributed import TreeSum, World
 from speedrun_mup.core.model.attention import Window
-from speedrun_mup.data.batches import Batch, Batches, ValBatches, batches_of
+from speedrun_mup.data.batches import Batch, Batches, batches_of
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import bytes_of_tokens
+from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.training.build import build_model
 from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack, translate_oom
 
