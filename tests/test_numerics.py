@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.dist import run_ranks
 
 from speedrun_mup.core.errors import Diverged, NonFiniteError
 from speedrun_mup.core.utils import World
+from speedrun_mup.training.checkpoint import Loaded
 from speedrun_mup.training.numerics import exploded_weights, failed_to_learn
 from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.schedules import lr_factor
@@ -125,15 +127,22 @@ def test_the_gradient_s_norm_is_that_of_the_sum_over_ranks(tiny, strict, hidden)
         assert [r["grad_norm"] for r in several] == pytest.approx([r["grad_norm"] for r in alone], rel=1e-3)
 
 
-def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_text(tiny):
-    """Of the byte tokenizer, BOS has no byte; a synthetic language has none at all."""
+def test_bits_per_byte_are_the_loss_of_text_over_its_bytes(tiny):
+    """Of the byte tokenizer, BOS has no byte and its loss does not count; a synthetic language has no bytes at all."""
     cfg = tiny(name="bytes", data="embedded", iterations=1, val_every=0, width=32)
     with_bytes = [r for r in read_metrics(train(cfg).folder) if r["kind"] == "val"]
     run = Run(tiny(name="again", data="embedded", iterations=1, val_every=0, width=32), World())
-    targets = torch.cat([run.passes.val_batches[i][1] for i in range(len(run.passes.val_batches))])
+    run.model.load_state_dict(Loaded(Path(cfg.out) / "bytes" / "checkpoints" / "step-00000001").model)
+    losses, targets = [], []
+    for inputs, wanted in (run.passes.val_batches[i] for i in range(len(run.passes.val_batches))):
+        with torch.no_grad():
+            logits = run.model.logits(inputs, run.passes.window(1))
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        targets.append(wanted)
     run.close()
-    bits = with_bytes[0]["loss"] * len(targets) / int((targets != 256).sum()) / math.log(2)
-    assert with_bytes[0]["bits_per_byte"] == pytest.approx(bits)
+    losses, is_text = torch.cat(losses).double(), torch.cat(targets) != 256
+    assert with_bytes[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-6) and not is_text.all()
+    assert with_bytes[0]["bits_per_byte"] == pytest.approx(losses[is_text].mean().item() / math.log(2), rel=1e-6)
     without = [r for r in read_metrics(train(tiny(name="none", iterations=1)).folder) if r["kind"] == "val"]
     assert without and all(record["bits_per_byte"] is None for record in without)
 

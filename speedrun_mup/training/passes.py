@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
@@ -172,27 +173,29 @@ class Passes:
 
     @torch.no_grad()
     def chunk_loss(self, chunk: int, step: int) -> Tensor:
-        """Summed loss of a chunk of the validation tokens, a scalar on the device."""
-        loss: Tensor = self.model(*self.to_device(self.val_batches[chunk]), self.window(step))
-        return loss
+        """Summed loss of a chunk of the validation tokens, (2,) on the device: of all, and without special tokens."""
+        inputs, targets = self.to_device(self.val_batches[chunk])
+        losses = self.model.losses(inputs, targets, self.window(step))
+        return torch.stack([losses.sum(), torch.where(targets == self.corpus.bos_token, 0, losses).sum()])
 
-    def evaluate(self, step: int) -> float:
-        """Mean validation loss with the window of `step`. Ranks share the chunks, which are summed in a fixed order."""
-        losses = torch.zeros(len(self.val_batches), device=self.world.device)
+    def evaluate(self, step: int) -> tuple[float, float | None]:
+        """Mean validation loss with the window of `step`, in nats per token, and on rank 0 bits per byte if they are known.
+
+        Ranks share the chunks, which are summed in a fixed order. Bits per byte leave special tokens out, as `evaluate` does.
+        """
+        losses = torch.zeros(len(self.val_batches), 2, device=self.world.device)
         with translate_oom(self.cfg, step, "validation"):
             for chunk in range(self.world.rank, len(losses), self.world.size):
                 losses[chunk] = self.chunk_loss(chunk, step)
         self.world.all_reduce(losses).wait()
-        return losses.cpu().double().mean().item() / self.cfg.val_chunk_tokens
+        loss, text_loss = (part.contiguous().mean().item() for part in losses.cpu().double().unbind(dim=1))
+        bits = len(losses) * text_loss / self.val_bytes / math.log(2) if self.val_bytes else None
+        return loss / self.cfg.val_chunk_tokens, bits
 
     @functools.cached_property
-    def tokens_per_byte(self) -> float | None:
-        """Validation tokens for each byte of their text, on rank 0; None if the tokenizer does not tell bytes.
-
-        BOS tokens have no bytes, and their loss counts all the same.
-        """
+    def val_bytes(self) -> int | None:
+        """Bytes of the text of the validation tokens, on rank 0; None if the tokenizer does not tell bytes."""
         lengths = bytes_of_tokens(self.corpus) if self.world.is_main else None
         if lengths is None:
             return None
-        size = sum(int(lengths[self.val_batches[i][1].numpy()].sum()) for i in range(len(self.val_batches)))
-        return len(self.val_batches) * self.cfg.val_chunk_tokens / size if size else None
+        return sum(int(lengths[self.val_batches[i][1].numpy()].sum()) for i in range(len(self.val_batches)))

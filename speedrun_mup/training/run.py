@@ -261,10 +261,7 @@ class Run:
         """Evaluate the weights before `step`, and record what comes out."""
         self.process_pending_steps()
         self.recovery.refuse_exploded(step)
-        self.val_loss = self.passes.evaluate(step)
-        bits = None
-        if self.passes.tokens_per_byte:
-            bits = self.val_loss * self.passes.tokens_per_byte / math.log(2)
+        self.val_loss, bits = self.passes.evaluate(step)
         record = {"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s, "bits_per_byte": bits}
         self.run_folder.log.val(record)
         if not math.isfinite(self.val_loss):

@@ -64,7 +64,10 @@ class GPT(nn.Module):
 
     def stream(self, tokens: Tensor, window: Window, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         """`hidden` for a given rotary table: this is what gets compiled, and the table need not be made again each time."""
-        masks = self.masks(document_numbers(tokens, self.cfg.bos_token), window)
+        return self.read(tokens, self.masks(document_numbers(tokens, self.cfg.bos_token), window), cos_sin)
+
+    def read(self, tokens: Tensor, masks: tuple[Any, Any], cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        """`stream` for given masks of the short and the long window."""
         x0 = self.embed(tokens)
         context = Context(masks, cos_sin, self.value_embeds(tokens))
         return rms_norm(self.blocks(x0, context))
@@ -83,6 +86,11 @@ class GPT(nn.Module):
         T, block = len(tokens), self.cfg.block_size
         padded = F.pad(tokens, (0, -(-max(T, 1) // block) * block - T), value=self.cfg.bos_token)
         return self.lm_head.logits(self.hidden(padded, window)[:T])
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
+        """(T,) int32 ids and (T,) int64 targets -> the cross-entropy of every token, (T,) float32, without gradients."""
+        return self.lm_head.losses(self.hidden(tokens, window), targets)
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""

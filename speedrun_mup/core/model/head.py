@@ -17,6 +17,7 @@ from speedrun_mup.core.model.loss import (
     SOFTCAP_SLOPE,
     SoftcapCrossEntropy,
     softcap,
+    token_losses,
 )
 from speedrun_mup.core.model.shape import ModelShape
 from speedrun_mup.core.mup import Role
@@ -54,13 +55,15 @@ class Head(Linear):
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The stream (T, D) and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
-        training = torch.is_grad_enabled()  # a Function sees that a parameter needs a gradient even under no_grad
-        return SoftcapCrossEntropy.apply(
-            x,
-            self.weight if training else self.weight.detach(),
-            targets,
-            self.scale,
-            self.fused_budget if self.fused else LOGIT_BUDGET,
-            self.fp8_scales if training else None,
-            self.fused,
-        )
+        if not torch.is_grad_enabled():
+            return self.losses(x, targets).sum()
+        return SoftcapCrossEntropy.apply(x, self.weight, targets, self.scale, self._budget, self.fp8_scales, self.fused)
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The stream (T, D) and (T,) int64 targets -> the cross-entropy of every token, (T,) float32; not in FP8."""
+        return token_losses(x, self.weight, targets, self.scale, self._budget, self.fused)
+
+    @property
+    def _budget(self) -> int:
+        return self.fused_budget if self.fused else LOGIT_BUDGET

@@ -27,12 +27,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / x.size(-1) + RMS_EPS).rsqrt()
-        y = x * scale  # float32
-        # Torch 2.11 compiles a Function that ends with a conversion to the same type to zero gradients.
-        if y.dtype is not x.dtype:
-            y = y.type_as(x)
+        y, scale = _normed(x)
         ctx.save_for_backward(y, scale)
         return y
 
@@ -46,7 +41,16 @@ class RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor) -> Tensor:
     """Divide (..., D) by the root mean square of its last dimension; no gain. The reference is F.rms_norm."""
-    return RMSNorm.apply(x)
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else _normed(x)[0]
+
+
+def _normed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The normed (..., D), and what it was multiplied by, (..., 1) float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (norm.square() / x.size(-1) + RMS_EPS).rsqrt()
+    y = x * scale  # float32
+    # Torch 2.11 compiles a Function that ends with a conversion to the same type to zero gradients.
+    return (y if y.dtype is x.dtype else y.type_as(x)), scale
 
 
 class ReluSquared(torch.autograd.Function):
@@ -96,11 +100,17 @@ class Embedding(nn.Module):
 @functools.lru_cache(maxsize=2)  # of a run's training and of its validation
 @torch.inference_mode(False)  # else one that validation made first could not be used in training
 def rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, (T, 1, C) float32. The slower half of the pairs does not rotate at all (half-truncated RoPE)."""
+    """`rotary` of the positions from 0 on, (T, 1, C)."""
+    return rotary(torch.arange(length, device=device), head_dim)
+
+
+def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin at positions (T,), (T, 1, C) float32. The slower half of the pairs does not rotate at all
+    (half-truncated RoPE)."""
     rotating = head_dim // 4
-    frequency = (1 / 1024) ** torch.linspace(0, 1, rotating, device=device)
+    frequency = (1 / 1024) ** torch.linspace(0, 1, rotating, device=positions.device)
     frequency = torch.cat([frequency, frequency.new_zeros(head_dim // 2 - rotating)])
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    angle = positions.float()[:, None] * frequency
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     return torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
 
@@ -125,4 +135,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
+        x = self.c_fc(x)
+        return self.c_proj(ReluSquared.apply(x) if torch.is_grad_enabled() else x.relu_().square_())

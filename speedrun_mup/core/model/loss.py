@@ -76,6 +76,34 @@ def _fused_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(loss_and_gradient, dynamic=False)
 
 
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, scale: float, budget: int, fused: bool = False) -> Tensor:
+    """The cross-entropy of every token, without gradients: what validation and evaluation take.
+
+    Args:
+        x: the stream, (T, D).
+        weight: (V, D).
+        targets: (T,).
+        scale: on the products, before the cap.
+        budget: logits to hold at a time.
+        fused: compile what is around the products.
+
+    Returns:
+        (T,) float32.
+    """
+    w = weight.type_as(x)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    rows, both = _rows_at_a_time(budget, w), _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
+    for begin in range(0, len(x), rows):
+        chunk = slice(begin, begin + rows)
+        losses[chunk], _ = both(F.linear(x[chunk], w), targets[chunk], scale, False, None)
+    return losses
+
+
+def _rows_at_a_time(budget: int, weight: Tensor) -> int:
+    """A power of two, so that chunks are alike."""
+    return 1 << (max(1, budget // len(weight)).bit_length() - 1)
+
+
 class SoftcapCrossEntropy(torch.autograd.Function):
     """Head, softcap and summed cross-entropy over chunks of rows, so that (T, V) logits never exist.
 
@@ -96,7 +124,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """x (T, D), weight (V, D), targets (T,), scale on the logits, logits to hold at a time -> float32 scalar."""
         w = weight if fp8 else weight.type_as(x)
-        rows = 1 << (max(1, budget // len(w)).bit_length() - 1)  # a power of two, so that chunks are alike
+        rows = _rows_at_a_time(budget, w)
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs_x else None

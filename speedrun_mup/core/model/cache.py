@@ -1,0 +1,137 @@
+"""Text read a few tokens at a time: keys and values of what came before are kept, so a token costs the same at any length.
+
+n sequences, t tokens of each at a time, H heads, C head_dim, B tokens per block, S tokens that a cache holds. Everything in
+a model but attention works on a token by itself, so it takes the tokens of all sequences as one row of n * t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speedrun_mup.core.model.attention import Attention, may_attend
+from speedrun_mup.core.model.gpt import GPT
+from speedrun_mup.core.model.layers import rotary
+
+
+class Place(NamedTuple):
+    """Where tokens go in the caches of one window, and what they see there, in place of a backend's mask.
+
+    rows: of the cache (n * S, H, C), (n * t,). mask: (n, 1, t, U), over the first U of the S tokens: 0 where attention is
+    allowed, -inf elsewhere.
+    """
+
+    size: int
+    rows: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> Place:
+        """The same for caches on `device`."""
+        return Place(self.size, self.rows.to(device), self.mask.to(device))
+
+
+class Cache:
+    """A layer's keys and values of the last S tokens: a ring of as many blocks as the layer's window, (n * S, H, C) each.
+
+    Takes the place of the layer's attention backend. Keys are stored after the rotation, values after mixing.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place, scale: float) -> Tensor:
+        """Store k and v, and attend to what is there: q, k, v (n * t, H, C) -> (n * t, H, C)."""
+        n, _, t, used = place.mask.shape
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (x.new_zeros(n * place.size, *x.shape[1:]) for x in (k, v))
+        self.keys.index_copy_(0, place.rows, k)
+        self.values.index_copy_(0, place.rows, v)
+        keys, values = (x.unflatten(0, (n, -1))[:, :used].transpose(1, 2) for x in (self.keys, self.values))
+        queries = q.unflatten(0, (n, t)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(queries, keys, values, place.mask, scale=scale)
+        return y.transpose(1, 2).flatten(0, 1)
+
+
+class Decoder:
+    """A model that reads n texts, a few tokens at a time: `decoder(tokens)` are the logits of what comes next.
+
+    Every text is one document: start it with BOS. The reference is `model.logits` of the whole text.
+
+    Args:
+        model: stays as it is; its weights are shared.
+        window: the long attention window, in blocks.
+    """
+
+    def __init__(self, model: GPT, window: int):
+        with torch.device("meta"):
+            self.model = GPT(replace(model.cfg, attention="dense", fp8=False))  # the backend is replaced
+        self.model.load_state_dict(model.state_dict(), assign=True)
+        self.windows = (max(window // 2, 1), max(window, 1))
+        self.device = model.embed.weight.device
+        self.lengths = torch.zeros(1, dtype=torch.int64)  # of the n texts so far, on the CPU: nobody waits for a GPU
+        self.caches: list[Cache] = []
+        for module in self.model.modules():
+            if isinstance(module, Attention):
+                self.caches.append(Cache())
+                module.backend = self.caches[-1]  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The next tokens of each text, (n, t) -> logits of the one after them, (n, V) float32."""
+        block = self.model.cfg.block_size
+        while True:
+            now = tokens[:, : block - int((self.lengths % block).max())]  # no further than to the end of a block
+            x = self._read(now)
+            tokens = tokens[:, now.size(1) :]
+            if not tokens.size(1):
+                return self.model.lm_head.logits(x)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """(n, t) within one block -> the stream at the last of them, (n, D)."""
+        n, t = tokens.shape
+        at = self.lengths[:, None] + torch.arange(t)
+        self.lengths = self.lengths + t
+        short, long = (self._place(at, window).to(self.device) for window in self.windows)
+        cos_sin = rotary(at.flatten().to(self.device), self.model.cfg.head_dim)
+        x = self.model.read(tokens.flatten().to(self.device), (short, long), cos_sin)
+        return x.unflatten(0, (n, t))[:, -1]
+
+    def _place(self, at: Tensor, window: int) -> Place:
+        """Of tokens at the positions `at` (n, t). What they overwrite is a block that the window has left behind."""
+        block = self.model.cfg.block_size
+        size, last = window * block, at[:, -1:]
+        used = min(-(-(int(last.max()) + 1) // block) * block, size)
+        k = last - (last - torch.arange(used)) % size  # the positions that the ring holds then
+        document = k.new_zeros(())
+        allowed = may_attend(at[:, :, None], k[:, None], document, document, window, block) & (k >= 0)[:, None]
+        rows = at % size + torch.arange(len(at))[:, None] * size
+        mask = torch.zeros(allowed.shape, dtype=self.model.cfg.embed_dtype).masked_fill(~allowed, float("-inf"))
+        return Place(size, rows.flatten(), mask[:, None])
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these of the texts; the same one several times goes on in several ways."""
+        n = len(self.lengths)
+        self.lengths = self.lengths[list(rows)]
+        for cache in self.caches:
+            cache.keys, cache.values = (
+                None if x is None else x.unflatten(0, (n, -1))[list(rows)].flatten(0, 1)
+                for x in (cache.keys, cache.values)
+            )
+
+    def join(self, others: Sequence[Decoder]) -> None:
+        """Read the texts of the others too, which have read something each, beside its own."""
+        self.lengths = torch.cat([self.lengths, *(other.lengths for other in others)])
+        for cache, *theirs in zip(self.caches, *(other.caches for other in others), strict=True):
+            cache.keys = torch.cat([cache.keys, *(other.keys for other in theirs)])
+            cache.values = torch.cat([cache.values, *(other.values for other in theirs)])
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all keys and values that are kept."""
+        return sum(x.nbytes for cache in self.caches for x in (cache.keys, cache.values) if x is not None)

@@ -1,0 +1,183 @@
+"""How well a model predicts text: loss, perplexity and bits per byte, with a standard error."""
+
+# T tokens of a row, B tokens per block, U units: what counts as one observation for the standard error
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.model import GPT
+from speedrun_mup.data.documents import DocumentReader
+from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture
+from speedrun_mup.data.sources import find_sources
+from speedrun_mup.data.tokenizers import Tokenizer
+
+PIECE = 1024  # tokens of a unit, where there are too few documents
+ENOUGH_DOCUMENTS = 30
+_ROW_CHARS = 2**21  # of documents that are put into one row
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of some text. Losses are nats per token.
+
+    tokens, bytes: those of the text that were predicted; special tokens, which open documents, are left out. loss: their
+    mean. loss_with_special: the mean over all tokens, as training's validation has it. The errors are standard errors over
+    documents, or over pieces of 1,024 tokens where there are fewer than 30; None for one unit. bits_per_byte and bytes are
+    None where ids do not stand for bytes.
+    """
+
+    tokens: int
+    bytes: int | None
+    units: int
+    loss: float
+    loss_error: float | None
+    loss_with_special: float
+    perplexity: float
+    bits_per_byte: float | None
+    bits_per_byte_error: float | None
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+
+        def within(error: float | None) -> str:
+            return "" if error is None else f" +- {error:.4f}"
+
+        with_special = f"{self.loss_with_special:.4f} with document ends, as in training"
+        lines = [
+            f"loss           {self.loss:.4f}{within(self.loss_error)} nats per token ({with_special})",
+            f"perplexity     {self.perplexity:.3f}",
+        ]
+        if self.bits_per_byte is not None:
+            lines.append(f"bits per byte  {self.bits_per_byte:.4f}{within(self.bits_per_byte_error)}")
+        size = "" if self.bytes is None else f", {self.bytes:,} bytes"
+        return "\n".join(
+            [*lines, f"text           {self.tokens:,} tokens{size}; standard errors over {self.units:,} units"]
+        )
+
+
+def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: np.ndarray | None = None) -> Evaluation:
+    """Predict every token of `rows` from all that its window sees.
+
+    Args:
+        model: its BOS opens documents, which do not see each other.
+        window: the long attention window, in blocks.
+        rows: token ids, (T,) each; the first of a row is not predicted.
+        byte_lengths: bytes that each id stands for, 0 for special ones; None where they do not.
+
+    Returns:
+        The means and their errors. ConfigError if there is nothing to predict.
+    """
+    bos, total, count = model.cfg.bos_token, 0.0, 0
+    found = []
+    for row in rows:
+        losses = token_losses(model, window, row)
+        total, count = total + losses.sum(), count + len(losses)
+        is_text, targets = row[1:] != bos, row[1:]
+        lengths = is_text if byte_lengths is None else np.where(is_text, byte_lengths[targets], 0)
+        documents, pieces = units_of(row, bos)
+        counted = [(losses * is_text), is_text, lengths]
+        found.append([np.bincount(pieces, weights) for weights in counted] + [documents])
+    if not count or not sum(part[1].sum() for part in found):
+        raise ConfigError("there is no text to predict; give at least a few tokens of it")
+    nats, tokens, size = (np.concatenate(part) for part in list(zip(*found))[:3])
+    if sum(len(np.unique(documents)) for *_, documents in found) >= ENOUGH_DOCUMENTS:
+        # the documents of one row after those of another
+        shifts = np.cumsum([0, *(documents[-1] + 1 for *_, documents in found[:-1])])
+        number = np.concatenate([documents + shift for shift, (*_, documents) in zip(shifts, found)])
+        nats, tokens, size = (np.bincount(number, weights) for weights in (nats, tokens, size))
+    kept = tokens > 0
+    nats, tokens, size = nats[kept], tokens[kept], size[kept]
+    loss = nats.sum() / tokens.sum()
+    in_bytes = byte_lengths is not None and size.sum() > 0
+    return Evaluation(
+        tokens=int(tokens.sum()),
+        bytes=int(size.sum()) if in_bytes else None,
+        units=len(tokens),
+        loss=float(loss),
+        loss_error=_error_of_ratio(nats, tokens),
+        loss_with_special=float(total / count),
+        perplexity=math.exp(loss),
+        bits_per_byte=float(nats.sum() / size.sum() / math.log(2)) if in_bytes else None,
+        bits_per_byte_error=_error_of_ratio(nats / math.log(2), size) if in_bytes else None,
+    )
+
+
+@torch.inference_mode()
+def token_losses(model: GPT, window: int, row: np.ndarray, stride: int | None = None) -> np.ndarray:
+    """Nats of every token of a row (T,) but the first, (T - 1,) float64.
+
+    A long row goes through the model in parts, each with the long window of tokens before it, so every prediction sees all
+    keys that training would show it; what those keys were made of is cut off before that.
+
+    Args:
+        model: on any device.
+        window: the long attention window, in blocks.
+        row: token ids.
+        stride: new tokens of a part, a multiple of B; default: 8 windows, at least 4,096 tokens.
+    """
+    block, device = model.cfg.block_size, model.embed.weight.device
+    context = max(window, 1) * block
+    stride = stride or max(8 * context, -(-4096 // block) * block)
+    found = []
+    for begin in range(0, len(row) - 1, stride):
+        first, end = max(begin - context, 0), min(begin + stride, len(row) - 1)
+        inputs = np.full(
+            -(-(end - first) // block) * block, model.cfg.bos_token
+        )  # what fills up the last block is not seen
+        inputs[: end - first] = row[first:end]
+        x = model.hidden(torch.from_numpy(inputs).to(device), window)[begin - first : end - first]
+        targets = torch.from_numpy(row[begin + 1 : end + 1].astype(np.int64)).to(device)
+        found.append(model.lm_head.losses(x, targets).double().cpu().numpy())
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def units_of(row: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a row (T,): the document of each piece, and the piece of each predicted token (T - 1,), both from 0 on."""
+    at = np.arange(len(row) - 1)
+    opens = row[:-1] == bos
+    document = opens.cumsum()
+    begin = np.maximum.accumulate(np.where(opens, at, 0))
+    piece = np.cumsum((opens & (at > 0)) | ((at > begin) & ((at - begin) % PIECE == 0)))
+    first = np.flatnonzero(np.diff(piece, prepend=-1))
+    return document[first] - document[:1], piece
+
+
+def _error_of_ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | None:
+    """Standard error of sum(numerator) / sum(denominator) over independent units (U,), to first order; None for one."""
+    n, total = len(numerator), denominator.sum()
+    if n < 2:
+        return None
+    residuals = numerator - numerator.sum() / total * denominator
+    return math.sqrt(n / (n - 1) * (residuals**2).sum()) / float(total)
+
+
+def validation_rows(corpus: Corpus, most: int | None = None) -> Iterator[np.ndarray]:
+    """The tokens of a corpus's validation shards, `most` of them; of a mixture's parts by their weights."""
+    if isinstance(corpus, Mixture):
+        for part, share in zip(corpus.parts, corpus.shares):
+            yield from validation_rows(part, None if most is None else most * share // MIXTURE_PERIOD)
+        return
+    for shard in map(corpus.open, corpus.val):
+        end = len(shard) if most is None else min(len(shard), most + 1)
+        if end > 1:
+            yield shard.take_ids(0, end, corpus.vocab_size)
+            most = None if most is None else most - (end - 1)
+
+
+def text_rows(paths: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of text files, of folders of them, or of standard input ("-"), many documents a row, each after its BOS."""
+    documents: list[str] = []
+    for document in DocumentReader(find_sources(paths).sources, "text", 0):
+        documents.append(document.text)
+        if sum(map(len, documents)) >= _ROW_CHARS:
+            yield tokenizer.encode_documents(documents)
+            documents = []
+    if documents:
+        yield tokenizer.encode_documents(documents)

