@@ -26,7 +26,8 @@ from speedrun_mup.data.batches import batches_of
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.training import schedules, train
 from speedrun_mup.training.checkpoint import STATE, CheckpointError
-from speedrun_mup.training.flops import attention_flops, flops_per_token, model_shape, run_flops, weight_flops
+from speedrun_mup.training.flops import attention_flops, flops_per_token, run_flops, weight_flops
+from speedrun_mup.training.model_config import Vocabulary, model_config
 from speedrun_mup.training.run import Run
 from speedrun_mup.training.schedules import Stage
 from speedrun_mup.training.tracking import read_metrics
@@ -118,7 +119,7 @@ def test_ranks_that_cannot_share_the_micro_batches_of_a_stage_are_one_line(tiny)
 
 def test_strict_sums_need_a_branch_of_the_tree_in_every_stage(tiny):
     cfg = tiny(deterministic=True, iterations=9, micro_batches=4, batch_schedule="1/3:1,1/3:2,1/3:3")
-    with pytest.raises(ConfigError, match="6 micro-batches per process are no branch of the tree"):
+    with pytest.raises(ConfigError, match="6 micro-batches per process do not fit the tree"):
         run_ranks_pack(cfg)
 
 
@@ -197,7 +198,7 @@ def test_flops_are_those_of_every_step_by_its_tokens(tiny):
         blocks = 256 // 32
         return sum(32 * min(b, max(window, 1) - 1) for b in range(blocks)) / blocks + (32 + 1) / 2
 
-    shape, total = model_shape(cfg, 65), 0.0
+    shape, total = model_config(cfg, Vocabulary(65)), 0.0
     for step in range(30):
         window = cfg.schedule.at(step).window
         per_token = weight_flops(shape) + attention_flops(shape, keys(window), keys(window // 2))
