@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist import run_ranks
+from helpers.dist import run_ranks
 from test_training import curve, weights
 
 from speedrun_mup.cli import main
