@@ -13,7 +13,7 @@ import torch
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT
-from speedrun_mup.data.documents import DocumentReader
+from speedrun_mup.data.documents import Document, DocumentReader
 from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture
 from speedrun_mup.data.sources import find_sources
 from speedrun_mup.data.tokenizers import Tokenizer
@@ -171,13 +171,29 @@ def validation_rows(corpus: Corpus, most: int | None = None) -> Iterator[np.ndar
             most = None if most is None else most - (end - 1)
 
 
-def text_rows(paths: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The tokens of text files, of folders of them, or of standard input ("-"), many documents a row, each after its BOS."""
-    documents: list[str] = []
-    for document in DocumentReader(find_sources(paths).sources, "text", 0):
-        documents.append(document.text)
-        if sum(map(len, documents)) >= _ROW_CHARS:
-            yield tokenizer.encode_documents(documents)
-            documents = []
-    if documents:
-        yield tokenizer.encode_documents(documents)
+def text_rows(paths: Sequence[str], tokenizer: Tokenizer, most: int | None = None) -> Iterator[np.ndarray]:
+    """The tokens of text files, of folders of them, or of standard input ("-"), many documents a row, each after its BOS.
+
+    Args:
+        paths: as `data text` takes them.
+        tokenizer: the model's.
+        most: tokens, if not all.
+    """
+    for row in map(tokenizer.encode_documents, _many(DocumentReader(find_sources(paths).sources, "text", 0))):
+        yield row[: None if most is None else most + 1]
+        most = None if most is None else most - (len(row) - 1)
+        if most is not None and most <= 0:
+            return
+
+
+def _many(documents: Iterable[Document]) -> Iterator[list[str]]:
+    """The texts of documents, as many at a time as make a row."""
+    texts, chars = [], 0
+    for document in documents:
+        texts.append(document.text)
+        chars += len(document.text)
+        if chars >= _ROW_CHARS:
+            yield texts
+            texts, chars = [], 0
+    if texts:
+        yield texts

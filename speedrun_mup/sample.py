@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,9 +61,14 @@ class Writer:
         A sample ends before the BOS that would open another document. Each has random numbers of its own: it is the same
         whatever is drawn beside it.
         """
-        decoder, logits = self.read(prompts)
-        going = list(range(len(prompts)))
-        randoms = [generator(sampling.seed, "sample", number) for number in going]
+        randoms = [generator(sampling.seed, "sample", number) for number in range(len(prompts))]
+        yield from self._go_on(*self.read(prompts), sampling, randoms)
+
+    def _go_on(
+        self, decoder: Decoder, logits: Tensor, sampling: Sampling, randoms: Sequence[torch.Generator]
+    ) -> Iterator[dict[int, int]]:
+        """The tokens that follow what `decoder` has read; it does not read the last one of all."""
+        going = list(range(len(randoms)))
         for step in range(sampling.max_new_tokens):
             uniform = torch.cat([torch.rand(1, generator=randoms[number], dtype=torch.float64) for number in going])
             drawn = draw(logits[:, : self.tokenizer.vocab_size].cpu(), sampling, uniform).tolist()
@@ -76,6 +81,29 @@ class Writer:
             yield dict(zip(going, drawn, strict=True))
             if step + 1 < sampling.max_new_tokens:
                 logits = decoder(torch.tensor(drawn)[:, None])
+
+    def chat(self, lines: Iterable[str], sampling: Sampling) -> Iterator[Iterator[str]]:
+        """For each line, the text that follows it and all that was said before, piece by piece.
+
+        A line is part of the text, just where that had come to. Where the model ends its document, the next line opens
+        another. What was said is not read again, and only the long window of it is kept.
+        """
+        decoder, unread = Decoder(self.model, self.window), [self.tokenizer.bos_token]
+        for turn, line in enumerate(lines):
+            logits = decoder(torch.tensor([[*unread, *self.ids_of(line)[1:]]]))
+            said: list[int] = []
+            yield self._answer(self._go_on(decoder, logits, sampling, [generator(sampling.seed, "chat", turn)]), said)
+            unread = said[-1:]
+            if len(said) < sampling.max_new_tokens:
+                decoder, unread = Decoder(self.model, self.window), [self.tokenizer.bos_token]
+
+    def _answer(self, tokens: Iterator[dict[int, int]], said: list[int]) -> Iterator[str]:
+        """The text of one sample's tokens, which are added to `said`."""
+        text = TextStream(self.tokenizer)
+        for token in (drawn[0] for drawn in tokens):
+            said.append(token)
+            yield text.add(token)
+        yield text.end()
 
     def stream(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, str]]:
         """The texts that follow `prompts`, piece by piece: (the sample's number, more of its text)."""

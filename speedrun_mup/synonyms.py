@@ -19,6 +19,15 @@ class Meaning(NamedTuple):
 
 # The first entry whose flags the command has is the answer, so what only some commands have comes first.
 FLAGS = (
+    Meaning("temp t", "--temperature", "use --temperature"),
+    Meaning(
+        "max-tokens max-length length num-tokens n-predict tokens steps",
+        "--max-new-tokens",
+        "use --max-new-tokens: how many tokens to write",
+    ),
+    Meaning("start text input i", "--prompt", "use --prompt: what the text begins with"),
+    Meaning("num-samples n-samples samples num-return-sequences", "--n", "use --n: how many samples"),
+    Meaning("ckpt step iteration", "--checkpoint", "use --checkpoint: the step of one of the run's checkpoints"),
     Meaning("hidden-size d-model n-embd proxy-widths", "--widths", "use --widths: a list, such as 32 64 128"),
     Meaning("seed n-seeds num-seeds repeats runs", "--seeds", "use --seeds: the number of runs at every point"),
     Meaning(

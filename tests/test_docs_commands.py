@@ -35,6 +35,7 @@ SMALL = f"{SHAPE} --micro-batches 2 --iterations 2 --val-tokens 1024 --val-chunk
 CHECK = "--data synthetic --head-dim 16 --block-size 32 --widths 16 32 64 --seeds 1 --tokens 128 --steps 3"
 SHORT = (
     (r"^train .*--data ", f"--preset laptop --device cpu --width 64 {SMALL}"),
+    (r"^sample", "--max-new-tokens 20"),
     (r"^train .*--resume ", ""),
     (r"^train", f"--preset laptop --device cpu --data synthetic --width 64 {SMALL}"),
     (r"^plan .*--preset record26", "--data synthetic --iterations 3"),

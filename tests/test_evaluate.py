@@ -13,7 +13,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.data.shards import mix, read_shard
-from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, gpt2_tokenizer
+from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, byte_lengths, gpt2_tokenizer
 from speedrun_mup.evaluate import evaluate, text_rows, token_losses, units_of, validation_rows
 
 BLOCK = 16
@@ -49,10 +49,6 @@ def reference(model: GPT, tokenizer: Tokenizer, window: int) -> tuple[float, flo
         logits = model.logits(ids[:-1].int(), window)
     nats = F.cross_entropy(logits.double(), ids[1:], reduction="none")[ids[1:] != tokenizer.bos_token]
     return nats.mean().item(), nats.sum().item() / math.log(2) / len("".join(DOCUMENTS).encode())
-
-
-def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    return np.array([len(token) for token in tokenizer.token_bytes() or []])
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "gpt2"])
@@ -141,8 +137,13 @@ def test_rows_of_a_corpus_are_its_validation_tokens_up_to_a_limit(tmp_path: Path
     assert [len(row) for row in validation_rows(mixture, 400)] == [301, 101]
 
 
-def test_rows_of_text_hold_every_document_after_its_bos(tmp_path: Path):
+def test_rows_of_text_hold_every_document_after_its_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.txt").write_text("é")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     rows = list(text_rows([str(tmp_path)], ByteTokenizer()))
     assert [row.tolist() for row in rows] == [[256, *"é".encode(), 256, *b"one", 256, *b"two"]]
+    monkeypatch.setattr("speedrun_mup.evaluate._ROW_CHARS", 3)
+    rows = [row.tolist() for row in text_rows([str(tmp_path)], ByteTokenizer())]
+    assert rows == [[256, *"é".encode(), 256, *b"one"], [256, *b"two"]]
+    rows = [row.tolist() for row in text_rows([str(tmp_path)], ByteTokenizer(), 8)]
+    assert rows == [[256, *"é".encode(), 256, *b"one"], [256, *b"tw"]]

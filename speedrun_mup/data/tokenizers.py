@@ -333,6 +333,11 @@ def bytes_of_tokens(corpus: Corpus) -> np.ndarray | None:
         tokenizer = load_tokenizer(corpus)
     except UserError:
         return None
+    return byte_lengths(tokenizer)
+
+
+def byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
+    """How many bytes of text each id stands for, (vocabulary,), 0 for a special one; None where ids do not stand for bytes."""
     known = tokenizer.token_bytes()
     return None if known is None else np.array([len(token) for token in known])
 

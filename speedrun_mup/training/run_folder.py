@@ -169,11 +169,9 @@ def saved_config(folder: Path) -> TrainConfig:
     try:
         text = read_text(path)
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no run (no {CONFIG}); give --resume a run's folder") from None
+        raise ConfigError(f"{folder} holds no run (no {CONFIG}); give a run's folder") from None
     except OSError as fault:
-        raise ConfigError(
-            f"{printable(path)} cannot be read ({fault.strerror}); give --resume a run's folder"
-        ) from None
+        raise ConfigError(f"{printable(path)} cannot be read ({fault.strerror}); give a run's folder") from None
     return from_json(text, path)
 
 

@@ -1,0 +1,32 @@
+"""`speedrun-mup eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from speedrun_mup.commands.sample import run_parser
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure how well a trained model predicts text: loss, perplexity and bits per byte, with standard errors."""
+    parser = run_parser("speedrun-mup eval", run.__doc__ or "")
+    parser.add_argument(
+        "--data",
+        help="a corpus as in training, or a text file, a folder of them, or - (the run's own validation split)",
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="of the data, at most (all)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    flags = vars(parse(parser, argv))
+    data, tokens, as_json = (flags.pop(name) for name in ("data", "tokens", "json"))
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--tokens {tokens} must be at least 1")
+
+    from speedrun_mup.training.load import load_run
+
+    found = load_run(**flags).evaluate(data, tokens)
+    print(json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False) if as_json else found.summary())
+    return 0

@@ -1,0 +1,94 @@
+"""`speedrun-mup sample`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.flags import Parser, new_parser, parse
+from speedrun_mup.sampling import Sampling
+from speedrun_mup.settings import flag_of, settings_of
+
+if TYPE_CHECKING:
+    from speedrun_mup.sample import Writer
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write text with a trained model: it goes on from a prompt, and ends with the document or after --max-new-tokens."""
+    parser = run_parser("speedrun-mup sample", run.__doc__ or "")
+    parser.add_argument("--prompt", default="", help="what the text begins with (a new document)")
+    parser.add_argument("--n", type=int, default=1, help="samples, side by side; %(default)s")
+    parser.add_argument(
+        "--chat", action="store_true", help="read prompts from the terminal, a line each; the text goes on with each"
+    )
+    group = parser.add_argument_group("sampling")
+    for field in dataclasses.fields(Sampling):
+        about = f"{settings_of(Sampling)[field.name].help}; %(default)s"
+        group.add_argument(flag_of(field.name), type=type(field.default), default=field.default, help=about)
+    parser.add_argument("--data", help="the corpus that the run was trained on, if it has moved")
+    flags = vars(parse(parser, argv))
+    loading = {name: flags.pop(name) for name in ("folder", "step", "data", "device")}
+    prompt, n, chat = (flags.pop(name) for name in ("prompt", "n", "chat"))
+    if n < 1:
+        raise ConfigError(f"--n {n} must be at least 1")
+    if chat and (prompt or n > 1):
+        raise ConfigError("--chat reads its prompts from the terminal, for one text; leave out --prompt and --n")
+    sampling = Sampling(**flags)
+
+    from speedrun_mup.training.load import load_run
+
+    writer = load_run(**loading).writer
+    if chat:
+        for answer in writer.chat(_lines(), sampling):
+            show(answer)
+            print(flush=True)
+    else:
+        show(in_turn(writer, prompt, n, sampling))
+    return 0
+
+
+def run_parser(prog: str, about: str) -> Parser:
+    """The flags of a command that takes a run."""
+    parser = new_parser(prog, about)
+    parser.add_argument("folder", metavar="RUN", help="a run's folder, or that of one of its checkpoints")
+    parser.add_argument("--checkpoint", dest="step", type=int, metavar="STEP", help="of this step (the newest)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="%(default)s")
+    return parser
+
+
+def in_turn(writer: Writer, prompt: str, n: int, sampling: Sampling) -> Iterator[str]:
+    """`n` samples, each after its prompt: the first as it comes, the others, drawn beside it, when those before are done."""
+    waiting = ["" if n == 1 else f"{chr(10) * (number > 0)}--- sample {number + 1} ---\n" for number in range(n)]
+    waiting = [head + prompt for head in waiting]
+    yield waiting[0]
+    waiting[0] = ""
+    for number, piece in writer.stream([prompt] * n, sampling):
+        if number == 0:
+            yield piece
+        else:
+            waiting[number] += piece
+    yield from waiting
+    yield "\n"
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Print text as it comes."""
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _lines() -> Iterator[str]:
+    """What somebody types, until Ctrl-D."""
+    while True:
+        if sys.stdin is None:
+            raise ConfigError("--chat needs standard input, which is closed")
+        if sys.stdin.isatty():
+            show(["> "])
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")

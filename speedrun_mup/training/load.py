@@ -1,0 +1,205 @@
+"""A run that is there, to be used: its model, its tokenizer and its settings, from its folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from speedrun_mup.config import TrainConfig, known_settings, settings
+from speedrun_mup.core.device import pick_device
+from speedrun_mup.core.distributed import World
+from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
+from speedrun_mup.core.model import GPT
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.data.manifest import MANIFEST
+from speedrun_mup.data.shards import Corpus
+from speedrun_mup.data.tokenizers import Tokenizer, byte_lengths, bytes_of_tokens, load_tokenizer
+from speedrun_mup.evaluate import Evaluation, evaluate, text_rows, validation_rows
+from speedrun_mup.files import printable
+from speedrun_mup.sample import Writer
+from speedrun_mup.sampling import Sampling
+from speedrun_mup.training.build import model_config
+from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, Loaded
+from speedrun_mup.training.hardware import pick_dtype
+from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
+from speedrun_mup.training.run_folder import checked_state, saved_config
+from speedrun_mup.training.schedules import Schedule
+from speedrun_mup.training.tracking import read_metrics
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what belongs to it; unpacks into (model, tokenizer, config).
+
+    step: of the checkpoint that it is from. corpus: what it was trained on. window: the long attention window at that step,
+    in blocks.
+    """
+
+    folder: Path
+    step: int
+    model: GPT
+    config: TrainConfig
+    corpus: Corpus
+    window: int
+
+    def __iter__(self) -> Any:
+        yield from (self.model, self.tokenizer, self.config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the run's tokens. ConfigError if they stand for no text."""
+        return load_tokenizer(self.corpus)
+
+    @functools.cached_property
+    def writer(self) -> Writer:
+        """What draws text from the model."""
+        return Writer(self.model, self.tokenizer, self.window)
+
+    def generate(self, prompt: str | Sequence[str] = "", **sampling: Any) -> Any:
+        """The text that follows a prompt, or each of several; without a prompt, a new document.
+
+        Args:
+            prompt: a text, or a list of them, which are gone on with side by side.
+            **sampling: of `Sampling`: max_new_tokens, temperature, top_k, top_p, seed.
+
+        Returns:
+            A text, or a list of texts, without the prompts.
+        """
+        known = Sampling.__dataclass_fields__
+        if unknown := sampling.keys() - known.keys():
+            raise ConfigError(f"unknown setting {min(unknown)}; choose from {', '.join(known)}")
+        found = self.writer.generate([prompt] if isinstance(prompt, str) else prompt, Sampling(**sampling))
+        return found[0] if isinstance(prompt, str) else found
+
+    def evaluate(self, data: str | Path | Corpus | None = None, tokens: int | None = None) -> Evaluation:
+        """Loss, perplexity and bits per byte on some text.
+
+        Args:
+            data: a corpus, its folder, or a text file or folder of them; default: the run's own validation.
+            tokens: as many at most; default: all, and of the run's own validation what it used.
+
+        Raises:
+            ConfigError: for data of another tokenizer.
+        """
+        if data is None:
+            data, tokens = self.corpus, tokens or self.config.val_tokens
+        elif not isinstance(data, Corpus):
+            found = _corpus_at(str(data))
+            data = str(data) if found is None else found
+        if isinstance(data, str):
+            rows, lengths = text_rows([data], self.tokenizer, tokens), byte_lengths(self.tokenizer)
+        else:
+            self._check_tokens(data)
+            rows, lengths = validation_rows(data, tokens), bytes_of_tokens(self.corpus)
+        return evaluate(self.model, self.window, rows, lengths)
+
+    def _check_tokens(self, other: Corpus) -> None:
+        """ConfigError unless the other corpus has the same ids for the same text."""
+        mine, theirs = ((c.tokenizer, c.vocab_size, c.bos_token, c.tokenizer_sha256) for c in (self.corpus, other))
+        if mine != theirs:
+            raise ConfigError(
+                f"{printable(other.directory)} holds tokens of another tokenizer ({printable(other.tokenizer)}) than the run's "
+                f"({printable(self.corpus.tokenizer)}); give the text itself, or tokenize it with "
+                f"--tokenizer {printable(self.corpus.directory)}"
+            )
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """All records of metrics.jsonl, a row each. Needs pandas; `read_metrics` gives them as dictionaries."""
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("a table of metrics needs pandas; pip install pandas") from None
+        return pandas.DataFrame(read_metrics(self.folder))
+
+
+def load_run(folder: str | Path, step: int | None = None, device: str = "auto", data: str | None = None) -> LoadedRun:
+    """A run's model, as its newest intact checkpoint has it, to be used.
+
+    Args:
+        folder: the run's, or that of one of its checkpoints.
+        step: of another checkpoint.
+        device: auto, cpu, cuda or mps.
+        data: the corpus that it was trained on, if it has moved.
+
+    Raises:
+        ConfigError: there is no run, or its data is missing or has changed.
+        CheckpointError: it has no such checkpoint, or none that is intact.
+    """
+    folder = Path(folder)
+    if step is None and (matched := re.fullmatch(r"step-(\d{8,})", folder.name)):
+        folder, step = folder.parent.parent, int(matched[1])
+    cfg = saved_config(folder)
+    path = _checkpoint(folder, step)
+    loaded = Loaded(path)
+    state = checked_state(DEFAULTS_FOR_OLD_CHECKPOINTS | loaded.state, path)
+    before = known_settings(state["config"])
+    cfg = TrainConfig(**{name: value for name, value in before.items() if name in settings()})
+    corpus = _corpus_of(cfg, data, state["corpus"])
+    place = pick_device(device)
+    with torch.device("meta"):
+        model = GPT(model_config(cfg, corpus, "blocked", pick_dtype(cfg, place)))
+    own = model.state_dict()
+    weights = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in loaded.model.items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as fault:  # names or shapes of another edition's, or another vocabulary
+        raise CheckpointError(f"{printable(path)} is of another model: {printable(in_a_line(fault))}") from None
+    return LoadedRun(folder, loaded.step, model.to(place), cfg, corpus, Schedule.of(cfg).at(loaded.step).window)
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path:
+    """The folder of a checkpoint: of `step`, or the newest intact one."""
+    root = folder / "checkpoints"
+    if step is not None:
+        path = root / f"step-{step:08d}"
+        if not path.is_dir():
+            have = sorted(
+                int(other.name.removeprefix("step-")) for other in root.glob("step-*") if other.name[5:].isdigit()
+            )
+            raise CheckpointError(
+                f"{printable(folder)} has no checkpoint of step {step}; it has {', '.join(map(str, have)) or 'none'}"
+            )
+        return path
+    checkpoints = Checkpoints(root, World())
+    try:
+        found = checkpoints.newest(lambda line: None)
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise CheckpointError(
+            f"{printable(folder)} has no checkpoint yet; one is written at the end, and with --save-every N before"
+        )
+    return found
+
+
+def _corpus_of(cfg: TrainConfig, data: str | None, fingerprint: str) -> Corpus:
+    """The corpus of a run. ConfigError if its ids may mean something else than those that the run was trained on."""
+    try:
+        corpus = find_corpus(cfg.data, cfg.tokenizer)[0] if data is None else find_corpus(data)[0]
+    except UserError as fault:
+        raise type(fault)(f"{fault}; if the run's data moved, give --data and their new place") from None
+    if not corpus.is_known_as(fingerprint) and corpus.tokenizer.startswith(("bpe:", "hf:", "synthetic")):
+        raise ConfigError(
+            f"{printable(corpus.directory)} is not the data that the run was trained on, and its {printable(corpus.tokenizer)} "
+            "tokens may be others; give --data and the place of the run's own"
+        )
+    return corpus
+
+
+def _corpus_at(data: str) -> Corpus | None:
+    """The corpus that `data` names; None for text."""
+    folder = Path(data)
+    named = data in ("auto", "embedded", "synthetic") or ("," in data and not os.path.exists(data))
+    shards = folder.is_dir() and ((folder / MANIFEST).exists() or any(folder.glob("*.bin")))
+    return find_corpus(data)[0] if named or shards else None

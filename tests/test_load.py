@@ -1,0 +1,250 @@
+"""A run's folder as a model to use, and the commands that use it."""
+
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import speedrun_mup
+from speedrun_mup import sample
+from speedrun_mup.cli import main
+from speedrun_mup.config import make_config
+from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.data.corpus import embedded_corpus, find_corpus
+from speedrun_mup.sampling import Sampling
+from speedrun_mup.training import load, train
+from speedrun_mup.training.load import load_run
+from speedrun_mup.training.manifest import json_with_digest
+from speedrun_mup.training.tracking import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run on bytes with two checkpoints."""
+    changes = {
+        "data": "embedded",
+        "out": str(tmp_path_factory.mktemp("runs")),
+        "name": "a",
+        "save_every": 3,
+        "width": 32,
+    }
+    return train(make_config("laptop", TINY | changes)).folder
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    """The same run, for this test to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "a"))
+
+
+def test_the_model_is_the_runs(folder, tiny):
+    """Its evaluation is the run's last validation; --checkpoint takes another step, with the window of that step."""
+    run = load_run(folder, device="cpu")
+    model, tokenizer, config = run
+    assert (run.step, tokenizer.name, config.width, run.window) == (6, "byte", 32, 3) and model is run.model
+    values = {r["step"]: r for r in read_metrics(folder) if r["kind"] == "val"}
+    found = run.evaluate(tokens=1024)
+    assert found.loss_with_special == pytest.approx(values[6]["loss"], abs=0.03)  # its context slides
+    middle = load_run(folder / "checkpoints" / "step-00000003", device="cpu")
+    assert (middle.step, middle.window) == (3, 2) and load_run(folder, step=3, device="cpu").step == 3
+    assert middle.evaluate(tokens=1024).loss_with_special == pytest.approx(values[3]["loss"], abs=0.03)
+
+
+def test_text_and_corpora_are_evaluated(folder, tmp_path):
+    run = load_run(folder, device="cpu")
+    (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 40)
+    found = run.evaluate(tmp_path / "a.txt")
+    assert (found.tokens, found.bytes) == (840, 840) and run.evaluate(str(tmp_path)).loss == found.loss
+    corpus = embedded_corpus()
+    assert run.evaluate(corpus, tokens=500).loss == run.evaluate("embedded", tokens=500).loss
+    assert run.evaluate(corpus.directory, tokens=500).loss == run.evaluate(tokens=500).loss
+    with pytest.raises(ConfigError, match=r"tokens of another tokenizer \(synthetic\) than the run's \(byte\)"):
+        run.evaluate("synthetic")
+
+
+def test_text_goes_on_from_one_prompt_or_several(folder):
+    run = speedrun_mup.load_run(str(folder), device="cpu")
+    one = run.generate("def ", max_new_tokens=20, seed=1)
+    assert isinstance(one, str) and run.generate(["def ", "x"], max_new_tokens=20, seed=1)[0] == one
+    with pytest.raises(
+        ConfigError, match="unknown setting top; choose from max_new_tokens, temperature, top_k, top_p, seed"
+    ):
+        run.generate("", top=3)
+    with pytest.raises(ConfigError, match="top_p=3 must be"):
+        run.generate("", top_p=3)
+
+
+def test_metrics_are_a_table(folder, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    run = load_run(folder, device="cpu")
+    table = run.metrics
+    assert isinstance(table, pandas.DataFrame) and len(table) == len(read_metrics(folder))
+    assert table[table.kind == "val"].step.tolist() == [0, 3, 6]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="needs pandas; pip install pandas"):
+        _ = run.metrics
+
+
+def test_a_chat_keeps_what_was_said(folder):
+    """Two lines are the text of both with the answer between; after the end of a document, another begins."""
+    writer, sampling = load_run(folder, device="cpu").writer, Sampling(max_new_tokens=7, temperature=0)
+    first, second = ("".join(answer) for answer in writer.chat(["def ", "class "], sampling))
+    assert first == writer.generate(["def "], sampling)[0] and len(first) == 7
+    assert second == writer.generate(["def " + first + "class "], sampling)[0]
+
+
+def test_after_the_end_of_a_document_a_line_opens_another(folder, monkeypatch):
+    script, begun = iter([65, 66, 256, 67, 68, 69, 70, 256]), []
+    monkeypatch.setattr(sample, "draw", lambda *_: torch.tensor([next(script)]))
+
+    class Counted(sample.Decoder):
+        def __call__(self, tokens):
+            begun.append(tokens.tolist()) if not self.lengths.any() else None
+            return super().__call__(tokens)
+
+    monkeypatch.setattr(sample, "Decoder", Counted)
+    answers = load_run(folder, device="cpu").writer.chat(["a", "b", "c"], Sampling(max_new_tokens=4))
+    assert ["".join(answer) for answer in answers] == ["AB", "CDEF", ""]
+    assert begun == [[[256, 97]], [[256, 98]]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def test_sample_streams_the_samples_one_after_the_other(folder, capsys):
+    arguments = ["sample", str(folder), "--prompt", "def ", "--max-new-tokens", "9", "--device", "cpu"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    run = load_run(folder, device="cpu")
+    expected = run.generate(["def "] * 3, max_new_tokens=9)
+    assert text == f"def {expected[0]}\n"
+    assert main([*arguments, "--n", "3"]) == 0
+    parts = "\n".join(f"--- sample {i + 1} ---\ndef {each}" for i, each in enumerate(expected))
+    assert capsys.readouterr().out == f"{parts}\n"
+
+
+def test_chat_reads_lines(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def \nclass \n"))
+    assert (
+        main(["sample", str(folder), "--chat", "--max-new-tokens", "5", "--temperature", "0", "--device", "cpu"]) == 0
+    )
+    writer = load_run(folder, device="cpu").writer
+    answers = ["".join(a) for a in writer.chat(["def ", "class "], Sampling(max_new_tokens=5, temperature=0))]
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_eval_prints_the_numbers(folder, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 40)
+    assert main(["eval", str(folder), "--data", str(tmp_path / "a.txt"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "bits per byte" in said and "perplexity" in said and "840 tokens, 840 bytes" in said
+    assert main(["eval", str(folder), "--tokens", "100", "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] / found["bits_per_byte"] == pytest.approx(0.6931471805599453, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sample", "eval"])
+def test_help_needs_no_torch(name):
+    code = f"import sys\nfrom speedrun_mup.commands.{name} import run\ntry: run(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert "RUN" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def fails(arguments: list[str], capsys) -> str:
+    """The one line that a command ends with."""
+    code, said = main(arguments), capsys.readouterr()
+    assert code in (2, 3, 4) and said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+    return said.err
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_runs_that_cannot_be_used_are_one_line(command, copied, tiny, tmp_path, capsys):
+    own = [command, str(copied), "--device", "cpu"]
+    assert "holds no run" in fails([command, str(tmp_path / "no")], capsys)
+    assert "has no checkpoint of step 4; it has 3, 6" in fails([*own, "--checkpoint", "4"], capsys)
+    newest = copied / "checkpoints" / "step-00000006"
+    whole = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(whole[:100])
+    assert "has 100 bytes instead of" in fails([*own, "--checkpoint", "6"], capsys)
+    assert load_run(copied, device="cpu").step == 3  # the newest that is intact
+    shutil.rmtree(copied / "checkpoints" / "step-00000003")
+    assert "is intact" in fails(own, capsys)
+    shutil.rmtree(newest)
+    (copied / "checkpoints" / ".tmp-step-00000009").mkdir()
+    assert "has no checkpoint yet" in fails(own, capsys)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"setting_of_tomorrow": 1}))
+    assert "is not a valid config" in fails(own, capsys)
+    (copied / "config.json").write_text(json.dumps(config)[:50])
+    assert "is not a valid config" in fails(own, capsys)
+
+
+def test_a_checkpoint_of_a_newer_version_is_one_line(copied, capsys):
+    path = copied / "checkpoints" / "step-00000006" / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    path.write_bytes(json_with_digest(body | {"schema": 99}))
+    assert "in schema 99" in fails(["sample", str(copied), "--device", "cpu"], capsys)
+
+
+def test_tokens_without_text_are_one_line(tiny, capsys):
+    folder = train(tiny(name="b", width=32)).folder
+    assert "cannot be turned into text" in fails(["sample", str(folder), "--device", "cpu"], capsys)
+    found = load_run(folder, device="cpu").evaluate()
+    assert found.bits_per_byte is None and found.tokens > 900
+    with pytest.raises(UserError, match="cannot be turned into text"):
+        load_run(folder, device="cpu").evaluate(__file__)
+
+
+def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
+    pytest.importorskip("rustbpe")
+    pytest.importorskip("tiktoken")
+    corpus = embedded_corpus("bpe:300")
+    place = Path(shutil.copytree(corpus.directory, tmp_path / "data"))
+    folder = train(tiny(name="c", data=str(place), width=32)).folder
+    assert load_run(folder, device="cpu").tokenizer.name == "bpe:300"
+    place.rename(tmp_path / "moved")
+    assert "give --data and their new place" in fails(["sample", str(folder)], capsys)
+    moved = ["sample", str(folder), "--data", str(tmp_path / "moved"), "--max-new-tokens", "2", "--device", "cpu"]
+    assert main(moved) == 0
+    capsys.readouterr()
+    other = find_corpus("embedded", "bpe:301")[0].directory
+    assert "is not the data that the run was trained on" in fails([*moved[:3], str(other)], capsys)
+
+
+def test_a_vocabulary_of_another_size_is_one_line(folder, capsys, monkeypatch):
+    larger = dataclasses.replace(embedded_corpus(), vocab_size=900)
+    monkeypatch.setattr(load, "find_corpus", lambda *_: (larger, ""))
+    assert "step-00000006 is of another model" in fails(["sample", str(folder), "--device", "cpu"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--temperature -1", "temperature=-1.0 must be finite and at least 0"),
+        ("--top-p 1.5", r"top_p=1.5 must be in (0, 1]"),
+        ("--top-k -3", "top_k=-3 must be at least 0"),
+        ("--n 0", "--n 0 must be at least 1"),
+        ("--chat --n 2", "leave out --prompt and --n"),
+        ("--max-new-tokens 0", "max_new_tokens=0 must be at least 1"),
+        ("--temp 1", "use --temperature"),
+        ("--num-samples 4", "use --n"),
+    ],
+)
+def test_flags_out_of_range_are_one_line_before_anything_is_loaded(flags, says, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "speedrun_mup.training.load", None)
+    assert says in fails(["sample", "runs/none", *flags.split()], capsys)
+
+
+def test_a_run_is_only_read(folder):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    load_run(folder, device="cpu").generate("a", max_new_tokens=3)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
