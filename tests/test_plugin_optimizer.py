@@ -80,7 +80,7 @@ def test_it_is_shared_out_over_ranks(tiny):
 
 @pytest.mark.parametrize("table, rate", [("mup", "0.002 -> 0.0005"), ("constant-rate", "0.002")])
 def test_the_table_scales_it_by_its_kind_and_explain_shows_both(table, rate, capsys):
-    flags = "--preset laptop --width 256 --base-width 64 --hidden-optimizer lion --matrix-lr 0.002 --parametrization"
+    flags = "--preset laptop --width 256 --base-width 64 --matrix-optimizer lion --matrix-lr 0.002 --parametrization"
     assert main(["explain", *flags.split(), table]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "qkv_w" in line)
     assert row.split(" lion ")[1].strip().split("  ")[0] == rate
