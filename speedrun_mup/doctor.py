@@ -1,4 +1,4 @@
-"""What a run would find on this machine, and what is left of one: device, memory, disk, data, checkpoints."""
+"""Check the environment, or the folder of a run: device, memory, disk, data, checkpoints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Finding:
 
 
 def examine(cfg: TrainConfig, folder: Path | None = None) -> Iterator[Finding]:
-    """Everything there is to say about running `cfg` here, and about the run in `folder`, each as soon as it is known.
+    """Findings about running `cfg` here, and about the run in `folder`, each as soon as it is known.
 
     Changes nothing.
     """
@@ -137,14 +137,14 @@ def _enough(subject: str, need: float, free: float, what: str, fix: str) -> Find
 
 def _memory(parameters: int, device: torch.device) -> Iterator[Finding]:
     """Weights, gradients, at most two optimizer states and a snapshot of weights and states, 4 bytes each."""
-    what = f"{parameters:,} parameters with gradients and optimizer take, besides activations, up to"
+    what = f"{parameters:,} parameters with gradients and optimizer state take, without activations, up to"
     fix = "choose a smaller --width, or more ranks"
     if device.type == "cuda":
         yield _enough("memory", 16.0 * parameters, torch.cuda.mem_get_info(device)[0], what, fix)
     elif (info := Path("/proc/meminfo")).exists() and (match := re.search(r"MemAvailable:\s+(\d+)", info.read_text())):
         yield _enough("memory", 28.0 * parameters, 1024.0 * int(match[1]), what, fix)
     else:
-        yield Finding(Level.GOOD, "memory", f"{what} {28e-9 * parameters:,.2f} GB; free memory is not known here")
+        yield Finding(Level.GOOD, "memory", f"{what} {28e-9 * parameters:,.2f} GB; free memory is unknown here")
 
 
 def _disk(cfg: TrainConfig, parameters: int, folder: Path | None) -> Iterator[Finding]:
@@ -199,8 +199,8 @@ def _run_folder(folder: Path, corpus: Corpus | None) -> Iterator[Finding]:
     _guarded("metrics", lambda: findings.extend(_metrics(folder)), findings)
     yield from findings
     for dump in sorted(folder.glob("bad-step-*.json")):
-        fix = "it tells the tokens and the norm of every gradient; see --on-nonfinite"
-        yield Finding(Level.WARNING, "numbers", f"{dump} is the dump of a step that was not finite", fix)
+        fix = "it lists the tokens and the norm of every gradient; see --on-nonfinite"
+        yield Finding(Level.WARNING, "numbers", f"{dump} describes a step with NaN or Inf", fix)
     yield from _code(folder)
     newest = max((path.lstat().st_mtime for path in folder.iterdir()), default=0.0)
     if newest > time.time() + 60:
@@ -225,7 +225,7 @@ def _metrics(folder: Path) -> Iterator[Finding]:
     steps = [record["step"] for record in records if record["kind"] == "train"]
     doubles = len(steps) - len(set(steps))
     level = Level.WARNING if doubles else Level.GOOD
-    fix = "a resumed run writes them anew" if doubles else ""
+    fix = "a resumed run writes them again" if doubles else ""
     yield Finding(level, "metrics", f"{len(steps):,} steps recorded, {doubles} twice", fix)
     noted = read_status(folder)["missing_steps"]
     missing = missing_steps(folder, records, max((last + 1 for _, last in noted), default=0))
@@ -241,10 +241,10 @@ def _code(folder: Path) -> Iterator[Finding]:
     before = last.get("torch", torch.__version__)
     if before != torch.__version__:
         text = f"the run used torch {before}, this is {torch.__version__}"
-        yield Finding(Level.WARNING, "versions", text, "to go on to the bit, use the same one")
+        yield Finding(Level.WARNING, "versions", text, "to resume bit for bit, use the same one")
     if last.get("source_sha256", source_sha256()) != source_sha256():
         text = f"the run used other code ({last.get('revision')}) than this"
-        yield Finding(Level.WARNING, "versions", text, "to go on to the bit, check out the same revision")
+        yield Finding(Level.WARNING, "versions", text, "to resume bit for bit, check out the same revision")
 
 
 def _state_of_run(folder: Path) -> Iterator[Finding]:
@@ -254,12 +254,12 @@ def _state_of_run(folder: Path) -> Iterator[Finding]:
     if holder:
         yield Finding(Level.GOOD, "run", f"{folder} is in use by process {holder}")
     elif status == "running":
-        yield Finding(Level.WARNING, "run", f"{folder}: died without a word", f"go on with --resume {folder}")
+        yield Finding(Level.WARNING, "run", f"{folder}: crashed (no final status)", f"resume it with --resume {folder}")
     elif status in ("failed", "diverged"):
-        yield Finding(Level.WARNING, "run", f"{folder}: {status}: {why}", f"mend it, then go on with --resume {folder}")
+        yield Finding(Level.WARNING, "run", f"{folder}: {status}: {why}", f"fix it, then rerun with --resume {folder}")
     elif status == "not known" and os.path.lexists(folder / STATUS):
         text = f"{folder / STATUS} is damaged: how the run ended is not known"
-        yield Finding(Level.WARNING, "run", text, f"remove it; a resumed run ({folder}) writes it anew")
+        yield Finding(Level.WARNING, "run", text, f"remove it; a resumed run ({folder}) writes it again")
     else:
         yield Finding(Level.GOOD, "run", f"{folder}: {status}")
 
@@ -270,7 +270,7 @@ def _checkpoints(folder: Path) -> Iterator[Finding]:
     intact = [path.name for path, damage in found if damage is None]
     for _, damage in found:
         if damage:
-            fix = "delete it" if intact else "there is no other: restore it from a copy, or start anew"
+            fix = "delete it" if intact else "there is no other: restore it from a copy, or start again"
             yield Finding(Level.WARNING if intact else Level.BAD, "checkpoint", damage, fix)
     if intact:
         yield Finding(Level.GOOD, "checkpoint", f"intact: {', '.join(intact)}; a resume starts from {intact[0]}")

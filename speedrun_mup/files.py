@@ -1,4 +1,4 @@
-"""Small files and names that may be anybody's: written whole, read with bounds, printed without control characters.
+"""Small files and names from outside: written whole, read with bounds, printed without control characters; folder locks.
 
 Every file that this package replaces is written by `whole_file`, every one that it extends is opened by `open_to_append`,
 and every small file that it did not just write itself is opened by `open_regular`. All raise OSError with a `strerror`
@@ -39,7 +39,7 @@ _NAME, _TEXT = re.compile(f"[{_UNPRINTABLE}]"), re.compile(rf"(?![\t\n\r])[{_UNP
 
 
 def printable(name: object, most: int = 200) -> str:
-    """A name or a piece of somebody's text, fit for one line of a terminal.
+    """A name or a piece of text from outside, fit for one line of a terminal.
 
     Args:
         name: anything; `str` of it is shown.
@@ -62,7 +62,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def kind_of(mode: int) -> str:
-    """What a `stat` mode stands for, in words."""
+    """The name of the kind of file that a `stat` mode stands for."""
     return next((words for is_it, words in _KINDS if is_it(mode)), "a regular file")
 
 
@@ -96,7 +96,7 @@ def read_text(path: Path, most: int = SMALL) -> str:
 
 
 def read_json(path: Path, advice: str, error: type[UserError] = ConfigError, most: int = SMALL) -> Any:
-    """The value in a JSON file that somebody else may have written.
+    """The value in a JSON file that may come from outside.
 
     Args:
         path: of a regular file.
@@ -286,7 +286,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def own_folder(folder: Path) -> None:
-    """Make a folder inside one that may have come from somebody else. OSError if a link or a file stands in its place."""
+    """Make a folder inside one that may come from outside. OSError if a link or a file stands in its place."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
     mode = folder.lstat().st_mode

@@ -127,7 +127,7 @@ def test_what_is_not_here(tiny):
 
 def test_how_a_run_ended(tiny, run):
     cfg = tiny(resume=str(run))
-    for status, text in (("running", "died without a word"), ("failed", "failed: NonFiniteError: step 3")):
+    for status, text in (("running", "crashed (no final status)"), ("failed", "failed: NonFiniteError: step 3")):
         (run / "status.json").write_text(json.dumps({"status": status, "why": "NonFiniteError: step 3"}))
         assert text in bad(examine(cfg, run))["run"]
     (run / "bad-step-00000003.json").write_text("{}")

@@ -1009,7 +1009,7 @@ def test_what_an_earlier_version_left(text: Path, tmp_path: Path, capsys: pytest
     former.mkdir()
     (former / "progress.json").write_text(json.dumps({"recipe": "0", "position": [0, 5], "parts": {}}))
     tokenize_text([str(text)], tmp_path / "out", BYTES)
-    assert capsys.readouterr().out == f"{former} was begun by an earlier version, and is not gone on with; delete it\n"
+    assert capsys.readouterr().out == f"{former} was begun by an earlier version, and cannot be resumed; delete it\n"
     manifest = json.loads((tmp_path / "out" / "corpus.json").read_text())
     del manifest["order"], manifest["tally"]
     (tmp_path / "out" / "corpus.json").write_text(json.dumps(manifest | {"recipe": "0" * 64}))

@@ -119,7 +119,7 @@ def gpt_coord_check(
 
 
 class _TappedAttention(Dense):
-    """The reference attention, which tells `record` its scores."""
+    """The reference attention, which gives `record` its scores."""
 
     def __init__(self, name: str, record: Record):
         self.name, self.record = name, record

@@ -115,7 +115,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What one arm measured. problems: why its slopes prove nothing, in words."""
+    """What one arm measured. problems: why its slopes prove nothing."""
 
     name: str
     widths: tuple[int, ...]
@@ -147,7 +147,7 @@ class ControlResult:
 
     @property
     def whose(self) -> str:
-        """Whose slope it is, in words."""
+        """Which updates the slope is of."""
         return "all updates" if self.role is None else f"{self.role.value} updates"
 
 
@@ -162,7 +162,7 @@ class CoordCheck:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why a PASS would prove nothing, in words; empty if it does."""
+        """Why a PASS would prove nothing; empty if it does."""
         blind = (
             f"control {c.arm.name} was not detected: its {c.whose} have slope {c.slope:+.2f}, not about {c.predicted:+.1f}"
             for c in self.controls

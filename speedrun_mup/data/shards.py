@@ -128,7 +128,7 @@ def _check_header(path: Path, head: bytes, size: int) -> None:
 
 
 class _Handle:
-    """An open file that is closed when nobody reads from it any more."""
+    """An open file that is closed when it is no longer read."""
 
     def __init__(self, path: Path):
         file = open_regular(path)
@@ -278,10 +278,10 @@ class Corpus:
 
     tokenizer: "byte", "bpe:1024", "gpt2", ...; its ids are below `vocab_size`, and `bos_token` opens every document.
     tokenizer_sha256: of its tokenizer.json, "" without one. fingerprint: equal only for equal tokens, so that runs on
-    different data are never compared. source: for reports. recipe: of sources and settings, "" where nobody repeats it.
-    order: of its documents, "" where nobody says. facts: of every shard by file name; FineWeb's without a manifest have
-    none. tally: how many documents of the text were left out or mended, by what for; where nobody counted, nothing.
-    former_fingerprint: what earlier versions gave it. told_fingerprint: what its manifest gives, which nobody believes.
+    different data are never compared. source: for reports. recipe: of sources and settings, "" where it cannot be repeated.
+    order: of its documents, "" where it is unknown. facts: of every shard by file name; FineWeb's without a manifest have
+    none. tally: how many documents of the text were left out or repaired, by reason; empty where it was not counted.
+    former_fingerprint: what earlier versions gave it. told_fingerprint: what its manifest gives, which is not trusted.
     """
 
     directory: Path
@@ -371,7 +371,7 @@ class TokenRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Corpus):
-    """Several corpora of one vocabulary, to be trained on by turns. shares: of every MIXTURE_PERIOD micro-batches."""
+    """Several corpora of one vocabulary, interleaved in training. shares: of every MIXTURE_PERIOD micro-batches."""
 
     parts: tuple[Corpus, ...]
     shares: tuple[int, ...]

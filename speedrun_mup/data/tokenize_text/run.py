@@ -62,7 +62,7 @@ def tokenize_text(
     if (done := _done_before(out, job)) is not None:
         return done
     if (former := Path(f"{out}.unfinished") / PROGRESS).exists():
-        print(f"{printable(former.parent)} was begun by an earlier version, and is not gone on with; delete it")
+        print(f"{printable(former.parent)} was begun by an earlier version, and cannot be resumed; delete it")
     made = not out.exists()
     tokenizer = ready_tokenizer(sources, settings)
     with sole_writer(out / UNFINISHED):
