@@ -29,7 +29,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One parameter. infshape: a (base, actual) pair per dimension; they differ where it grows with width."""
 
     name: str
@@ -41,12 +41,12 @@ class Row:
     here: Values
 
 
-def explain(cfg: TrainConfig, vocab_size: int = 50257) -> list[Row]:
+def explain(cfg: TrainConfig, vocab_size: int = 50257) -> list[ParameterRow]:
     """A row for every parameter of the model that `cfg` describes, in the model's order. Allocates no weights."""
     base_width = cfg.tuned_width
     here, base = (_values(cfg, width, base_width, vocab_size) for width in (cfg.width, base_width))
     return [
-        Row(
+        ParameterRow(
             name, spec.shape, spec.role.value, tuple(zip(spec.base_shape, spec.shape)), optimizer, base[name][2], values
         )
         for name, (spec, optimizer, values) in here.items()
@@ -74,12 +74,12 @@ def _values(
     return found
 
 
-def to_json(rows: Sequence[Row]) -> str:
+def to_json(rows: Sequence[ParameterRow]) -> str:
     """The rows as strict JSON."""
     return strict_json([asdict(row) for row in rows], indent=1)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ParameterRow]) -> str:
     """The rows for a terminal: "base -> here" where a value changes with width, one value where it does not.
 
     Parameters of the same name in several layers that agree in everything share a line: blocks.{0-5}.mlp.c_fc.weight.
@@ -102,9 +102,9 @@ def _arrow(base: float | None, here: float | None) -> str:
     return f"{here:.4g}" if f"{base:.4g}" == f"{here:.4g}" else f"{base:.4g} -> {here:.4g}"
 
 
-def _merged(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+def _merged(rows: Sequence[ParameterRow]) -> list[tuple[str, ParameterRow]]:
     """Rows that differ in nothing but the number of their layer, under one name."""
-    alike: dict[Row, list[tuple[str, str, str]]] = {}
+    alike: dict[ParameterRow, list[tuple[str, str, str]]] = {}
     for row in rows:
         prefix, _, rest = row.name.partition(".")
         number, _, local = rest.partition(".")

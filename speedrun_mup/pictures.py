@@ -20,6 +20,22 @@ from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.files import printable, write_whole
 
 COLORS = 256  # of a PNG
+_STYLE: dict[Any, Any] = {
+    "font.size": 8.5,
+    "axes.titlesize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "savefig.dpi": 200,
+}
 _BOXES = "Last Resort"  # comes with matplotlib and has a box for every character there is
 _NAMED_FONTS = (
     "Noto Sans CJK",
@@ -58,7 +74,7 @@ def picture(path: Path, size: tuple[float, float], style: Mapping[str, Any] | No
     Args:
         path: its suffix names the format: .svg or .pdf, else it is PNG.
         size: width and height in inches.
-        style: settings of matplotlib, on top of its defaults.
+        style: settings of matplotlib, on top of this project's own.
 
     Raises:
         PictureError: in one line, for any fault of drawing or writing.
@@ -95,11 +111,11 @@ def _with_few_colors(png: io.BytesIO) -> bytes:
 
 @contextlib.contextmanager
 def _own_settings(style: Mapping[str, Any]) -> Iterator[None]:
-    """matplotlib with its defaults and `style`, also where MPLBACKEND names nothing that it knows."""
+    """matplotlib with its defaults, this project's style and `style`, also where MPLBACKEND names nothing that it knows."""
     matplotlib = sys.modules.get("matplotlib") or _import_matplotlib()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": "speedrun-mup"} | dict(style))
+        matplotlib.rcParams.update({"svg.hashsalt": "speedrun-mup"} | _STYLE | dict(style))
         yield
 
 

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from speedrun_mup.config import make_config
-from speedrun_mup.coord_check import Control, CoordCheckError, Series, Thresholds, Verdict, coord_check, gpt_coord_check
+from speedrun_mup.coord_check import (
+    CheckVerdict,
+    Control,
+    CoordCheckError,
+    Series,
+    SlopeThresholds,
+    coord_check,
+    gpt_coord_check,
+)
 from speedrun_mup.coord_check.observe import Observer, Setting, norms
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
@@ -115,7 +123,7 @@ BINDING = {"eps": 1.0, "lr": 1.0}  # gradients are far below 1
 @pytest.mark.parametrize("kind, options", [("adam", {}), ("adam", BINDING), ("sgd", {}), ("muon", {})])
 def test_a_mup_mlp_passes(kind, options):
     result = check_mlp(kind, widths=(64, 128, 256, 512), seeds=3, **options)
-    assert result.verdict is Verdict.PASS, result.summary()
+    assert result.verdict is CheckVerdict.PASS, result.summary()
     assert result.controls[0].slope == pytest.approx(0.5, abs=0.2)
 
 
@@ -143,7 +151,7 @@ BREAKABLE = [
 def check_broken(role, column, kind, power):
     options = BINDING if column == "eps" else {}
     result = check_mlp(kind, broken(role, column, kind, power), controls=[], **options)
-    assert result.verdict is Verdict.FAIL, result.summary()
+    assert result.verdict is CheckVerdict.FAIL, result.summary()
     return result.arm
 
 
@@ -220,14 +228,14 @@ def check_cnn(optimizer):
 
 def test_a_mup_cnn_passes():
     result = check_cnn(lambda model: mup.MuAdam(model, lr=0.003))
-    assert result.verdict is Verdict.PASS, result.summary()
+    assert result.verdict is CheckVerdict.PASS, result.summary()
     assert {row.kind for row in result.arm.rows if row.role is Role.HIDDEN} == {"3.weight", "3", "7.weight", "7"}
 
 
 @pytest.mark.slow
 def test_the_same_cnn_fails_with_an_optimizer_that_knows_no_mup():
     result = check_cnn(lambda model: torch.optim.Adam(model.parameters(), lr=0.001))
-    assert result.verdict is Verdict.FAIL
+    assert result.verdict is CheckVerdict.FAIL
     assert result.arm.update_slope(Role.HIDDEN) > 0.5
 
 
@@ -250,11 +258,11 @@ def gpt_result():
 
 @pytest.mark.slow
 def test_the_gpt_passes_and_every_control_fails_as_predicted(gpt_result):
-    assert gpt_result.verdict is Verdict.PASS, gpt_result.summary()
+    assert gpt_result.verdict is CheckVerdict.PASS, gpt_result.summary()
     seen = {control.arm.name: control for control in gpt_result.controls}
     assert set(seen) == {"muon-over-m", "muon-sqrt-m", "adam-constant", "head-sqrt"}
     for control in seen.values():
-        assert control.seen and control.arm.verdict is Verdict.FAIL
+        assert control.seen and control.arm.verdict is CheckVerdict.FAIL
         assert control.slope == pytest.approx(control.predicted, abs=0.2), control.arm.name
 
 
@@ -279,19 +287,19 @@ def small_shape():
 
 
 def test_the_gpt_with_adam_alone_is_right_too():
-    assert check_gpt(WITH_ADAM, controls=False, tokens=256).arm.verdict is Verdict.PASS
+    assert check_gpt(WITH_ADAM, controls=False, tokens=256).arm.verdict is CheckVerdict.PASS
 
 
 @pytest.mark.slow
 def test_with_adam_alone_muons_controls_are_left_out():
     result = check_gpt(WITH_ADAM, tokens=256)
-    assert result.verdict is Verdict.PASS, result.summary()
+    assert result.verdict is CheckVerdict.PASS, result.summary()
     assert [control.arm.name for control in result.controls] == ["adam-constant", "head-sqrt"]
 
 
 def test_two_steps_prove_nothing_about_layers_behind_zeros():
     result = check_gpt(steps=2, controls=False)
-    assert result.verdict is Verdict.INCONCLUSIVE
+    assert result.verdict is CheckVerdict.INCONCLUSIVE
     assert result.reasons[0].startswith("2 updates are too few")
     still = (
         "blocks.*.attn.qkv_w, blocks.*.mlp.c_fc.weight, value_embeds.*.weight, value_embeds.lambdas did not move in 2"
@@ -313,12 +321,12 @@ def test_two_steps_prove_nothing_about_layers_behind_zeros():
 def test_a_broken_rule_fails_the_gpt(role, column, kind, power):
     changes = WITH_ADAM if role is Role.HIDDEN and kind == "adam" else {}
     result = check_gpt(changes, table=broken(role, column, kind, power), controls=False)
-    assert result.verdict is Verdict.FAIL, result.summary()
+    assert result.verdict is CheckVerdict.FAIL, result.summary()
 
 
 @pytest.mark.slow
 def test_the_default_check_of_the_laptop_preset_passes():
-    assert gpt_coord_check(progress=False).verdict is Verdict.PASS
+    assert gpt_coord_check(progress=False).verdict is CheckVerdict.PASS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,9 +410,9 @@ def test_a_readout_that_is_the_embedding_knows_the_token_it_read():
             progress=False,
         )
         (rows[wrong],) = (row for row in result.arm.rows if row.quantity == "init" and row.kind.endswith("(readout)"))
-        assert wrong or result.verdict is Verdict.PASS, result.summary()
-    assert -0.4 < rows[False].slope < 0 and rows[False].verdict is Verdict.PASS and rows[False].predicted is None
-    assert rows[True].verdict is Verdict.FAIL
+        assert wrong or result.verdict is CheckVerdict.PASS, result.summary()
+    assert -0.4 < rows[False].slope < 0 and rows[False].verdict is CheckVerdict.PASS and rows[False].predicted is None
+    assert rows[True].verdict is CheckVerdict.FAIL
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -412,7 +420,7 @@ def test_effects_are_those_of_the_plain_formulas(dtype):
     torch.manual_seed(0)
     model, tokens = Zoo(dtype=dtype), torch.randint(0, 5, (2, 7))
     observer = Observer(
-        model, Setting(None, [[]], lambda model, record: None, lambda model: {"turned": 10.0}, Thresholds())
+        model, Setting(None, [[]], lambda model, record: None, lambda model: {"turned": 10.0}, SlopeThresholds())
     )
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     observer.look(0, lambda: model(tokens))
@@ -508,9 +516,14 @@ def test_kinds_and_thresholds():
         and kind("experts.3") == "experts.*"
         and kind("layer2.conv1.weight") == "layer2.conv1.weight"
     )
-    judge = Thresholds().judge
-    assert [judge(x) for x in (0.15, -0.16, 0.3, -0.31)] == [Verdict.PASS, Verdict.WARN, Verdict.WARN, Verdict.FAIL]
-    assert judge(math.nan) is judge(math.inf) is Verdict.FAIL
+    judge = SlopeThresholds().judge
+    assert [judge(x) for x in (0.15, -0.16, 0.3, -0.31)] == [
+        CheckVerdict.PASS,
+        CheckVerdict.WARN,
+        CheckVerdict.WARN,
+        CheckVerdict.FAIL,
+    ]
+    assert judge(math.nan) is judge(math.inf) is CheckVerdict.FAIL
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +533,7 @@ def test_kinds_and_thresholds():
 def test_a_control_that_does_not_fail_makes_it_inconclusive():
     blind = Control("same", MLP, train_with("adam"), role=Role.HIDDEN, slope=-1.0)
     result = check_mlp(controls=[blind])
-    assert result.arm.verdict is not Verdict.FAIL and result.verdict is Verdict.INCONCLUSIVE
+    assert result.arm.verdict is not CheckVerdict.FAIL and result.verdict is CheckVerdict.INCONCLUSIVE
     assert (
         result.reasons == (result.reasons[0],)
         and "control same was not detected: its hidden updates" in result.reasons[0]
@@ -529,7 +542,7 @@ def test_a_control_that_does_not_fail_makes_it_inconclusive():
 
 def test_without_controls_it_can_fail_but_not_pass():
     result = check_mlp(controls=[])
-    assert result.verdict is Verdict.INCONCLUSIVE and "no control was run" in result.reasons[0]
+    assert result.verdict is CheckVerdict.INCONCLUSIVE and "no control was run" in result.reasons[0]
 
 
 def test_a_parameter_that_nobody_trains_makes_it_inconclusive():
@@ -539,7 +552,7 @@ def test_a_parameter_that_nobody_trains_makes_it_inconclusive():
     result = coord_check(
         MLP, [64, 128, 256], classification((FEATURES,)), cross_entropy, forget_bias, progress=False, seeds=1
     )
-    assert result.verdict is Verdict.INCONCLUSIVE
+    assert result.verdict is CheckVerdict.INCONCLUSIVE
     assert "bias did not move in 6 updates" in result.reasons
     frozen = coord_check(
         lambda width: freeze(MLP(width), "bias"),
@@ -569,7 +582,7 @@ def test_a_matrix_that_cannot_be_followed_makes_it_inconclusive():
     result = coord_check(
         Normed, [64, 128, 256], classification((FEATURES,)), cross_entropy, train_with("adam"), progress=False, seeds=1
     )
-    assert result.verdict is Verdict.INCONCLUSIVE
+    assert result.verdict is CheckVerdict.INCONCLUSIVE
     assert any(reason.startswith("hidden.*.weight cannot be followed") for reason in result.reasons)
 
 
@@ -581,7 +594,7 @@ def test_a_model_that_blows_up_fails():
     result = coord_check(
         MLP, [64, 128, 256], classification((FEATURES,)), loss, train_with("adam"), controls=[], progress=False, seeds=1
     )
-    assert result.verdict is Verdict.FAIL
+    assert result.verdict is CheckVerdict.FAIL
     json.loads(result.to_json(), parse_constant=pytest.fail)
     assert "FAIL" in result.summary()
 
@@ -636,7 +649,7 @@ def test_the_mlp_of_the_documentation_passes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(python_blocks()[0].replace("optimizer=", "progress=False, optimizer="), names)
-    assert names["result"].verdict is Verdict.PASS and (tmp_path / "mlp.png").exists()
+    assert names["result"].verdict is CheckVerdict.PASS and (tmp_path / "mlp.png").exists()
     assert check_section(tmp_path / "mlp.json", 0).title == "Coordinate check: PASS"
 
 
@@ -655,4 +668,4 @@ def test_the_gpt2_of_the_documentation_passes():
     names = {}
     mlp, _, gpt2 = python_blocks()
     exec(mlp.split("\n\n\n")[0] + "\n" + gpt2.replace("optimizer=", "progress=False, optimizer="), names)
-    assert names["result"].verdict is Verdict.PASS
+    assert names["result"].verdict is CheckVerdict.PASS

@@ -19,7 +19,7 @@ from test_training import curve, weights
 from torch import Tensor, nn
 
 from speedrun_mup.config import make_config
-from speedrun_mup.coord_check import Verdict, gpt_coord_check
+from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.mup import PARAMETRIZATIONS, ParamSpec, Role, Update
 from speedrun_mup.core.optimizers import OPTIMIZERS, GroupHyperparams, param_groups
@@ -152,8 +152,8 @@ def registered(monkeypatch):
         OPTIMIZERS.register(name, kind)
 
 
-def update_slope(optimizer: str) -> tuple[Verdict, float]:
-    """Verdict of the check and mean slope of the hidden matrices' updates."""
+def update_slope(optimizer: str) -> tuple[CheckVerdict, float]:
+    """CheckVerdict of the check and mean slope of the hidden matrices' updates."""
     small = {"block_size": 32, "window_tokens": 64, "head_dim": 16, "data": "embedded", "parametrization": "mup"}
     cfg = make_config("laptop", small | {"width": 32, "base_width": 32, "matrix_optimizer": optimizer})
     result = gpt_coord_check(cfg, (32, 64, 128), tokens=192, controls=False, progress=False)
@@ -168,7 +168,7 @@ def test_its_updates_have_the_size_of_a_spectral_update_at_every_width(registere
 
 def test_taken_for_an_entrywise_update_it_is_seen_to_shrink_as_one_over_width(registered):
     verdict, slope = update_slope("entrywise-normuon")
-    assert verdict is Verdict.FAIL and slope == pytest.approx(-1.0, abs=0.2)
+    assert verdict is CheckVerdict.FAIL and slope == pytest.approx(-1.0, abs=0.2)
 
 
 @pytest.mark.dist

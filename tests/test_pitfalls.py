@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from speedrun_mup.coord_check import Verdict, gpt_coord_check
+from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.model import GPT, GPTConfig, softcap_cross_entropy
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, named_specs
@@ -58,7 +58,7 @@ def small(tiny):
 @pytest.mark.parametrize("head, slope", [(0.5, 0.5), (2.0, -1.0)])
 def test_head_corrected_by_half_or_twice(small, head, slope):
     result = check(small, mup.mup(head=head))
-    assert result.verdict is Verdict.FAIL
+    assert result.verdict is CheckVerdict.FAIL
     assert result.arm.update_slope(Role.OUTPUT) == pytest.approx(slope, abs=0.25)
 
 
@@ -81,7 +81,7 @@ def test_the_head_s_multiplier_is_in_every_path():
 @pytest.mark.parametrize("table, slope", [("muon-over-m", -1.0), ("muon-sqrt-m", 0.5)])
 def test_muon_with_a_factor_that_it_does_not_need(small, table, slope):
     result = check(small, PARAMETRIZATIONS[table])
-    assert result.verdict is Verdict.FAIL
+    assert result.verdict is CheckVerdict.FAIL
     assert result.arm.update_slope(Role.HIDDEN) == pytest.approx(slope, abs=0.25)
 
 
@@ -94,7 +94,7 @@ def test_every_table_is_the_identity_at_base_width(name):
 
 @pytest.mark.slow
 def test_two_steps_are_too_few_to_see_zero_initialised_layers_move(small):
-    assert check(small, steps=2).verdict is Verdict.INCONCLUSIVE
+    assert check(small, steps=2).verdict is CheckVerdict.INCONCLUSIVE
 
 
 def test_fused_and_transposed_layouts():

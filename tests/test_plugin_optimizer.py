@@ -14,7 +14,7 @@ from test_training import curve, weights
 
 from speedrun_mup.cli import main
 from speedrun_mup.config import make_config
-from speedrun_mup.coord_check import Verdict, gpt_coord_check
+from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role, Update, UpdateScaling
@@ -94,7 +94,7 @@ def test_the_coordinate_check_sees_that_its_kind_is_right():
         cfg = make_config("laptop", small | changes)
         result = gpt_coord_check(cfg, (32, 64, 128), tokens=192, controls=False, progress=False)
         slopes[optimizer, table] = result.arm.update_slope(Role.HIDDEN)
-        assert (result.verdict is Verdict.FAIL) == (abs(slopes[optimizer, table]) > 0.3)
+        assert (result.verdict is CheckVerdict.FAIL) == (abs(slopes[optimizer, table]) > 0.3)
     right, *wrong = slopes.values()
     assert right == pytest.approx(0.0, abs=0.15) and wrong == pytest.approx([1.0, 1.0], abs=0.25)
 

@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     except OSError as fault:
         raise ConfigError(f"{folder} cannot be made ({fault.strerror}); choose another with --out") from None
 
-    from speedrun_mup.coord_check import Verdict, gpt_coord_check
+    from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 
     print(rules_in_force(cfg), flush=True)
     result = gpt_coord_check(cfg, **check, progress=cfg.progress)
@@ -53,4 +53,4 @@ def run(argv: Sequence[str]) -> int:
     print(f"numbers  {printable(folder / 'coord-check.json')}")
     result.plot(folder / "coord-check.png")
     print(f"picture  {printable(folder / 'coord-check.png')}")
-    return 0 if result.verdict is Verdict.PASS else 1
+    return 0 if result.verdict is CheckVerdict.PASS else 1

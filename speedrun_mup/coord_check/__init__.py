@@ -23,20 +23,28 @@ Shapes: S seeds, W widths, T + 1 points in time t = 0 ... T; W_t is the paramete
 
 from speedrun_mup.coord_check.check import Control, CoordCheckError, coord_check
 from speedrun_mup.coord_check.gpt import gpt_coord_check
-from speedrun_mup.coord_check.observe import Arm
-from speedrun_mup.coord_check.results import ArmResult, ControlResult, CoordCheck, Row, Series, Thresholds, Verdict
+from speedrun_mup.coord_check.observe import ArmRecipe
+from speedrun_mup.coord_check.results import (
+    CheckedArm,
+    CheckVerdict,
+    ControlResult,
+    CoordCheck,
+    Series,
+    SlopeRow,
+    SlopeThresholds,
+)
 
 __all__ = [
-    "Arm",
-    "ArmResult",
+    "ArmRecipe",
+    "CheckVerdict",
+    "CheckedArm",
     "Control",
     "ControlResult",
     "CoordCheck",
     "CoordCheckError",
-    "Row",
     "Series",
-    "Thresholds",
-    "Verdict",
+    "SlopeRow",
+    "SlopeThresholds",
     "coord_check",
     "gpt_coord_check",
 ]

@@ -14,18 +14,18 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from speedrun_mup.coord_check.observe import Arm, Findings, Loss, Record, Setting, observe
+from speedrun_mup.coord_check.observe import ArmRecipe, Findings, Loss, Record, Setting, observe
 from speedrun_mup.coord_check.results import (
     NORMS,
     PREDICTED,
     THRESHOLDS,
     TIED,
-    ArmResult,
+    CheckedArm,
     ControlResult,
     CoordCheck,
-    Row,
     Series,
-    Thresholds,
+    SlopeRow,
+    SlopeThresholds,
 )
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.mup import Role
@@ -38,7 +38,7 @@ class CoordCheckError(UserError):
 
 
 @dataclass(frozen=True)
-class Control(Arm):
+class Control(ArmRecipe):
     """An arm with a rule wrong on purpose: the updates of `role` (None: all) must be seen to go as width**slope.
 
     Where an lr_power makes the difference, times whatever the checked arm's go as.
@@ -60,7 +60,7 @@ def coord_check(
     seeds: int = 4,
     taps: Callable[[nn.Module, Record], None] = lambda model, record: None,
     output_scale: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
-    thresholds: Thresholds = THRESHOLDS,
+    thresholds: SlopeThresholds = THRESHOLDS,
     name: str = "model",
     progress: bool = True,
 ) -> CoordCheck:
@@ -107,7 +107,7 @@ def coord_check(
         fewer = widths
     runs = len(widths) * seeds + len(fewer) * len(controls)
     with torch.random.fork_rng(devices=[]), tqdm(total=runs, disable=not progress or None, leave=False) as bar:
-        checked = _measure(Arm(name, build_model, optimizer), widths, seeds, setting, bar)
+        checked = _measure(ArmRecipe(name, build_model, optimizer), widths, seeds, setting, bar)
         results = []
         for control in controls:
             arm = _measure(control, fewer, 1, setting, bar)
@@ -117,7 +117,7 @@ def coord_check(
     return CoordCheck(checked, tuple(results), steps, thresholds)
 
 
-def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: Setting, progress: tqdm) -> ArmResult:
+def _measure(arm: ArmRecipe, widths: Sequence[int], seeds: int, setting: Setting, progress: tqdm) -> CheckedArm:
     """Observe `arm` at all widths and with all seeds, and judge it."""
     found = []
     for seed, width in itertools.product(range(seeds), widths):
@@ -132,10 +132,10 @@ def _measure(arm: Arm, widths: Sequence[int], seeds: int, setting: Setting, prog
         series.append(Series(quantity, name, found[0].roles.get(name), np.exp2(logs.mean(axis=0))))
     rows = tuple(judge(series, widths, setting.thresholds))
     problems = tuple(_problems(found, rows, setting))
-    return ArmResult(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
+    return CheckedArm(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
 
 
-def _problems(found: Sequence[Findings], rows: Iterable[Row], setting: Setting) -> Iterator[str]:
+def _problems(found: Sequence[Findings], rows: Iterable[SlopeRow], setting: Setting) -> Iterator[str]:
     """Why the slopes of an arm prove nothing."""
     if setting.steps <= setting.thresholds.first_step:
         yield f"{setting.steps} updates are too few; take {setting.thresholds.first_step + 1} or more"
@@ -147,7 +147,7 @@ def _problems(found: Sequence[Findings], rows: Iterable[Row], setting: Setting) 
         yield f"{', '.join(sorted(unseen))} cannot be followed: they multiply nothing that can be observed"
 
 
-def judge(series: Iterable[Series], widths: Sequence[int], thresholds: Thresholds) -> Iterator[Row]:
+def judge(series: Iterable[Series], widths: Sequence[int], thresholds: SlopeThresholds) -> Iterator[SlopeRow]:
     """The rows of an arm: the mean over tensors of one kind of every slope that is judged or shown."""
     late = slice(thresholds.first_step, None)
     kinds: dict[tuple[str, str, Role | None], list[Series]] = {}
@@ -165,4 +165,4 @@ def judge(series: Iterable[Series], widths: Sequence[int], thresholds: Threshold
                 verdict = thresholds.judge(slope - predicted)
             elif row == "activation" or starts_tied:
                 verdict = thresholds.judge(max(slope, 0.0))
-            yield Row(row, kind, role, len(slopes), slope, predicted, verdict)
+            yield SlopeRow(row, kind, role, len(slopes), slope, predicted, verdict)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrun_mup.coord_check.results import NORMS, TIED, Thresholds, kind_of
+from speedrun_mup.coord_check.results import NORMS, TIED, SlopeThresholds, kind_of
 from speedrun_mup.core.mup import ParamSpec, Role, named_specs
 from speedrun_mup.core.mup.compat.scores import AttentionScores
 
@@ -81,7 +81,7 @@ class _Products(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmRecipe:
     """One way to build and train a model of any width.
 
     build_model(width): a module whose parameters have roles, initialised from torch's seed (torch.initial_seed()).
@@ -102,7 +102,7 @@ class Setting:
     batches: Sequence[Sequence[Any]]
     taps: Callable[[nn.Module, Record], None]
     output_scale: Callable[[nn.Module], Mapping[str, float]]
-    thresholds: Thresholds
+    thresholds: SlopeThresholds
 
     @property
     def steps(self) -> int:
@@ -242,7 +242,7 @@ def _spectral_norm(matrices: Tensor, iterations: int = 15) -> Tensor:
     return (matrices @ v).norm(dim=(1, 2))
 
 
-def observe(arm: Arm, width: int, narrowest: int, seed: int, setting: Setting) -> Findings:
+def observe(arm: ArmRecipe, width: int, narrowest: int, seed: int, setting: Setting) -> Findings:
     """Build the model of `arm` and train it for T steps on the batches of `seed`, under observation."""
     torch.manual_seed(seed)
     model = arm.build_model(width).train()

@@ -19,7 +19,7 @@ from speedrun_mup.files import strict_json
 Array = NDArray[np.float64]
 
 
-class Verdict(enum.StrEnum):
+class CheckVerdict(enum.StrEnum):
     """What the check shows, from best to worst. Only PASS is success."""
 
     PASS = "PASS"
@@ -28,14 +28,14 @@ class Verdict(enum.StrEnum):
     INCONCLUSIVE = "INCONCLUSIVE"
 
 
-def worst(verdicts: Iterable[Verdict | None]) -> Verdict:
+def worst(verdicts: Iterable[CheckVerdict | None]) -> CheckVerdict:
     """The worst verdict there is; None stands for what is not judged."""
-    order = list(Verdict)
-    return max((verdict for verdict in verdicts if verdict), key=order.index, default=Verdict.PASS)
+    order = list(CheckVerdict)
+    return max((verdict for verdict in verdicts if verdict), key=order.index, default=CheckVerdict.PASS)
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class SlopeThresholds:
     """Every number that decides a verdict. Wrong rules are off by a multiple of 1/2, right ones measure below 0.15."""
 
     warn: float = 0.15  # octaves per doubling of width, between the measured and the predicted slope
@@ -44,13 +44,13 @@ class Thresholds:
     min_widths: int = 3
     min_span: float = 4.0  # widest width over narrowest
 
-    def judge(self, deviation: float) -> Verdict:
+    def judge(self, deviation: float) -> CheckVerdict:
         """The verdict on a slope that is off by `deviation`. What is not finite is a FAIL."""
         size = abs(deviation)
-        return Verdict.PASS if size <= self.warn else Verdict.WARN if size <= self.fail else Verdict.FAIL
+        return CheckVerdict.PASS if size <= self.warn else CheckVerdict.WARN if size <= self.fail else CheckVerdict.FAIL
 
 
-THRESHOLDS = Thresholds()
+THRESHOLDS = SlopeThresholds()
 
 
 # The slopes of muP. A readout starts as a sum of d random terms over d, so it starts small; but one that is the embedding
@@ -101,7 +101,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Row:
+class SlopeRow:
     """The mean slope of the `tensors` of one kind. predicted and verdict: None for what is not judged."""
 
     quantity: str
@@ -110,24 +110,24 @@ class Row:
     tensors: int
     slope: float
     predicted: float | None
-    verdict: Verdict | None
+    verdict: CheckVerdict | None
 
 
 @dataclass(frozen=True)
-class ArmResult:
+class CheckedArm:
     """What one arm measured. problems: why its slopes prove nothing."""
 
     name: str
     widths: tuple[int, ...]
     seeds: int
     series: tuple[Series, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[SlopeRow, ...]
     problems: tuple[str, ...]
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CheckVerdict:
         """INCONCLUSIVE if there are problems, else the worst of the rows."""
-        return Verdict.INCONCLUSIVE if self.problems else worst(row.verdict for row in self.rows)
+        return CheckVerdict.INCONCLUSIVE if self.problems else worst(row.verdict for row in self.rows)
 
     def update_slope(self, role: Role | None) -> float:
         """The mean update slope of all tensors of `role` (None: of all that are judged); nan if there are none."""
@@ -139,7 +139,7 @@ class ArmResult:
 class ControlResult:
     """What a control measured. slope: of the updates of `role`, `predicted` to be so far off. seen: it is, by a FAIL."""
 
-    arm: ArmResult
+    arm: CheckedArm
     role: Role | None
     slope: float
     predicted: float
@@ -155,10 +155,10 @@ class ControlResult:
 class CoordCheck:
     """The outcome of a check: its `verdict`, the `reasons` if it is INCONCLUSIVE, and all that was measured."""
 
-    arm: ArmResult
+    arm: CheckedArm
     controls: tuple[ControlResult, ...]
     steps: int
-    thresholds: Thresholds
+    thresholds: SlopeThresholds
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -172,9 +172,11 @@ class CoordCheck:
         return (*self.arm.problems, *untested, *blind)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CheckVerdict:
         """That on the checked arm, but INCONCLUSIVE if there are reasons against it. A FAIL needs no control."""
-        return self.arm.verdict if self.arm.verdict is Verdict.FAIL or not self.reasons else Verdict.INCONCLUSIVE
+        return (
+            self.arm.verdict if self.arm.verdict is CheckVerdict.FAIL or not self.reasons else CheckVerdict.INCONCLUSIVE
+        )
 
     def summary(self) -> str:
         """A table for the terminal."""
@@ -194,7 +196,7 @@ class CoordCheck:
 
 def _summary_lines(check: CoordCheck) -> Iterator[str]:
     arm = check.arm
-    by_kind: dict[tuple[str, Role | None], dict[str, Row]] = {}
+    by_kind: dict[tuple[str, Role | None], dict[str, SlopeRow]] = {}
     for row in arm.rows:
         by_kind.setdefault((row.kind, row.role), {})[row.quantity] = row
     pad = 2 + max(20, *(len(kind) for kind, _ in by_kind), *(len("control " + c.arm.name) for c in check.controls))
@@ -217,22 +219,22 @@ def _summary_lines(check: CoordCheck) -> Iterator[str]:
     for c in check.controls:
         outcome = "detected" if c.seen else "NOT DETECTED"
         yield f"{'control ' + c.arm.name:<{pad}}{c.slope:+.2f} ({c.predicted:+.1f}) on {c.whose}: {outcome}"
-    label = "inconclusive" if check.verdict is Verdict.INCONCLUSIVE else "note"
+    label = "inconclusive" if check.verdict is CheckVerdict.INCONCLUSIVE else "note"
     yield from (f"{label}: {reason}" for reason in check.reasons)
     yield from _advice(arm.rows)
     yield f"verdict: {check.verdict}"
 
 
-def _advice(rows: Iterable[Row]) -> Iterator[str]:
+def _advice(rows: Iterable[SlopeRow]) -> Iterator[str]:
     """Suggested fixes for failing rows."""
-    off = [row for row in rows if row.verdict in (Verdict.WARN, Verdict.FAIL)]
+    off = [row for row in rows if row.verdict in (CheckVerdict.WARN, CheckVerdict.FAIL)]
     if names := ", ".join(row.kind for row in off if row.quantity == "init"):
         yield f"init of {names}: initialise with mup.init, after set_base_shapes; or a forward multiplier is wrong"
     if names := ", ".join(row.kind for row in off if re.search(r"(^|\.)scores(\[\d+\])?$", row.kind)):
         yield f"{names}: if heads widen with the model, scale scores by 1 / head_dim (docs/mup-library.md)"
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: SlopeRow | None) -> str:
     if row is None:
         return "-"
     return f"{row.slope:+.2f}" if row.predicted is None else f"{row.slope:+.2f} ({row.predicted:+.1f})"

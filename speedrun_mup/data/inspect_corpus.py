@@ -70,7 +70,7 @@ class Inspection:
         """
         lengths = np.maximum(self.lengths, 1)
         bins = np.geomspace(1, lengths.max() + 1, 60).tolist()
-        with picture(out, (7, 4.2), {"savefig.dpi": 150}) as figure:
+        with picture(out, (7, 4.2)) as figure:
             axes = figure.subplots()
             axes.hist(lengths, bins, weights=np.full(len(lengths), 100 / len(lengths)), alpha=0.6, label="documents")
             axes.hist(
@@ -83,8 +83,7 @@ class Inspection:
             )
             title = plain(self.corpus.directory.name)
             axes.set(xscale="log", xlabel="tokens of a document", ylabel="share in %", title=title)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
+            axes.legend()
         return out
 
 

@@ -15,22 +15,6 @@ from speedrun_mup.report.contents import Axis, Figure, Key, Mark
 MOST_COLUMNS = 3
 LEAST_WIDTH = 5.0  # inches
 LETTER = 0.062  # inches
-_STYLE: dict[Any, Any] = {
-    "font.size": 8.5,
-    "axes.titlesize": 8.5,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "grid.color": "#e8e8e8",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "savefig.dpi": 200,
-}
 _DOTTED = (0, (1, 1.5))
 
 
@@ -47,7 +31,7 @@ def draw(figure: Figure, path: Path) -> None:
     wide = max(width * columns, LEAST_WIDTH) + 0.5
     legend = _columns(figure.keys, wide)
     below = 0.18 * math.ceil(len(figure.keys) / legend)
-    with picture(path, (wide, (height + 0.3) * rows + below), _STYLE) as canvas:
+    with picture(path, (wide, (height + 0.3) * rows + below)) as canvas:
         axes = canvas.subplots(rows, columns, sharex=True, sharey="row" if len(options) > 1 else True, squeeze=False)
         for spare in axes.flat[len(figure.panels) * len(options) :]:
             spare.remove()

@@ -24,7 +24,7 @@ def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
         ConfigError: for metrics that cannot be read.
         PictureError: for a picture that cannot be drawn or written.
     """
-    with picture(out, (7, 4.2), {"savefig.dpi": 150}) as figure:
+    with picture(out, (7, 4.2)) as figure:
         from matplotlib.ticker import EngFormatter
 
         axes = figure.subplots()
@@ -33,9 +33,7 @@ def plot_loss_curve(folders: Sequence[Path], out: Path) -> Path:
             axes.set_title(plain(folder.name), fontsize=9)
         axes.set(xlabel="tokens", ylabel="loss (nats per token)")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+        axes.legend()
     return out
 
 

@@ -289,9 +289,9 @@ def test_heads_that_widen_need_another_scale_than_the_default(right):
         seeds=2,
         progress=False,
     )
-    failed = [row.kind for row in result.arm.rows if row.verdict is cc.Verdict.FAIL]
+    failed = [row.kind for row in result.arm.rows if row.verdict is cc.CheckVerdict.FAIL]
     assert failed == ([] if right else ["attn.scores"]), result.summary()
-    assert result.verdict is (cc.Verdict.PASS if right else cc.Verdict.FAIL), result.summary()
+    assert result.verdict is (cc.CheckVerdict.PASS if right else cc.CheckVerdict.FAIL), result.summary()
     assert ("attn.scores: if heads widen with the model, scale scores by 1 / head_dim" in result.summary()) == (
         not right
     )
@@ -344,7 +344,7 @@ def test_the_checks_own_products_are_not_taken_for_the_models(mask, dropout):
         torch.manual_seed(0)
         model, x = Prompted(mask, dropout), torch.randn(3, 8)
         no_taps = lambda model, record: None  # noqa: E731
-        observer = Observer(model, Setting(None, [[]], no_taps, lambda model: {}, cc.Thresholds()))
+        observer = Observer(model, Setting(None, [[]], no_taps, lambda model: {}, cc.SlopeThresholds()))
         observer.scores = observer.scores if watched else contextlib.nullcontext()
         observer.look(0, lambda: model(x))
         return {key: at[0] for key, at in observer.found.values.items() if key[0] == "effect"}
