@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
@@ -33,7 +33,9 @@ from speedrun_mup.settings import (
     settings_of,
     value_types,
 )
-from speedrun_mup.training.schedules import Schedule
+
+if TYPE_CHECKING:
+    from speedrun_mup.training.schedules import Schedule
 
 COUNT = (at_most(2**20), at_least(1))
 TOKENS = (at_most(2**31), at_least(1))
@@ -340,6 +342,8 @@ class TrainConfig:
     @property
     def schedule(self) -> Schedule:
         """What changes from step to step. ConfigError for stages that this run cannot have."""
+        from speedrun_mup.training.schedules import Schedule  # `--help` needs none of it
+
         return Schedule.of(self)
 
     @property

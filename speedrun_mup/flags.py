@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.synonyms import flag_meaning
 
 LARGEST = 2**53  # whole numbers up to here survive JSON, CSV and float64 in every reader
 _UNITS = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
@@ -117,6 +116,8 @@ def _advice(parser: Parser, asked: str) -> str:
         return f"; did you mean {spelled}?"
     if not asked.startswith("-"):
         return "; flags begin with --, see --help"
+    from speedrun_mup.synonyms import flag_meaning
+
     if meaning := flag_meaning(asked, flags):
         return f"; {meaning}"
     elsewhere = "; it is a flag of speedrun-mup train and has no effect here" if spelled in parser.elsewhere else ""
