@@ -137,6 +137,25 @@ def test_commands_take_only_what_they_use(monkeypatch):
     assert flags_of("sweep", monkeypatch).isdisjoint({"--width", "--seed", "--val-every"})
 
 
+TAKES = {"coord-check": ["--widths", "64"], "sweep": ["--widths", "64"]}  # what these cannot do without
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "bench", "plan", "explain", "sweep", "coord-check"])
+@pytest.mark.parametrize("given", [["--base-width", "32"], ["--mup"], ["--parametrization", "sp"]])
+def test_a_base_width_or_a_rule_table_alone_means_the_same_everywhere(command, given, monkeypatch):
+    seen = []
+
+    def record(preset, overrides):
+        seen.append(make_config(preset, overrides))
+        raise ConfigError("seen")
+
+    name = "train" if command in ("doctor", "bench") else command.replace("-", "_")
+    monkeypatch.setattr(importlib.import_module(f"speedrun_mup.commands.{name}"), "make_config", record)
+    assert main([command, "--preset", "laptop", *TAKES.get(command, ["--width", "256"]), *given]) == 2
+    table = "sp" if "sp" in given else "mup"
+    assert [(cfg.parametrization, cfg.base_width) for cfg in seen] == [(table, 32 if "32" in given else 64)]
+
+
 def test_settings_survive_json_with_all_their_names():
     cfg = make_config("laptop", {"epochs": 2})
     assert json.loads(json.dumps(vars(cfg))) == {name: getattr(cfg, name) for name in settings()}
