@@ -138,7 +138,7 @@ def main() -> None:
 
     best = min(gpt2, key=lambda lr: gpt2[lr].loss)
     target, budget = gpt2[best], FACTOR * preset.schedule.tokens
-    # GPT-2's step takes as long at any learning rate; ours are paired with the runs beside them.
+    # GPT-2's step takes as long at any learning rate; ours are paired with the runs next to them.
     pairs = list(zip(ours, gpt2.values()))
     rows = []
     for seed, (points, beside) in enumerate(pairs):

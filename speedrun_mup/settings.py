@@ -41,7 +41,7 @@ FRACTION = Valid("in [0, 1]", lambda value: 0 <= value <= 1)
 
 
 class Setting(NamedTuple):
-    """What is known of a setting besides its name, type and default. See `setting`."""
+    """What is known of a setting in addition to its name, type and default. See `setting`."""
 
     group: str
     help: str
@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 
     @property
     def lasts(self) -> bool:
-        """Whether a run keeps what a resume changed: config.json is told."""
+        """Whether a run keeps what a resume changed: config.json is updated."""
         return self.on_resume == "lasting"
 
 
@@ -126,7 +126,7 @@ def settings_of(kind: Any, order: tuple[str, ...] = ()) -> dict[str, Setting]:
 
 
 def problems(values: Any) -> list[str]:
-    """What is wrong with the values of a dataclass of settings, each by itself, in words."""
+    """What is wrong with the values of a dataclass of settings, each by itself, as text."""
     found = []
     for name, meta in settings_of(values.__class__).items():
         value = getattr(values, name)

@@ -47,9 +47,7 @@ FLAGS = (
         "--budget",
         "use --budget: a time such as 30m, or FLOPs such as 1e18",
     ),
-    Meaning(
-        "parametrization parametrizations rules table", "--arms", "use --arms: one or more ways to scale with width"
-    ),
+    Meaning("parametrization parametrizations rules table", "--arms", "use --arms: one or more parametrizations"),
     Meaning("iterations iters num-iterations max-steps nsteps num-steps", "--steps", "use --steps: optimizer steps"),
     Meaning(
         "steps max-steps num-steps n-steps nsteps train-steps training-steps max-train-steps total-steps num-train-steps iters "
@@ -326,7 +324,7 @@ FLAGS = (
     Meaning(
         "verbose v debug progress-bar tqdm",
         "",
-        "there is none; a terminal has a bar, and a run's log.txt has all there is to tell",
+        "there is none; a terminal has a bar, and a run's log.txt has everything",
     ),
     Meaning(
         "tie-embeddings tie-weights tie-word-embeddings weight-tying tied",

@@ -132,7 +132,7 @@ def test_resume_refuses_what_it_would_ignore(words, tiny, capsys):
     Run(tiny(name="a"), World()).close()
     assert main(["train", "--resume", f"{tiny().out}/a", *words]) == 2
     told = capsys.readouterr().err
-    assert told.endswith(f"goes on with that run as it is; leave out {words[0]}\n") and told.count("\n") == 1
+    assert told.endswith(f"continues that run as it is; leave out {words[0]}\n") and told.count("\n") == 1
 
 
 def test_resume_of_nothing_is_one_line(tmp_path):

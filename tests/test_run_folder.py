@@ -132,7 +132,7 @@ def test_init_from_nothing_or_beside_resume_is_one_line(tiny, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="no checkpoint there; give a run's folder or a step-N in it"):
         train(tiny(name="b", init_from=str(tmp_path)))
     assert main(["train", "--resume", str(folder), "--init-from", str(folder)]) == 2
-    assert capsys.readouterr().err.endswith("goes on with one; leave out one of them\n")
+    assert capsys.readouterr().err.endswith("continues one; leave out one of them\n")
 
 
 @pytest.mark.dist

@@ -52,14 +52,14 @@ def test_a_long_run_says_so_once_from_its_first_steps(log, tmp_path, capsys):
     run = log(steps=1000)
     for step in range(5):
         run.train(record(step, train_s=9 + 20 * (step + 1)))  # the first step is slower: it warms up
-    told = [line for line in capsys.readouterr().out.splitlines() if "this run will take" in line]
-    assert told == ["this run will take about 5h32m here, by its first steps; going on"]  # 997 steps of 20 s
+    told = [line for line in capsys.readouterr().out.splitlines() if "estimated time" in line]
+    assert told == ["estimated time: 5h32m (from the first steps)"]  # 997 steps of 20 s
     assert "5h32m" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_very_slow_first_step_is_enough(log, capsys):
     log(steps=100).train(record(0, train_s=100))
-    assert "about 2h45m here" in capsys.readouterr().out
+    assert "estimated time: 2h45m" in capsys.readouterr().out
 
 
 def test_a_short_run_says_nothing(log, capsys):

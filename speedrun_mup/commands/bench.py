@@ -13,7 +13,7 @@ from speedrun_mup.setting_flags import add_preset, add_settings
 
 
 def run(argv: Sequence[str]) -> int:
-    """Measure a training step: time by phase, tokens/s, MFU beside the device's own ceilings, peak memory."""
+    """Measure a training step: time by phase, tokens/s, MFU and the device's own ceilings, peak memory."""
     began = time.perf_counter()
     parser = new_parser("speedrun-mup bench", run.__doc__ or "")
     parser.add_argument("--steps", type=int, default=28, help="steps, over which the window grows fully; %(default)s")
@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
 
     from speedrun_mup.bench import bench
 
-    with contextlib.redirect_stdout(sys.stderr):  # what a run says of itself is not part of the JSON
+    with contextlib.redirect_stdout(sys.stderr):  # a run's own messages are not part of the JSON
         result = bench(cfg, steps, began, profiled)
     if os.environ.get("RANK", "0") == "0":
         print(result.to_json() if as_json else result.summary())

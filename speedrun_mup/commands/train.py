@@ -44,9 +44,9 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
 
     preset, lock = str(flags.pop("preset")), None
     out, name = Path(str(flags.get("out", TrainConfig.out))), flags.get("name")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun lost a rank, began anew
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun lost a rank and restarted
     if flags.get("resume") and "init_from" in flags:
-        raise ConfigError("--init-from begins a new run, --resume goes on with one; leave out one of them")
+        raise ConfigError("--init-from begins a new run, --resume continues one; leave out one of them")
     if restarted and flags.get("resume", "auto") == "auto" and (own := run_of_launch(out)):
         flags["resume"] = str(own)
     elif flags.get("resume") == "auto":
@@ -62,9 +62,7 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
     elif "resume" in flags:
         other = ["--name"] * ("name" in flags) + ["--preset"] * (preset != "auto")
         if other:
-            raise ConfigError(
-                f"--resume {flags['resume']} goes on with that run as it is; leave out {', '.join(other)}"
-            )
+            raise ConfigError(f"--resume {flags['resume']} continues that run as it is; leave out {', '.join(other)}")
     if "resume" in flags:
         saved = vars(saved_config(Path(str(flags["resume"]))))
         kept = {name: saved[name] for name in _fitted(flags)}

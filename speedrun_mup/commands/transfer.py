@@ -114,7 +114,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--controls",
         default="",
         metavar="ARM=DRIFT,...",
-        help="arms of the table built to fail, with the octaves per doubling of the size that they must drift: sp=-1",
+        help="arms of the table built to fail, with the drift (log2 per doubling of the size) that they must show: sp=-1",
     )
     parser.add_argument(
         "--tested", nargs="+", metavar="ARM", help="arms that the verdict is about (default: all but the controls)"

@@ -2,7 +2,7 @@
 
 There are two orders. "record" is modded-nanogpt's record 26: sequences start at a BOS token, in file order, and the tokens
 between the end of a sequence and the next BOS are skipped. "shuffled" cuts the tokens into sequences without gaps and
-shuffles these anew in every epoch. Which tokens a micro-batch holds depends only on the shards, the seed and its global
+shuffles these again in every epoch. Which tokens a micro-batch holds depends only on the shards, the seed and its global
 index, so the order is the same on 1 GPU and on 8, and resuming needs no state but the step.
 """
 
@@ -180,7 +180,7 @@ class TrainBatches(Batches):
     """The record's order: micro-batches of T tokens that start at a document, N to a group.
 
     Epoch 0 visits the groups in file order, as record 26 does; epoch e > 0 in an order drawn from (seed, e). `epochs`
-    None repeats for ever. Shards are opened, checked against the vocabulary and indexed when a group first needs them.
+    None repeats indefinitely. Shards are opened, checked against the vocabulary and indexed when a group first needs them.
     Raises ShardError for a bad shard, or when the corpus does not hold even one group.
     """
 
@@ -297,7 +297,7 @@ class ShuffledBatches(Batches):
 
     A sequence that does not start at a BOS gets one in front, so that sequences side by side never see one another. The
     cuts are the same in every epoch. A step may take its last sequences from the next epoch; none is left out. `epochs`
-    None repeats for ever. Needs no index: a shard is opened when a sequence of it is first read. Raises ShardError for a
+    None repeats indefinitely. Needs no index: a shard is opened when a sequence of it is first read. Raises ShardError for a
     bad shard, or when the corpus does not hold even one step.
     """
 
@@ -361,7 +361,7 @@ class ShuffledBatches(Batches):
 
 
 class MixedBatches(Batches):
-    """Micro-batches of several corpora by turns, each corpus in its own order and, if it is used up, in epochs of its own.
+    """Micro-batches of several corpora, interleaved, each corpus in its own order and, if it is used up, in epochs of its own.
 
     Which one comes when depends only on the shares: nothing needs to be saved for resuming. Raises what the parts raise.
     """

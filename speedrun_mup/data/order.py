@@ -52,7 +52,7 @@ class Permutation:
 
 
 class MixtureSchedule:
-    """Whose turn it is in a mixture: after any number of turns, each part has had its share as nearly as can be."""
+    """Whose turn it is in a mixture: after any number of turns, each part has had its share as closely as possible."""
 
     def __init__(self, shares: Sequence[int]):
         taken = np.zeros((MIXTURE_PERIOD + 1, len(shares)), np.int64)

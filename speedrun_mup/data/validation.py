@@ -24,7 +24,7 @@ from speedrun_mup.files import printable, read_json, write_whole
 class ValBatches:
     """Validation in contiguous chunks of C tokens, not aligned to documents: chunk i of a shard starts at token i * C.
 
-    There are val_tokens // C chunks, fewer if the shards end before: `len()` and `notes` tell. Split the indices over ranks
+    There are val_tokens // C chunks, fewer if the shards end before: see `len()` and `notes`. Split the indices over ranks
     as you like: a chunk is the same on any number of them. Raises ShardError if the shards do not hold one chunk.
 
     Parts of a mixture take turns by their weights until each has been through once; the chunks of a part with fewer

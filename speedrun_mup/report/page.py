@@ -108,7 +108,7 @@ def _body(report: Report, text: _Text) -> Iterator[str]:
         text = _Text(report.terms)
         rows = (f"<dt>{escape(name)}</dt><dd>{text(value)}</dd>" for name, value in report.facts)
         yield f'<div><h2>What was trained</h2><dl class="facts">{"".join(rows)}</dl>{_guide(report)}</div>'
-    yield "<nav></nav>\n<noscript>Figures need JavaScript. They are also pictures beside this page.</noscript>"
+    yield "<nav></nav>\n<noscript>Figures need JavaScript. They are also pictures next to this page.</noscript>"
     for section in report.sections:
         yield from _section(section, _Text(report.terms))
 

@@ -71,7 +71,7 @@ class Passes:
     def fits(self, cfg: TrainConfig) -> bool:
         """Whether the passes of the largest step of `cfg`, beside the optimizers' state, fit into every rank's memory.
 
-        Two in a row tell, because the second finds the gradients of the first; a strict sum holds ever more of them. The
+        It takes two in a row, because the second finds the gradients of the first; a strict sum holds ever more of them. The
         window is that of the last step, the widest.
         """
         self.configure_batches(cfg)
@@ -81,12 +81,12 @@ class Passes:
             return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, cfg.iterations - 1))
 
     def val_fits(self, cfg: TrainConfig) -> bool:
-        """Whether a validation chunk of `cfg`, beside the optimizers' state, fits into every rank's memory."""
+        """Whether a validation chunk of `cfg`, together with the optimizers' state, fits into every rank's memory."""
         self.configure_batches(cfg)
         return self._has_memory_for(lambda: self.chunk_loss(0, cfg.iterations))
 
     def _has_memory_for(self, work: Callable[[], object]) -> bool:
-        """Whether every rank can do `work`, beside the optimizers' state."""
+        """Whether every rank can do `work`, together with the optimizers' state."""
         fits = True
         try:
             state = sum(2 * p.numel() * p.element_size() for p in self.model.parameters()) // self.world.size
@@ -194,7 +194,7 @@ class Passes:
 
     @functools.cached_property
     def val_bytes(self) -> int | None:
-        """Bytes of the text of the validation tokens, on rank 0; None if the tokenizer does not tell bytes."""
+        """Bytes of the text of the validation tokens, on rank 0; None if the tokenizer does not know bytes."""
         lengths = bytes_of_tokens(self.corpus) if self.world.is_main else None
         if lengths is None:
             return None

@@ -47,7 +47,7 @@ LONGEST_LINE = 2**16  # bytes of a record of metrics.jsonl
 
 
 def launch() -> str | None:
-    """What tells this torchrun, restarts included, from any other: its run id or, if it was given none, its process."""
+    """What distinguishes this torchrun, restarts included, from any other: its run id or, if it was given none, its process."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{platform.node()} {os.getppid()}" if run_id == "none" else run_id
 
@@ -101,7 +101,7 @@ def lives(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What a run said of itself last, in status.json.
+    """What a run last wrote to status.json.
 
     Returns:
         status and why, "not known" if the file is not there or odd; missing_steps, the ranges that metrics.jsonl lacks.
@@ -161,7 +161,7 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError):
         return "is not JSON", {}
     if type(record) is not dict or type(record.get("kind")) is not str:
-        return "is no record", {}
+        return "is not a record", {}
     needed: dict[str, Any] = {"step": int} | _NUMBERS.get(record["kind"], {})
     for name, kind in needed.items():
         value = record.get(name, "")
@@ -194,7 +194,7 @@ def missing_steps(folder: Path, records: Sequence[Mapping[str, Any]], end: int =
 
 
 def spans(steps: Sequence[tuple[int, int]], most: int = 3) -> str:
-    """Ranges of steps in words."""
+    """Ranges of steps, as text."""
     told = [str(first) if first == last else f"{first} to {last}" for first, last in steps[:most]]
     return ", ".join(told) + (f" and {len(steps) - most} more ranges" if len(steps) > most else "")
 
@@ -213,7 +213,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> str:
     """Write a small file whole or not at all, as strict JSON that tells "NaN" from "Infinity". Why that failed, or ""."""
     try:
         text = json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1) + "\n"
-        write_whole(path, text, advice="training goes on")
+        write_whole(path, text, advice="training continues")
     except ConfigError as fault:
         return str(fault)
     return ""
@@ -223,7 +223,7 @@ class RunLog:
     """Rank 0's record of a run; on other ranks every method does nothing.
 
     A disk that takes nothing costs one line, and every later record is tried again. `missing` are the ranges of steps that
-    metrics.jsonl lacks because of that; status.json tells them, too.
+    metrics.jsonl lacks because of that; status.json lists them, too.
 
     Args:
         folder: of the run.
@@ -286,7 +286,7 @@ class RunLog:
             self._tracker.rewind(step)
 
     def move(self, folder: Path) -> None:
-        """Go on in `folder`, which is the same one under a new name."""
+        """Continue in `folder`, which is the same one under a new name."""
         self._folder = folder
 
     def write_status(self, status: str, why: str | None = None) -> None:
@@ -331,7 +331,7 @@ class RunLog:
         slow = self._schedule.at(record["step"]).tokens / tokens_per_s > SLOW_STEP_S
         if eta > LONG_RUN_S and not self._warned_long and (self._steps_seen == 3 or slow):
             self._warned_long = True
-            self.say(f"this run will take about {clock(eta)} here, by its first steps; going on")
+            self.say(f"estimated time: {clock(eta)} (from the first steps)")
 
     def _pace(self, record: Mapping[str, Any]) -> float:
         """Tokens per second, averaged since the last (re)start but for its first step, which warms up."""
@@ -367,7 +367,7 @@ class RunLog:
             self._tracker.log(record)
 
     def _tell_of_gap(self) -> None:
-        """There is room again: say in log.txt and status.json which steps metrics.jsonl lacks, and warn anew next time."""
+        """There is room again: say in log.txt and status.json which steps metrics.jsonl lacks, and warn again next time."""
         gap = (min(self._lost), max(self._lost))
         self._lost.clear()
         self._warned_disk = False
@@ -387,7 +387,7 @@ class RunLog:
         self._write_log(text)
 
     def _warn_of(self, name: str, fault: OSError) -> None:
-        advice = "training goes on; make room, or see who may write there"
+        advice = "training continues; make room, or see who may write there"
         self._warn_of_disk(f"{printable(self._folder / name)} cannot be written ({fault.strerror}); {advice}")
 
     def _warn_of_disk(self, text: str) -> None:

@@ -100,7 +100,7 @@ def loss_forecast(arm: ArmResult, size: int, seed: int = 0) -> Forecast:
     value = propagate(shares[:, None] * narrow + away * slope_weights(fits) * wide, fits, arm.noise, rng)
     low, high = arm.drift.interval()
     if low > 0 or high < 0:
-        advice = f"following a drift of {arm.drift.value:+.2f} octave per doubling"
+        advice = f"following a drift of {arm.drift.value:+.2f} in log2 per doubling"
     else:  # an unknown interval shows nothing
         value[0] -= away * arm.drift.value
         advice = "mean of the optima; no drift is shown" + ("" if arm.verdict is Verdict.PASS else ", nor ruled out")

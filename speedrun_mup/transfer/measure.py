@@ -291,7 +291,7 @@ def _judge_arm(
         return Verdict.INCONCLUSIVE, [*trouble, f"{len(usable)} usable {axes.plural}: no drift without two"]
     limit, bound = thresholds.equivalence, thresholds.max_drift
     low, high = drift.interval()
-    measured = f"drift {drift} octave per doubling"
+    measured = f"drift {drift} in log2 per doubling"
     blocked = list(trouble)
     sizes = [fit.size for fit in fits]
     if len(sizes) < thresholds.min_sizes or sizes[-1] < thresholds.min_span * sizes[0]:
@@ -329,7 +329,7 @@ def _short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: T
     """Why a drift that does not fail is no pass either, with what would settle it."""
     limit, bound = thresholds.equivalence, thresholds.max_drift
     low, high = drift.interval()
-    measured, short = f"drift {drift} octave per doubling", []
+    measured, short = f"drift {drift} in log2 per doubling", []
     if not -limit < low <= high < limit:
         text = f"{measured}: the interval is not inside +-{limit:g}"
         if abs(drift.value) < bound:

@@ -1,4 +1,4 @@
-"""What was measured, and how it is told: for a terminal and as JSON."""
+"""What was measured, and how it is printed: for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 class ArmResult:
     """One parametrization over all sizes, ascending in fits.
 
-    drift: octaves per doubling; None without two usable sizes. window_shift: how much it changes when the parabolas
+    drift: octaves per doubling; None without two usable sizes. window_shift: how much it changes when the fits
     see the narrow window only. regret: nats lost at the largest usable size by using the base size's optimum there;
     None if that has none. predicted: the drift that a control is built to have; None for an arm under test.
     """
@@ -62,7 +62,7 @@ class ArmResult:
 
 @dataclass(frozen=True, eq=False)
 class TransferResult:
-    """All arms and the verdict over them, with reasons in words.
+    """All arms and the verdict over them, with reasons.
 
     doubts: why the runs may not be what they claim; any of them makes the verdict INCONCLUSIVE, and is among the reasons.
     notes: what else there is to know of the runs, such as columns of the table that were not used.

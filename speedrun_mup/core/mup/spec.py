@@ -24,7 +24,7 @@ class BaseShapeError(UserError, ValueError):
 
 
 class UndeclaredParameterError(UserError, KeyError):
-    """A parameter whose role nobody declared. Scaling it by 1 would be a silent guess."""
+    """A parameter whose role is undeclared. Scaling it by 1 would be a silent guess."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -64,7 +64,7 @@ class ParamSpec:
     group: the learning-rate group that the parameter belongs to (embed, value_embed, matrix, head, scalar, ...).
     m_depth: depth multiplier, for a parameter that writes a residual branch into the stream; see rules.py.
     inferred: whether set_base_shapes worked out role and layout by itself; if so, it may do that again.
-    init: how it starts; None where that is left to whoever made the parameter.
+    init: how it starts; None where the module initialises it itself.
     uses: matrix products with it for each token of a forward pass; None: by its role.
     """
 
