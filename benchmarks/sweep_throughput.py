@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import circumstances, publish, table
 from speedrun_mup.config import make_config
 from speedrun_mup.data.corpus import find_corpus
-from speedrun_mup.sweep import LocalEngine, Sweep, run_cell, run_sweep
+from speedrun_mup.sweep import LocalEngine, Sweep, run_one, run_sweep
 
 
 def main() -> None:
@@ -34,13 +34,13 @@ def main() -> None:
     settings = {"data": "embedded", "device": "cpu", "progress": False, "val_tokens": 32_768, "micro_batches": 4}
     base = make_config("laptop", settings | {"base_width": 64, "iterations": 5 if quick else 96})
     widths, octaves, seeds = (32, 64), (-1.0, 0.0, 1.0), (0,) if quick else (0, 1, 2)
-    sweep = Sweep(base, widths, octaves=octaves, seeds=seeds, adaptive=False)
+    sweep = Sweep(base, widths, log2_factors=octaves, seeds=seeds, adaptive=False)
     corpus, _ = find_corpus(base.data, base.tokenizer)
-    cells = sweep.cells({(arm.name, width): octaves for arm in sweep.arms for width in widths}, corpus)
+    cells = sweep.run_specs({(arm.name, width): octaves for arm in sweep.arms for width in widths}, corpus)
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
         for cell in cells:
-            run_cell(cell, Path(out) / "single")
+            run_one(cell, Path(out) / "single")
         single = time.perf_counter() - began
         with closing(LocalEngine(device="cpu")) as engine:
             result = run_sweep(sweep, Path(out) / "sweep", engine, progress=False)

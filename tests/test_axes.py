@@ -58,7 +58,7 @@ def test_a_hyperparameter_over_depth_from_a_table_to_the_report(tmp_path, capsys
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Loss against init_std" in text and "## Drift of the best init_std" in text
     deeper = "stays where it is as the model gets deeper" if verdict == "PASS" else "does not hold for deeper models"
-    assert f"{verdict}: the best init_std {deeper}" in text and "octaves per doubling of n_layer" in text
+    assert f"{verdict}: the best init_std {deeper}" in text and "in log2 per doubling of n_layer" in text
     assert "regret at the deepest" in text and "- Values of n_layer: 4, 8, 16, 32" in text
     (named,) = re.findall("`speedrun-mup (transfer .*?)`", text)
     capsys.readouterr()

@@ -76,7 +76,7 @@ def test_a_sweep_continues_with_the_runs_that_it_has(commit, capsys):
         if file != lost:
             assert (file.read_bytes(), file.stat().st_mtime_ns) == before[file]
     old, new = json.loads(before[lost][0]), json.loads(lost.read_text())
-    assert same_losses([(new["width"], new["loss"])], [(old["width"], old["loss"])])
+    assert same_losses([(new["sizes"]["width"], new["loss"])], [(old["width"], old["loss"])])
 
 
 def test_a_sweep_and_its_table_are_judged_alike(commit, capsys):

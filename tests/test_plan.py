@@ -23,19 +23,19 @@ from speedrun_mup.plan import (
     NoPlanFits,
     Plan,
     Prediction,
-    advised,
     choose_plan,
     compare,
     design_table,
     expected_lr_error,
+    load_plan,
     make_plan,
-    planned,
     predict,
     read_plan,
+    recommended_config,
     run_plan,
 )
 from speedrun_mup.plan.forecast import _why_wide
-from speedrun_mup.sweep import CellResult, Failure, LocalEngine, read_results, run_sweep
+from speedrun_mup.sweep import Failure, LocalEngine, RunResult, read_results, run_sweep
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import TransferError, loss_forecast, measure_transfer
@@ -48,7 +48,7 @@ OPTIMUM = 0.3
 def loss_at(cell, optimum=OPTIMUM):
     """A bowl around OPTIMUM; loss falls as 1 / sqrt(width)."""
     luck = random.Random(cell.id).gauss(0, 0.002) + 0.01 * cell.seed
-    return 2.5 + 4 * cell.width**-0.5 + 0.03 * (cell.octaves - optimum) ** 2 + luck
+    return 2.5 + 4 * cell.size**-0.5 + 0.03 * (cell.log2_factor - optimum) ** 2 + luck
 
 
 class FakeEngine:
@@ -64,12 +64,23 @@ class FakeEngine:
             self.ran.append(cell)
             loss, train_s = loss_at(cell, self.optimum), cell.flops / SPEED
             curve = [round(4.85 - (4.85 - loss) * step / cell.cfg.iterations, 6) for step in range(cell.cfg.iterations)]
-            place = (cell.id, cell.arm, cell.width, cell.octaves, cell.seed)
+            place = (cell.id, cell.arm, dict(cell.sizes), cell.log2_factor, cell.seed)
             yield (
                 cell,
-                CellResult(
+                RunResult(
                     *place,
-                    *(loss, loss, False, "", curve, train_s + OVERHEAD_S, train_s, cell.flops, cell.corpus),
+                    *(
+                        loss,
+                        loss,
+                        False,
+                        "",
+                        curve,
+                        train_s + OVERHEAD_S,
+                        train_s,
+                        cell.flops,
+                        cell.corpus,
+                        cell.vocab_size,
+                    ),
                     config={"iterations": cell.cfg.iterations},
                     made_with={"source_sha256": "0", "torch": "2", "device": "none"},
                 ),
@@ -115,14 +126,14 @@ def test_costs_are_counted(wide, out):
     assert plan.flops == pytest.approx(9 * 5 * sum(each))
     assert plan.sweep_s == pytest.approx((plan.runs * OVERHEAD_S + plan.flops / SPEED) / 2)
     assert plan.target_s == pytest.approx(plan.target_flops / SPEED / 2)
-    assert {(cell.cfg.iterations, cell.width) for cell in engine.ran} == {(3, width) for width in plan.widths}
+    assert {(cell.cfg.iterations, cell.size) for cell in engine.ran} == {(3, width) for width in plan.widths}
     assert f"{plan.flops / plan.target_flops:.1%} of the target run" in plan.summary()
     assert ("tuning costs more than training" in plan.summary()) == (plan.flops > plan.target_flops)
     dear = dataclasses.replace(plan, flops=1.5 * plan.target_flops)
     assert "150.0% of the target run (for a target this small tuning costs more than training it" in dear.summary()
     cheap = make_plan(wide, out, engine, budget_flops=plan.flops / 4)
     assert cheap.flops <= plan.flops / 4 and cheap.seeds[0] > cheap.seeds[-1]
-    assert {(sweep.widths, len(sweep.seeds)) for sweep in cheap.sweeps} == {
+    assert {(sweep.sizes, len(sweep.seeds)) for sweep in cheap.sweeps} == {
         (tuple(w for w, s in zip(cheap.widths, cheap.seeds) if s == seeds), seeds) for seeds in set(cheap.seeds)
     }
 
@@ -135,28 +146,28 @@ def test_a_budget_may_be_a_share_of_the_target_run(wide, out):
 
 
 def test_a_plan_is_found_again_and_not_taken_for_another(target, out, monkeypatch):
-    assert planned(target, out, {}) is None
+    assert load_plan(target, out, {}) is None
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
-    assert planned(dataclasses.replace(target, out="elsewhere", progress=True), out, {}).summary() == plan.summary()
-    assert planned(target, out, {"budget_minutes": 20}).sweeps == plan.sweeps
+    assert load_plan(dataclasses.replace(target, out="elsewhere", progress=True), out, {}).summary() == plan.summary()
+    assert load_plan(target, out, {"budget_minutes": 20}).sweeps == plan.sweeps
     real = find_corpus(target.data, target.tokenizer)[0]
     newer = dataclasses.replace(real, fingerprint="new", former_fingerprint=real.fingerprint)
     with monkeypatch.context() as patch:  # a later version may give the same tokens another fingerprint
         patch.setattr("speedrun_mup.plan.folder.find_corpus", lambda *_: (newer, ""))
-        assert planned(target, out, {}).sweeps == plan.sweeps
+        assert load_plan(target, out, {}).sweeps == plan.sweeps
     deeper = dataclasses.replace(target, n_layer=8)
-    assert planned(deeper, out, {}) is None  # nothing was run, so nothing is lost with it
+    assert load_plan(deeper, out, {}) is None  # nothing was run, so nothing is lost with it
     run_plan(plan, out, FakeEngine(), progress=False)
     with pytest.raises(ConfigError, match=r"another plan, and runs of it: n_layer was 6, is 8"):
-        planned(deeper, out, {})
-    assert planned(target, out, {"budget_minutes": 21}) is None  # it is made anew, and finished cells count
+        load_plan(deeper, out, {})
+    assert load_plan(target, out, {"budget_minutes": 21}) is None  # it is made anew, and finished cells count
     with pytest.raises(ConfigError, match=r"another plan, and runs of it: data=embedded is not the corpus"):
-        planned(dataclasses.replace(target, data="embedded"), out, {})
+        load_plan(dataclasses.replace(target, data="embedded"), out, {})
     content = json.loads((out / "plan.json").read_text())
     del content["seeds"]
     (out / "plan.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"plan.json is missing or damaged"):
-        planned(target, out, {})
+        load_plan(target, out, {})
 
 
 def test_proxies_are_scaled_and_optimized_like_the_target(target, out):
@@ -188,7 +199,7 @@ def test_a_width_that_would_take_long_to_time_is_not_timed(wide, out, monkeypatc
     engine = FakeEngine()
     monkeypatch.setattr("speedrun_mup.plan.design.PROBE_S", OVERHEAD_S + 0.001)
     make_plan(wide, out, engine, budget_flops=1e18)
-    assert {cell.width for cell in engine.ran} == {16}
+    assert {cell.size for cell in engine.ran} == {16}
 
 
 def test_impossible_plans_are_refused_in_one_line(target, out):
@@ -211,7 +222,7 @@ def test_the_plan_of_the_readme_fits_its_budget(cache_folder, out):
     plan, designs = choose_plan(target, out, engine, Budget(share=0.1))
     assert plan.widths == (16, 32, 48) and plan.is_short and plan.flops < 0.1 * plan.target_flops
     assert "less than a factor of 4" in plan.summary() and "INCONCLUSIVE" in plan.summary()
-    assert {cell.width for cell in engine.ran} == {16, 32, 48} and not out.exists()
+    assert {cell.size for cell in engine.ran} == {16, 32, 48} and not out.exists()
     whole, _ = choose_plan(target, out, FakeEngine(), Budget(share=0.12))
     assert whole.widths == (16, 32, 64) and not whole.is_short and "INCONCLUSIVE" not in whole.summary()
     table = design_table(designs, plan)
@@ -335,7 +346,7 @@ def test_the_prediction_holds_the_planted_truth(swept, target, out):
     assert low < 2.5 + 4 * 128**-0.5 + 0.02 < high < low + 0.25  # seeds 0 to 4 add 0.02 on average
     assert prediction.verdict == "PASS" and "--lr-scale 1.2" in prediction.summary()
     assert json.loads((out / "plan.json").read_text())["prediction"]["lr_scale"] == prediction.lr_scale
-    assert advised(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)
+    assert recommended_config(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)
 
 
 def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_with_a_larger_one(target, out):
@@ -344,10 +355,10 @@ def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_wit
     result = run_plan(plan, out, far, progress=False)
     assert not result.complete and result.left and result.flops <= share * run_flops(target, 65)
     assert f"the budget of FLOPs has no room for the {result.left} runs left; a larger one goes on" in result.summary()
-    planned_cells = {(cell.width, cell.octaves, cell.seed) for cell in read_results(out)}
+    planned_cells = {(cell.size, cell.log2_factor, cell.seed) for cell in read_results(out)}
     for width, seeds in zip(plan.widths, plan.seeds, strict=True):  # what an extension takes, no wider model lacks
-        assert {(width, at, seed) for at in plan.octaves for seed in range(seeds)} <= planned_cells
-    assert planned(target, out, {"budget_share": 50.0}) is None
+        assert {(width, at, seed) for at in plan.log2_factors for seed in range(seeds)} <= planned_cells
+    assert load_plan(target, out, {"budget_share": 50.0}) is None
     larger = make_plan(target, out, far, budget_share=50.0)
     assert run_plan(larger, out, far, progress=False).complete
 
@@ -397,7 +408,7 @@ def test_without_a_plan_or_a_sweep_there_is_no_prediction(target, out, tmp_path)
     (sweep,) = make_plan(target, out, FakeEngine(), budget_minutes=20).sweeps
     with pytest.raises(ConfigError, match=r"sweep.json is missing"):
         predict(out)
-    run_sweep(dataclasses.replace(sweep, widths=(16,)), out, FakeEngine(), progress=False)
+    run_sweep(dataclasses.replace(sweep, sizes=(16,)), out, FakeEngine(), progress=False)
     with pytest.raises(TransferError, match="two widths.*; or plan again with a larger --budget"):
         predict(out)
     run_sweep(dataclasses.replace(sweep, seeds=(0,)), tmp_path / "lone", FakeEngine(), progress=False)
@@ -426,11 +437,11 @@ def test_predicted_against_measured(swept, target, out):
     result = train(dataclasses.replace(target, lr_scale=2 * prediction.lr_scale, seed=5, name="target", save=False))
     comparison = compare(out, result.folder)
     assert comparison.prediction == prediction and comparison.measured == result.val_loss
-    assert comparison.octaves == pytest.approx(1) and "2^+1.00 times the predicted" in comparison.summary()
+    assert comparison.log2_factor == pytest.approx(1) and "2^+1.00 times the predicted" in comparison.summary()
     assert not comparison.inside and "outside" in comparison.summary()
     wide = dataclasses.replace(comparison, prediction=dataclasses.replace(prediction, wide="the interval is wide"))
     assert "\nthe interval is wide\n" in wide.summary()
-    near = dataclasses.replace(comparison, measured=prediction.loss, octaves=0.0)
+    near = dataclasses.replace(comparison, measured=prediction.loss, log2_factor=0.0)
     assert near.inside and "missed by +0.0000 nats; inside the 90 % interval (" in near.summary()
 
 

@@ -30,7 +30,7 @@ from speedrun_mup.editions import FIRST_HASHED
 from speedrun_mup.flags import parse
 from speedrun_mup.param_groups import ParamGroup
 from speedrun_mup.settings import FRACTION, flag_of, setting, settings_of
-from speedrun_mup.sweep.spec import Cell
+from speedrun_mup.sweep.spec import RunSpec
 from speedrun_mup.training.build import tuned_values
 from speedrun_mup.training.checkpoint import CheckpointError
 from speedrun_mup.training.run import train
@@ -90,7 +90,7 @@ AT_FIRST = {  # ids of the first edition, for a corpus and a vocabulary that are
 @pytest.mark.parametrize("id", AT_FIRST)
 def test_a_run_keeps_its_hash_over_editions(id):
     cfg = AT_FIRST[id]
-    assert Cell("mup", cfg.width, 0.0, 0, cfg, "f" * 64, 256).id == id
+    assert RunSpec("mup", {"width": cfg.width}, 0.0, 0, cfg, "f" * 64, 256).id == id
 
 
 def test_a_hash_tells_what_a_run_computes_and_nothing_else():
@@ -192,7 +192,9 @@ def test_what_is_added_from_outside_has_flags(plug_in, capsys, monkeypatch):
 
 def test_what_is_added_from_outside_is_kept_and_hashed(plug_in, tiny):
     usual = make_config("laptop", {"base_width": 64})
-    assert Cell("mup", usual.width, 0.0, 0, usual, "f" * 64, 256).id == "029d04de3a168186"  # as without it
+    assert (
+        RunSpec("mup", {"width": usual.width}, 0.0, 0, usual, "f" * 64, 256).id == "029d04de3a168186"
+    )  # as without it
     other = dataclasses.replace(usual, bigram_lr=0.2, label_smoothing=0.1)
     assert from_json(to_json(other), Path("x")) == other != usual
     changed = hashed_settings(other).items() - hashed_settings(usual).items()

@@ -35,28 +35,28 @@ from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import write_whole
 from speedrun_mup.sweep import (
     ARMS,
-    COLUMNS,
     RAY_LISTENS,
     Arm,
-    CellResult,
+    CostModel,
     Failure,
     LocalEngine,
-    Pace,
     RayEngine,
+    RunResult,
     Sweep,
-    attempt,
     measure_sweep,
-    next_points,
     pick_arms,
     points_of,
+    propose_points,
     read_definition,
     read_results,
-    run_cell,
+    run_one,
+    run_safely,
     run_sweep,
     training_curves,
     visible_gpus,
     write_csv,
 )
+from speedrun_mup.sweep.folder import RESULTS
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import flops_per_token, run_flops
 from speedrun_mup.training.run_folder import FolderLock
@@ -70,9 +70,20 @@ def result_of(cell, loss, seconds=1.0):
     """A finished cell without any training."""
     bad = not math.isfinite(loss)
     curve = np.linspace(4.85, 3.0 if bad else loss, cell.cfg.iterations).round(6).tolist()
-    return CellResult(
-        *(cell.id, cell.arm, cell.width, cell.octaves, cell.seed),
-        *(loss, loss + 0.1, bad, "said so" if bad else "", curve, seconds, seconds, cell.flops, cell.corpus),
+    return RunResult(
+        *(cell.id, cell.arm, dict(cell.sizes), cell.log2_factor, cell.seed),
+        *(
+            loss,
+            loss + 0.1,
+            bad,
+            "said so" if bad else "",
+            curve,
+            seconds,
+            seconds,
+            cell.flops,
+            cell.corpus,
+            cell.vocab_size,
+        ),
         config={"iterations": cell.cfg.iterations},
         made_with={"source_sha256": "0", "torch": "2", "device": "none"},
     )
@@ -101,7 +112,7 @@ class InlineEngine:
 
     def run(self, cells, scratch):
         for cell in cells:
-            yield cell, attempt(cell, scratch)
+            yield cell, run_safely(cell, scratch)
 
     def close(self):
         pass
@@ -112,9 +123,9 @@ def bowl(drift=0.0, noise=0.002, optimum=0.2, cliff=math.inf):
 
     def loss_of(cell):
         slope = drift[cell.arm] if isinstance(drift, dict) else drift
-        u = cell.octaves - optimum - slope * math.log2(cell.width / 32)
+        u = cell.log2_factor - optimum - slope * math.log2(cell.size / 32)
         luck = random.Random(cell.id).gauss(0, noise) + 0.02 * cell.seed
-        return 2.5 + 4 * cell.width**-0.5 + 0.03 * u * u + luck if u < cliff else math.nan
+        return 2.5 + 4 * cell.size**-0.5 + 0.03 * u * u + luck if u < cliff else math.nan
 
     return loss_of
 
@@ -128,7 +139,7 @@ def small(tiny):
     """small(**changes): a sweep of tiny runs over two widths."""
 
     def make(base=None, **changes):
-        return Sweep(tiny(**(base or {})), **({"widths": (32, 64), "octaves": (-1, 0, 1), "seeds": (0,)} | changes))
+        return Sweep(tiny(**(base or {})), **({"sizes": (32, 64), "log2_factors": (-1, 0, 1), "seeds": (0,)} | changes))
 
     return make
 
@@ -143,8 +154,8 @@ def corpus(cache_folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cell_of(sweep, corpus, arm="mup", width=64, octaves=0.0, seed=0):
-    return sweep.cell(ARMS[arm], width, octaves, seed, corpus)
+def cell_of(sweep, corpus, arm="mup", width=64, log2_factor=0.0, seed=0):
+    return sweep.run_spec(ARMS[arm], width, log2_factor, seed, corpus)
 
 
 def test_a_cell_is_its_arm_width_rate_and_seed_and_nothing_else(small, corpus):
@@ -157,7 +168,7 @@ def test_a_cell_is_its_arm_width_rate_and_seed_and_nothing_else(small, corpus):
 
 
 def test_the_knob_may_be_one_learning_rate(small, corpus):
-    cell = cell_of(small(knob="matrix_lr"), corpus, "adam-mup", octaves=2)
+    cell = cell_of(small(axes=Axes("width", "matrix_lr")), corpus, "adam-mup", log2_factor=2)
     assert cell.cfg.matrix_lr == 4 * ARMS["adam-mup"].settings["matrix_lr"] and cell.cfg.lr_scale == 1
 
 
@@ -178,7 +189,7 @@ def test_ids_ignore_where_a_cell_runs_and_see_what_it_computes(small, corpus):
         ),
         *(cell_of(small(), corpus, arm).id for arm in ARMS if arm != "mup"),
         cell_of(small(), corpus, width=32).id,
-        cell_of(small(), corpus, octaves=0.5).id,
+        cell_of(small(), corpus, log2_factor=0.5).id,
         cell_of(small(), corpus, seed=1).id,
         cell_of(small(), dataclasses.replace(corpus, fingerprint="another")).id,
     ]
@@ -221,9 +232,9 @@ def test_predicted_drifts_undo_the_rule_tables_error(arm):
 def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
     for changes, fault in [
         ({"seeds": ()}, "seeds=: name at least one"),
-        ({"widths": (32, 64, 32)}, "widths=32,64,32: .* none twice"),
-        ({"knob": "momentum"}, "cannot be turned"),
-        ({"knob": "weight_decay"}, "weight_decay=0 stays 0 under any factor; give --weight-decay"),
+        ({"sizes": (32, 64, 32)}, "widths=32,64,32: .* none twice"),
+        ({"axes": Axes("width", "momentum")}, "cannot be swept"),
+        ({"axes": Axes("width", "weight_decay")}, "weight_decay=0 stays 0 under any factor; give --weight-decay"),
         ({"seeds": range(101)}, "101 seeds: give at most 100"),
     ]:
         with pytest.raises(ConfigError, match=fault):
@@ -231,7 +242,7 @@ def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
     with pytest.raises(ConfigError, match="base-width"):
         Sweep(dataclasses.replace(tiny(), base_width=None), (32, 64))
     with pytest.raises(ConfigError, match="width=40 is not a multiple"):
-        quietly(small(widths=(40,)), tmp_path / "s", FakeEngine(bowl()))
+        quietly(small(sizes=(40,)), tmp_path / "s", FakeEngine(bowl()))
     with pytest.raises(ConfigError, match="choose from mup, record26"):
         pick_arms(["mup", "mupp"])
 
@@ -245,7 +256,7 @@ def grown(loss_at, grid=GRID):
     """All points that the rule asks for, one round after another, with their losses."""
     losses = {at: loss_at(at) for at in grid}
     for _ in range(30):
-        new = next_points(losses, grid)
+        new = propose_points(losses, grid)
         if not new:
             return losses
         losses |= {at: loss_at(at) for at in new}
@@ -264,24 +275,24 @@ def test_a_bowl_ends_with_half_octaves_on_both_sides_of_its_minimum(optimum, cur
 
 def test_the_first_rounds_by_hand():
     grid = (-1.0, 0.0, 1.0)
-    assert next_points({-1: 3.0, 0: 2.0, 1: 2.5}, grid) == {-0.5, 0.5}
-    assert next_points({-1: 1.0, 0: 2.0, 1: 2.5}, grid) == {-2}
-    assert next_points({-1: 3.0, 0: 2.0, 1: 1.5}, grid) == {2}
-    assert next_points({-1: 3.0, 0: 2.0, 1: math.nan}, grid) == {-0.5, 0.5}  # next to the cliff: what is before it
-    assert next_points({-1: math.nan, 0: math.nan, 1: math.nan}, grid) == {-2}
-    assert next_points({at: -at for at in range(-1, 5)}, grid) == set()  # three octaves further is far enough
-    assert next_points({at: at for at in range(-4, 2)}, grid) == set()
+    assert propose_points({-1: 3.0, 0: 2.0, 1: 2.5}, grid) == {-0.5, 0.5}
+    assert propose_points({-1: 1.0, 0: 2.0, 1: 2.5}, grid) == {-2}
+    assert propose_points({-1: 3.0, 0: 2.0, 1: 1.5}, grid) == {2}
+    assert propose_points({-1: 3.0, 0: 2.0, 1: math.nan}, grid) == {-0.5, 0.5}  # next to the cliff: what is before it
+    assert propose_points({-1: math.nan, 0: math.nan, 1: math.nan}, grid) == {-2}
+    assert propose_points({at: -at for at in range(-1, 5)}, grid) == set()  # three octaves further is far enough
+    assert propose_points({at: at for at in range(-4, 2)}, grid) == set()
 
 
 def test_without_refinement_the_grid_gets_one_point_on_the_better_side():
-    assert next_points({-1: 3, 0: 2, 1: 1}, (-1, 0, 1), refine=False) == {2}
-    assert next_points({-1: 3, 0: 2, 1: 1, 2: 2}, (-1, 0, 1), refine=False) == set()
-    assert next_points({-1: 3, 0: 1, 1: 2}, (-1, 0, 1), refine=False) == {2}
-    assert next_points({-1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == {-2}
-    assert next_points({-1: 2, 0: 1, 1: math.nan}, (-1, 0, 1), refine=False) == {0.5}  # next to the cliff
+    assert propose_points({-1: 3, 0: 2, 1: 1}, (-1, 0, 1), refine=False) == {2}
+    assert propose_points({-1: 3, 0: 2, 1: 1, 2: 2}, (-1, 0, 1), refine=False) == set()
+    assert propose_points({-1: 3, 0: 1, 1: 2}, (-1, 0, 1), refine=False) == {2}
+    assert propose_points({-1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == {-2}
+    assert propose_points({-1: 2, 0: 1, 1: math.nan}, (-1, 0, 1), refine=False) == {0.5}  # next to the cliff
     for at_half in (0.5, 2.0, math.nan):
-        assert next_points({-1: 2, 0: 1, 0.5: at_half, 1: math.nan}, (-1, 0, 1), refine=False) == set()
-    assert next_points({-2: 3, -1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == set()
+        assert propose_points({-1: 2, 0: 1, 0.5: at_half, 1: math.nan}, (-1, 0, 1), refine=False) == set()
+    assert propose_points({-2: 3, -1: 2, 0: 1, 1: 3}, (-1, 0, 1), refine=False) == set()
 
 
 def test_no_point_beyond_a_cliff_is_tried():
@@ -291,16 +302,16 @@ def test_no_point_beyond_a_cliff_is_tried():
 
 def test_rounds_extend_refine_and_stop(small, tmp_path):
     engine = FakeEngine(bowl({"mup": 0.0, "adam-sp": -3.0}))
-    sweep = small(arms=pick_arms(["mup", "adam-sp"]), octaves=GRID, seeds=(0, 1))
+    sweep = small(arms=pick_arms(["mup", "adam-sp"]), log2_factors=GRID, seeds=(0, 1))
     result = quietly(sweep, tmp_path / "s", engine)
     assert result.complete and result.ran == len(engine.ran) == len(result.results)
     seen = {}
     for cell in result.results:
-        seen.setdefault((cell.arm, cell.width), set()).add(cell.octaves)
+        seen.setdefault((cell.arm, cell.size), set()).add(cell.log2_factor)
     assert seen["mup", 64] == set(GRID) | {-1.5, -0.5, 0.5, 1.5}
     assert min(seen["adam-sp", 64]) == -4 and -3.5 in seen["adam-sp", 64]
     assert (
-        Counter((c.arm, c.width, c.octaves) for c in result.results).most_common()[-1][1] == 2
+        Counter((c.arm, c.size, c.log2_factor) for c in result.results).most_common()[-1][1] == 2
     )  # all seeds everywhere
     fixed = quietly(dataclasses.replace(sweep, adaptive=False), tmp_path / "t", FakeEngine(bowl()))
     assert len(fixed.results) == 2 * 2 * 7 * 2
@@ -309,7 +320,7 @@ def test_rounds_extend_refine_and_stop(small, tmp_path):
 def test_the_longest_cells_come_first(small, tmp_path):
     engine = FakeEngine(bowl())
     quietly(small(), tmp_path / "s", engine)
-    widths = [cell.width for cell in engine.ran][:6]
+    widths = [cell.size for cell in engine.ran][:6]
     assert widths == [64, 64, 64, 32, 32, 32]
 
 
@@ -345,9 +356,9 @@ def test_more_of_the_same_sweep_may_be_asked_for(small, tmp_path):
     quietly(small(), out, FakeEngine(bowl()))
     before = {cell.id for cell in read_results(out)}
     more = FakeEngine(bowl())
-    quietly(small(widths=(32, 96), seeds=(0, 1), arms=pick_arms(["mup", "adam-sp"])), out, more)
+    quietly(small(sizes=(32, 96), seeds=(0, 1), arms=pick_arms(["mup", "adam-sp"])), out, more)
     assert before and not before & {cell.id for cell in more.ran}
-    seeds = Counter((c.arm, c.width, c.octaves) for c in read_results(out) if c.width != 64)
+    seeds = Counter((c.arm, c.size, c.log2_factor) for c in read_results(out) if c.size != 64)
     assert set(seeds.values()) == {2}  # where the first call refined, the second seed follows
     assert set(read_definition(out)["arms"]) == {"mup", "adam-sp"} and len(read_definition(out)["asked"]) == 2
     quietly(small(), out, FakeEngine(bowl()))
@@ -358,7 +369,7 @@ def test_more_of_the_same_sweep_may_be_asked_for(small, tmp_path):
     "changes, fault",
     [
         ({"base": {"iterations": 7}}, "iterations was 6, is 7"),
-        ({"knob": "matrix_lr"}, "knob was lr_scale, is matrix_lr"),
+        ({"axes": Axes("width", "matrix_lr")}, "hyperparameter was lr_scale, is matrix_lr"),
         ({"arms": (Arm("mup", {"parametrization": "sp"}),)}, "arm mup was another"),
         ({"base": {"data": "embedded"}}, "corpus was"),
     ],
@@ -394,9 +405,9 @@ def test_leftovers_of_killed_cells_are_removed(small, tmp_path):
 def test_a_failing_cell_is_tried_three_times_then_listed(small, tmp_path, capsys):
     def loss_of(cell):
         tries[str(cell)] += 1
-        if cell.width == 32 and cell.octaves == 0:
+        if cell.size == 32 and cell.log2_factor == 0:
             return Failure("no luck")
-        return Failure("first time") if tries[str(cell)] == 1 and cell.octaves == 1 else bowl()(cell)
+        return Failure("first time") if tries[str(cell)] == 1 and cell.log2_factor == 1 else bowl()(cell)
 
     tries = Counter()
     result = run_sweep(small(), tmp_path / "s", FakeEngine(loss_of))
@@ -443,7 +454,7 @@ def test_a_damaged_result_is_named(small, tmp_path):
 
 
 def test_a_budget_of_flops_is_kept_over_all_calls(small, tmp_path):
-    sweep = small(octaves=GRID, seeds=(0, 1))
+    sweep = small(log2_factors=GRID, seeds=(0, 1))
     full = quietly(sweep, tmp_path / "whole", FakeEngine(bowl()))
     whole = full.flops
     assert full.cost(sweep.base, 65) == whole / run_flops(sweep.base, 65) > 10
@@ -457,14 +468,14 @@ def test_a_budget_of_flops_is_kept_over_all_calls(small, tmp_path):
 
 def test_only_what_was_computed_counts_against_a_budget_of_flops(small, tmp_path, corpus):
     """A cell that fails is charged nothing, one that diverges for the steps that it took."""
-    sweep, tried = small(octaves=(0.0, 1.0), adaptive=False, widths=(32,), seeds=(0,)), Counter()
+    sweep, tried = small(log2_factors=(0.0, 1.0), adaptive=False, sizes=(32,), seeds=(0,)), Counter()
     each = cell_of(sweep, corpus, width=32).flops
 
     class Engine(FakeEngine):
         def run(self, cells, scratch):
             for cell in cells:
-                tried[cell.octaves] += 1
-                if tried[cell.octaves] == 1:
+                tried[cell.log2_factor] += 1
+                if tried[cell.log2_factor] == 1:
                     yield cell, Failure("no luck")
                 else:
                     yield cell, dataclasses.replace(result_of(cell, math.nan), flops=0.25 * cell.flops)
@@ -481,27 +492,27 @@ def test_a_budget_of_minutes_is_kept_by_what_is_known_of_the_pace(small, tmp_pat
         def run(self, cells, scratch):
             for cell in cells:
                 self.ran.append(cell)
-                seconds = 25 * (cell.width / 32) ** 2
+                seconds = 25 * (cell.size / 32) ** 2
                 now[0] += seconds
                 yield cell, result_of(cell, 3.0, seconds)
 
     monkeypatch.setattr("speedrun_mup.sweep.run.time", SimpleNamespace(monotonic=lambda: now[0]))
     engine = Clockwork(None)
-    result = quietly(small(octaves=GRID, adaptive=False), tmp_path / "s", engine, budget_minutes=5)
+    result = quietly(small(log2_factors=GRID, adaptive=False), tmp_path / "s", engine, budget_minutes=5)
     assert now[0] <= 300 and now[0] > 275 and result.left > 0
-    assert engine.ran[0].width == 32  # the first only teaches the pace
+    assert engine.ran[0].size == 32  # the first only teaches the pace
 
 
 def test_the_pace_of_the_nearest_width_counts(small, corpus):
     results = [result_of(cell_of(small(), corpus, width=width), 3.0, seconds=width) for width in (32, 64)]
     narrow, wide = results
-    pace = Pace(dataclasses.replace(result, train_s=result.seconds - 5) for result in results)
-    assert pace.known and not Pace().known and Pace().seconds(32, 1.0) == 0
+    pace = CostModel(dataclasses.replace(result, train_s=result.seconds - 5) for result in results)
+    assert pace.known and not CostModel().known and CostModel().seconds(32, 1.0) == 0
     assert pace.seconds(32, narrow.flops) == pytest.approx(32) and pace.seconds(64, wide.flops) == pytest.approx(64)
     assert pace.seconds(128, 4 * wide.flops) == pytest.approx(5 + 4 * 59)
     assert pace.flops_per_s(256) == pytest.approx(wide.flops / 59)
-    with pytest.raises(ConfigError, match="no cell has finished"):
-        Pace().flops_per_s(1)
+    with pytest.raises(ConfigError, match="no run has finished"):
+        CostModel().flops_per_s(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +526,7 @@ def same(a, b):
 
 
 def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
-    sweep = small(octaves=GRID, seeds=(0, 1), arms=pick_arms(["mup", "muon-over-m"]))
+    sweep = small(log2_factors=GRID, seeds=(0, 1), arms=pick_arms(["mup", "muon-over-m"]))
     quietly(sweep, tmp_path / "s", FakeEngine(bowl(cliff=1.7)))
     write_csv(tmp_path / "s", tmp_path / "sweep.csv")
     runs = points_of(read_results(tmp_path / "s"))
@@ -523,7 +534,7 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
     assert any(math.isnan(run.loss) for run in runs) and {run.arm for run in runs} == {"mup", "muon-over-m"}
     with open(tmp_path / "sweep.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == ("arm", "width", "lr", "log2_lr", *RESULTS)
     assert all((row["loss"] == "nan") == bool(int(row["diverged"])) for row in rows)
     assert all(float(row["train_loss"]) == float(row["loss"]) + 0.1 for row in rows if row["loss"] != "nan")
 
@@ -532,8 +543,10 @@ def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
     """It is told by its name, in the table too; arms with a wrong learning rate are neither controls nor tested then."""
     base = {"base_width": 64, "weight_decay": 0.1}
     arms = pick_arms(["mup", "adam-sp"])
-    sweep = small(base=base, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1), arms=arms, knob="weight_decay")
-    assert cell_of(sweep, corpus, octaves=2).cfg.weight_decay == pytest.approx(0.4)
+    sweep = small(
+        base=base, sizes=(32, 64, 128), log2_factors=GRID, seeds=(0, 1), arms=arms, axes=Axes("width", "weight_decay")
+    )
+    assert cell_of(sweep, corpus, log2_factor=2).cfg.weight_decay == pytest.approx(0.4)
     quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": 0.5})))
     result = measure_sweep(tmp_path / "s")
     assert result.axes.hyperparameter == "weight_decay_factor" and all(
@@ -551,7 +564,7 @@ def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
 
 def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
     arms = pick_arms(["mup", "adam-sp", "record26"])
-    sweep = small(base={"base_width": 64}, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1, 2), arms=arms)
+    sweep = small(base={"base_width": 64}, sizes=(32, 64, 128), log2_factors=GRID, seeds=(0, 1, 2), arms=arms)
     quietly(sweep, tmp_path / "s", FakeEngine(bowl({"mup": 0.0, "adam-sp": -0.9, "record26": 0.5})))
     result = measure_sweep(tmp_path / "s", ["mup", "adam-sp"])
     assert result.verdict is Verdict.PASS, result.summary()
@@ -571,7 +584,7 @@ def test_training_curves_of_diverged_runs_end_in_nan(small, tmp_path):
     path.write_text(json.dumps(content | {"curve": content["curve"][:2], "diverged": True, "loss": None}))
     curves = training_curves(out)
     assert len(curves) == len(read_results(out)) and {curve.shape for curve in curves.values()} == {(6, 2)}
-    short = curves[content["arm"], content["width"], 2.0 ** content["octaves"], content["seed"]]
+    short = curves[content["arm"], content["sizes"]["width"], 2.0 ** content["log2_factor"], content["seed"]]
     assert short[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert np.isfinite(short[:2, 1]).all() and np.isnan(short[2:, 1]).all()
 
@@ -585,7 +598,7 @@ def test_training_curves_of_diverged_runs_end_in_nan(small, tmp_path):
 def finished(small, tmp_path):
     """A sweep of three widths and two arms that passes, and its folder."""
     arms = pick_arms(["mup", "adam-sp"])
-    sweep = small(base={"base_width": 64}, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1), arms=arms)
+    sweep = small(base={"base_width": 64}, sizes=(32, 64, 128), log2_factors=GRID, seeds=(0, 1), arms=arms)
     engine = FakeEngine(bowl({"mup": 0.0, "adam-sp": -0.9}))
     quietly(sweep, tmp_path / "s", engine)
     assert measure_sweep(tmp_path / "s").verdict is Verdict.PASS
@@ -604,7 +617,7 @@ def drop(out, chosen):
 def test_missing_runs_are_counted_and_named_and_nothing_passes(finished, arm, capsys):
     sweep, out, engine = finished
     whole = sum(result.arm == arm for result in read_results(out))
-    gone = drop(out, lambda result: result.arm == arm and result.seed == 1 and result.octaves in (-1.5, 1, 2))
+    gone = drop(out, lambda result: result.arm == arm and result.seed == 1 and result.log2_factor in (-1.5, 1, 2))
     result = measure_sweep(out)
     assert result.verdict is Verdict.INCONCLUSIVE and result.arms[arm].verdict is Verdict.INCONCLUSIVE
     said = f"arm {arm}: {gone} of the {whole} runs asked for are missing or failed: width 32 2^"
@@ -620,10 +633,15 @@ def test_points_that_the_grid_still_grows_by_are_said(finished):
     """Nobody asked for them; but of those that were begun, all seeds are wanted."""
     _, out, _ = finished
     assert measure_sweep(out).notes == ()
-    drop(out, lambda result: result.arm == "mup" and result.octaves % 1 and (result.width, result.octaves) != (32, 0.5))
+    drop(
+        out,
+        lambda result: (
+            result.arm == "mup" and result.log2_factor % 1 and (result.size, result.log2_factor) != (32, 0.5)
+        ),
+    )
     result = measure_sweep(out)
     assert not result.doubts and result.notes == ("the grid still grows by 11 points: run the same sweep again",)
-    drop(out, lambda result: (result.arm, result.width, result.octaves, result.seed) == ("mup", 32, 0.5, 1))
+    drop(out, lambda result: (result.arm, result.size, result.log2_factor, result.seed) == ("mup", 32, 0.5, 1))
     assert "mup: 1 of the " in measure_sweep(out).reasons[0]
 
 
@@ -631,9 +649,9 @@ def test_points_that_a_grid_grew_by_and_that_failed_for_all_seeds_are_missing(sm
     """They are in no request and have no curve, so the folder has to remember them; until they are run."""
 
     def loss_of(cell):
-        return Failure("no luck") if cell.width == 64 and cell.octaves == 0.5 else bowl()(cell)
+        return Failure("no luck") if cell.size == 64 and cell.log2_factor == 0.5 else bowl()(cell)
 
-    sweep, out = small(base={"base_width": 32}, widths=(32, 64, 128), octaves=GRID, seeds=(0, 1)), tmp_path / "s"
+    sweep, out = small(base={"base_width": 32}, sizes=(32, 64, 128), log2_factors=GRID, seeds=(0, 1)), tmp_path / "s"
     assert len(quietly(sweep, out, FakeEngine(loss_of)).failed) == 2
     result = measure_sweep(out)
     assert (
@@ -663,7 +681,7 @@ def test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on(small,
     more = FakeEngine(bowl())
     quietly(small(seeds=(0, 1)), tmp_path / "s", more)
     assert {cell.corpus for cell in more.ran} == {"former"} and before < {r.id for r in read_results(tmp_path / "s")}
-    assert not isinstance(attempt(more.ran[0], tmp_path), Failure)
+    assert not isinstance(run_safely(more.ran[0], tmp_path), Failure)
     found("new", "another")
     with pytest.raises(ConfigError, match="corpus was former, is new"):
         quietly(small(), tmp_path / "s", never)
@@ -673,7 +691,7 @@ def test_more_seeds_at_one_width_leave_nothing_missing(small, tmp_path):
     """Several requests in one folder, as a plan makes them."""
     out, engine = tmp_path / "s", FakeEngine(bowl())
     for widths, seeds in (((32,), (0, 1, 2)), ((64, 128), (0, 1)), ((128,), (5,))):
-        quietly(small(base={"base_width": 32}, widths=widths, octaves=GRID, seeds=seeds), out, engine)
+        quietly(small(base={"base_width": 32}, sizes=widths, log2_factors=GRID, seeds=seeds), out, engine)
     result = measure_sweep(out)
     assert not result.doubts and result.verdict is Verdict.PASS, result.summary()
 
@@ -683,7 +701,7 @@ def test_runs_that_were_made_differently_are_named_and_nothing_passes(finished, 
     _, out, _ = finished
     for path in out.glob("cells/*/result.json"):
         content = json.loads(path.read_text())
-        other = {what: "new\x1b[2J"} if content["width"] == 128 else {what: "old"}
+        other = {what: "new\x1b[2J"} if content["sizes"]["width"] == 128 else {what: "old"}
         path.write_text(json.dumps(content | {"made_with": content["made_with"] | other}))
     result = measure_sweep(out)
     said = f"2 different {what} made these runs: old ("
@@ -719,7 +737,7 @@ def test_an_id_is_what_it_was_when_the_first_results_were_made(preset, known):
     if preset == "laptop":
         cfg = dataclasses.replace(cfg, width=128)
     corpus = SimpleNamespace(data="x", fingerprint="f", vocab_size=257)
-    assert Sweep(cfg, (64, 128), pick_arms(["adam-sp"])).cell(ARMS["adam-sp"], 128, -1.5, 2, corpus).id == known
+    assert Sweep(cfg, (64, 128), pick_arms(["adam-sp"])).run_spec(ARMS["adam-sp"], 128, -1.5, 2, corpus).id == known
 
 
 def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
@@ -752,7 +770,7 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
         ("--parametrization head-sqrt", "or no arm has parametrization=head-sqrt"),
         (
             "--matrix-lr 0.02 --arms mup adam-mup",
-            "arm adam-mup fixes matrix_lr at 0.008; .* --knob matrix_lr, or choose .* mup",
+            "arm adam-mup fixes matrix_lr at 0.008; .* --hyperparameter matrix_lr, or choose .* mup",
         ),
         ("--width 64", "--widths"),
         ("--seed 1", "--seeds"),
@@ -782,7 +800,7 @@ def test_flags_that_agree_with_the_arms_are_followed(tmp_path, monkeypatch, cach
     for more in (["--mup", "--matrix-lr", "0.1"], ["--seeds", "2"], ["--seeds", "3,7"]):
         with pytest.raises(ZeroDivisionError):
             main([*common, *more])
-    assert asked[0].base.matrix_lr == 0.1 and asked[0].widths == (32, 64) and asked[0].octaves == (-1, 0, 1)
+    assert asked[0].base.matrix_lr == 0.1 and asked[0].sizes == (32, 64) and asked[0].log2_factors == (-1, 0, 1)
     assert [sweep.seeds for sweep in asked] == [(0, 1, 2), (0, 1), (3, 7)]
 
 
@@ -797,11 +815,14 @@ def test_a_strange_result_is_one_line(small, tmp_path):
     path = sorted(out.glob("cells/*/result.json"))[0]
     content = json.loads(path.read_text())
     strange = [
-        {"width": "64"},
-        {"width": -1},
-        {"width": 10**40},
-        {"octaves": 1e9},
-        {"octaves": None},
+        {"sizes": {"width": "64"}},
+        {"sizes": {"width": -1}},
+        {"sizes": {"width": 10**40}},
+        {"sizes": {}},
+        {"sizes": 64},
+        {"vocab_size": "257"},
+        {"log2_factor": 1e9},
+        {"log2_factor": None},
         {"seed": 1.5},
         {"seconds": "x"},
         {"diverged": "no"},
@@ -832,13 +853,15 @@ def test_a_strange_definition_is_one_line(small, tmp_path):
     path = out / "sweep.json"
     good = json.loads(path.read_text())
     strange = [
-        good | {"base": good["base"] | {"knob": "nonsense"}},
+        good | {"base": good["base"] | {"hyperparameter": "nonsense"}},
         good | {"base": good["base"] | {"base_width": "64"}},
         good | {"arms": {"a\x1b[2J": good["arms"]["mup"]}},
         good | {"arms": {"mup": {"settings": {}, "predicted": "x"}}},
         good
-        | {"asked": [{"widths": list(range(1000)), "seeds": list(range(1000)), "octaves": [0, 1], "arms": ["mup"]}]},
-        good | {"asked": [{"widths": 3}]},
+        | {
+            "asked": [{"sizes": list(range(1000)), "seeds": list(range(1000)), "log2_factors": [0, 1], "arms": ["mup"]}]
+        },
+        good | {"asked": [{"sizes": 3}]},
         good | {"asked": 1},
         [],
     ]
@@ -852,7 +875,7 @@ def test_a_strange_definition_is_one_line(small, tmp_path):
 def test_links_in_a_received_folder_are_not_followed(small, tmp_path, linked, corpus):
     """What they point to, a file or a folder of ours, stays as it is."""
     out, ours = tmp_path / "s", tmp_path / "ours"
-    quietly(small(octaves=(0, 1)), out, FakeEngine(bowl()))
+    quietly(small(log2_factors=(0, 1)), out, FakeEngine(bowl()))
     ours.mkdir()
     (ours / "result.json").write_text("precious")
     (ours / "file").write_text("precious")
@@ -867,7 +890,7 @@ def test_links_in_a_received_folder_are_not_followed(small, tmp_path, linked, co
     before = {path: path.read_bytes() for path in ours.rglob("*")}
     target.symlink_to(ours if linked in ("cells", "running", "one cell") else ours / "file")
     try:
-        quietly(small(octaves=(0, 1, 2)), out, FakeEngine(bowl()))
+        quietly(small(log2_factors=(0, 1, 2)), out, FakeEngine(bowl()))
     except ConfigError as fault:
         assert "\n" not in str(fault)
     assert {path: path.read_bytes() for path in ours.rglob("*")} == before
@@ -903,8 +926,8 @@ def test_cells_of_different_code_are_told_apart(small, tmp_path):
 
 
 def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
-    cell = cell_of(small(), corpus, octaves=1)
-    result = run_cell(cell, tmp_path / "scratch")
+    cell = cell_of(small(), corpus, log2_factor=1)
+    result = run_one(cell, tmp_path / "scratch")
     plain = train(tiny(lr_scale=2.0))
     assert (
         result.loss == plain.val_loss and len(result.curve) == 6 and result.curve[-1] == pytest.approx(plain.train_loss)
@@ -912,25 +935,25 @@ def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
     assert result.train_loss == result.curve[-1]  # the last tenth of 6 steps is the last
     assert not result.diverged and result.flops == cell.flops and result.seconds > result.train_s > 0
     assert not list((tmp_path / "scratch").iterdir())
-    assert CellResult.from_json(result.to_json(), tmp_path).loss == result.loss
+    assert RunResult.from_json(result.to_json(), tmp_path).loss == result.loss
 
 
 def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpus, tmp_path, monkeypatch):
     from speedrun_mup.training.tracking import read_metrics
 
     cell = cell_of(small(), corpus, width=32)
-    whole = run_cell(cell, tmp_path)
+    whole = run_one(cell, tmp_path)
     for skipped in (0, 2):
         kept = lambda folder, skipped=skipped: [row for row in read_metrics(folder) if row["step"] != skipped]  # noqa: E731
         monkeypatch.setattr("speedrun_mup.sweep.one_run.read_metrics", kept)
-        result = run_cell(cell, tmp_path)
+        result = run_one(cell, tmp_path)
         assert math.isnan(result.curve[skipped]) and not result.diverged
         assert [loss for loss in result.curve if loss == loss] == whole.curve[:skipped] + whole.curve[skipped + 1 :]
         assert (result.train_loss, result.flops) == (whole.train_loss, whole.flops)
 
 
 def test_divergence_is_a_result(small, tmp_path):
-    result = quietly(small(widths=(32,), octaves=(0, 20), adaptive=False), tmp_path / "s", InlineEngine())
+    result = quietly(small(sizes=(32,), log2_factors=(0, 20), adaptive=False), tmp_path / "s", InlineEngine())
     assert result.complete
     fine, lost = result.results
     assert not fine.diverged and lost.diverged and ("not finite" in lost.reason or "ended at" in lost.reason)
@@ -940,29 +963,29 @@ def test_divergence_is_a_result(small, tmp_path):
 @pytest.mark.parametrize("end", [9.0, math.nan])
 def test_ending_above_the_initial_loss_is_divergence(small, corpus, tmp_path, monkeypatch, end):
     monkeypatch.setattr("speedrun_mup.sweep.one_run.train", lambda cfg: dataclasses.replace(train(cfg), val_loss=end))
-    result = run_cell(cell_of(small(), corpus, width=32), tmp_path)
+    result = run_one(cell_of(small(), corpus, width=32), tmp_path)
     assert result.diverged and result.reason == f"ended at a loss of {end:.4f}, began at 4.8520"
 
 
 @pytest.mark.parametrize("octaves", [2000.0, -33.0, math.nan, math.inf])
 def test_a_grid_stays_within_numbers(small, octaves):
     with pytest.raises(ConfigError, match="octaves=.* must be from -32 to 32"):
-        small(octaves=(0.0, octaves))
+        small(log2_factors=(0.0, octaves))
 
 
 def test_a_cell_refuses_other_data(small, corpus, tmp_path):
-    outcome = attempt(cell_of(small(), dataclasses.replace(corpus, fingerprint="another")), tmp_path)
+    outcome = run_safely(cell_of(small(), dataclasses.replace(corpus, fingerprint="another")), tmp_path)
     assert isinstance(outcome, Failure) and "not the corpus" in outcome.why
 
 
 def test_an_exception_is_a_failure_in_one_line(small, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("speedrun_mup.sweep.one_run.train", lambda cfg: [][1])
-    assert attempt(cell_of(small(), corpus), tmp_path) == Failure("IndexError: list index out of range")
+    assert run_safely(cell_of(small(), corpus), tmp_path) == Failure("IndexError: list index out of range")
 
 
 def once(results):
     """Whether every cell is there once, and how many there are."""
-    places = [(cell.arm, cell.width, cell.octaves, cell.seed) for cell in results]
+    places = [(cell.arm, cell.size, cell.log2_factor, cell.seed) for cell in results]
     assert len(set(places)) == len(places)
     return len(places)
 
@@ -991,9 +1014,9 @@ def fork_sweep(sweep, out, patience):
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_a_sweep_killed_at_random_moments_completes_with_every_cell_once(small, corpus, tmp_path):
-    sweep, rng, kills, sweeps = small(octaves=(0, 1), adaptive=False), random.Random(0), 0, 0
+    sweep, rng, kills, sweeps = small(log2_factors=(0, 1), adaptive=False), random.Random(0), 0, 0
     began = time.monotonic()
-    run_cell(cell_of(sweep, corpus, width=32), tmp_path / "scratch")
+    run_one(cell_of(sweep, corpus, width=32), tmp_path / "scratch")
     one = time.monotonic() - began
     while kills < 5:
         out, sweeps, stamps = tmp_path / str(sweeps), sweeps + 1, {}
@@ -1041,7 +1064,7 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tm
         victims.extend(running(tmp_path / "s", 1)[:1])
         os.kill(victims[0], signal.SIGKILL)
 
-    sweep = small(base={"iterations": 12}, octaves=(0, 1), adaptive=False)
+    sweep = small(base={"iterations": 12}, log2_factors=(0, 1), adaptive=False)
     killer = meanwhile(kill)
     result = quietly(sweep, tmp_path / "s", engine)
     killer.join()
@@ -1052,7 +1075,7 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tm
 @pytest.mark.dist
 def test_a_signal_stops_the_sweep_and_the_same_command_goes_on(small, engine, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    sweep = small(base={"iterations": 24}, octaves=(0, 1), adaptive=False)
+    sweep = small(base={"iterations": 24}, log2_factors=(0, 1), adaptive=False)
     meanwhile(lambda: running(tmp_path / "s", 1) and os.kill(os.getpid(), signal.SIGTERM))
     result = run_sweep(sweep, tmp_path / "s", engine)
     assert result.stopped and result.left == 4 - result.ran > 0
@@ -1081,7 +1104,7 @@ from pathlib import Path
 from speedrun_mup.config import from_json
 from speedrun_mup.sweep import LocalEngine, Sweep, run_sweep
 
-sweep = Sweep(from_json({config!r}, Path("config")), (32, 64), octaves=(-1, 0, 1), seeds=range(4), adaptive=False)
+sweep = Sweep(from_json({config!r}, Path("config")), (32, 64), log2_factors=(-1, 0, 1), seeds=range(4), adaptive=False)
 with closing(LocalEngine(2)) as engine:
     raise SystemExit(0 if run_sweep(sweep, Path({out!r}), engine).complete else 1)
 """
@@ -1132,7 +1155,7 @@ def test_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
 def test_ray_runs_a_sweep_and_survives_a_killed_worker(small, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("HOME", str(tmp_path))
-    sweep = small(base={"iterations": 30}, octaves=(0, 1), adaptive=False)
+    sweep = small(base={"iterations": 30}, log2_factors=(0, 1), adaptive=False)
     killer = meanwhile(lambda: os.kill(running(tmp_path / "s", 1)[0], signal.SIGKILL))
     with closing(RayEngine(2, device="cpu")) as engine:
         result = quietly(sweep, tmp_path / "s", engine)

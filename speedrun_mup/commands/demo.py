@@ -30,10 +30,10 @@ def run(argv: Sequence[str]) -> int:
     if code:
         return code
 
-    from speedrun_mup.plan import advised
+    from speedrun_mup.plan import recommended_config
 
     print("\n3/4  Train the wide model once, with the learning rate that the narrow ones chose.")
-    result = train_and_tell(advised(proxies))
+    result = train_and_tell(recommended_config(proxies))
     if not result.finished:
         return STOPPED_BY_SIGNAL
     print("\n4/4  How far off is it?")

@@ -104,10 +104,10 @@ def _choose(
     target: TrainConfig, folder: Path, engine: Engine, budget: dict[str, float], keep: bool
 ) -> tuple[Plan, list[Plan]]:
     """The plan in `folder` if it answers, else a new one, written there if it is to be kept; and what else there is."""
-    from speedrun_mup.plan import Budget, choose_plan, planned, save_plan
+    from speedrun_mup.plan import Budget, choose_plan, load_plan, save_plan
 
     if keep or not budget:
-        plan = planned(target, folder, budget)
+        plan = load_plan(target, folder, budget)
         if plan:
             return plan, []
     limits = Budget(**{name.removeprefix("budget_"): amount for name, amount in budget.items()})

@@ -16,10 +16,10 @@ from speedrun_mup.setting_flags import add_settings
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Give `parser` the flags that say where cells run and what they may cost. more: further kinds of budget."""
-    group = parser.add_argument_group("where and how much")
+    """Give `parser` the flags that say where runs are made and what they may cost. more: further kinds of budget."""
+    group = parser.add_argument_group("execution and budget")
     group.add_argument("--engine", choices=("local", "ray"), default="local", help="%(default)s")
-    group.add_argument("--workers", type=int, metavar="INT", help="cells at a time (default: one per GPU, or per core)")
+    group.add_argument("--workers", type=int, metavar="INT", help="runs at a time (default: one per GPU, or per core)")
     group.add_argument(
         "--budget", metavar="TIME|FLOPS", help=f"30m or 2h for this call; 1e15 FLOPs for the folder{more}"
     )
@@ -47,19 +47,18 @@ def take(flags: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Find the best learning rate, or another knob, at several widths; the same command again does what is missing."""
+    """Find the best learning rate, or another hyperparameter, at several widths; rerun the command to resume it."""
     parser = new_parser("speedrun-mup sweep", run.__doc__ or "")
     group = parser.add_argument_group("sweep")
     group.add_argument("--widths", **several(int), required=True, metavar="W", help="three or more for a verdict")
-    group.add_argument(
-        "--arms", **several(str), default=["mup"], metavar="ARM", help="ways to scale with width; %(default)s"
-    )
+    group.add_argument("--arms", **several(str), default=["mup"], metavar="ARM", help="parametrizations; %(default)s")
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
-    group.add_argument("--octaves", **several(float), default=grid, metavar="K", help="the knob times 2^K")
+    group.add_argument("--octaves", **several(float), default=grid, metavar="K", help="the hyperparameter times 2^K")
     group.add_argument(
         "--seeds", **several(int), default=[3], metavar="INT", help="runs at every point, 3; or these very seeds: 0,1,2"
     )
     group.add_argument(
+        "--hyperparameter",
         "--knob",
         default="lr_scale",
         help="a learning rate (%(default)s turns all of them), weight_decay, adam_eps or scalar_eps; %(default)s",
@@ -83,17 +82,21 @@ def run(argv: Sequence[str]) -> int:
     if "budget_share" in budget:
         raise ConfigError("--budget in percent is for a plan, which has a target run; give a time or FLOPs")
     engine = take(flags, "engine", "workers")
-    asked = argparse.Namespace(**take(flags, "widths", "arms", "octaves", "seeds", "knob", "adaptive", "out", "preset"))
+    asked = argparse.Namespace(
+        **take(flags, "widths", "arms", "octaves", "seeds", "hyperparameter", "adaptive", "out", "preset")
+    )
     given = dict(flags)
     cfg = make_config(asked.preset, {"parametrization": "mup"} | flags)  # for its base width: every arm is a rule table
 
     from speedrun_mup.sweep import Sweep, check_given, open_engine, pick_arms, run_sweep, write_csv
+    from speedrun_mup.transfer import Axes
 
     out, arms, seeds = Path(asked.out), pick_arms(asked.arms), tuple(asked.seeds)
     check_given(arms, given)
     if len(seeds) == 1:  # so many
         seeds = tuple(range(min(seeds[0], 10**4)))
-    sweep = Sweep(cfg, tuple(asked.widths), arms, tuple(asked.octaves), seeds, asked.knob, asked.adaptive)
+    axes = Axes("width", asked.hyperparameter)
+    sweep = Sweep(cfg, tuple(asked.widths), arms, tuple(asked.octaves), seeds, axes, asked.adaptive)
     print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}")
     with closing(open_engine(**engine, device=cfg.device)) as where:
         limits: dict[str, Any] = dict(budget)

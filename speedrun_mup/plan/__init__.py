@@ -9,8 +9,8 @@ The proxies train for as many steps on as many tokens as the target: it is width
 """
 
 from speedrun_mup.plan.design import Budget, NoPlanFits, Plan, choose_plan, design_table, expected_lr_error
-from speedrun_mup.plan.folder import PLAN, Prediction, make_plan, planned, read_plan, run_plan, save_plan
-from speedrun_mup.plan.forecast import Comparison, advised, compare, predict
+from speedrun_mup.plan.folder import PLAN, Prediction, load_plan, make_plan, read_plan, run_plan, save_plan
+from speedrun_mup.plan.forecast import Comparison, compare, predict, recommended_config
 
 __all__ = [
     "PLAN",
@@ -19,15 +19,15 @@ __all__ = [
     "NoPlanFits",
     "Plan",
     "Prediction",
-    "advised",
     "choose_plan",
     "compare",
     "design_table",
     "expected_lr_error",
+    "load_plan",
     "make_plan",
-    "planned",
     "predict",
     "read_plan",
+    "recommended_config",
     "run_plan",
     "save_plan",
 ]

@@ -15,9 +15,9 @@ from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.sweep import (
     Arm,
+    CostModel,
     Engine,
     Failure,
-    Pace,
     Sweep,
     arm_name,
     read_results,
@@ -26,8 +26,8 @@ from speedrun_mup.training.flops import run_flops
 from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer import Thresholds
 
-# Octaves to run, and those that the sweep usually adds to them: half octaves if it is refined, else one on the better side.
-# The lean grid is for small budgets: cheap if the optimum is less than an octave from what was tuned at base width, else
+# log2 factors to run, and those that the sweep usually adds: half steps if it is refined, else one on the better side.
+# The lean grid is for small budgets: cheap if the optimum is less than a factor of 2 from what was tuned at base width, else
 # extended like any other.
 FULL = ((-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5))
 LEAN = ((-1.0, 0.0, 1.0), (2.0,))
@@ -36,8 +36,8 @@ PROBE_STEPS, PROBE_S = 3, 60.0  # steps to time at each width, unless they would
 PROBE_VAL_TOKENS = 8192  # to validate on then; the rest of a validation is reckoned from the speed of training
 MORE_SHOWN = 4  # designs that cost more than the one chosen
 FORWARD_SHARE = 1 / 3  # of a training step's FLOPs
-# Standard deviation of one run's loss over the curvature of loss in log2 lr, octaves squared; 0.005 nats over 0.02 nats
-# per octave squared is usual for small language models. It only serves to say in advance what a plan will achieve.
+# Standard deviation of one run's loss over the curvature of loss in log2 lr; 0.005 nats over 0.02 nats is usual for small
+# language models. It only serves to say in advance what a plan will achieve.
 NOISE_OVER_CURVATURE = 0.25
 
 
@@ -45,15 +45,15 @@ NOISE_OVER_CURVATURE = 0.25
 class Plan:
     """The sweep that finds the learning rate of `target` most exactly within the budget.
 
-    seeds: per width. octaves: the grid. refine: add half octaves around the minimum. runs: with what that usually adds.
+    seeds: per width. log2_factors: the grid. refine: add half steps around the minimum. runs: with what that usually adds.
     flops: of the sweep; target_flops: of the target run. sweep_s, target_s: on this machine with `workers` workers.
-    lr_error: expected standard error of the target's best learning rate, octaves.
+    lr_error: expected standard error of the target's best learning rate, log2.
     """
 
     target: TrainConfig
     widths: tuple[int, ...]
     seeds: tuple[int, ...]
-    octaves: tuple[float, ...]
+    log2_factors: tuple[float, ...]
     refine: bool
     runs: int
     flops: float
@@ -78,7 +78,7 @@ class Plan:
                 base,
                 tuple(width for width, _ in pairs),
                 (arm_of(self.target),),
-                self.octaves,
+                self.log2_factors,
                 tuple(range(seeds)),
                 refine=self.refine,
             )
@@ -175,11 +175,11 @@ def choose_plan(
     Considered are head_dim times powers of two below the target's width, at least as many neighbouring ones as a
     verdict needs, with few seeds or many; chosen is what fits the budget with the smallest expected error of the
     learning rate extrapolated to the target's width. If none fits, ladders too short for a verdict are considered. Times
-    come from finished cells in `out`, else from a few steps per width, and where the budget is FLOPs only of the widths
+    come from finished runs in `out`, else from a few steps per width, and where the budget is FLOPs only of the widths
     that were chosen.
 
     Args:
-        out: Folder of the sweep; only finished cells are read.
+        out: Folder of the sweep; only finished runs are read.
         tell: Told what is being timed, line by line.
 
     Returns:
@@ -194,12 +194,12 @@ def choose_plan(
             "a plan needs a budget; give --budget, for instance 30m, 1e18 FLOPs, or 10% of the target run"
         )
     corpus, _ = find_corpus(target.data, target.tokenizer)
-    candidates, pace = _candidates(target), Pace(read_results(out))
+    candidates, costs = _proxy_widths(target), CostModel(read_results(out))
 
     def designs() -> list[Plan]:
-        whole = [(*choice, grid) for choice in _choices(candidates) for grid in (FULL, LEAN)]
+        whole = [(*choice, grid) for choice in _ladders(candidates) for grid in (FULL, LEAN)]
         short = [(*choice, LEAN) for choice in _short_ladders(target)]
-        return [_design(target, *choice, engine.workers, pace, corpus) for choice in (*whole, *short)]
+        return [_design(target, *choice, engine.workers, costs, corpus) for choice in (*whole, *short)]
 
     def best() -> Plan | None:
         fitting = [plan for plan in designs() if plan.flops <= most_flops and plan.sweep_s <= budget.most_s]
@@ -207,8 +207,8 @@ def choose_plan(
 
     most_flops = budget.most_flops(run_flops(target, corpus.vocab_size))
     plan = best()  # where nothing is known of time, it costs none
-    if plan and not pace.known:
-        _probe(target, candidates if budget.minutes else plan.widths, engine, corpus, pace, tell)
+    if plan and not costs.known:
+        _probe(target, candidates if budget.minutes else plan.widths, engine, corpus, costs, tell)
         plan = best()
     every = designs()
     if not plan:
@@ -239,7 +239,7 @@ def design_table(plans: Iterable[Plan], chosen: Plan) -> str:
 
 
 def _shape(plan: Plan) -> tuple[object, ...]:
-    return plan.widths, plan.seeds, plan.octaves
+    return plan.widths, plan.seeds, plan.log2_factors
 
 
 def _worth_their_price(plans: Iterable[Plan]) -> list[Plan]:
@@ -251,7 +251,7 @@ def _worth_their_price(plans: Iterable[Plan]) -> list[Plan]:
     return kept
 
 
-def _candidates(target: TrainConfig) -> list[int]:
+def _proxy_widths(target: TrainConfig) -> list[int]:
     """Proxy widths to choose from, ascending."""
     powers = (target.head_dim * 2**power for power in itertools.count())
     widths = list(itertools.takewhile(lambda width: width < target.width, powers))
@@ -264,7 +264,7 @@ def _candidates(target: TrainConfig) -> list[int]:
     return widths
 
 
-def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _ladders(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Neighbouring widths, at least as many as a verdict needs, and their numbers of seeds."""
     for first, last in itertools.combinations(range(len(candidates) + 1), 2):
         count = last - first
@@ -276,7 +276,7 @@ def _choices(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int
 
 
 def _short_ladders(target: TrainConfig) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cheaper than any of `_choices`: widths of one, two and three heads, which span too little for a verdict."""
+    """Cheaper than any of `_ladders`: widths of one, two and three heads, which span too little for a verdict."""
     widths = tuple(target.head_dim * count for count in (1, 2, 3))
     if widths[-1] < target.width:
         yield widths, (4, 2, 1)
@@ -289,39 +289,39 @@ def _design(
     seeds: tuple[int, ...],
     grid: tuple[tuple[float, ...], tuple[float, ...]],
     workers: int,
-    pace: Pace,
+    costs: CostModel,
     corpus: Corpus,
 ) -> Plan:
     """What one choice costs and how well it will do."""
-    octaves, added = grid
-    runs = [count * (len(octaves) + len(added)) for count in seeds]
+    factors, added = grid
+    runs = [count * (len(factors) + len(added)) for count in seeds]
     flops = [run_flops(replace(target, width=width), corpus.vocab_size) for width in widths]
-    seconds = [pace.seconds(width, cost) for width, cost in zip(widths, flops, strict=True)]
+    seconds = [costs.seconds(width, cost) for width, cost in zip(widths, flops, strict=True)]
     whole = run_flops(target, corpus.vocab_size)
     return Plan(
         target=target,
         widths=widths,
         seeds=seeds,
-        octaves=octaves,
-        refine=octaves == FULL[0],
+        log2_factors=factors,
+        refine=factors == FULL[0],
         runs=sum(runs),
         flops=sum(count * cost for count, cost in zip(runs, flops, strict=True)),
         target_flops=whole,
         workers=workers,
         sweep_s=max(sum(count * each for count, each in zip(runs, seconds, strict=True)) / workers, *seconds),
-        target_s=whole / (workers * pace.flops_per_s(widths[-1])) if pace.known else 0.0,
-        lr_error=expected_lr_error(widths, seeds, octaves + added, target.width),
+        target_s=whole / (workers * costs.flops_per_s(widths[-1])) if costs.known else 0.0,
+        lr_error=expected_lr_error(widths, seeds, factors + added, target.width),
     )
 
 
-def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], octaves: Sequence[float], target: int) -> float:
-    """Standard error, in octaves, of a weighted line through the optima of `widths`, followed to the width `target`.
+def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], log2_factors: Sequence[float], target: int) -> float:
+    """Standard error, in log2, of a weighted line through the optima of `widths`, followed to the width `target`.
 
     One optimum is the vertex -b / 2c of a parabola through points u about their middle; b has variance
     noise**2 / sum(u**2) / seeds. Simulated sweeps did up to 1.4 times worse.
     """
-    middle = sum(octaves) / len(octaves)
-    squares = sum((u - middle) ** 2 for u in octaves)
+    middle = sum(log2_factors) / len(log2_factors)
+    squares = sum((u - middle) ** 2 for u in log2_factors)
     weights = [4 * squares * count / NOISE_OVER_CURVATURE**2 for count in seeds]
     doublings = [math.log2(width / target) for width in widths]
     mean = sum(w * at for w, at in zip(weights, doublings, strict=True)) / sum(weights)
@@ -329,8 +329,10 @@ def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], octaves: Sequ
     return math.sqrt(1 / sum(weights) + mean**2 / spread)
 
 
-def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: Corpus, pace: Pace, tell: Tell) -> None:
-    """Teach `pace` how long runs take: a few steps per width, on all workers at once, as a sweep would run them."""
+def _probe(
+    target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: Corpus, costs: CostModel, tell: Tell
+) -> None:
+    """Teach `costs` how long runs take: a few steps per width, on all workers at once, as a sweep would run them."""
     base, arm = _proxy_base(target), arm_of(target)
     chunk = target.val_chunk_tokens
     val_tokens = min(target.val_tokens, max(chunk, PROBE_VAL_TOKENS // chunk * chunk))
@@ -340,13 +342,13 @@ def _probe(target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: C
     with tempfile.TemporaryDirectory() as scratch:
         for width in widths:
             sweep = Sweep(base, (width,), (arm,))
-            cells = [sweep.cell(arm, width, 0.0, seed, corpus) for seed in range(engine.workers)]
-            if pace.seconds(width, cells[0].flops) > PROBE_S:
+            specs = [sweep.run_spec(arm, width, 0.0, seed, corpus) for seed in range(engine.workers)]
+            if costs.seconds(width, specs[0].flops) > PROBE_S:
                 break
             tell(f"timing: {PROBE_STEPS} steps of width {width}, {engine.workers} at a time")
             for turn in ("cold", "warm")[width != widths[0] :]:  # a worker's first run imports what it needs
-                for cell, outcome in engine.run(iter(cells), Path(scratch)):
+                for spec, outcome in engine.run(iter(specs), Path(scratch)):
                     if isinstance(outcome, Failure):
-                        raise ConfigError(f"timing {cell} failed: {outcome.why}; fix that first")
+                        raise ConfigError(f"timing {spec} failed: {outcome.why}; fix that first")
                     if turn == "warm":
-                        pace.learn(replace(outcome, seconds=outcome.seconds + left_out * outcome.train_s))
+                        costs.learn(replace(outcome, seconds=outcome.seconds + left_out * outcome.train_s))

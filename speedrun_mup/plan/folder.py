@@ -71,14 +71,14 @@ def make_plan(
 
 
 def save_plan(plan: Plan, out: Path, budget: Budget) -> None:
-    """Write plan.json in the folder `out`, for `planned` and `run_plan`."""
+    """Write plan.json in the folder `out`, for `load_plan` and `run_plan`."""
     corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
     asked = {f"budget_{name}": value for name, value in asdict(budget).items() if value is not None}
     content = asdict(plan) | {"version": VERSION, "corpus": corpus.fingerprint, "budget": asked, "prediction": None}
     write_whole(out / PLAN, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
+def load_plan(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan | None:
     """The plan in `out`, if one was made for this budget, or none is given.
 
     ConfigError for another target or other data, if any of its runs were made; a plan alone may be replaced.
@@ -105,22 +105,22 @@ def planned(target: TrainConfig, out: Path, budget: Mapping[str, float]) -> Plan
 def run_plan(plan: Plan, out: Path, engine: Engine, **options: Any) -> SweepResult:
     """Run the sweeps of a plan one after another, widest last, until one stops or fails. options: of `run_sweep`.
 
-    A budget of FLOPs is kept: a grid is extended only with what the planned cells leave of it; where that is too little, the
+    A budget of FLOPs is kept: a grid is extended only with what the planned runs leave of it; where that is too little, the
     result is `used_up`.
     """
     budget = read_content(out)["budget"]
     most = min(budget.get("budget_flops", math.inf), budget.get("budget_share", math.inf) * plan.target_flops)
     corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
-    waiting = {  # FLOPs of planned cells that are not done
+    waiting = {  # FLOPs of planned runs that are not done
         width: seeds * plan.points * run_flops(replace(plan.target, width=width), corpus.vocab_size)
         for width, seeds in zip(plan.widths, plan.seeds, strict=True)
     }
-    finished = [cell for cell in read_results(out) if cell.width in waiting]
-    for cell in finished:
-        waiting[cell.width] -= cell.flops
+    finished = [run for run in read_results(out) if run.size in waiting]
+    for run in finished:
+        waiting[run.size] -= run.flops
     left = ran = 0
     for sweep in plan.sweeps:
-        waiting = {width: flops for width, flops in waiting.items() if width not in sweep.widths}
+        waiting = {width: flops for width, flops in waiting.items() if width not in sweep.sizes}
         reserved = sum(max(flops, 0.0) for flops in waiting.values())
         part = len(finished) + ran, plan.runs
         result = run_sweep(sweep, out, engine, budget_flops=most - reserved, part=part, **options)
@@ -141,11 +141,13 @@ def read_content(out: Path) -> dict[str, Any]:
     """What is in the plan.json of `out`. Raises ConfigError if it is missing or damaged."""
     try:
         content = json.loads(read_bytes(out / PLAN))
+        if "octaves" in content:  # of the first edition
+            content["log2_factors"] = content.pop("octaves")
         needed = {entry.name for entry in fields(Plan)} | {"corpus", "budget", "prediction"}
-        promised = {entry.name for entry in fields(Prediction)}
+        predicted = {entry.name for entry in fields(Prediction)}
         whole = (
             needed <= content.keys()
-            and promised - {"wide"} <= (content["prediction"] or dict.fromkeys(promised)).keys() <= promised
+            and predicted - {"wide"} <= (content["prediction"] or dict.fromkeys(predicted)).keys() <= predicted
         )
         if content["version"] != VERSION or not whole:
             raise ValueError

@@ -69,7 +69,7 @@ def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
     return f"the interval is {(high - low) / arm.noise.total:.0f} standard deviations of one run wide because {why}"
 
 
-def advised(out: Path) -> TrainConfig:
+def recommended_config(out: Path) -> TrainConfig:
     """The target of the plan in `out`, with the learning rate that was predicted. Raises ConfigError before `predict`."""
     target, prediction = read_prediction(out)
     return replace(target, lr_scale=prediction.lr_scale)
@@ -77,11 +77,11 @@ def advised(out: Path) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predicted against measured. octaves: learning rate used over the predicted one, log2."""
+    """Predicted against measured. log2_factor: of the learning rate used over the predicted one."""
 
     prediction: Prediction
     measured: float
-    octaves: float
+    log2_factor: float
 
     @property
     def inside(self) -> bool:
@@ -100,8 +100,8 @@ class Comparison:
         """For a terminal."""
         predicted = f"validation loss: predicted {self.prediction.loss:.4f}, measured {self.measured:.4f}"
         lines = [f"{predicted}: {self.miss}", *([self.prediction.wide] if self.prediction.wide else [])]
-        if abs(self.octaves) > 0.01:
-            lines.append(f"the run's learning rate is 2^{self.octaves:+.2f} times the predicted one")
+        if abs(self.log2_factor) > 0.01:
+            lines.append(f"the run's learning rate is 2^{self.log2_factor:+.2f} times the predicted one")
         return "\n".join(lines)
 
 

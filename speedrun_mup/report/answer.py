@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections import Counter
@@ -11,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.explain import explain
 from speedrun_mup.plan import Comparison, Prediction
 from speedrun_mup.report.contents import Table
-from speedrun_mup.report.costs import vocabulary
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
-from speedrun_mup.sweep import CELLS, RESULT, CellResult, read_definition, tuned_flag
+from speedrun_mup.sweep import RunResult, read_definition, tuned_flag
+from speedrun_mup.sweep.result import RESULT, RUNS
 from speedrun_mup.training.tracking import CONFIG, lives
 from speedrun_mup.transfer import ArmResult, SizeFit, TransferError, TransferResult, loss_forecast, with_article
 
@@ -48,17 +47,17 @@ class Measured:
     result: TransferResult
     swept: bool
     factors: bool
-    cells: Sequence[CellResult] = ()
+    runs: Sequence[RunResult] = ()
     target: TrainConfig | None = None
     prediction: Prediction | None = None
     comparison: Comparison | None = None
     run: Path | None = None
 
     @property
-    def widest(self) -> CellResult:
-        """A run of the widest model of the arm that the report is about."""
+    def largest(self) -> RunResult:
+        """A run of the largest model of the arm that the report is about."""
         name = main_arm(self.result).arm
-        return max((cell for cell in self.cells if cell.arm == name), key=lambda cell: (cell.width, not cell.diverged))
+        return max((run for run in self.runs if run.arm == name), key=lambda run: (run.size, not run.diverged))
 
 
 def answer(seen: Measured) -> list[str]:
@@ -77,8 +76,8 @@ def _of_plan(seen: Measured, forecast: Prediction) -> Iterator[str]:
         yield "Measured: nothing yet. Train the target, then give its folder with `--target`."
         return
     yield f"Measured: {seen.comparison.measured:.4f}; {'; '.join(filter(None, (seen.comparison.miss, forecast.wide)))}."
-    if abs(seen.comparison.octaves) > 0.01:
-        yield f"That run was trained with {2**seen.comparison.octaves:.3g} times the rate above."
+    if abs(seen.comparison.log2_factor) > 0.01:
+        yield f"That run was trained with {2**seen.comparison.log2_factor:.3g} times the rate above."
 
 
 def _of_sweep(seen: Measured) -> Iterator[str]:
@@ -136,11 +135,10 @@ def _setting(seen: Measured, arm: ArmResult, fit: SizeFit) -> str:
 
 def rates(seen: Measured) -> Table | None:
     """What the answer's flag comes to: the learning rates that each optimizer gets, at base width and at the widest."""
-    if not seen.cells or not seen.result.axes.is_rate:
+    if not seen.runs or not seen.result.axes.is_rate:
         return None
-    cell, arm = seen.widest, main_arm(seen.result)
-    source = seen.source / CELLS / cell.id / RESULT
-    cfg = from_json(json.dumps(cell.config), source)
+    largest, arm = seen.largest, main_arm(seen.result)
+    cfg = largest.settings
     base = next((fit for fit in arm.usable if fit.size == arm.base_size), None)
     if seen.target and seen.prediction:
         cfg = replace(seen.target, lr_scale=seen.prediction.lr_scale, parametrization=cfg.parametrization)
@@ -148,9 +146,9 @@ def rates(seen: Measured) -> Table | None:
         return None
     else:
         name = seen.result.axes.hyperparameter
-        cfg = replace(cfg, **{name: getattr(cfg, name) * 2**base.optimum / cell.lr})
+        cfg = replace(cfg, **{name: getattr(cfg, name) * 2**base.optimum / largest.factor})
     alike: dict[tuple[str, float, float], list[str]] = {}
-    for row in explain(cfg, vocabulary(cell, source)):
+    for row in explain(cfg, largest.vocabulary):
         name = [part for part in row.name.split(".") if part != "weight" and not part.isdigit()][-1]
         names = alike.setdefault((row.optimizer, row.base.lr, row.here.lr), [])
         names += [name] if name not in names else []
@@ -175,7 +173,7 @@ def _label(optimizer: str) -> str:
 
 def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
     """What was trained, on what, when and by what; name and value. command: what asked for the report."""
-    told = list(_facts_of_runs(seen)) if seen.cells else list(_facts_of_table(seen))
+    told = list(_facts_of_runs(seen)) if seen.runs else list(_facts_of_table(seen))
     if seen.run:
         told.append(("Target run", _target(seen.run)))
     made = time.strftime("%Y-%m-%d")
@@ -192,21 +190,20 @@ def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
 
 
 def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
-    cell = seen.widest
-    cfg = from_json(json.dumps(cell.config), seen.source / CELLS / cell.id / RESULT)
-    widths = sorted({one.width for one in seen.cells})
+    cfg = seen.largest.settings
+    widths = sorted({run.config["width"] for run in seen.runs})
     heads = ", ".join(f"{width} ({width // cfg.head_dim})" for width in widths)
     target = f"; target {seen.target.width} ({seen.target.width // cfg.head_dim})" if seen.target else ""
     yield "Model", f"GPT of record 26: {cfg.n_layer} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
     yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.tuned_width}"
     label = _label(cfg.groups["matrix"].optimizer)
     hidden = f"{label} for hidden matrices, Adam for the rest" if label != "Adam" else "Adam for everything"
-    yield "Optimizer", f"{hidden} (of {arm_words(cell.arm)})"
+    yield "Optimizer", f"{hidden} (of {arm_words(seen.largest.arm)})"
     yield "Tokens", f"{cfg.schedule.tokens:,} a run: {cfg.schedule.describe()}"
     data = f"{seen.target.data}; " if seen.target else ""
-    yield "Data", f"{data}fingerprint {', '.join(sorted({one.corpus[:12] for one in seen.cells}))}"
-    bad, seeds = sum(one.diverged for one in seen.cells), len({one.seed for one in seen.cells})
-    yield "Runs", f"{len(seen.cells)}, with {seeds} seeds or fewer; {bad} diverged"
+    yield "Data", f"{data}fingerprint {', '.join(sorted({run.corpus[:12] for run in seen.runs}))}"
+    bad, seeds = sum(run.diverged for run in seen.runs), len({run.seed for run in seen.runs})
+    yield "Runs", f"{len(seen.runs)}, with {seeds} seeds or fewer; {bad} diverged"
     yield "Asked for", "; ".join(map(_request, read_definition(seen.source)["asked"]))
     yield "Trained", _dates(seen)
     yield "Code", "; ".join(_versions(seen, *pair) for pair in MADE_WITH)
@@ -214,13 +211,14 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
 
 def _request(asked: Mapping[str, Any]) -> str:
     """One request to a sweep, in the units of its flags."""
-    told = (f"{name} {', '.join(f'{value:g}' for value in asked[name])}" for name in ("widths", "octaves", "seeds"))
+    flags = {"sizes": "widths", "log2_factors": "octaves", "seeds": "seeds"}
+    told = (f"{flag} {', '.join(f'{value:g}' for value in asked[name])}" for name, flag in flags.items())
     return ", ".join([f"arms {', '.join(asked['arms'])}", *told])
 
 
 def _versions(seen: Measured, title: str, key: str) -> str:
     """What made the runs: one value, or how many runs each of several made."""
-    counts = Counter(_short(one.made_with.get(key, "not known")) for one in seen.cells)
+    counts = Counter(_short(run.made_with.get(key, "not known")) for run in seen.runs)
     if len(counts) == 1:
         return f"{title} {next(iter(counts))}"
     return f"{title} " + " and ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
@@ -249,6 +247,6 @@ def _arm(arm: ArmResult) -> str:
 
 def _dates(seen: Measured) -> str:
     """First and last day on which a run of the sweep was finished, by its file."""
-    files = [seen.source / CELLS / cell.id / RESULT for cell in seen.cells]
+    files = [seen.source / RUNS / run.id / RESULT for run in seen.runs]
     days = sorted({_day(path.stat().st_mtime) for path in files if path.exists()})
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "not known"

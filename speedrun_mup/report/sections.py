@@ -60,7 +60,7 @@ def make_report(
     swept = source.is_dir()
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
-    cells = read_results(source) if swept else []
+    runs = read_results(source) if swept else []
     axes = result.axes
     factors = swept or _is_of_sweep(source)
     sections = [
@@ -75,7 +75,7 @@ def make_report(
     ]
     if swept:
         sections.append(Section("Training curves", _larger(result), [training_curves(result, read_curves(source))]))
-        sections.append(cost_section(result, cells, source, planned))
+        sections.append(cost_section(result, runs, planned))
     else:
         why = f"{source.name} is a table of losses; `speedrun-mup sweep` keeps training curves and counts cost."
         sections += [Section("Training curves", [why]), Section("Cost", [why])]
@@ -84,7 +84,7 @@ def make_report(
         make = "`speedrun-mup coord-check` makes one; give its coord-check.json with `--coord-check`."
         sections.append(Section("Coordinate check", [f"None was given. {make}"]))
     sections.append(_rules(result))
-    seen = Measured(source, result, swept, factors, cells, planned, prediction, comparison, target)
+    seen = Measured(source, result, swept, factors, runs, planned, prediction, comparison, target)
     return Report(
         source.resolve().stem,
         result.verdict.value,

@@ -14,7 +14,7 @@ _TERMS = {
     "control": "An arm with a rule that is wrong on purpose. Its best {label} must drift; if it did not, this measurement "
     "could not have noticed a mistake, and nothing here would count.",
     "{label}": "Here a factor on what was tuned at the base {size}, unless it says otherwise; 1 is as tuned.",
-    "log2": "Rates are compared by their logarithm to base 2: +1 is twice, \N{MINUS SIGN}1 is half, 0.25 is 1.19 times.",
+    "log2": "Values are compared by their logarithm to base 2: +1 is twice, \N{MINUS SIGN}1 is half, 0.25 is 1.19 times.",
     "drift": "How far log2 of the best {label} moves with each doubling of {size}. 0: it stays, and transfers.",
     "loss": "Mean cross-entropy per token on text that the model was not trained on. Lower is better.",
     "nat": "Unit of the loss (natural logarithm). 0.01 nats less is a perplexity 1 % lower.",

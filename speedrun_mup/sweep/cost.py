@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.sweep.result import CellResult
+from speedrun_mup.sweep.result import RunResult
 
 
-class Pace:
-    """How long a cell takes in one worker, learnt from finished ones: steps by their FLOPs, and what comes with a run.
+class CostModel:
+    """How long a run takes in one worker, learnt from finished ones: steps by their FLOPs, and what comes with a run.
 
-    What comes with a run is setting up and validation. What is known of the nearest width counts.
+    What comes with a run is setting up and validation. What is known of the nearest size counts.
     """
 
-    def __init__(self, results: Iterable[CellResult] = ()):
+    def __init__(self, results: Iterable[RunResult] = ()):
         self._known: dict[int, _Spent] = {}
         for result in results:
             self.learn(result)
@@ -26,37 +26,37 @@ class Pace:
         """Whether there is anything to go by."""
         return bool(self._known)
 
-    def learn(self, result: CellResult) -> None:
-        """Count a finished cell."""
+    def learn(self, result: RunResult) -> None:
+        """Count a finished run."""
         if result.flops:
-            spent = self._known.setdefault(result.width, _Spent())
+            spent = self._known.setdefault(result.size, _Spent())
             spent.flops += result.flops
             spent.train_s += result.train_s
             spent.other_s += result.seconds - result.train_s
-            spent.cells += 1
+            spent.runs += 1
 
-    def seconds(self, width: int, flops: float) -> float:
-        """What a cell will take; 0 while nothing is known."""
+    def seconds(self, size: int, flops: float) -> float:
+        """What a run will take; 0 while nothing is known."""
         if not self.known:
             return 0.0
-        spent = self._nearest(width)
-        return spent.other_s / spent.cells + flops * spent.train_s / spent.flops
+        spent = self._nearest(size)
+        return spent.other_s / spent.runs + flops * spent.train_s / spent.flops
 
-    def flops_per_s(self, width: int) -> float:
+    def flops_per_s(self, size: int) -> float:
         """Training speed of one worker. Raises ConfigError while nothing is known."""
         if not self.known:
-            raise ConfigError("no cell has finished, so nothing is known about speed; run one first")
-        return self._nearest(width).flops / self._nearest(width).train_s
+            raise ConfigError("no run has finished, so nothing is known about speed; run one first")
+        return self._nearest(size).flops / self._nearest(size).train_s
 
-    def _nearest(self, width: int) -> _Spent:
-        return self._known[min(self._known, key=lambda at: abs(math.log(at / width)))]
+    def _nearest(self, size: int) -> _Spent:
+        return self._known[min(self._known, key=lambda at: abs(math.log(at / size)))]
 
 
 @dataclass
 class _Spent:
-    """Sums over cells of one width."""
+    """Sums over runs of one size."""
 
     flops: float = 0.0
     train_s: float = 0.0
     other_s: float = 0.0
-    cells: int = 0
+    runs: int = 0

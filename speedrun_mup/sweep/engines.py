@@ -19,21 +19,21 @@ from tqdm import tqdm
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.packages import import_package
-from speedrun_mup.sweep.one_run import attempt
-from speedrun_mup.sweep.result import CellResult, Failure
-from speedrun_mup.sweep.spec import Cell
+from speedrun_mup.sweep.one_run import run_safely
+from speedrun_mup.sweep.result import Failure, RunResult
+from speedrun_mup.sweep.spec import RunSpec
 
 MOST_WORKERS = 1024
-Outcome = tuple[Cell, CellResult | Failure]
+Outcome = tuple[RunSpec, RunResult | Failure]
 
 
 class Engine(Protocol):
-    """A place to run cells, `workers` at a time."""
+    """A place to run, `workers` runs at a time."""
 
     workers: int
 
-    def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
-        """Run cells and yield each when it is finished. The next one is taken from `cells` when a worker is free."""
+    def run(self, specs: Iterator[RunSpec], scratch: Path) -> Generator[Outcome]:
+        """Make runs and yield each when it is finished. The next one is taken from `specs` when a worker is free."""
 
     def close(self) -> None:
         """End all processes."""
@@ -59,7 +59,7 @@ def _threads(workers: int) -> dict[str, str]:
 class LocalEngine:
     """Worker processes on this machine, by default one per GPU (a Mac has one) or, without GPUs, one per core.
 
-    GPUs are dealt out in turn. A worker that dies costs the cell it was at, which becomes a Failure; another takes its
+    GPUs are dealt out in turn. A worker that dies costs the run it was at, which becomes a Failure; another takes its
     place. Workers outlive neither the engine nor the process that made it.
     """
 
@@ -71,15 +71,15 @@ class LocalEngine:
             for rank in range(self.workers)
         ]
 
-    def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
+    def run(self, specs: Iterator[RunSpec], scratch: Path) -> Generator[Outcome]:
         """See Engine. Leaving it early kills the workers that are busy."""
-        idle, busy = list(self._pool), dict[_Worker, Cell]()
+        idle, busy = list(self._pool), dict[_Worker, RunSpec]()
         try:
             while True:
-                while idle and (cell := next(cells, None)) is not None:
+                while idle and (spec := next(specs, None)) is not None:
                     worker = idle.pop()
-                    worker.send(cell, scratch)
-                    busy[worker] = cell
+                    worker.send(spec, scratch)
+                    busy[worker] = spec
                 if not busy:
                     return
                 ready = connection.wait([worker.connection for worker in busy])
@@ -98,14 +98,14 @@ class LocalEngine:
 
 
 class _Worker:
-    """A process that runs one cell after another. It starts with its first cell, and again if it has died."""
+    """A process that makes one run after another. It starts with its first, and again if it has died."""
 
     def __init__(self, environment: Mapping[str, str]):
         self.environment = environment
         self.process: Any = None
 
-    def send(self, cell: Cell, scratch: Path) -> None:
-        """Give it a cell."""
+    def send(self, spec: RunSpec, scratch: Path) -> None:
+        """Give it a run."""
         if self.process is None or not self.process.is_alive():
             self.close()
             context = multiprocessing.get_context("spawn")
@@ -115,9 +115,9 @@ class _Worker:
                 self.process.start()
             theirs.close()  # so that its death is the end of the file
         with contextlib.suppress(OSError):  # it died just now, and `receive` will notice
-            self.connection.send((cell, scratch))
+            self.connection.send((spec, scratch))
 
-    def receive(self) -> CellResult | Failure:
+    def receive(self) -> RunResult | Failure:
         """Its answer, or a Failure if it died over it."""
         try:
             return self.connection.recv()
@@ -153,7 +153,7 @@ def _work(tasks: Any) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            tasks.send(attempt(*tasks.recv()))
+            tasks.send(run_safely(*tasks.recv()))
 
 
 def _die_with_parent() -> None:
@@ -194,7 +194,7 @@ class RayEngine:
         self.workers = workers or gpus or int(have["CPU"])
         environment = {"env_vars": _threads(cores())}
         resources = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 0, "runtime_env": environment}
-        self._task = ray.remote(**resources)(attempt)
+        self._task = ray.remote(**resources)(run_safely)
 
     def _refuse_open_ports(self) -> None:
         """ConfigError if this version of Ray, or one that was imported before, listens for other machines unasked."""
@@ -204,14 +204,14 @@ class RayEngine:
             why = f"Ray listens on {address}, where others can reach it and run code"
             raise ConfigError(f"{why}; behind a firewall allow it with {RAY_LISTENS}=1, or use --engine local")
 
-    def run(self, cells: Iterator[Cell], scratch: Path) -> Generator[Outcome]:
+    def run(self, specs: Iterator[RunSpec], scratch: Path) -> Generator[Outcome]:
         """See Engine. Leaving it early cancels the tasks under way."""
         ray = self._ray
-        busy: dict[Any, Cell] = {}
+        busy: dict[Any, RunSpec] = {}
         try:
             while True:
-                while len(busy) < self.workers and (cell := next(cells, None)) is not None:
-                    busy[self._task.remote(cell, scratch.resolve())] = cell
+                while len(busy) < self.workers and (spec := next(specs, None)) is not None:
+                    busy[self._task.remote(spec, scratch.resolve())] = spec
                 if not busy:
                     return
                 (task, *_), _ = ray.wait(list(busy))

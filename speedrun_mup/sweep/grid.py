@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-MAX_EXTENSION = 3.0  # octaves beyond either end of the grid that was asked for
+MAX_EXTENSION = 3.0  # log2: beyond either end of the grid that was asked for
 
 
-def next_points(losses: Mapping[float, float], grid: Sequence[float], refine: bool = True) -> set[float]:
-    """Octaves still to be run at one width. losses: octaves -> loss of all points so far, not finite where it diverged.
+def propose_points(losses: Mapping[float, float], grid: Sequence[float], refine: bool = True) -> set[float]:
+    """Points still to be run at one size, as log2 factors.
 
-    A minimum less than an octave from an end asks for one octave more there, up to MAX_EXTENSION beyond `grid`. Any
-    other asks, if `refine`, for the half octaves around it, which are those around the three lowest points of a bowl on a grid of
-    octaves; but for none at or beyond the first divergence. Without `refine` it asks for the octave beyond the better of its
-    two neighbours: of three points the minimum may lie midway between two, and then noise moves it out of their reach. Next
-    to a divergence it asks for the half octave before that.
+    A minimum less than 1 from an end asks for one point more there, up to MAX_EXTENSION beyond `grid`. Any other asks, if
+    `refine`, for the half steps around it, which are those around the three lowest points of a loss curve on a grid of
+    whole steps; but for none at or beyond the first divergence. Without `refine` it asks for the step beyond the better of
+    its two neighbours: of three points the minimum may lie midway between two, and then noise moves it out of their reach.
+    Next to a divergence it asks for the half step before that.
+
+    Args:
+        losses: log2 factor -> loss of all points so far, not finite where it diverged.
+        grid: What was asked for.
+        refine: Whether to add half steps.
     """
     stable = {at: loss for at, loss in losses.items() if math.isfinite(loss)}
     left, right = min(losses, default=0.0), max(losses, default=0.0)

@@ -13,8 +13,8 @@ import numpy as np
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.sweep.folder import axes_of, read_definition, read_results
-from speedrun_mup.sweep.grid import next_points
-from speedrun_mup.sweep.result import CellResult, mean_losses
+from speedrun_mup.sweep.grid import propose_points
+from speedrun_mup.sweep.result import RunResult, mean_losses
 from speedrun_mup.transfer import (
     MADE_WITH,
     Array,
@@ -29,17 +29,17 @@ from speedrun_mup.transfer import (
 )
 
 
-def points_of(results: Iterable[CellResult]) -> list[Point]:
+def points_of(results: Iterable[RunResult]) -> list[Point]:
     """Finished runs as the estimator takes them: the value is the factor on the hyperparameter; nan if a run diverged."""
     return [_point(result) for result in results]
 
 
-def _point(result: CellResult) -> Point:
+def _point(result: RunResult) -> Point:
     loss = math.nan if result.diverged else result.loss
-    return Point({"width": result.width}, result.lr, result.seed, loss, result.arm)
+    return Point(result.sizes, result.factor, result.seed, loss, result.arm)
 
 
-def made_differently(results: Sequence[CellResult], axes: Axes) -> list[Doubt]:
+def made_differently(results: Sequence[RunResult], axes: Axes) -> list[Doubt]:
     """Doubts about results that several versions of the code, of torch, several devices or types of numbers made."""
     pairs = [(result, _point(result)) for result in results]
     return [
@@ -49,37 +49,39 @@ def made_differently(results: Sequence[CellResult], axes: Axes) -> list[Doubt]:
     ]
 
 
-def not_run(out: Path, results: Sequence[CellResult], arms: Collection[str]) -> tuple[list[Doubt], list[str]]:
+def not_run(out: Path, results: Sequence[RunResult], arms: Collection[str]) -> tuple[list[Doubt], list[str]]:
     """Doubts about runs of `arms` that were asked for in a folder and have no result; and what its grids still grow by."""
     curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
-    for (arm, width, octaves), loss in mean_losses(results).items():
-        curves[arm, width][octaves] = loss
+    for (arm, size, at), loss in mean_losses(results).items():
+        curves[arm, size][at] = loss
     requests: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     definition = read_definition(out)
     for asked in definition["asked"]:
-        for key in itertools.product(asked["arms"], asked["widths"]):
+        for key in itertools.product(asked["arms"], asked["sizes"]):
             requests[key].append(asked)
-    have = {(result.arm, result.width, result.octaves, result.seed) for result in results}
+    axes, have = axes_of(definition), {(result.arm, result.size, result.log2_factor, result.seed) for result in results}
     wanted: dict[str, set[tuple[int, float, int]]] = {arm: set() for arm in arms}
-    for (arm, width), some in requests.items():
+    for (arm, size), some in requests.items():
         if arm in wanted:
-            wanted[arm] |= {(width, at, seed) for at, seed in _points_asked(some, curves[arm, width])}
-    for arm, width, octaves, seed in definition.get("failed", []):
+            wanted[arm] |= {(size, at, seed) for at, seed in _points_asked(some, curves[arm, size])}
+    for arm, size, at, seed in definition.get("failed", []):
         if arm in wanted:
-            wanted[arm].add((width, octaves, seed))
+            wanted[arm].add((size, at, seed))
     absent = {arm: [place for place in sorted(places) if (arm, *place) not in have] for arm, places in wanted.items()}
-    names = {arm: [f"width {w} 2^{at:g} seed {seed}" for w, at, seed in places] for arm, places in absent.items()}
+    names = {
+        arm: [f"{axes.at(size)} 2^{at:g} seed {seed}" for size, at, seed in places] for arm, places in absent.items()
+    }
     growing = sum(_grows(some, curves[key]) for key, some in requests.items() if key[0] in wanted)
     notes = [f"the grid still grows by {growing} points: run the same sweep again"] if growing else []
     return [*missing(names, {arm: len(places) for arm, places in wanted.items()})], notes
 
 
 def _points_asked(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> set[tuple[float, int]]:
-    """(octaves, seed) of all runs that `requests` want at one width of one arm. curve: octaves -> mean loss, so far.
+    """(log2 factor, seed) of all runs that `requests` want at one size of one arm. curve: factor -> mean loss, so far.
 
     Points outside all grids come from growing them, and want all seeds.
     """
-    grids = [set(map(float, asked["octaves"])) for asked in requests]
+    grids = [set(map(float, asked["log2_factors"])) for asked in requests]
     grown = set(curve) - set().union(*grids)
     points: set[tuple[float, int]] = set()
     for asked, grid in zip(requests, grids):
@@ -90,11 +92,11 @@ def _points_asked(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, f
 
 
 def _grows(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) -> int:
-    """How many points an adaptive grid still asks for; of several requests, which saw other curves, nobody knows."""
+    """How many points an adaptive grid still asks for; unknown for several requests, which saw other curves."""
     asked = requests[0]
-    if len(requests) > 1 or not asked.get("adaptive") or not set(map(float, asked["octaves"])) <= set(curve):
+    if len(requests) > 1 or not asked.get("adaptive") or not set(map(float, asked["log2_factors"])) <= set(curve):
         return 0
-    return len(next_points(curve, asked["octaves"], asked.get("refine", True)))
+    return len(propose_points(curve, asked["log2_factors"], asked.get("refine", True)))
 
 
 def training_curves(out: Path) -> dict[CurveKey, Array]:
@@ -104,12 +106,12 @@ def training_curves(out: Path) -> dict[CurveKey, Array]:
         losses = np.full(result.config["iterations"], np.nan)
         losses[: len(result.curve)] = result.curve
         curve = np.stack([np.arange(len(losses), dtype=float), losses], axis=1)
-        curves[result.arm, result.width, result.lr, result.seed] = curve
+        curves[result.arm, result.size, result.factor, result.seed] = curve
     return curves
 
 
 def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any) -> TransferResult:
-    """`measure_transfer` on a sweep folder, with its controls, base width and training curves.
+    """`measure_transfer` on a sweep folder, with its controls, base size and training curves.
 
     arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
     of these. A prediction is about learning rates: with another hyperparameter that arm is neither tested nor a control. options:
@@ -129,7 +131,7 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
         tested = [name for name in known if predicted[name] is None] or known
         options["tested"] = options.get("tested") or tested
         predicted = {}
-    base = definition["base"]["base_width"]
+    base = definition["base"].get(f"base_{axes.size}")
     everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in known)
     absent, notes = not_run(out, results, known)
     about = {"doubts": [*made_differently(results, axes), *absent], "notes": notes}

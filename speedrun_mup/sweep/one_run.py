@@ -20,8 +20,8 @@ from speedrun_mup.config import TrainConfig, computed_settings
 from speedrun_mup.core.errors import ConfigError, Diverged, UserError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.data.corpus import find_corpus
-from speedrun_mup.sweep.result import CellResult, Failure, or_nan
-from speedrun_mup.sweep.spec import Cell
+from speedrun_mup.sweep.result import Failure, RunResult, or_nan
+from speedrun_mup.sweep.spec import RunSpec
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.run import train
 from speedrun_mup.training.tracking import PROVENANCE, read_metrics
@@ -29,23 +29,23 @@ from speedrun_mup.training.tracking import PROVENANCE, read_metrics
 TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
 
 
-def run_cell(cell: Cell, scratch: Path) -> CellResult:
-    """Train one cell in a folder of its own inside `scratch`, which is removed afterwards. Prints nothing.
+def run_one(spec: RunSpec, scratch: Path) -> RunResult:
+    """Make one run in a folder of its own inside `scratch`, which is removed afterwards. Prints nothing.
 
     Raises what `train` raises, except for divergence, and ConfigError if this machine has other data.
     """
     began = time.perf_counter()
-    corpus, _ = find_corpus(cell.cfg.data, cell.cfg.tokenizer)
-    if not corpus.is_known_as(cell.corpus):
-        raise ConfigError(f"data={cell.cfg.data}: not the corpus that the sweep began with; bring back the same files")
-    torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, without a word
+    corpus, _ = find_corpus(spec.cfg.data, spec.cfg.tokenizer)
+    if not corpus.is_known_as(spec.corpus):
+        raise ConfigError(f"data={spec.cfg.data}: not the corpus that the sweep began with; bring back the same files")
+    torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, silently
     gc.collect()  # a compiled model is in a cycle, and would keep its memory on the GPU
-    folder = scratch / f"{cell.id}-{os.getpid()}"
+    folder = scratch / f"{spec.id}-{os.getpid()}"
     loss, reason = math.nan, ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                result = train(replace(cell.cfg, out=str(scratch), name=folder.name))
+                result = train(replace(spec.cfg, out=str(scratch), name=folder.name))
             except Diverged as fault:
                 reason = str(fault)
             else:
@@ -62,26 +62,27 @@ def run_cell(cell: Cell, scratch: Path) -> CellResult:
     first = next((value for value in curve if math.isfinite(value)), math.nan)
     if not reason and not loss < first:
         reason = f"ended at a loss of {loss:.4f}, began at {first:.4f}"
-    schedule = cell.cfg.schedule
-    tail = [value for value in curve[-max(1, round(TAIL * cell.cfg.iterations)) :] if math.isfinite(value)]
-    return CellResult(
-        id=cell.id,
-        arm=cell.arm,
-        width=cell.width,
-        octaves=cell.octaves,
-        seed=cell.seed,
+    schedule = spec.cfg.schedule
+    tail = [value for value in curve[-max(1, round(TAIL * spec.cfg.iterations)) :] if math.isfinite(value)]
+    return RunResult(
+        id=spec.id,
+        arm=spec.arm,
+        sizes=dict(spec.sizes),
+        log2_factor=spec.log2_factor,
+        seed=spec.seed,
         loss=loss,
-        train_loss=float(np.mean(tail)) if tail and len(curve) == cell.cfg.iterations else math.nan,
+        train_loss=float(np.mean(tail)) if tail and len(curve) == spec.cfg.iterations else math.nan,
         diverged=bool(reason),
         reason=reason,
         curve=curve,
         seconds=time.perf_counter() - began,
         train_s=records[-1]["train_s"] if records else 0.0,
-        flops=cell.flops * schedule.tokens_before(len(curve)) / schedule.tokens,
-        corpus=cell.corpus,
-        config=computed_settings(cell.cfg),
+        flops=spec.flops * schedule.tokens_before(len(curve)) / schedule.tokens,
+        corpus=spec.corpus,
+        vocab_size=spec.vocab_size,
+        config=computed_settings(spec.cfg),
         made_with={name: made_with[name] for name in ("speedrun_mup", "revision", "source_sha256", "torch", "platform")}
-        | {"device": _device_name(cell.cfg.device), "dtype": _dtype_name(cell.cfg)},
+        | {"device": _device_name(spec.cfg.device), "dtype": _dtype_name(spec.cfg)},
     )
 
 
@@ -94,10 +95,10 @@ def _dtype_name(cfg: TrainConfig) -> str:
     return str(pick_dtype(cfg, pick_device(cfg.device))).removeprefix("torch.")
 
 
-def attempt(cell: Cell, scratch: Path) -> CellResult | Failure:
-    """`run_cell`, with any exception as a Failure."""
+def run_safely(spec: RunSpec, scratch: Path) -> RunResult | Failure:
+    """`run_one`, with any exception as a Failure."""
     try:
-        return run_cell(cell, scratch)
+        return run_one(spec, scratch)
     except UserError as fault:
         return Failure(str(fault))
     except Exception as fault:

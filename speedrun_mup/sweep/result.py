@@ -12,27 +12,39 @@ from typing import Any
 
 import numpy as np
 
+from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError, in_a_line
+from speedrun_mup.core.model import VOCAB_MULTIPLE
 from speedrun_mup.files import printable, strict_json
-from speedrun_mup.sweep.spec import MOST_OCTAVES, SCHEMA
+from speedrun_mup.sweep.spec import MOST_DOUBLINGS, SCHEMA
+from speedrun_mup.training.flops import flops_per_token
 
+RUNS, RESULT = "cells", "result.json"  # of a sweep's folder: a folder for each run
 MOST_STEPS = 10**7
 
 
 @dataclass(frozen=True)
-class CellResult:
-    """A finished cell, as in its result.json.
+class RunResult:
+    """A finished run, as in its result.json.
 
-    loss: validation loss at the end; train_loss: mean over the last tenth of training; both nan if never reached.
-    diverged: the loss or a gradient stopped being a number, or the run ended above its initial loss. That is a finding.
-    reason: of the divergence. curve: training loss of steps 0, 1, 2, ... seconds: of the whole cell; train_s: of its
-    optimizer steps. flops: of the steps that were taken. made_with: versions and device.
+    Args:
+        sizes: Name of a size axis -> value; the axis of the sweep comes first.
+        log2_factor: On the hyperparameter.
+        loss: Validation loss at the end; nan if never reached, as train_loss.
+        train_loss: Mean over the last tenth of training.
+        diverged: The loss or a gradient stopped being a number, or the run ended above its initial loss. That is a finding.
+        reason: Of the divergence.
+        curve: Training loss of steps 0, 1, 2, ...
+        seconds: Wall time of the whole run; train_s: of its optimizer steps.
+        flops: Of the steps that were taken.
+        vocab_size: Of its data; None in a result of the first edition, which did not record it.
+        made_with: Versions and device.
     """
 
     id: str
     arm: str
-    width: int
-    octaves: float
+    sizes: dict[str, int]
+    log2_factor: float
     seed: int
     loss: float
     train_loss: float
@@ -43,28 +55,51 @@ class CellResult:
     train_s: float
     flops: float
     corpus: str
+    vocab_size: int | None
     config: dict[str, Any]
     made_with: dict[str, str]
 
     @property
-    def lr(self) -> float:
-        """The factor on the knob."""
-        return 2.0**self.octaves
+    def size(self) -> int:
+        """Its place on the size axis of the sweep."""
+        return next(iter(self.sizes.values()))
+
+    @property
+    def factor(self) -> float:
+        """On the hyperparameter."""
+        return 2.0**self.log2_factor
+
+    @property
+    def settings(self) -> TrainConfig:
+        """What was computed, as settings. Raises ConfigError for those that no run can have."""
+        return from_json(json.dumps(self.config), Path(RUNS) / self.id / RESULT)
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the vocabulary; where it was not recorded, padded, by the FLOPs that its head took."""
+        if self.vocab_size is not None:
+            return self.vocab_size
+        cfg = self.settings
+        per_token = self.flops / cfg.schedule.tokens_before(len(self.curve))
+        return VOCAB_MULTIPLE + round((per_token - flops_per_token(cfg, VOCAB_MULTIPLE)) / (6 * cfg.width))
 
     def to_json(self) -> str:
         """One line of strict JSON; a number that is not finite becomes null."""
         return strict_json({"schema": SCHEMA, **asdict(self)})
 
     @staticmethod
-    def from_json(text: str | bytes, source: Path) -> CellResult:
+    def from_json(text: str | bytes, source: Path) -> RunResult:
         """Read back `to_json`. ConfigError naming `source` for anything else."""
         try:
             values = json.loads(text)
-            if values.pop("schema") != SCHEMA or values.keys() != {entry.name for entry in fields(CellResult)}:
+            schema = values.pop("schema")
+            if "width" in values:
+                values = _of_first_edition(values)
+            if schema != SCHEMA or values.keys() != {entry.name for entry in fields(RunResult)}:
                 raise ValueError("made by another version")
             values |= {name: or_nan(values[name]) for name in ("loss", "train_loss")}
             values["curve"] = [or_nan(loss) for loss in values["curve"]]
-            result = CellResult(**values)
+            result = RunResult(**values)
             _check_types(result)
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as fault:
             why = f"{printable(source)} is no result of a run ({in_a_line(fault)}); delete it and run the sweep again"
@@ -72,22 +107,32 @@ class CellResult:
         return result
 
 
-def _check_types(result: CellResult) -> None:
-    """Raises ValueError for what `run_cell` cannot have written: anybody may have sent the folder."""
+def _check_types(result: RunResult) -> None:
+    """Raises ValueError for what `run_one` cannot have written: anybody may have sent the folder."""
     names = (result.id, result.arm, result.reason, result.corpus, *result.made_with, *result.made_with.values())
     costs = (result.seconds, result.train_s, result.flops)
     iterations = result.config["iterations"]
+    whole = (*result.sizes.values(), result.vocab_size or 0, result.seed, iterations)
     good = {
         "names": all(isinstance(name, str) for name in names) and result.arm == printable(result.arm, 100),
-        "whole numbers": all(type(number) is int for number in (result.width, result.seed, iterations)),
+        "whole numbers": all(type(number) is int for number in whole),
         "diverged": isinstance(result.diverged, bool),
         "costs": all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in costs),
     }
-    good["octaves"] = abs(float(result.octaves)) <= 2 * MOST_OCTAVES
-    good["width"] = good["whole numbers"] and 0 < result.width < 2**31
+    good["log2_factor"] = abs(float(result.log2_factor)) <= 2 * MOST_DOUBLINGS
+    good["sizes"] = (
+        good["whole numbers"] and bool(result.sizes) and all(0 < size < 2**53 for size in result.sizes.values())
+    )
+    good["sizes"] = good["sizes"] and all(name == printable(name, 100) for name in result.sizes)
     good["curve"] = good["whole numbers"] and len(result.curve) <= iterations <= MOST_STEPS
     if wrong := [name for name, fine in good.items() if not fine]:
         raise ValueError(f"impossible: {', '.join(wrong)}")
+
+
+def _of_first_edition(values: dict[str, Any]) -> dict[str, Any]:
+    """The same result with today's names. The vocabulary was not recorded."""
+    rest = {name: value for name, value in values.items() if name not in ("width", "octaves")}
+    return rest | {"sizes": {"width": values["width"]}, "log2_factor": values["octaves"], "vocab_size": None}
 
 
 def or_nan(value: float | None) -> float:
@@ -97,19 +142,19 @@ def or_nan(value: float | None) -> float:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that came to nothing, and why, in one line."""
+    """A run that did not finish, and why, in one line."""
 
     why: str
 
 
-def mean_losses(results: Iterable[CellResult]) -> dict[tuple[str, int, float], float]:
-    """(arm, width, octaves) -> validation loss, mean over seeds; nan if one diverged."""
+def mean_losses(results: Iterable[RunResult]) -> dict[tuple[str, int, float], float]:
+    """(arm, size, log2 factor) -> validation loss, mean over seeds; nan if one diverged."""
     losses: dict[tuple[str, int, float], list[float]] = defaultdict(list)
     for result in results:
-        losses[result.arm, result.width, result.octaves].append(math.nan if result.diverged else result.loss)
+        losses[result.arm, result.size, result.log2_factor].append(math.nan if result.diverged else result.loss)
     return {key: float(np.mean(values)) for key, values in losses.items()}
 
 
-def place_of(result: CellResult) -> tuple[str, int, float, int]:
+def place_of(result: RunResult) -> tuple[str, int, float, int]:
     """What results are sorted by."""
-    return result.arm, result.width, result.octaves, result.seed
+    return result.arm, result.size, result.log2_factor, result.seed

@@ -10,47 +10,53 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable
-from speedrun_mup.sweep.cost import Pace
+from speedrun_mup.sweep.cost import CostModel
 from speedrun_mup.sweep.engines import Engine
 from speedrun_mup.sweep.folder import (
-    CELLS,
     RESULT,
+    RUNS,
     check_and_record,
     note_failed,
     open_folder,
     read_results,
     write_file,
 )
-from speedrun_mup.sweep.grid import next_points
+from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import made_differently
-from speedrun_mup.sweep.result import CellResult, Failure, mean_losses, place_of
-from speedrun_mup.sweep.spec import Cell, Sweep
+from speedrun_mup.sweep.result import Failure, RunResult, mean_losses, place_of
+from speedrun_mup.sweep.spec import RunSpec, Sweep
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.signals import signals_interrupt
 from speedrun_mup.training.tracking import clock, source_sha256
 from speedrun_mup.transfer import Axes
 
-ATTEMPTS = 3  # a cell that fails is tried again twice
+ATTEMPTS = 3  # a run that fails is tried again twice
 
 
 @dataclass(frozen=True)
 class SweepResult:
     """What a call of `run_sweep` leaves.
 
-    results: every finished cell of the folder, also of earlier calls. ran: cells finished by this call. failed: cell ->
-    reason, after ATTEMPTS. left: wanted cells that neither finished nor failed. stopped: by a signal. used_up: nothing but
-    the budget of FLOPs, which has no room for any of those left, is in the way.
+    Args:
+        results: Every finished run of the folder, also of earlier calls.
+        ran: Runs finished by this call.
+        failed: Run -> reason, after ATTEMPTS.
+        left: Wanted runs that neither finished nor failed.
+        stopped: By a signal.
+        used_up: Nothing but the budget of FLOPs, which has no room for any of those left, is in the way.
     """
 
     out: Path
-    results: tuple[CellResult, ...]
+    axes: Axes
+    results: tuple[RunResult, ...]
     ran: int
     failed: dict[str, str]
     left: int
@@ -65,11 +71,11 @@ class SweepResult:
 
     @property
     def flops(self) -> float:
-        """Of all finished cells."""
+        """Of all finished runs."""
         return sum(result.flops for result in self.results)
 
     def cost(self, target: TrainConfig, vocab_size: int) -> float:
-        """FLOPs of all finished cells over those of the run that they are to save from being tuned."""
+        """FLOPs of all finished runs over those of the run that need not be tuned then."""
         return self.flops / run_flops(target, vocab_size)
 
     def summary(self) -> str:
@@ -80,27 +86,27 @@ class SweepResult:
             f"{self.out}: {len(self.results)} runs done ({self.ran} now, in {clock(self.seconds)}), "
             f"{diverged} diverged, {len(self.failed)} failed, {self.left} left",
             f"cost: {self.flops:.3g} FLOPs, {worked} of one worker's time",
-            *(f"failed: {cell}: {why}" for cell, why in self.failed.items()),
+            *(f"failed: {run}: {why}" for run, why in self.failed.items()),
         ]
-        lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results, Axes())]
+        lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results, self.axes)]
         if self.used_up:
             lines.append(f"the budget of FLOPs has no room for the {self.left} runs left; a larger one goes on")
         elif self.left:
             lines.append("run the same command again to go on")
-        return "\n".join([*lines, *_tables(self.results)])
+        return "\n".join([*lines, *_tables(self.results, self.axes)])
 
 
-def _tables(results: Sequence[CellResult]) -> Iterator[str]:
-    """Mean validation loss, a table per arm: widths down, octaves across."""
+def _tables(results: Sequence[RunResult], axes: Axes) -> Iterator[str]:
+    """Mean validation loss, a table per arm: sizes down, factors across."""
     for arm in dict.fromkeys(result.arm for result in results):
         means = mean_losses(result for result in results if result.arm == arm)
         grid = sorted({at for _, _, at in means})
         yield ""
         yield f"{arm:<12}" + "".join(f"{f'2^{at:g}':>9}" for at in grid)
-        for width in sorted({width for _, width, _ in means}):
-            losses = (means.get((arm, width, at)) for at in grid)
+        for size in sorted({size for _, size, _ in means}):
+            losses = (means.get((arm, size, at)) for at in grid)
             shown = ("" if loss is None else "diverged" if math.isnan(loss) else f"{loss:.4f}" for loss in losses)
-            yield f"width {width:<6}" + "".join(f"{text:>9}" for text in shown)
+            yield f"{axes.at(size):<12}" + "".join(f"{text:>9}" for text in shown)
 
 
 def run_sweep(
@@ -115,47 +121,57 @@ def run_sweep(
 ) -> SweepResult:
     """Run what is missing of `sweep` in the folder `out`, round after round until the grid needs nothing more.
 
-    budget_minutes: for this call; no cell is begun that would end later, as far as is known. budget_flops: for all
-    cells of the folder together. part: (runs before this sweep, about how many in all), if it is part of more. SIGINT,
-    SIGTERM and SIGUSR1 stop it: what is under way is given up, what is finished stays. Raises ConfigError if
-    `out` is in use, cannot be written, or holds cells of another base.
+    SIGINT, SIGTERM and SIGUSR1 stop it: what is under way is given up, what is finished stays.
+
+    Args:
+        sweep: What to run.
+        out: The folder, made if need be.
+        engine: Where to run it.
+        budget_minutes: For this call; no run is begun that would end later, as far as is known.
+        budget_flops: For all runs of the folder together.
+        progress: Whether to show it.
+        part: (runs before this sweep, about how many in all), if it is part of more.
+
+    Raises:
+        ConfigError: If `out` is in use, cannot be written, or holds runs of another base.
     """
     corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
-    for width in sweep.widths:
-        model_config(replace(sweep.base, width=width), corpus)  # raises for an impossible shape
+    for size in sweep.sizes:
+        sized: dict[str, Any] = {sweep.axes.size: size}
+        model_config(replace(sweep.base, **sized), corpus)  # raises for an impossible shape
     began = time.monotonic()
     stopped = False
     with open_folder(out) as scratch, closing(_Progress(progress, *part)) as shown:
         corpus = replace(corpus, fingerprint=check_and_record(sweep, out, corpus))
         deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
         shown.say(f"seeds draw the {_seeds_draw(sweep.base)}")
-        rounds = _Rounds(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
-        if other := _of_other_code(rounds.done.values()):
+        runner = _SweepRunner(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
+        if other := _of_other_code(runner.done.values()):
             shown.say(other)
-        points = {(arm.name, width): set(map(float, sweep.octaves)) for arm in sweep.arms for width in sweep.widths}
+        points = {(arm.name, size): set(map(float, sweep.log2_factors)) for arm in sweep.arms for size in sweep.sizes}
         if sweep.adaptive:  # where an earlier call refined the grid, new seeds follow
-            points = {key: points[key] | set(losses) for key, losses in rounds.curves(points).items()}
+            points = {key: points[key] | set(losses) for key, losses in runner.curves(points).items()}
         try:
             with signals_interrupt():
-                while rounds.run(sweep.cells(points, corpus)) and sweep.adaptive:
-                    curves = rounds.curves(points)
-                    more = {key: points[key] | next_points(curves[key], sweep.octaves, sweep.refine) for key in points}
+                while runner.run(sweep.run_specs(points, corpus)) and sweep.adaptive:
+                    curves = runner.curves(points)
+                    more = {
+                        key: points[key] | propose_points(curves[key], sweep.log2_factors, sweep.refine)
+                        for key in points
+                    }
                     if more == points:
                         break
                     points = more
         except KeyboardInterrupt as stop:
             stopped = True
-            shown.say(f"stopped by {stop}; {len(rounds.done)} runs are finished, run the same command again to go on")
-        left = [
-            cell
-            for cell in sweep.cells(points, corpus)
-            if cell.id not in rounds.done and str(cell) not in rounds.failed
-        ]
-        note_failed(out, (cell for cell in sweep.cells(points, corpus) if str(cell) in rounds.failed))
-        results = tuple(sorted(rounds.done.values(), key=place_of))
-        used_up = bool(left) and not stopped and not rounds.failed and not any(map(rounds.pays_for, left))
+            shown.say(f"stopped by {stop}; {len(runner.done)} runs are finished, run the same command again to go on")
+        wanted = sweep.run_specs(points, corpus)
+        left = [spec for spec in wanted if spec.id not in runner.done and str(spec) not in runner.failed]
+        note_failed(out, (spec for spec in wanted if str(spec) in runner.failed))
+        results = tuple(sorted(runner.done.values(), key=place_of))
+        used_up = bool(left) and not stopped and not runner.failed and not any(map(runner.pays_for, left))
         took = time.monotonic() - began
-        return SweepResult(out, results, rounds.ran, rounds.failed, len(left), stopped, took, used_up)
+        return SweepResult(out, sweep.axes, results, runner.ran, runner.failed, len(left), stopped, took, used_up)
 
 
 def _seeds_draw(cfg: TrainConfig) -> str:
@@ -165,7 +181,7 @@ def _seeds_draw(cfg: TrainConfig) -> str:
     return "initialisation and the order of the data"
 
 
-def _of_other_code(results: Iterable[CellResult]) -> str:
+def _of_other_code(results: Iterable[RunResult]) -> str:
     """A line about results that other code made than what runs now, or nothing."""
     mine = source_sha256()
     others = Counter(hashed for result in results if (hashed := result.made_with.get("source_sha256", mine)) != mine)
@@ -175,8 +191,8 @@ def _of_other_code(results: Iterable[CellResult]) -> str:
     return f"{others.total()} runs here were made by other code, {made}; this is {printable(mine, 12)}: the verdict will say so"
 
 
-class _Rounds:
-    """What one call has done so far, and what it may still spend. done: id -> result, of all cells in the folder."""
+class _SweepRunner:
+    """What one call has done so far, and what it may still spend. done: id -> result, of all runs in the folder."""
 
     def __init__(
         self, out: Path, scratch: Path, engine: Engine, shown: _Progress, deadline: float, budget_flops: float
@@ -184,53 +200,55 @@ class _Rounds:
         self.out, self.scratch, self.engine, self.shown = out, scratch, engine, shown
         self.deadline, self.budget_flops = deadline, budget_flops
         self.done = {result.id: result for result in read_results(out)}
-        self.pace = Pace(self.done.values())
+        self.cost_model = CostModel(self.done.values())
         self.spent = sum(result.flops for result in self.done.values())
         self.ran = 0
         self.tries: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
-        self.waiting: list[Cell] = []
+        self.waiting: list[RunSpec] = []
 
     def curves(self, points: Collection[tuple[str, int]]) -> dict[tuple[str, int], dict[float, float]]:
-        """(arm, width) -> octaves -> mean loss of the finished cells, for those in `points`."""
+        """(arm, size) -> log2 factor -> mean loss of the finished runs, for those in `points`."""
         curves: dict[tuple[str, int], dict[float, float]] = {key: {} for key in points}
-        for (arm, width, octaves), loss in mean_losses(self.done.values()).items():
-            if (arm, width) in curves:
-                curves[arm, width][octaves] = loss
+        for (arm, size, at), loss in mean_losses(self.done.values()).items():
+            if (arm, size) in curves:
+                curves[arm, size][at] = loss
         return curves
 
-    def run(self, cells: Sequence[Cell]) -> bool:
-        """Run those of `cells` that are not done, failed ones up to ATTEMPTS times; False if the budget ended it."""
-        while todo := [cell for cell in cells if cell.id not in self.done and self.tries[cell.id] < ATTEMPTS]:
-            self.waiting = sorted(todo, key=lambda cell: -cell.flops)
+    def run(self, specs: Sequence[RunSpec]) -> bool:
+        """Make those runs of `specs` that are not done, failed ones up to ATTEMPTS times; False if the budget ended it."""
+        while todo := [spec for spec in specs if spec.id not in self.done and self.tries[spec.id] < ATTEMPTS]:
+            self.waiting = sorted(todo, key=lambda spec: -spec.flops)
             self.shown.expect(len(self.waiting))
             with closing(self.engine.run(self._affordable(), self.scratch)) as outcomes:
-                for cell, outcome in outcomes:
-                    self.tries[cell.id] += 1
-                    self._note(cell, outcome)
+                for spec, outcome in outcomes:
+                    self.tries[spec.id] += 1
+                    self._note(spec, outcome)
             if self.waiting:
                 return False
         return True
 
-    def _affordable(self) -> Iterator[Cell]:
-        """Take waiting cells, longest first, as long as one fits the budget; with unknown pace, the shortest first."""
-        while fitting := [cell for cell in self.waiting if self._fits(cell)]:
-            cell = fitting[0 if self.pace.known or self.deadline == math.inf else -1]
-            self.waiting.remove(cell)
-            self.spent += cell.flops
-            yield cell
+    def _affordable(self) -> Iterator[RunSpec]:
+        """Take waiting runs, longest first, as long as one fits the budget; with unknown cost, the shortest first."""
+        while fitting := [spec for spec in self.waiting if self._fits(spec)]:
+            spec = fitting[0 if self.cost_model.known or self.deadline == math.inf else -1]
+            self.waiting.remove(spec)
+            self.spent += spec.flops
+            yield spec
 
-    def _fits(self, cell: Cell) -> bool:
-        return time.monotonic() + self.pace.seconds(cell.width, cell.flops) <= self.deadline and self.pays_for(cell)
+    def _fits(self, spec: RunSpec) -> bool:
+        return time.monotonic() + self.cost_model.seconds(spec.size, spec.flops) <= self.deadline and self.pays_for(
+            spec
+        )
 
-    def pays_for(self, cell: Cell) -> bool:
-        """Whether the budget of FLOPs has room for `cell`."""
-        return self.spent + cell.flops <= self.budget_flops
+    def pays_for(self, spec: RunSpec) -> bool:
+        """Whether the budget of FLOPs has room for `spec`."""
+        return self.spent + spec.flops <= self.budget_flops
 
-    def _note(self, cell: Cell, outcome: CellResult | Failure) -> None:
+    def _note(self, spec: RunSpec, outcome: RunResult | Failure) -> None:
         """Keep a result; say a failure once."""
-        name = str(cell)
-        self.spent += (0.0 if isinstance(outcome, Failure) else outcome.flops) - cell.flops
+        name = str(spec)
+        self.spent += (0.0 if isinstance(outcome, Failure) else outcome.flops) - spec.flops
         if isinstance(outcome, Failure):
             what = "failed"
             if name not in self.failed:
@@ -238,12 +256,12 @@ class _Rounds:
             self.failed[name] = outcome.why
         else:
             what = "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}"
-            write_file(self.out / CELLS / cell.id / RESULT, outcome.to_json() + "\n")
-            self.done[cell.id] = outcome
+            write_file(self.out / RUNS / spec.id / RESULT, outcome.to_json() + "\n")
+            self.done[spec.id] = outcome
             self.failed.pop(name, None)
-            self.pace.learn(outcome)
+            self.cost_model.learn(outcome)
             self.ran += 1
-        left = sum(self.pace.seconds(cell.width, cell.flops) for cell in self.waiting)
+        left = sum(self.cost_model.seconds(spec.size, spec.flops) for spec in self.waiting)
         self.shown.finished(f"{name}: {what}, {clock(left / self.engine.workers)} left")
 
 
@@ -255,14 +273,14 @@ class _Progress:
         self._bar = tqdm(total=about, initial=before, unit="run", disable=not show or self._plain, dynamic_ncols=True)
         self._show, self._about, self._total, self._count = show, about, about, before
 
-    def expect(self, cells: int) -> None:
-        """So many cells more."""
-        self._total = max(self._count + cells, self._about)
+    def expect(self, runs: int) -> None:
+        """So many runs more."""
+        self._total = max(self._count + runs, self._about)
         self._bar.total = self._total
         self._bar.refresh()
 
     def finished(self, text: str) -> None:
-        """One cell more is over."""
+        """One run more is over."""
         self._count += 1
         self._bar.set_postfix_str(text)
         self._bar.update()

@@ -16,18 +16,19 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.flops import run_flops
+from speedrun_mup.transfer import Axes
 
 SCHEMA = 1  # of result.json; part of every id
-MOST_OCTAVES = 32.0  # either way that a grid may go
+MOST_DOUBLINGS = 32.0  # either way that a grid may go
 MOST_SEEDS = 100
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to scale with width, as settings. predicted: octaves per doubling that a control's optimum must drift.
+    """One parametrization, as settings. predicted: the drift that a control must have, log2 per doubling of width.
 
-    The prediction is for a knob that turns just what is scaled wrongly. lr_scale turns groups that are right as well,
-    and the common optimum then lies between, so the sign is what counts.
+    The prediction is for a hyperparameter of just what is scaled wrongly. lr_scale is a factor on groups that are right as
+    well, and the common optimum then lies between, so the sign is what counts.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Arm:
 ADAM = {"matrix_optimizer": "adam", "matrix_lr": 0.008}
 MUON = {"matrix_optimizer": "muon"}
 # adam-sp is the table "sp", not "adam-constant": what people do without muP. A constant rate is then too fast by m in
-# hidden matrices and readout; both call for -1 octave per doubling, which shows even where one knob turns all rates.
+# hidden matrices and readout; both call for half the rate per doubling, which shows even where one factor is on all rates.
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -90,29 +91,41 @@ def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
             fit = [other.name for other in ARMS.values() if not clashes(other, fixed)]
             together = " ".join(f"{one}={given[one]}" for one in fixed)
             choice = f"choose among --arms {' '.join(fit)}" if fit else f"no arm has {together}"
-            knob = f", or turn it with --knob {name}" if name in swept_settings() else ""
+            tuned = f", or sweep it with --hyperparameter {name}" if name in swept_settings() else ""
             why = f"{flag} {given[name]}: arm {arm.name} fixes {name} at {arm.settings[name]}"
-            raise ConfigError(f"{why}; leave {flag} out{knob}, or {choice}")
+            raise ConfigError(f"{why}; leave {flag} out{tuned}, or {choice}")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run: its place in the table and its settings. corpus, vocab: fingerprint and vocabulary of its data."""
+class RunSpec:
+    """One run: its place in the table and its settings.
+
+    Args:
+        sizes: Name of a size axis -> value; the axis of the sweep comes first.
+        log2_factor: On the hyperparameter.
+        corpus: Fingerprint of its data; vocab_size: their vocabulary.
+    """
 
     arm: str
-    width: int
-    octaves: float
+    sizes: Mapping[str, int]
+    log2_factor: float
     seed: int
     cfg: TrainConfig
     corpus: str
-    vocab: int
+    vocab_size: int
 
     def __str__(self) -> str:
-        return f"{self.arm} width {self.width} 2^{self.octaves:g} seed {self.seed}"
+        sizes = " ".join(f"{name} {size}" for name, size in self.sizes.items())
+        return f"{self.arm} {sizes} 2^{self.log2_factor:g} seed {self.seed}"
+
+    @property
+    def size(self) -> int:
+        """Its place on the size axis of the sweep."""
+        return next(iter(self.sizes.values()))
 
     @functools.cached_property
     def id(self) -> str:
-        """16 hex digits, the same wherever the cell runs: a hash of its arm, what it computes, and the data."""
+        """16 hex digits, the same wherever it runs: a hash of its arm, what it computes, and the data."""
         what = [SCHEMA, self.arm, self.corpus, hashed_settings(self.cfg)]
         text = json.dumps(what, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -120,60 +133,68 @@ class Cell:
     @functools.cached_property
     def flops(self) -> float:
         """What training it takes."""
-        return run_flops(self.cfg, self.vocab)
+        return run_flops(self.cfg, self.vocab_size)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Which cells to run.
+    """Which runs to make.
 
-    base: what all cells have in common, with a base_width. octaves: the grid, as powers of two on `knob`, one of
-    `swept_settings`. adaptive: extend the grid where the minimum turns out to be at its edge, and, with refine, add the
-    half octaves around the minimum, else one point on its better side. Raises ConfigError.
+    Args:
+        base: What all runs have in common, with a base_width.
+        sizes: Values of the size axis, which is a setting.
+        log2_factors: The grid: powers of two on the hyperparameter, which is one of `swept_settings`.
+        adaptive: Extend the grid where the minimum turns out to be at its edge.
+        refine: Where it is not, add the points halfway between those around the minimum, else one point on its better side.
+
+    Raises:
+        ConfigError: For a value that no run can have.
     """
 
     base: TrainConfig
-    widths: tuple[int, ...]
+    sizes: tuple[int, ...]
     arms: tuple[Arm, ...] = (ARMS["mup"],)
-    octaves: tuple[float, ...] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+    log2_factors: tuple[float, ...] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    knob: str = "lr_scale"
+    axes: Axes = Axes("width", "lr_scale")
     adaptive: bool = True
     refine: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("widths", "arms", "octaves", "seeds"):
-            values = [getattr(value, "name", value) for value in getattr(self, name)]
+        named = {self.axes.plural: self.sizes, "arms": [arm.name for arm in self.arms]}
+        for name, values in {**named, "octaves": self.log2_factors, "seeds": self.seeds}.items():
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
         if len(self.seeds) > MOST_SEEDS:
             raise ConfigError(f"{len(self.seeds)} seeds: give at most {MOST_SEEDS}")
-        if self.knob not in swept_settings():
-            raise ConfigError(f"knob={self.knob!r} cannot be turned; choose {', '.join(swept_settings())}")
-        if not getattr(self.base, self.knob):
-            flag = "--" + self.knob.replace("_", "-")
-            raise ConfigError(f"{self.knob}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
-        if far := [at for at in self.octaves if not abs(at) <= MOST_OCTAVES]:
-            raise ConfigError(f"octaves={far[0]:g} must be from -{MOST_OCTAVES:g} to {MOST_OCTAVES:g}: a power of two")
+        tuned = self.axes.hyperparameter
+        if tuned not in swept_settings():
+            raise ConfigError(f"hyperparameter={tuned!r} cannot be swept; choose {', '.join(swept_settings())}")
+        if not getattr(self.base, tuned):
+            flag = "--" + tuned.replace("_", "-")
+            raise ConfigError(f"{tuned}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
+        if far := [at for at in self.log2_factors if not abs(at) <= MOST_DOUBLINGS]:
+            limits = f"from -{MOST_DOUBLINGS:g} to {MOST_DOUBLINGS:g}: a power of two"
+            raise ConfigError(f"octaves={far[0]:g} must be {limits}")
         if self.base.base_width is None:
             raise ConfigError("a sweep needs the width that its settings were tuned at; give --base-width")
 
-    def cell(self, arm: Arm, width: int, octaves: float, seed: int, corpus: Corpus) -> Cell:
-        """One cell. The data are named so that a worker with another working directory finds them too."""
+    def run_spec(self, arm: Arm, size: int, log2_factor: float, seed: int, corpus: Corpus) -> RunSpec:
+        """One run. The data are named so that a worker with another working directory finds them too."""
         data = self.base.data if self.base.data in ("embedded", "synthetic") else corpus.data
-        settings: dict[str, Any] = {"data": data, "width": width, "seed": seed, **arm.settings}
+        settings: dict[str, Any] = {"data": data, self.axes.size: size, "seed": seed, **arm.settings}
         quiet: dict[str, Any] = {"save": False, "val_every": 0, "track": "none", "progress": False}
         cfg = replace(self.base, out="", name=None, resume=None, **quiet, **settings)
-        knob: dict[str, Any] = {self.knob: getattr(cfg, self.knob) * 2.0**octaves}
-        cfg = replace(cfg, **knob)
-        return Cell(arm.name, width, float(octaves), seed, cfg, corpus.fingerprint, corpus.vocab_size)
+        tuned: dict[str, Any] = {self.axes.hyperparameter: getattr(cfg, self.axes.hyperparameter) * 2.0**log2_factor}
+        cfg, sizes = replace(cfg, **tuned), {self.axes.size: size}
+        return RunSpec(arm.name, sizes, float(log2_factor), seed, cfg, corpus.fingerprint, corpus.vocab_size)
 
-    def cells(self, points: Mapping[tuple[str, int], Iterable[float]], corpus: Corpus) -> list[Cell]:
-        """The cells of all seeds at `points`: (arm, width) -> octaves."""
+    def run_specs(self, points: Mapping[tuple[str, int], Iterable[float]], corpus: Corpus) -> list[RunSpec]:
+        """The runs of all seeds at `points`: (arm, size) -> log2 factors."""
         return [
-            self.cell(arm, width, octaves, seed, corpus)
+            self.run_spec(arm, size, log2_factor, seed, corpus)
             for arm in self.arms
-            for width in self.widths
-            for octaves in sorted(points[arm.name, width])
+            for size in self.sizes
+            for log2_factor in sorted(points[arm.name, size])
             for seed in self.seeds
         ]
