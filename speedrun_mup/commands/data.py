@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.sources import suffix
 from speedrun_mup.files import printable
-from speedrun_mup.flags import new_parser, parse, several
+from speedrun_mup.flags import Parser, new_parser, parse, several
 from speedrun_mup.synonyms import DATA_COMMANDS, command_meaning
 
 if TYPE_CHECKING:
@@ -61,6 +61,29 @@ def run_fineweb(argv: Sequence[str]) -> int:
 
 def run_text(argv: Sequence[str]) -> int:
     """Turn files, folders, standard input or Hugging Face datasets into shards. A killed run resumes where it was."""
+    flags = vars(parse(_text_parser(), argv))
+    paths, out, workers = flags.pop("paths"), flags.pop("out"), flags.pop("workers")
+    skip_bad = flags.pop("on_bad_document") == "skip"
+
+    from speedrun_mup.data.batches import uses
+    from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
+
+    settings = TextSettings(**flags | {"suffixes": tuple(sorted(set(flags["suffixes"])))})
+    corpus = tokenize_text(paths, out, settings, workers, progress=sys.stderr.isatty(), skip_bad=skip_bad)
+    print_parts(corpus)
+    if share := _other_share(corpus, settings.val_share):
+        print(share)
+    told = [f"{text}: {corpus.tally[why]:,}" for why, text in _TALLY.items() if corpus.tally.get(why)]
+    if told:
+        print("; ".join(told))
+    print(f"order: {corpus.order}")
+    for preset, use in uses(corpus).items():
+        print(f"use in preset {preset}: {use}")
+    print(f"tokenizer {corpus.tokenizer}, vocabulary {corpus.vocab_size:,}; train with --data {printable(out)}")
+    return 0
+
+
+def _text_parser() -> Parser:
     parser = new_parser("speedrun-mup data text", run_text.__doc__ or "")
     parser.add_argument(
         "paths",
@@ -117,26 +140,7 @@ def run_text(argv: Sequence[str]) -> int:
         " %(default)s",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
-    flags = vars(parse(parser, argv))
-    paths, out, workers = flags.pop("paths"), flags.pop("out"), flags.pop("workers")
-    skip_bad = flags.pop("on_bad_document") == "skip"
-
-    from speedrun_mup.data.batches import uses
-    from speedrun_mup.data.tokenize_text import TextSettings, tokenize_text
-
-    settings = TextSettings(**flags | {"suffixes": tuple(sorted(set(flags["suffixes"])))})
-    corpus = tokenize_text(paths, out, settings, workers, progress=sys.stderr.isatty(), skip_bad=skip_bad)
-    print_parts(corpus)
-    if share := _other_share(corpus, settings.val_share):
-        print(share)
-    told = [f"{text}: {corpus.tally[why]:,}" for why, text in _TALLY.items() if corpus.tally.get(why)]
-    if told:
-        print("; ".join(told))
-    print(f"order: {corpus.order}")
-    for preset, use in uses(corpus).items():
-        print(f"use in preset {preset}: {use}")
-    print(f"tokenizer {corpus.tokenizer}, vocabulary {corpus.vocab_size:,}; train with --data {printable(out)}")
-    return 0
+    return parser
 
 
 _TALLY = {
