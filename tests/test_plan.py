@@ -34,7 +34,7 @@ from speedrun_mup.plan import (
     recommended_config,
     run_plan,
 )
-from speedrun_mup.plan.forecast import _why_wide
+from speedrun_mup.plan.prediction import _why_wide
 from speedrun_mup.sweep import Failure, LocalEngine, RunResult, read_results, run_sweep
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import run_flops

@@ -10,7 +10,7 @@ The proxies train for as many steps on as many tokens as the target: it is width
 
 from speedrun_mup.plan.design import Budget, NoPlanFits, Plan, choose_plan, design_table, expected_lr_error
 from speedrun_mup.plan.folder import PLAN, Prediction, load_plan, make_plan, read_plan, run_plan, save_plan
-from speedrun_mup.plan.forecast import Comparison, compare, predict, recommended_config
+from speedrun_mup.plan.prediction import Comparison, compare, predict, recommended_config
 
 __all__ = [
     "PLAN",
