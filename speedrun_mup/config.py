@@ -240,6 +240,9 @@ class TrainConfig:
     val_every: int = setting(
         "run", "steps between validations; 0 is only at the end", 125, affects="display", valid=STEPS
     )
+    sample_every: int = setting(
+        "run", "steps between samples of the model's text; 0 is none", 0, affects="display", valid=STEPS
+    )
 
     out: str = setting("run", "folder that holds run folders", "runs", affects="storage")
     name: str | None = setting(

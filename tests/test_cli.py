@@ -238,7 +238,10 @@ def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("speedrun_mup.plan.design.LEAN", LEAN)
     target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
     monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape, "--device", "cpu"])
+    written: list[list[str]] = []  # of a synthetic language there is no text; tests/test_load.py has the demo's flags
+    monkeypatch.setattr(demo.sample, "run", lambda argv: bool(written.append(argv)))
     assert main(["demo"]) == 0
+    assert (Path(written[0][0]) / "checkpoints").is_dir() and written[0][1:] == demo.TEXT
     told = capsys.readouterr().out
     assert "PASS" in told and "use --lr-scale" in told and "validation loss" in told
     assert "predicted" in (tmp_path / "runs" / "demo" / "plan" / "report" / "report.md").read_text()

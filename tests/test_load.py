@@ -15,9 +15,11 @@ from conftest import TINY
 import speedrun_mup
 from speedrun_mup import sample
 from speedrun_mup.cli import main
+from speedrun_mup.commands import demo
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.corpus import embedded_corpus, find_corpus
+from speedrun_mup.files import without_escapes
 from speedrun_mup.sampling import Sampling
 from speedrun_mup.training import load, train
 from speedrun_mup.training.load import load_run
@@ -113,6 +115,26 @@ def test_after_the_end_of_a_document_a_line_opens_another(folder, monkeypatch):
     answers = load_run(folder, device="cpu").writer.chat(["a", "b", "c"], Sampling(max_new_tokens=4))
     assert ["".join(answer) for answer in answers] == ["AB", "CDEF", ""]
     assert begun == [[[256, 97]], [[256, 98]]]
+
+
+def test_training_shows_samples_and_stays_what_it_is(tiny):
+    """From the weights and the window of their step; without text to show, the run does not begin."""
+    changes = {"data": "embedded", "width": 32, "iterations": 5, "seed": 4}
+    plain, shown = (train(tiny(name=f"every-{n}", sample_every=n, **changes)).folder for n in (0, 2))
+    losses = [[r["loss"] for r in read_metrics(each)] for each in (plain, shown)]
+    assert losses[0] == losses[1] and "sample" not in (plain / "log.txt").read_text()
+    text = (shown / "log.txt").read_text()
+    assert [text.count(f"step {step}/5  sample:") for step in range(6)] == [0, 0, 1, 0, 1, 1]
+    last = load_run(shown, device="cpu").generate("", max_new_tokens=120, seed=4)
+    assert last.split() and last.split() == without_escapes(text.rpartition("sample:")[2]).split()[: len(last.split())]
+    with pytest.raises(ConfigError, match="cannot be turned into text"):
+        train(tiny(name="none", sample_every=2))
+    assert not (Path(tiny().out) / "none").exists()
+
+
+def test_the_demos_text(folder, capsys):
+    assert main(["sample", str(folder), *demo.TEXT]) == 0
+    assert capsys.readouterr().out.startswith("def read(")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

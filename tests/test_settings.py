@@ -40,6 +40,7 @@ FREE_AT_FIRST = {  # on resume, in the first edition
     *("val_every", "on_nonfinite", "timeout_s", "device", "attention", "compile", "kernel_warmup"),
     *("micro_batches_per_forward",),
     *("data", "tokenizer"),
+    "sample_every",  # came later
 }
 
 

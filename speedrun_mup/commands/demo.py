@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.commands import coord_check, plan, report
+from speedrun_mup.commands import coord_check, plan, report, sample
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, train_and_tell
 from speedrun_mup.flags import new_parser, parse
 
@@ -14,6 +14,7 @@ CHECK = ["--data", "embedded", "--widths", "32", "64", "128", "256", "--seeds", 
 TARGET = ["--width", "256", "--base-width", "64", "--mup", "--iterations", "64", "--micro-batches", "4"]
 TARGET += ["--device", "cpu"]  # one small run per core at a time; on a GPU it would be one per GPU
 TARGET += ["--data", "embedded", "--val-tokens", "32768", "--val-every", "0"]
+TEXT = ["--device", "cpu", "--prompt", "def read(", "--max-new-tokens", "160"]
 BUDGET = "350%"  # of so short a target run; a real one costs a few percent
 
 
@@ -38,4 +39,8 @@ def run(argv: Sequence[str]) -> int:
         return STOPPED_BY_SIGNAL
     print("\n4/4  How far off is it?")
     checked = str(FOLDER / "coord-check" / "coord-check.json")
-    return report.run([str(proxies), "--coord-check", checked, "--target", str(result.folder)])
+    code = report.run([str(proxies), "--coord-check", checked, "--target", str(result.folder)])
+    if not code:
+        print("\nText from the wide model, after so little training (more: speedrun-mup sample RUN):\n")
+        code = sample.run([str(result.folder), *TEXT])
+    return code

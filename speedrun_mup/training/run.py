@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -23,6 +24,9 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import FetchSlice, Slice
 from speedrun_mup.data.batches import Batch
 from speedrun_mup.data.shards import Corpus
+from speedrun_mup.data.tokenizers import load_tokenizer
+from speedrun_mup.sample import Writer
+from speedrun_mup.sampling import Sampling
 from speedrun_mup.training.build import build_optimizers, check_agreement, prepare_corpus
 from speedrun_mup.training.checkpoint import Checkpoints
 from speedrun_mup.training.hardware import short_waits
@@ -35,6 +39,7 @@ from speedrun_mup.training.run_folder import FolderLock, RunFolder, check_resuma
 from speedrun_mup.training.signals import StoppedEarly, StopSignals, stop_signals
 from speedrun_mup.training.tracking import source_sha256
 
+SAMPLE_TOKENS = 120  # of --sample-every
 Observer = Callable[[int, GPT, list[Batch]], None]
 
 
@@ -102,6 +107,8 @@ class Run:
         self.model = self.passes.model
         self.optimizers = build_optimizers(self.model, cfg, world, self.passes.compiled)
         check_agreement(cfg, self.corpus, world)
+        if cfg.sample_every:
+            load_tokenizer(self.corpus)  # raises now, not at the first sample
         self.cfg = cfg = self.passes.fit()
         self.schedule = self.passes.schedule
         notes = self.take_weights(cfg.init_from) if cfg.init_from and not cfg.resume else []
@@ -163,6 +170,8 @@ class Run:
                     self.passes.val_batches.confirm()
                 if step == cfg.iterations or (cfg.val_every and step % cfg.val_every == 0):
                     self.validate(step)
+                if cfg.sample_every and step and (step == cfg.iterations or step % cfg.sample_every == 0):
+                    self.show_sample(step)
                 if step == cfg.iterations:
                     break
                 self.log_epoch_change(step)
@@ -268,6 +277,14 @@ class Run:
             raise NonFiniteError(
                 f"step {step}: the validation loss is {self.val_loss}; lower --lr-scale, or see the data"
             )
+
+    def show_sample(self, step: int) -> None:
+        """Log some text of the weights before `step`, always from the same random numbers."""
+        self.process_pending_steps()
+        if self.world.is_main:
+            writer = Writer(self.model, load_tokenizer(self.corpus), self.schedule.at(step).window)
+            text = writer.generate([""], Sampling(max_new_tokens=SAMPLE_TOKENS, seed=self.cfg.seed))[0]
+            self.run_folder.log.say(f"step {step}/{self.cfg.iterations}  sample:\n{textwrap.indent(text, '  ')}")
 
     def log_epoch_change(self, step: int) -> None:
         """Say so where the data repeats."""
