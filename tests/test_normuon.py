@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from speedrun_mup.config import make_config
 from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 from speedrun_mup.core import mup
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.mup import PARAMETRIZATIONS, ParamSpec, Role, Update
 from speedrun_mup.core.optimizers import OPTIMIZERS, GroupHyperparams, param_groups
 from speedrun_mup.core.optimizers.normuon import NorMuon
 from speedrun_mup.core.optimizers.polar_express import polar_express, polar_express_by_svd
 from speedrun_mup.training import train
+from speedrun_mup.training.build import tuned_values
 
 CASES = [(shape, label) for shape, labels in GOLDEN["normuon"].items() for label in labels]
 F32, BF16 = 4e-6, 0.03  # of the movement after three steps; the program's own bfloat16 differs from float64 by 0.025
@@ -128,6 +131,15 @@ def test_groups_tell_it_which_side_is_which():
     (group,) = param_groups(layer, PARAMETRIZATIONS["mup"], {"matrix": GroupHyperparams("normuon", 0.05)})["normuon"]
     assert group["neuron_dim"] == -1 and "orthogonalizer" not in group  # so it has its own: Polar Express
     assert NorMuon([group]).param_groups[0]["orthogonalizer"] == "polar-express"
+
+
+def test_settings_reach_it_and_one_that_has_no_effect_is_refused(tiny):
+    cfg = tiny(matrix_optimizer="normuon", matrix_beta2=0.9, orthogonalizer="newton-schulz")
+    groups = param_groups(GPT(GPTConfig(20, 0, 6, 32, 16, 16, 16)), PARAMETRIZATIONS["mup"], tuned_values(cfg))
+    assert {(group["beta2"], group["orthogonalizer"]) for group in groups["normuon"]} == {(0.9, "newton-schulz")}
+    assert not any("beta2" in group or "orthogonalizer" in group for group in groups["adam"])
+    with pytest.raises(ConfigError, match="orthogonalizer has no effect on adam; leave it out, or choose muon or"):
+        train(tiny(matrix_optimizer="adam", orthogonalizer="polar-express"))
 
 
 # That it is a spectral update is measured, with what must fail beside it

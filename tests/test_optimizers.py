@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from speedrun_mup.core.optimizers import (
     param_groups,
 )
 from speedrun_mup.core.optimizers.normuon import NorMuon
-from speedrun_mup.core.utils import World, generator
+from speedrun_mup.core.optimizers.sharding import Member, Owned
+from speedrun_mup.core.utils import Handle, World, generator
 
 Build = Callable[[list[dict[str, Any]], World], ShardedOptimizer]
 
@@ -601,3 +603,49 @@ def test_where_a_step_is_not_good_nothing_changes(build, shapes, dtype):
         second.steps_taken -= 1
         assert all(map(torch.equal, gated, kept[0])) and all(map(torch.equal, plain, gated))
         assert all(torch.equal(s.tensor, kept[1][key]) for key, s in second.slices().items())
+
+
+class Apart:
+    """Another placement: parameters are stored flat and elsewhere, and their values gathered for an update, as in FSDP2.
+
+    It has the methods of `Shard` and nothing of `Replicated`: an optimizer may need no more.
+    """
+
+    def __init__(self, members: Sequence[Member], unit: tuple[int, ...], world: World):
+        self.members, self.unit, self.state = members, unit, {}
+        self.flat = [parameter.detach().clone().flatten() for _, parameter, _ in members]
+        self.counts = [len(flat) // math.prod(unit) for flat in self.flat]
+        self.count = sum(self.counts)
+
+    def owned(self) -> Iterator[Owned]:
+        starts = itertools.accumulate(self.counts, initial=0)
+        return (Owned(member.name, 0, n, start) for member, n, start in zip(self.members, self.counts, starts))
+
+    def collect_gradients(self) -> tuple[Tensor, Handle]:
+        return torch.cat([p.grad.reshape(-1, *self.unit) for _, p, _ in self.members]), Handle()
+
+    def values(self) -> Tensor:
+        return self.flat[0].clone()
+
+    def publish_values(self, values: Tensor) -> Handle:
+        return Handle(lambda: self.flat[0].copy_(values))
+
+    def stored(self) -> list[Tensor]:
+        return self.flat
+
+    def publish_updates(self, updates: Tensor) -> tuple[list[Tensor], Handle]:
+        return [part.flatten() for part in updates.split(self.counts)], Handle()
+
+
+@pytest.mark.parametrize("kind, shapes", [(DistAdam, ADAM_SHAPES), (Muon, MUON_SHAPES), (NorMuon, MUON_SHAPES)])
+def test_an_optimizer_knows_placement_by_its_protocol_alone(kind, shapes):
+    here, elsewhere = parameters(shapes), parameters(shapes)
+    plain, apart = kind(groups_of(here)), kind(groups_of(elsewhere), placement=Apart)
+    for step in range(3):
+        step_once(plain, here, step)
+        step_once(apart, elsewhere, step)
+    stored = {member.name: flat for shard in apart.shards for member, flat in zip(shard.members, shard.flat)}
+    assert all(torch.equal(p.detach().flatten(), stored[f"p{i}"]) for i, p in enumerate(here))
+    assert all(map(torch.equal, elsewhere, parameters(shapes)))
+    ours, theirs = plain.slices(), apart.slices()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key].tensor, theirs[key].tensor) for key in ours)

@@ -1,6 +1,8 @@
 """The rule table: its kinds of update, and what needs none."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +50,16 @@ def test_eps_belongs_to_entrywise_updates(column):
 
 def test_the_first_names_of_the_columns_still_import():
     assert (mup.Power, mup.Step, mup.Factors) == (mup.Exponents, mup.UpdateScaling, mup.Multipliers)
+
+
+def test_every_name_is_there_before_and_after_torch_is_imported():
+    for package in ("speedrun_mup.core.mup", "speedrun_mup.core.optimizers"):
+        code = (
+            f"import sys, {package} as it; early = 'torch' in sys.modules; scope = {{}}\n"
+            f"exec('from {package} import *', scope); names = set(dir(it))\n"
+            "print(early, names <= scope.keys(), all(getattr(it, name) is scope[name] for name in names), len(names) > 15)"
+        )
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert told.split() == ["False", "True", "True", "True"]
+    with pytest.raises(AttributeError, match="MuLion"):
+        mup.MuLion  # noqa: B018

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from speedrun_mup.core import mup
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
 
 
@@ -16,7 +17,8 @@ from speedrun_mup.core.optimizers.registry import OPTIMIZERS
 class GroupHyperparams:
     """Hyperparameters of one parameter group, as tuned at base width. None is the optimizer's own default.
 
-    Each goes to optimizers that have one of that name. optimizer: its name in OPTIMIZERS.
+    Each goes to optimizers that have one of that name; the second of `betas` also to one that has a beta2 alone.
+    optimizer: its name in OPTIMIZERS.
     """
 
     optimizer: str
@@ -44,7 +46,10 @@ def param_groups(
     Raises:
         KeyError: a parameter's group is not in `tuned`.
         NoRuleError: an optimizer must not own a parameter.
+        ConfigError: an optimizer is unknown, or none of them orthogonalizes although `tuned` says how.
     """
+    if any(base.orthogonalizer for base in tuned.values()):
+        _check_that_one_orthogonalizes(tuned)
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, parameter, spec in mup.named_specs(model):
         base = tuned[spec.group]
@@ -63,6 +68,7 @@ def param_groups(
         others = {
             "eps": base.eps * factors.eps,
             "betas": base.betas,
+            "beta2": base.betas and base.betas[1],
             "momentum": base.momentum,
             "orthogonalizer": base.orthogonalizer,
         }
@@ -70,3 +76,11 @@ def param_groups(
         group |= optimizer.options_for(spec)
         groups.setdefault(base.optimizer, []).append(group)
     return groups
+
+
+def _check_that_one_orthogonalizes(tuned: Mapping[str, GroupHyperparams]) -> None:
+    names = sorted({base.optimizer for base in tuned.values()})
+    if not any("orthogonalizer" in OPTIMIZERS[name].defaults for name in names):
+        raise ConfigError(
+            f"orthogonalizer has no effect on {', '.join(names)}; leave it out, or choose muon or normuon"
+        )

@@ -17,7 +17,7 @@ from torch import Tensor
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.mup.rules import Update
 from speedrun_mup.core.mup.spec import ParamSpec
-from speedrun_mup.core.optimizers.sharding import FetchSlice, Member, Replicated, Shard, Slice
+from speedrun_mup.core.optimizers.sharding import FetchSlice, Member, Placement, Replicated, Shard, Slice
 
 State = Mapping[str, Tensor]
 
@@ -34,14 +34,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
     defaults: dict[str, Any]  # its hyperparameters, lr and weight_decay among them; a group may have its own
     state_names: tuple[str, ...]
 
-    def __init__(self, groups: Iterable[dict[str, Any]], world: World | None = None, **hyperparameters: Any):
-        """`groups`: of (name, parameter) pairs, as `param_groups` makes them; `hyperparameters` replace `defaults`."""
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        world: World | None = None,
+        *,
+        placement: Placement = Replicated,
+        **hyperparameters: Any,
+    ):
+        """Own the parameters of `groups`.
+
+        Args:
+            groups: of (name, parameter) pairs, as `param_groups` makes them.
+            world: the ranks that share the work.
+            placement: makes a shard of parameters that are updated together.
+            hyperparameters: replace `defaults`.
+        """
         if unknown := hyperparameters.keys() - self.defaults.keys():
             raise TypeError(
                 f"{type(self).__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(self.defaults)}"
             )
         super().__init__(groups, self.defaults | hyperparameters)
         self.world = world or World()
+        self._placement = placement
         self.steps_taken = 0
         self.gradient_squares: list[Tensor] = []  # squared norms of this rank's share of the summed gradient
         self.shards = self._partition()
@@ -159,18 +174,20 @@ class EntryOptimizer(ShardedOptimizer):
             write(stored, new_state[name], is_finite)
 
     def _partition(self) -> list[Shard]:
-        return [Replicated([member], (), self.world) for member in self.named_groups()]
+        return [self._placement([member], (), self.world) for member in self.named_groups()]
 
     def _is_active(self, shard: Shard) -> bool:
         """A parameter without gradient stays as it is."""
         return shard.members[0].parameter.grad is not None
 
     def _new_state(self, shard: Shard) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(shard.values()) for name in self.state_names}
+        parameter = shard.members[0].parameter
+        return {name: parameter.new_zeros(shard.count) for name in self.state_names}
 
     def _advance(self, shard: Shard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
-        self.update_in_place(shard.values(), gradient, self.state_of(shard), shard.members[0].group, is_finite)
-        return shard.publish_values().wait
+        values = shard.values()
+        self.update_in_place(values, gradient, self.state_of(shard), shard.members[0].group, is_finite)
+        return shard.publish_values(values).wait
 
 
 OF_EACH_PARAMETER = {"params", "param_names", "lr", "initial_lr", "weight_decay"}
@@ -195,7 +212,7 @@ class MatrixOptimizer(ShardedOptimizer):
                 raise ValueError(f"{self.label} takes matrices or stacks of them; {member.name} has shape {shape}")
             shared = tuple(sorted((key, value) for key, value in member.group.items() if key not in OF_EACH_PARAMETER))
             batches.setdefault((shape[-2:], shared), []).append(member)
-        return [Replicated(members, shape, self.world) for (shape, _), members in batches.items()]
+        return [self._placement(members, shape, self.world) for (shape, _), members in batches.items()]
 
     def _state_shape(self, name: str, shard: Shard) -> tuple[int, ...]:
         """Of the state `name` of one matrix."""

@@ -68,16 +68,19 @@ class Shard(Protocol):
         """Start summing gradients over ranks; those of this rank's units, (count, *unit), once the handle is done."""
 
     def values(self) -> Tensor:
-        """This rank's units of the one parameter, (count, *unit), to be changed in place."""
+        """This rank's units of the one parameter, (count, *unit), to be changed in place and published."""
 
-    def publish_values(self) -> Handle:
-        """Start giving `values` to the other ranks; all have the new parameter once the handle is done."""
+    def publish_values(self, values: Tensor) -> Handle:
+        """Start giving the changed `values` to whoever stores them; the parameter is new once the handle is done."""
 
     def stored(self) -> list[Tensor]:
-        """What this rank stores of each parameter."""
+        """What this rank stores of each parameter, to be changed in place."""
 
     def publish_updates(self, updates: Tensor) -> tuple[list[Tensor], Handle]:
         """Start handing the updates of this rank's units to where the parameters are: one for each of `stored`."""
+
+
+Placement = Callable[[Sequence[Member], tuple[int, ...], World], Shard]  # of (members, unit, world)
 
 
 class Replicated:
@@ -122,12 +125,12 @@ class Replicated:
         (member,) = self.members
         return member.parameter.data.view(-1, *self.unit)[self.first : self.first + self.count]
 
-    def publish_values(self) -> Handle:
+    def publish_values(self, values: Tensor) -> Handle:
         """Start an all-gather of the parameter."""
         if self.world.size == 1:
             return Handle()
         ((_, parameter, _),) = self.members
-        full, gathering = self.world.all_gather(_padded(self.values(), self.share))
+        full, gathering = self.world.all_gather(_padded(values, self.share))
         return Handle(gathering.wait, lambda: parameter.data.view(-1, *self.unit).copy_(full[: self.counts[0]]))
 
     def stored(self) -> list[Tensor]:
