@@ -1,12 +1,19 @@
 """Transfer of any hyperparameter over any size axis, end to end: every number is right, and so is every label."""
 
+import dataclasses
 import json
+import math
+import random
 import re
 
 import numpy as np
 import pytest
+from test_sweep import FakeEngine
 
 from speedrun_mup.cli import main
+from speedrun_mup.config import computed_settings
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.sweep import Sweep, measure_sweep, read_definition, read_results, run_sweep, write_csv
 from speedrun_mup.transfer import SIZES, Axes, Point, SizeAxis, TransferError, Verdict, measure_transfer, read_points
 from speedrun_mup.transfer import loss_forecast as forecast_of
 
@@ -140,3 +147,39 @@ def test_axes_that_are_other_columns_are_refused(tmp_path, capsys):
         assert f"size and hyperparameter are both {name}; name a column for each" in capsys.readouterr().err
     assert main(["transfer", source, "--size", "depth"]) == 3
     assert "no column depth, lr in the header" in capsys.readouterr().err
+
+
+class PlantedEngine(FakeEngine):
+    """Trains nothing, and says what was computed."""
+
+    def run(self, specs, scratch):
+        for spec, result in super().run(specs, scratch):
+            yield spec, dataclasses.replace(result, config=computed_settings(spec.cfg))
+
+
+def test_a_sweep_may_be_over_another_size_axis(tiny, tmp_path, capsys):
+    """Folder, table, measurement and report carry the axis; the runs are at different depths of one width."""
+
+    def loss_of(spec):
+        depth = math.log2(spec.sizes["n_layer"] / 6)
+        luck = random.Random(spec.id).gauss(0, 0.002) + 0.01 * spec.seed
+        return 2.5 + 4 * spec.cfg.n_layer**-0.5 + 0.03 * (spec.log2_factor - 0.2 - 0.5 * depth) ** 2 + luck
+
+    axes, out = Axes("n_layer", "lr_scale"), tmp_path / "s"
+    sweep = Sweep(tiny(), (6, 12, 24), log2_factors=(-3, -2, -1, 0, 1, 2, 3), seeds=(0, 1), axes=axes)
+    result = run_sweep(sweep, out, PlantedEngine(loss_of), progress=False)
+    assert result.complete and "n_layer 12" in result.summary() and "width" not in result.summary()
+    assert {run.sizes["n_layer"] for run in read_results(out)} == {run.config["n_layer"] for run in read_results(out)}
+    assert {run.config["width"] for run in read_results(out)} == {64}
+    assert read_definition(out)["base"]["size"] == "n_layer" and read_definition(out)["base"]["width"] == 64
+    arm = measure_sweep(out).arms["mup"]
+    assert arm.drift.value == pytest.approx(0.5, abs=0.05) and arm.verdict is Verdict.FAIL
+    assert arm.larger is not None and "deeper is better" in str(arm.larger)
+    write_csv(out, tmp_path / "runs.csv")
+    points = read_points(tmp_path / "runs.csv", Axes("n_layer"))
+    assert len(points) == len(read_results(out)) and points[0].sizes == {"n_layer": 6}
+    assert main(["report", str(out)]) == 0
+    text = (out / "report" / "report.md").read_text()
+    assert "by the n_layer of that run" in text and "is the deeper model the better one?" in text
+    with pytest.raises(ConfigError, match="holds another sweep: size was n_layer, is width"):
+        run_sweep(Sweep(tiny(), (32, 64)), out, PlantedEngine(loss_of), progress=False)

@@ -47,12 +47,12 @@ from speedrun_mup.sweep import (
     pick_arms,
     points_of,
     propose_points,
+    read_curves,
     read_definition,
     read_results,
     run_one,
     run_safely,
     run_sweep,
-    training_curves,
     visible_gpus,
     write_csv,
 )
@@ -582,7 +582,7 @@ def test_training_curves_of_diverged_runs_end_in_nan(small, tmp_path):
     path = next(out.rglob("result.json"))
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"curve": content["curve"][:2], "diverged": True, "loss": None}))
-    curves = training_curves(out)
+    curves = read_curves(out)
     assert len(curves) == len(read_results(out)) and {curve.shape for curve in curves.values()} == {(6, 2)}
     short = curves[content["arm"], content["sizes"]["width"], 2.0 ** content["log2_factor"], content["seed"]]
     assert short[:, 0].tolist() == [0, 1, 2, 3, 4, 5]

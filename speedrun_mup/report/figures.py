@@ -165,16 +165,16 @@ def interval_text(estimate: Estimate | None, form: str = "{:+.2f}") -> str:
     if estimate is None:
         return "unknown"
     low, high = estimate.interval()
-    text = _number(estimate.value, form)
-    return text if math.isnan(low) else f"{text} [{_number(low, form)}, {_number(high, form)}]"
+    text = _with_minus(estimate.value, form)
+    return text if math.isnan(low) else f"{text} [{_with_minus(low, form)}, {_with_minus(high, form)}]"
 
 
 def signed(value: float) -> str:
     """With its sign and two digits."""
-    return _number(value, "{:+.2f}")
+    return _with_minus(value, "{:+.2f}")
 
 
-def _number(value: float, form: str) -> str:
+def _with_minus(value: float, form: str) -> str:
     """With a real minus sign, and none before a zero."""
     text = form.format(value)
     return form.format(0.0) if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")

@@ -25,8 +25,7 @@ from speedrun_mup.report.figures import (
     training_curves,
 )
 from speedrun_mup.report.words import arm_words, larger_words, terms, verdict_words
-from speedrun_mup.sweep import read_results
-from speedrun_mup.sweep import training_curves as read_curves
+from speedrun_mup.sweep import read_curves, read_results
 from speedrun_mup.transfer import Axes, TransferResult
 
 

@@ -70,7 +70,7 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
         raise ConfigError(f"{out} holds another sweep: {'; '.join(differ)}; choose another folder")
     requests = before["asked"] + ([] if asked in before["asked"] else [asked])
     after = before | {"base": base, "arms": before["arms"] | arms, "asked": requests}
-    write_file(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
+    replace_file(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
     return base["corpus"]
 
 
@@ -82,10 +82,10 @@ def note_failed(out: Path, specs: Iterable[RunSpec]) -> None:
     more = [place for place in places if place not in failed]
     if more:
         content = json.dumps(definition | {"failed": failed + more}, indent=1, allow_nan=False)
-        write_file(out / SWEEP, content + "\n")
+        replace_file(out / SWEEP, content + "\n")
 
 
-def write_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Replace a file of a sweep's folder, which another program may have written. Raises ConfigError."""
     try:
         own_folder(path.parent)

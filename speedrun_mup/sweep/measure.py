@@ -99,7 +99,7 @@ def _grows(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) 
     return len(propose_points(curve, asked["log2_factors"], asked.get("refine", True)))
 
 
-def training_curves(out: Path) -> dict[CurveKey, Array]:
+def read_curves(out: Path) -> dict[CurveKey, Array]:
     """(arm, size, factor, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended."""
     curves = {}
     for result in read_results(out):
@@ -125,7 +125,7 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     results = [result for result in read_results(out) if result.arm in known]
     points, axes = points_of(results), axes_of(definition)
     several = [name for name in known if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
-    curves = {key: curve for key, curve in training_curves(out).items() if key[0] in several}
+    curves = {key: curve for key, curve in read_curves(out).items() if key[0] in several}
     predicted = {name: definition["arms"][name]["predicted"] for name in known}
     if not axes.is_rate:
         tested = [name for name in known if predicted[name] is None] or known

@@ -26,7 +26,7 @@ from speedrun_mup.sweep.folder import (
     note_failed,
     open_folder,
     read_results,
-    write_file,
+    replace_file,
 )
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import made_differently
@@ -256,7 +256,7 @@ class _SweepRunner:
             self.failed[name] = outcome.why
         else:
             what = "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}"
-            write_file(self.out / RUNS / spec.id / RESULT, outcome.to_json() + "\n")
+            replace_file(self.out / RUNS / spec.id / RESULT, outcome.to_json() + "\n")
             self.done[spec.id] = outcome
             self.failed.pop(name, None)
             self.cost_model.learn(outcome)

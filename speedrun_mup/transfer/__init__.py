@@ -24,7 +24,7 @@ from speedrun_mup.transfer.larger import LargerIsBetter, larger_is_better
 from speedrun_mup.transfer.measure import measure_transfer
 from speedrun_mup.transfer.points import CurveKey, Point, TransferError
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.table import Table, read_points, read_table
+from speedrun_mup.transfer.table import RunTable, read_points, read_table
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
     "LossTable",
     "Point",
     "QuadraticFit",
+    "RunTable",
     "SizeAxis",
     "SizeFit",
-    "Table",
     "Thresholds",
     "TransferError",
     "TransferResult",

@@ -55,7 +55,7 @@ def open_doubts(doubts: Sequence[Doubt], accept: Collection[str]) -> list[Doubt]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def several(kind: str, runs: Mapping[str, Sequence[Point]], axes: Axes, arm: str | None = None) -> Doubt:
+def values_doubt(kind: str, runs: Mapping[str, Sequence[Point]], axes: Axes, arm: str | None = None) -> Doubt:
     """The doubt about runs, of one arm or of all, that differ in `kind`. runs: value of it -> the runs that have it."""
     told = []
     for value, some in sorted(runs.items(), key=lambda item: -len(item[1])):
@@ -75,7 +75,7 @@ def differing(kind: str, values: Iterable[tuple[str, Point]], axes: Axes) -> Ite
         if value:
             runs[value].append(run)
     if len(runs) > 1:
-        yield several(kind, runs, axes)
+        yield values_doubt(kind, runs, axes)
 
 
 def missing(names: Mapping[str, Sequence[str]], asked: Mapping[str, int]) -> Iterator[Doubt]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from speedrun_mup.files import printable
 from speedrun_mup.transfer.axes import Axes, with_article
-from speedrun_mup.transfer.claims import Doubt, open_doubts, refuse_copies, several
+from speedrun_mup.transfer.claims import Doubt, open_doubts, refuse_copies, values_doubt
 from speedrun_mup.transfer.fits import (
     Array,
     Estimate,
@@ -162,7 +162,7 @@ def _other_sizes(placed: Mapping[str, Mapping[int, Sequence[Point]]], axes: Axes
                     values[point.sizes[name]].append(point)
             if max(values) - min(values) > ROUNDED * max(values):
                 told = {str(value): some for value, some in values.items()}
-                yield several(name, told, axes, arm if len(placed) > 1 else None)
+                yield values_doubt(name, told, axes, arm if len(placed) > 1 else None)
 
 
 def _check_arms(

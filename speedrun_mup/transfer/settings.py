@@ -14,7 +14,7 @@ import numpy as np
 
 from speedrun_mup.files import printable
 from speedrun_mup.transfer.axes import RATE, SIZES, Axes
-from speedrun_mup.transfer.claims import MADE_WITH, Doubt, several
+from speedrun_mup.transfer.claims import MADE_WITH, Doubt, values_doubt
 from speedrun_mup.transfer.points import Point
 
 # What must be the same in all runs of an arm: settings that a table may list and an estimator cannot see.
@@ -71,7 +71,7 @@ def judge_settings(
             if not _one_setting(column, some):
                 power = _power(some, axes) if _follows(_name(column), axes) else None
                 if power is None:
-                    doubts.append(several(kind, _by_value(some), axes, None if lone else arm))
+                    doubts.append(values_doubt(kind, _by_value(some), axes, None if lone else arm))
                 elif abs(power) > ROUNDED:
                     where = "" if lone else f"arm {printable(arm, 40)}: "
                     notes.append(

@@ -31,7 +31,7 @@ FEW = 8  # values of a column that is left out which are worth telling
 
 
 @dataclass(frozen=True)
-class Table:
+class RunTable:
     """What a file holds. notes: what was left out; doubts: see `claims`."""
 
     axes: Axes
@@ -45,7 +45,7 @@ def read_points(path: str | Path, axes: Axes | None = None, columns: Mapping[str
     return read_table(path, axes, columns).points
 
 
-def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None) -> Table:
+def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None) -> RunTable:
     """Runs from a CSV with a column for each of `axes`, loss and, if you like, seed (else one run at every point) and arm
     (else the name of the file).
 
@@ -101,7 +101,7 @@ def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str,
         raise TransferError(f"{printable(path)}: a header but no rows; give one row per finished run")
     doubts, notes = judge_settings([(header[number], values) for number, values in settings.items()], axes)
     notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
-    return Table(axes, [point for point, _ in points.values()], tuple(notes), tuple(doubts))
+    return RunTable(axes, [point for point, _ in points.values()], tuple(notes), tuple(doubts))
 
 
 def _check_names(axes: Axes) -> None:
@@ -161,7 +161,7 @@ def _point(
     size = _whole(cells[axes.size], at, positive=True)
     if size > axes.scale.most:
         raise TransferError(f"{at}: {size:.3g} should be at most {axes.scale.most}")
-    value = _number(cells[axes.hyperparameter], tuned, "a positive number")
+    value = _to_number(cells[axes.hyperparameter], tuned, "a positive number")
     if not value > 0:
         raise TransferError(f"{tuned}: {printable(cells[axes.hyperparameter], 40)!r} should be a positive number")
     if not LEAST_VALUE <= value <= GREATEST_VALUE:
@@ -169,7 +169,7 @@ def _point(
     seed = seeds.number(cells["seed"], f"{where}, column seed") if "seed" in cells else 0
     hint = "a number (write nan or diverged for a run that blew up)"
     lost = cells["loss"].lower() == "diverged"
-    loss = math.nan if lost else _number(cells["loss"], f"{where}, column loss", hint, finite=False)
+    loss = math.nan if lost else _to_number(cells["loss"], f"{where}, column loss", hint, finite=False)
     arm = cells.get("arm") or printable(default_arm, MOST_NAME)
     if arm != printable(arm, MOST_NAME):
         kind = f"a name of at most {MOST_NAME} characters, none of them a control character"
@@ -177,7 +177,7 @@ def _point(
     return Point({**others, axes.size: size}, value, seed, loss, arm)
 
 
-def _number(text: str, where: str, kind: str, *, finite: bool = True) -> float:
+def _to_number(text: str, where: str, kind: str, *, finite: bool = True) -> float:
     """The number in a cell, or a TransferError that says what should stand there."""
     try:
         value = float(text) if "_" not in text else math.inf
@@ -193,7 +193,7 @@ def _whole(text: str, where: str, positive: bool = False) -> int:
     """The whole number in a cell, to the last digit, as 2**53 and 2**53 + 1 are one float."""
     kind = f"a {'positive ' if positive else ''}whole number"
     exact = re.fullmatch(r"[+-]?[0-9]{1,40}", text)
-    number = int(text) if exact else _number(text, where, kind)
+    number = int(text) if exact else _to_number(text, where, kind)
     if number != int(number) or (positive and number <= 0) or (not exact and abs(number) >= 2**53):
         raise TransferError(f"{where}: {printable(text, 40)!r} should be {kind}")
     return int(number)
