@@ -22,7 +22,6 @@ FLOORS = [
         "packages",
         "pictures",
         "terminal",
-        "training.ranks",
         "training.schedules",
         "training.signals",
     ],

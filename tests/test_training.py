@@ -599,7 +599,7 @@ def test_without_strict_the_bits_depend_on_the_number_of_ranks_but_little_else_d
 
 
 def test_strict_needs_branches_of_the_tree():
-    with pytest.raises(ConfigError, match="3 micro-batches per process are no branch"):
+    with pytest.raises(ConfigError, match="3 micro-batches per process do not fit the tree"):
         pick_pack(make_config("laptop", {"deterministic": True, "micro_batches": 6}), 2, torch.device("cpu"))
     for size in (1, 3, 6):
         assert (

@@ -13,17 +13,19 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from speedrun_mup.core.device import env_int, pick_device
-from speedrun_mup.core.errors import CollectiveError, ConfigError, in_a_line
+from speedrun_mup.core.errors import CollectiveError, ConfigError, UserError, in_a_line
+
+T = TypeVar("T")
 
 PARENT_DIED = signal.SIGUSR2  # a signal of its own, because one death may send it more than once
 ROLL_CALL_S = 3.0  # how long ranks that lost another wait for each other's response
@@ -167,6 +169,30 @@ class World:
         """Rank 0's picklable `value`, on every rank. Also a barrier."""
         return self.gather_objects(value if self.is_main else None)[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which rank 0 alone does, on every rank; picklable. Its UserError is raised on all."""
+        outcome: T | UserError = self.from_main(_attempt(work) if self.is_main else None)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """This rank's result of `work`, which all ranks do. The UserError of the first that has one is raised on all."""
+        outcome = _attempt(work)
+        faults = self.gather_objects(outcome if isinstance(outcome, UserError) else None)
+        if fault := next(filter(None, faults), None):
+            raise fault
+        return cast(T, outcome)
+
+    def check_agreement(self, facts: Mapping[str, Any]) -> None:
+        """CollectiveError unless all ranks have the same facts, by name."""
+        for rank, theirs in enumerate(self.gather_objects(facts)):
+            differ = [name for name in facts if theirs.get(name) != facts[name]]
+            if differ:
+                raise CollectiveError(
+                    f"ranks {self.rank} and {rank} differ in {', '.join(differ)}; start all with one command"
+                )
+
     def _started(self, start: Callable[[], Any]) -> Handle:
         with self._noticing_the_lost():
             work = start()
@@ -207,6 +233,13 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.gather_objects(None)
+
+
+def _attempt(work: Callable[[], T]) -> T | UserError:
+    try:
+        return work()
+    except UserError as fault:
+        return fault
 
 
 _abandoned: list[Any] = []  # groups in which a rank was lost

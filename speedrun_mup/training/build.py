@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
-
-import torch
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.distributed import World
-from speedrun_mup.core.errors import CollectiveError, UserError
+from speedrun_mup.core.errors import UserError
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import OPTIMIZERS, GroupHyperparams, ShardedOptimizer, param_groups
 from speedrun_mup.data.corpus import cache_folder, find_corpus
@@ -17,7 +14,6 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
 from speedrun_mup.training.memory import translate_oom
 from speedrun_mup.training.model_config import model_config
-from speedrun_mup.training.ranks import on_main
 
 
 def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
@@ -31,8 +27,7 @@ def prepare_corpus(cfg: TrainConfig, world: World) -> tuple[Corpus, str]:
                 raise type(fault)(f"{fault}; if the data moved, add --data and their new place") from None
             raise
 
-    found: tuple[Corpus, str] = on_main(world, find)
-    return found
+    return world.on_main(find)
 
 
 class BuiltModel(NamedTuple):
@@ -75,14 +70,3 @@ def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool 
     for optimizer in optimizers if compiled else ():
         optimizer.compile_parts()
     return optimizers
-
-
-def check_agreement(cfg: TrainConfig, corpus: Corpus, world: World) -> None:
-    """CollectiveError unless all ranks have the same settings, data and versions."""
-    mine = {"torch": torch.__version__, "corpus": corpus.fingerprint, **dataclasses.asdict(cfg)}
-    for rank, theirs in enumerate(world.gather_objects(mine)):
-        differ = [key for key in mine if theirs.get(key) != mine[key]]
-        if differ:
-            raise CollectiveError(
-                f"ranks {world.rank} and {rank} differ in {', '.join(differ)}; start all with one command"
-            )

@@ -16,6 +16,7 @@ All ranks must see the same folder. Rename is atomic on local disks and NFS, not
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from speedrun_mup.config import TrainConfig, build, known_settings, settings
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.model.record import SCALARS, ranges_of_scalars
 from speedrun_mup.core.optimizers import Slice
@@ -292,6 +294,12 @@ class Loaded:
         flat = self.model.get(SCALARS)  # of the first edition
         if flat is not None and flat.ndim == 1 and len(flat) % 5 == 0:
             self._divide(SCALARS, ranges_of_scalars(len(flat) // 5))
+
+    @functools.cached_property
+    def cfg(self) -> TrainConfig:
+        """The settings of the run that wrote it, by their present names."""
+        saved = known_settings(self.state["config"])
+        return build({name: saved[name] for name in settings()})
 
     def slice(self, key: str, begin: int, end: int) -> Tensor:
         """The flat range [begin, end) of "parameter/state", (end - begin,), whichever rank wrote it."""

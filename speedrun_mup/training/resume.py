@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun_mup.config import TrainConfig, build, known_settings, settings
+from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
@@ -19,7 +19,6 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, Loaded, check_match
 from speedrun_mup.training.model_config import model_config
-from speedrun_mup.training.ranks import attempt, unwrap
 from speedrun_mup.training.run_folder import check_resumable, checked_state, is_longer, told_of_extension
 from speedrun_mup.training.tracking import lives, source_sha256
 
@@ -58,7 +57,7 @@ def restore(
         optimizer.load_slices(loaded.slice, state["optimizer_steps"][type(optimizer).__name__])
     before = state["config"]["iterations"]
     if is_longer(before, cfg.iterations):
-        notes.append(told_of_extension(before, cfg, state["step"]))
+        notes = [*notes, told_of_extension(before, cfg, state["step"])]
     return state, notes
 
 
@@ -87,8 +86,7 @@ def take_weights(source: Path, model: GPT, cfg: TrainConfig, corpus: Corpus, wor
         if found is None:
             raise CheckpointError(f"--init-from {source}: no checkpoint there; give a run's folder or a step-N in it")
         path = found
-    for outcome in world.gather_objects(attempt(lambda: _load_weights(Loaded(path), model, cfg, corpus))):
-        unwrap(outcome)
+    world.on_all(lambda: _load_weights(Loaded(path), model, cfg, corpus))
     return path, [*notes, f"starting at step 0 with the weights of {path}"]
 
 
@@ -105,8 +103,7 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
             f"{shapes.get(first) or 'missing or unexpected'}, not {tuple(own[first].shape) if first in own else 'known'};"
             " give the same --width, --n-layer and tokens"
         )
-    saved = known_settings(loaded.state["config"])
-    theirs = build({name: saved[name] for name in settings()})
+    theirs = loaded.cfg
     with torch.device("meta"):
         scale = GPT(model_config(theirs, corpus, "dense", torch.float32)).logit_scale
     if theirs.head_dim != cfg.head_dim or not math.isclose(scale, model.logit_scale):

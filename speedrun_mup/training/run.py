@@ -27,7 +27,7 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import load_tokenizer
 from speedrun_mup.sample import Writer
 from speedrun_mup.sampling import Sampling
-from speedrun_mup.training.build import build_optimizers, check_agreement, prepare_corpus
+from speedrun_mup.training.build import build_optimizers, prepare_corpus
 from speedrun_mup.training.checkpoint import Checkpoints
 from speedrun_mup.training.hardware import short_waits
 from speedrun_mup.training.memory import translate_oom
@@ -103,10 +103,11 @@ class Run:
     def __init__(self, cfg: TrainConfig, world: World, lock: FolderLock | None = None):
         self.world = world
         self.corpus, source = prepare_corpus(cfg, world)
+        same = {"torch": torch.__version__, "corpus": self.corpus.fingerprint, **dataclasses.asdict(cfg)}
+        world.check_agreement(same)
         self.passes = Passes(cfg, self.corpus, world)
         self.model = self.passes.model
         self.optimizers = build_optimizers(self.model, cfg, world, self.passes.compiled)
-        check_agreement(cfg, self.corpus, world)
         if cfg.sample_every:
             load_tokenizer(self.corpus)  # raises now, not at the first sample
         self.cfg = cfg = self.passes.fit()

@@ -22,7 +22,6 @@ from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import FolderLock, open_to_append, printable, read_text, write_whole
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
-from speedrun_mup.training.ranks import attempt, on_main, unwrap
 from speedrun_mup.training.tracking import (
     CONFIG,
     LOG,
@@ -65,7 +64,7 @@ class RunFolder:
             self.lock = lock or _open_folder(cfg)
             return self.lock.find()
 
-        self.path: Path = on_main(world, open_it)
+        self.path = world.on_main(open_it)
 
     def open_log(self, cfg: TrainConfig, start: int) -> None:
         """Open the log of a run from step `start`; then write its provenance and config.json, with which a run exists.
@@ -80,9 +79,7 @@ class RunFolder:
                 _note_start(cfg, self.path, start)
             return log
 
-        log = attempt(open_it)
-        on_main(self.world, lambda: unwrap(log) and None)
-        self.log = unwrap(log)
+        self.log = self.world.on_all(open_it)
 
     def find(self) -> bool:
         """Have rank 0's log write where the folder is now. False if that is not known, so that another's is left alone."""
@@ -95,7 +92,7 @@ class RunFolder:
 
     def follow(self) -> Path:
         """Work on in the folder under its new name, if somebody renamed it; returns it. UserError on all ranks if it is lost."""
-        found: Path = on_main(self.world, lambda: self.lock and self.lock.find())
+        found = self.world.on_main(lambda: self.lock.find() if self.lock else self.path)
         if found != self.path:
             self.log.move(found)
             self.log.say(f"{printable(self.path)} was renamed to {printable(found)}; the run goes on there")
