@@ -63,13 +63,13 @@ class Stopwatch:
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            _wait_for(self._device)
+            wait_for(self._device)
             now = time.perf_counter()
         self._laps[-1].append((now, phase))
 
     def laps(self) -> list[dict[str, float]]:
         """Milliseconds by phase of every lap; waits for the device."""
-        _wait_for(self._device)
+        wait_for(self._device)
         found = []
         for marks in self._laps:
             times: dict[str, float] = dict.fromkeys(PHASES, 0.0)
@@ -264,7 +264,7 @@ def _train_and_time(run: Run, watch: Stopwatch, began: float, profiled: bool) ->
     world, device, steps, timed = run.world, run.world.device, run.cfg.iterations, _Timed()
     warming = time.perf_counter()
     run.warm_up_kernels()
-    _wait_for(device)
+    wait_for(device)
     timed.warmup_s, timed.graphs_in_warmup = time.perf_counter() - warming, graphs_compiled()
     timed.memory["warmup and validation"] = _peak_memory(device)
     run.passes.phase = watch
@@ -276,7 +276,7 @@ def _train_and_time(run: Run, watch: Stopwatch, began: float, profiled: bool) ->
                 run.take_step(micro_batches, step)
                 run.process_pending_steps(at_once=False)
             if step == 0:
-                _wait_for(device)
+                wait_for(device)
                 timed.start_s = time.perf_counter() - began
             timed.keys.append(_mean_keys(run, micro_batches, step))
         run.process_pending_steps()
@@ -307,7 +307,8 @@ def _mean_keys(run: Run, micro_batches: list[Batch], step: int) -> tuple[float, 
     return long, short
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -329,10 +330,10 @@ def profile_step(run: Run, micro_batches: list[Batch], step: int, most: int = 20
     """The most expensive ops (on CUDA: kernels) of one step: name, calls, ms, share of all."""
     on_cuda = run.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    _wait_for(run.world.device)
+    wait_for(run.world.device)
     with profile(activities=activities, acc_events=True) as profiler:
         run.take_step(micro_batches, step)
-        _wait_for(run.world.device)
+        wait_for(run.world.device)
     run.process_pending_steps()
 
     def took(entry: Any) -> float:

@@ -11,6 +11,7 @@ import torch
 from helpers.dist import run_ranks
 
 from speedrun_mup import bench as bench_module
+from speedrun_mup import bench_generate
 from speedrun_mup.bench import PHASES, Stopwatch, TimedWorld, bench
 from speedrun_mup.cli import main
 from speedrun_mup.core.model import GPT
@@ -170,3 +171,22 @@ def test_on_the_command_line(capsys, no_ceilings):
     capsys.readouterr()
     assert main(["bench", "--steps", "0"]) == 2
     assert capsys.readouterr().err == "error: --steps 0 must be at least 1\n"
+
+
+def test_writing_is_measured(tiny, monkeypatch, capsys):
+    """Every number is there and positive; the memory is that of the long and short windows' keys and values."""
+    monkeypatch.setattr(bench_generate, "WRITTEN", 3)
+    cfg = tiny(width=32)
+    found = bench_generate.bench_generation(cfg)
+    assert found.first_token_ms.keys() == {1, 512} and found.tokens_per_s.keys() == {1, 8}
+    assert found.token_ms.keys() == {96, 8 * 96}
+    assert min(*found.first_token_ms.values(), *found.tokens_per_s.values(), *found.token_ms.values()) > 0
+    model = GPT(model_config(cfg, Vocabulary(65)))
+    layers = [block.attn.has_long_window for block in model.blocks if block.attn is not None]
+    tokens = sum(96 if long else 32 for long in layers)
+    assert found.cache_mib == 2 * 4 * 32 * tokens / 2**20
+    flags = "--preset laptop --data synthetic --device cpu --width 32 --head-dim 16 --block-size 32 --window-tokens 96"
+    assert main(["bench", "--generate", "--json", *flags.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == found.parameters
+    assert main(["bench", "--generate", *flags.split()]) == 0
+    assert "samples side by side: " in capsys.readouterr().out

@@ -53,7 +53,7 @@ FLOORS = [
     ["data"],
     ["training.run_folder", "sample", "evaluate"],
     ["training"],
-    ["bench", "coord_check", "doctor", "explain", "export", "plan", "report", "sweep", "transfer"],
+    ["bench", "bench_generate", "coord_check", "doctor", "explain", "export", "plan", "report", "sweep", "transfer"],
     ["commands", "cli"],
 ]
 

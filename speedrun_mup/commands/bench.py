@@ -18,6 +18,9 @@ def run(argv: Sequence[str]) -> int:
     parser = new_parser("speedrun-mup bench", run.__doc__ or "")
     parser.add_argument("--steps", type=int, default=28, help="steps, over which the window grows fully; %(default)s")
     parser.add_argument("--profile", action="store_true", help="also list the most expensive ops of one step")
+    parser.add_argument(
+        "--generate", action="store_true", help="measure writing text instead: tokens/s, time to the first token"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_preset(parser)
     add_settings(
@@ -26,10 +29,17 @@ def run(argv: Sequence[str]) -> int:
         plus=("seed", "fit_memory", "batch_schedule"),
     )
     flags = vars(parse(parser, argv))
-    steps, profiled, as_json = (flags.pop(name) for name in ("steps", "profile", "json"))
+    steps, profiled, generate, as_json = (flags.pop(name) for name in ("steps", "profile", "generate", "json"))
     if steps < 1:
         raise ConfigError(f"--steps {steps} must be at least 1")
     cfg = config_of(flags)
+
+    if generate:
+        from speedrun_mup.bench_generate import bench_generation
+
+        written = bench_generation(cfg)
+        print(written.to_json() if as_json else written.summary())
+        return 0
 
     import contextlib
     import sys
