@@ -33,6 +33,7 @@ from speedrun_mup.settings import (
     settings_of,
     value_types,
 )
+from speedrun_mup.techniques import with_techniques
 
 if TYPE_CHECKING:
     from speedrun_mup.training.schedules import Schedule
@@ -44,6 +45,7 @@ STEPS = (at_most(LARGEST), at_least(0))
 
 @dataclass(frozen=True)
 @with_param_groups
+@with_techniques
 class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 

@@ -65,6 +65,7 @@ PARAM_GROUPS = {
     "head": ParamGroup("readout", lr=0.22),
     # 1e-10 lets their first noisy gradient take a full-size step
     "scalar": ParamGroup("skip weights and mixing coefficients", lr=0.04, eps=1e-10),
+    "gate": ParamGroup("gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99),  # record 56; before, Muon
 }
 
 

@@ -35,6 +35,7 @@ FLOORS = [
         "sampling",
         "editions",
         "param_groups",
+        "techniques",
         "config",
         "setting_flags",
     ],

@@ -182,7 +182,7 @@ def test_what_is_added_from_outside_has_flags(plug_in, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    assert "label smoothing (0.0)" in shown and "bigram embedding (0.3)" in shown and "scalar, bigram)" in shown
+    assert "label smoothing (0.0)" in shown and "bigram embedding (0.3)" in shown and "gate, bigram)" in shown
     assert main(["train", "--label-smoothing", "2"]) == 2
     assert capsys.readouterr().err == "error: label_smoothing=2.0 must be in [0, 1]\n"
     for command in ("bench", "plan", "sweep"):

@@ -8,6 +8,7 @@ import torch
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.model import GPTConfig
+from speedrun_mup.core.model.options import with_techniques
 
 
 class HasVocabulary(Protocol):
@@ -48,7 +49,7 @@ def model_config(
     Raises:
         ConfigError: for an impossible shape.
     """
-    return GPTConfig(
+    shape = GPTConfig(
         vocab_size=vocabulary.vocab_size,
         bos_token=vocabulary.bos_token,
         n_layer=cfg.n_layer,
@@ -62,3 +63,4 @@ def model_config(
         fp8=fp8,
         widest_window=cfg.schedule.widest_window,
     )
+    return with_techniques(shape, cfg)
