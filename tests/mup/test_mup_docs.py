@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speedrun_mup.coord_check import Verdict, coord_check
+from speedrun_mup.coord_check import CheckVerdict, coord_check
 from speedrun_mup.core import mup
 
 DOC = Path(__file__).parents[2] / "docs" / "mup-library.md"
@@ -89,8 +89,8 @@ def test_the_ported_model_passes_the_coordinate_check_and_lines_of_nanogpt_in_it
         seeds=2,
         progress=False,
     )
-    assert (result.verdict is Verdict.PASS) == (not failed), result.summary()
-    found = [f"{row.kind} {row.quantity}" for row in result.arm.rows if row.verdict is Verdict.FAIL]
+    assert (result.verdict is CheckVerdict.PASS) == (not failed), result.summary()
+    found = [f"{row.kind} {row.quantity}" for row in result.arm.rows if row.verdict is CheckVerdict.FAIL]
     assert set(failed) <= set(found), result.summary()
     at_start = {row.kind: row.slope for row in result.arm.rows if row.quantity == "init"}
     assert at_start["c_attn.weight"] == pytest.approx(0.5 if "init" in original else 0.0, abs=0.1)
