@@ -124,3 +124,26 @@ def test_a_model_of_ones_own_takes_it_too():
     before = layer.weight.detach().clone()
     OPTIMIZERS["lion"](groups["lion"]).step()
     torch.testing.assert_close(layer.weight.detach(), before - 0.005)
+
+
+@pytest.mark.parametrize(
+    "optimizer, controls",
+    [
+        (
+            "normuon",
+            {"muon-over-m": "normuon", "muon-sqrt-m": "normuon", "adam-constant": "adam", "head-sqrt": "normuon"},
+        ),
+        ("lion", {"adam-constant": "lion", "head-sqrt": "lion"}),
+    ],
+)
+def test_the_check_has_a_control_for_every_rule_of_the_kinds_in_use(optimizer, controls, monkeypatch):
+    given = []
+    monkeypatch.setattr("speedrun_mup.coord_check.gpt.coord_check", lambda **options: given.extend(options["controls"]))
+    built = {}
+    monkeypatch.setattr(
+        "speedrun_mup.coord_check.gpt.build_optimizers", lambda model, cfg, world: built.update({model: cfg})
+    )
+    gpt_coord_check(make_config("laptop", {"matrix_optimizer": optimizer, "data": "synthetic"}))
+    for control in given:
+        control.optimizer(control.name)
+    assert {name: cfg.matrix_optimizer for name, cfg in built.items()} == controls
