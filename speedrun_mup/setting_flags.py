@@ -100,6 +100,13 @@ class _Noted(argparse.Action):
         setattr(namespace, self.dest, self.now.get(values, values))
 
 
+def add_renamed_flag(parser: argparse.ArgumentParser, former: str, flag: str) -> None:
+    """A flag of the edition before, which takes a word and works for one more release with a note."""
+    quiet: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    action: Any = parser.add_argument(former, action=_Noted, dest=flag.strip("-").replace("-", "_"), **quiet)
+    action.instead = f"it is now {flag}"
+
+
 def _add_former_flag(parser: Parser, name: str, entry: Former, kind: type) -> None:
     options: dict[str, Any] = {"type": kind}
     flags = [flag_of(name)]

@@ -369,9 +369,7 @@ FLAGS = (
     Meaning("dedup deduplicate unique drop-dups", "--drop-duplicates", "use --drop-duplicates"),
     Meaning("shard-size tokens-per-shard max-shard-tokens", "--shard-tokens", "use --shard-tokens"),
     Meaning("width target target-width at-width extrapolate", "--predict", "use --predict: a forecast for this width"),
-    Meaning(
-        "params parameters param-name hyperparameter hparam", "--knob", "use --knob: the hyperparameter that was varied"
-    ),
+    Meaning("params parameters param-name hparam", "--hyperparameter", "use --hyperparameter: what was varied"),
     Meaning("format as-json output-format json-output", "--json", "use --json"),
 )
 

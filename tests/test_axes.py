@@ -145,6 +145,12 @@ def test_axes_that_are_other_columns_are_refused(tmp_path, capsys):
     for flag, name in (("--size", "lr"), ("--hyperparameter", "width")):
         assert main(["transfer", source, flag, name]) == 3
         assert f"size and hyperparameter are both {name}; name a column for each" in capsys.readouterr().err
+    assert main(["transfer", source, "--knob", "arm"]) == 3
+    told = capsys.readouterr().err
+    assert (
+        "note: --knob works for one more release; it is now --hyperparameter\n" in told
+        and "hyperparameter arm is" in told
+    )
     assert main(["transfer", source, "--size", "depth"]) == 3
     assert "no column depth, lr in the header" in capsys.readouterr().err
 

@@ -184,7 +184,7 @@ def test_sweep_runs_what_is_missing_and_says_what_comes_next(tmp_path, capsys):
         (["--seeds", "0"], "seeds=: name at least one"),
         (["--lr", "1"], "unknown argument --lr; use --octaves: the factors to try are 2^K"),
         (["--mup", "--parametrization", "sp"], "argument --parametrization: not allowed with argument --mup"),
-        (["--knob", "dropout"], "hyperparameter='dropout' cannot be swept"),
+        (["--hyperparameter", "dropout"], "hyperparameter='dropout' cannot be swept"),
         (["--widths", "64", "x"], "invalid int value: 'x'"),
         (["--width", "64"], "unknown argument --width; did you mean --widths?"),
     ],

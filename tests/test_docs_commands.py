@@ -175,9 +175,9 @@ def workspace(tmp_path, monkeypatch, texts):
     return tmp_path
 
 
-def write_table(path: Path, knob: str) -> None:
+def write_table(path: Path, size: str, hyperparameter: str) -> None:
     """The reader's own runs: an arm that transfers and one that drifts by an octave per doubling."""
-    rows = [f"arm,width,{knob},seed,loss"]
+    rows = [f"arm,{size},{hyperparameter},seed,loss"]
     for arm, drift in (("mup", 0.0), ("sp", -1.0)):
         for doubling, width in enumerate((64, 128, 256)):
             for octave in range(-4, 4):
@@ -204,7 +204,9 @@ def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd)
         if reason:
             continue
         for name in (word for word in words if word.endswith(".csv")):
-            write_table(workspace / name, words[words.index("--knob") + 1] if "--knob" in words else "lr")
+            axes = {"--size": "width", "--hyperparameter": "lr"}
+            axes |= {flag: words[words.index(flag) + 1] for flag in axes if flag in words}
+            write_table(workspace / name, *axes.values())
             for pair in words[words.index("--columns") + 1].split(",") if "--columns" in words else ():
                 ours, theirs = pair.split("=")
                 header, rest = (workspace / name).read_text().split("\n", 1)

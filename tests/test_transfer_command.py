@@ -55,8 +55,8 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--sigma", "0.5"], "--sigma 0.5: runs with several seeds already give the noise; leave it out"),
         ([TABLE, "--base-width", "100"], "--base-size 100: was not run in arm"),
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
-        ([TABLE, "--knob", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
-        ([TABLE, "--knob", "Loss"], "hyperparameter loss is a column with another meaning"),
+        ([TABLE, "--hyperparameter", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
+        ([TABLE, "--hyperparameter", "Loss"], "hyperparameter loss is a column with another meaning"),
         ([TABLE, "--predict", "0"], "--predict 0: give a width"),
         ([TABLE, "--predict", "9" * 50], "the largest whole number is 2^53"),
         ([TABLE, "--predict", "9" * 15], "give a width, such as 1024"),
@@ -100,7 +100,7 @@ def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
     as_lr = capsys.readouterr().out
     table = tmp_path / "decay.csv"
     table.write_text(Path(TABLE).read_text().replace("LR,", "Weight_Decay,", 1))
-    knob = ["--knob", "weight_decay", "--controls", "adam-const=-1"]
+    knob = ["--hyperparameter", "weight_decay", "--controls", "adam-const=-1"]
     assert main(["transfer", str(table), *knob, "--predict", "1024"]) == 0
     told = capsys.readouterr().out
     assert ", hyperparameter weight_decay" in told and "best lr" not in told and ", weight_decay 0.0" in told

@@ -12,7 +12,7 @@ from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several
-from speedrun_mup.setting_flags import add_settings
+from speedrun_mup.setting_flags import add_renamed_flag, add_settings
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -59,7 +59,6 @@ def run(argv: Sequence[str]) -> int:
     )
     group.add_argument(
         "--hyperparameter",
-        "--knob",
         default="lr_scale",
         help="a learning rate (%(default)s turns all of them), weight_decay, adam_eps or scalar_eps; %(default)s",
     )
@@ -71,6 +70,7 @@ def run(argv: Sequence[str]) -> int:
     )
     group.add_argument("--out", default="sweeps/sweep", metavar="DIR", help="the sweep's folder; %(default)s")
     group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
+    add_renamed_flag(parser, "--knob", "--hyperparameter")
     add_engine(parser)
     add_settings(
         parser,

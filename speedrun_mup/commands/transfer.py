@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.setting_flags import add_renamed_flag
 
 if TYPE_CHECKING:
     from speedrun_mup.transfer import Axes, Forecast, TransferResult
@@ -100,10 +101,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hyperparameter",
-        "--knob",
         metavar="NAME",
         help="column of the table that takes lr's place, above zero",
     )
+    add_renamed_flag(parser, "--knob", "--hyperparameter")
     parser.add_argument(
         "--columns",
         default="",
