@@ -335,7 +335,7 @@ class TrainConfig:
                 wrong.append(f"{name}={value} is not a multiple of block_size={self.block_size}; try {near}")
         if self.name is not None and not re.fullmatch(r"(?!\.)[^/\0]{1,200}", self.name):
             wrong.append(
-                f"name={self.name[:40]!r} is no name for a folder inside out; it may hold no / and no leading dot"
+                f"name={self.name[:40]!r} is not a folder name inside out; it must not have a / or a leading dot"
             )
         if wrong:
             raise ConfigError("; ".join(wrong))

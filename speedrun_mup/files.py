@@ -270,7 +270,7 @@ class LineFile:
     def close(self) -> None:
         """Bring the lines to the disk, and close; once more does nothing."""
         if self._descriptor >= 0:
-            with contextlib.suppress(OSError):  # a disk that takes nothing was told of by `append`
+            with contextlib.suppress(OSError):  # `append` has reported a disk that takes nothing
                 os.fsync(self._descriptor)
             os.close(self._descriptor)
         self._descriptor = -1  # its number may soon be another file's
@@ -302,7 +302,7 @@ def own_folder(folder: Path) -> None:
 class FolderLock:
     """Keeps other processes out of a folder until it is closed or its process ends, however it ends.
 
-    `folder` is where it is; `find` notices that somebody renamed it. Raises ConfigError naming the process that holds it.
+    `folder` is where it is; `find` notices that it was renamed. Raises ConfigError naming the process that holds it.
     """
 
     def __init__(self, folder: Path, flag: str = "--name"):
@@ -337,7 +337,7 @@ class FolderLock:
         return None
 
     def find(self) -> Path:
-        """Where the folder is now, which becomes `folder`. UserError if its name is another's and Linux cannot tell its own."""
+        """Where the folder is now, which becomes `folder`. UserError if its name is another's and Linux does not know its own."""
         held = os.fstat(self._place)
         if not _is_at(self.folder, held):
             with contextlib.suppress(OSError):
@@ -347,7 +347,7 @@ class FolderLock:
                     return moved
             raise UserError(
                 f"{self.folder} was renamed or deleted while the run worked in it, and cannot be found; nothing more was "
-                "written; go on with --resume and its new name"
+                "written; resume with --resume and its new name"
             )
         return self.folder
 

@@ -158,7 +158,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(number, tmp_path):
     os.kill(child, number)
     assert wait(child) == 75
     told = said.read_text()
-    assert f"by {number.name}, saved; go on with --resume runs/a" in told
+    assert f"by {number.name}, saved; resume with --resume runs/a" in told
     assert len(list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*"))) == 1
 
 

@@ -163,7 +163,7 @@ BAD = {
     "--track mlflow": "invalid choice: 'mlflow'",
     "--iterations": "expected one argument",
     "--lr-scale high": "invalid float value: 'high'",
-    "--name ../x": "name='../x' is no name for a folder inside out",
+    "--name ../x": "name='../x' is not a folder name inside out",
     "--epochs 1 --iterations 100000": "the data ends after 1 epoch(s)",
     "--resmue auto": "did you mean --resume?",
     "--fit-memory maybe": "unknown argument maybe",

@@ -121,7 +121,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(number, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     early = "error: stopped by SIGINT before there was a run; start the same command again\n"
     stopped = done.stderr == early or re.fullmatch(
-        "error: stopped by SIGINT, nothing new saved; go on with .*\n", done.stderr
+        "error: stopped by SIGINT, nothing new saved; resume with .*\n", done.stderr
     )
     known = done.stderr == "error: interrupted\n" if done.returncode == 130 else done.returncode == 75 and stopped
     assert known, (number, done.returncode, done.stderr[-500:])

@@ -1,11 +1,18 @@
-"""The words that CONTRIBUTING.md asks not to write, looked for wherever users read."""
+"""The words that CONTRIBUTING.md asks not to write, looked for wherever users read: README, docs, help, messages."""
 
+import ast
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from speedrun_mup.cli import COMMANDS, usage
+from speedrun_mup.core.errors import ConfigError
+
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "speedrun_mup"
 
 # What not to write -> what to write instead.
 WORDS = {
@@ -41,7 +48,7 @@ WORDS = {
 }
 WRONG = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b", re.I)
 CODE = re.compile(r"```.*?```|`[^`]*`|^    [^\n]*$|\]\([^)]*\)", re.S | re.M)  # of a page: quoted as it is
-NAME = re.compile(r"--[\w-]+|\b[\w.]*[_./][\w./]*\b")  # flags, identifiers and paths keep their names
+NAME = re.compile(r"--[\w-]+|\b\w+=|\b[\w.]*[_./][\w./]*\b")  # flags, identifiers and paths keep their names
 
 
 def wrong_words(text: str) -> list[str]:
@@ -53,3 +60,48 @@ def wrong_words(text: str) -> list[str]:
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_pages_use_the_words_of_the_field(page):
     assert not wrong_words(CODE.sub("", page.read_text())), page
+
+
+def literals(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every string of a module that a user may read: no docstring, no single word that is not in a message."""
+    tree = ast.parse(path.read_text())
+    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    first = [node.body[0] for node in ast.walk(tree) if isinstance(node, scopes) and node.body]
+    quiet = {id(node.value) for node in first if isinstance(node, ast.Expr)}
+    pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in quiet:
+            continue
+        if " " in node.value.strip() or id(node) in pieces:
+            yield node.lineno, node.value
+
+
+def test_messages_use_the_words_of_the_field():
+    paths = [
+        ROOT / "train.py",
+        *(ROOT / "scripts").rglob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+        *PACKAGE.rglob("*.py"),
+    ]
+    found = [(path, line, wrong_words(text)) for path in paths for line, text in literals(path)]
+    wrong = [f"{path.relative_to(ROOT)}:{line}: {words}" for path, line, words in found if words]
+    assert len(found) > 1000 and not wrong, "\n".join(wrong)
+
+
+def test_help_uses_the_words_of_the_field(monkeypatch):
+    helps = [usage()]
+
+    def remember(parser, argv):
+        helps.append(parser.format_help())
+        raise ConfigError("seen")
+
+    for name in COMMANDS:
+        module = importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "parse", remember)
+        parts = ("run_text", "run_fineweb", "run_inspect") if name == "data" else ()
+        for command in (module.run, *(getattr(module, part) for part in parts)):
+            with pytest.raises(ConfigError):
+                command([])
+    assert len(helps) > len(COMMANDS)
+    for text in helps:
+        assert not wrong_words(text), text[:60]

@@ -354,7 +354,7 @@ def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_wit
     plan, far = make_plan(target, out, FakeEngine(), budget_share=share), FakeEngine(optimum=-3.0)  # outside the grid
     result = run_plan(plan, out, far, progress=False)
     assert not result.complete and result.left and result.flops <= share * run_flops(target, 65)
-    assert f"the budget of FLOPs has no room for the {result.left} runs left; a larger one goes on" in result.summary()
+    assert f"FLOP budget exhausted, {result.left} runs left; raise --budget to continue" in result.summary()
     planned_cells = {(cell.size, cell.log2_factor, cell.seed) for cell in read_results(out)}
     for width, seeds in zip(plan.widths, plan.seeds, strict=True):  # what an extension takes, no wider model lacks
         assert {(width, at, seed) for at in plan.log2_factors for seed in range(seeds)} <= planned_cells
@@ -424,7 +424,7 @@ def test_a_wide_interval_is_explained():
         for widths in ((64, 128, 256), (64, 128, 256, 512))
     )
     told = _why_wide(three, loss_forecast(three, 2048))
-    assert "because 3 widths do not tell how the loss falls with width" in told and "seeds" not in told
+    assert "because 3 widths do not determine how the loss falls with width" in told and "seeds" not in told
     few = next(
         iter(measure_transfer(sweep(widths=(64, 128, 256), sigma=0.001, offset=0.001, seeds=(0, 1))).arms.values())
     )

@@ -431,7 +431,9 @@ def test_something_else_is_no_check(tmp_path, swept):
     out, _ = swept
     for text in ("{}", "[1]", "not json"):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"other.json is no result of a coordinate check .*; give a coord-check"):
+        with pytest.raises(
+            ConfigError, match=r"other.json is not a valid result of a coordinate check .*; give a coord-check"
+        ):
             make_report(out, measure_sweep(out), [tmp_path / "other.json"])
 
 

@@ -72,7 +72,7 @@ def test_extending_before_the_cooldown_says_that_the_rate_stays(tiny):
     cfg = tiny(iterations=200, cooldown=0.5)
     assert "up to step 40 the learning rate was that of the longer run too" in told_of_extension(100, cfg, 40)
     late = told_of_extension(100, cfg, 90)
-    assert "fallen to 0.28 of its height, and it goes on at 1.00" in late and "start anew" in late
+    assert "fallen to 0.28 of its peak, and it continues at 1.00" in late and "start again" in late
 
 
 def test_a_run_does_not_get_shorter(tiny):
@@ -184,7 +184,7 @@ def test_other_code_is_told_of_and_goes_on(tiny, monkeypatch):
     assert "the code changed" not in (train(settings(tiny, run.folder)).folder / "log.txt").read_text()
     monkeypatch.setattr("speedrun_mup.training.resume.source_sha256", lambda: "f" * 64)
     assert train(settings(tiny, run.folder)).finished
-    assert "the code changed since this run's last life" in (run.folder / "log.txt").read_text()
+    assert "the code changed since this run's last attempt" in (run.folder / "log.txt").read_text()
 
 
 # --- which run
@@ -321,7 +321,9 @@ def test_a_folder_may_be_renamed_between_two_lives(tiny):
     assert train(settings(tiny, moved)).folder == moved
 
 
-@pytest.mark.parametrize("resume, fix", [(True, "go on in a copy of its folder, with --resume"), (False, "with --out")])
+@pytest.mark.parametrize(
+    "resume, fix", [(True, "continue in a copy of its folder, with --resume"), (False, "with --out")]
+)
 def test_a_run_on_a_disk_that_is_read_only_is_told_what_helps(tiny, monkeypatch, resume, fix):
     cfg = tiny(name="there", iterations=1)
     train(cfg)

@@ -345,7 +345,7 @@ def test_an_interrupted_sweep_does_the_rest(small, tmp_path):
 
     engine = FakeEngine(stop)
     result = quietly(small(adaptive=False), tmp_path / "s", engine)
-    assert result.stopped and (result.ran, result.left) == (3, 3) and "run the same command again" in result.summary()
+    assert result.stopped and (result.ran, result.left) == (3, 3) and "rerun the command" in result.summary()
     rest = FakeEngine(bowl())
     assert quietly(small(adaptive=False), tmp_path / "s", rest).complete
     assert len(rest.ran) == 3
@@ -462,7 +462,7 @@ def test_a_budget_of_flops_is_kept_over_all_calls(small, tmp_path):
         result = quietly(sweep, tmp_path / "s", FakeEngine(bowl()), budget_flops=share * whole)
         assert result.left > 0 and not result.complete
         assert 0.9 * share * whole < result.flops <= share * whole and result.used_up
-        assert "has no room" in result.summary() and "same command again" not in result.summary()
+        assert "FLOP budget exhausted" in result.summary() and "rerun the command" not in result.summary()
     assert quietly(sweep, tmp_path / "s", FakeEngine(bowl())).complete
 
 

@@ -133,7 +133,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny, number):
         raise AssertionError("goes on")
 
     whole = train(tiny(name="whole"))
-    with pytest.raises(Stopped, match=r"stopped by \S.*, nothing new saved; go on with --resume .*part"):
+    with pytest.raises(Stopped, match=r"stopped by \S.*, nothing new saved; resume with --resume .*part"):
         train(tiny(name="part"), observe=stop)
     folder = Path(tiny().out) / "part"
     assert json.loads((folder / "status.json").read_text())["status"] == "stopped"

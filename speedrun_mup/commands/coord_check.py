@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     )
     flags = vars(parse(parser, argv))
     check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}
-    cfg = make_config(flags.pop("preset"), {"parametrization": "mup"} | flags)  # muP is what is checked, unless told
+    cfg = make_config(flags.pop("preset"), {"parametrization": "mup"} | flags)  # muP, unless flags name other rules
 
     folder = Path(cfg.out) / (cfg.name or "coord-check")
     try:

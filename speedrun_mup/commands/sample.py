@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Write text with a trained model: it goes on from a prompt, and ends with the document or after --max-new-tokens."""
+    """Write text with a trained model: it continues a prompt, and ends with the document or after --max-new-tokens."""
     parser = run_parser("speedrun-mup sample", run.__doc__ or "")
     parser.add_argument("--prompt", default="", help="what the text begins with (a new document)")
     parser.add_argument("--n", type=int, default=1, help="samples, side by side; %(default)s")
     parser.add_argument(
-        "--chat", action="store_true", help="read prompts from the terminal, a line each; the text goes on with each"
+        "--chat", action="store_true", help="read prompts from the terminal, a line each; the text continues with each"
     )
     group = parser.add_argument_group("sampling")
     for field in dataclasses.fields(Sampling):

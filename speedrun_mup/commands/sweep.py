@@ -55,12 +55,12 @@ def run(argv: Sequence[str]) -> int:
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
     group.add_argument("--octaves", **several(float), default=grid, metavar="K", help="the hyperparameter times 2^K")
     group.add_argument(
-        "--seeds", **several(int), default=[3], metavar="INT", help="runs at every point, 3; or these very seeds: 0,1,2"
+        "--seeds", **several(int), default=[3], metavar="INT", help="runs at every point, 3; or these seeds: 0,1,2"
     )
     group.add_argument(
         "--hyperparameter",
         default="lr_scale",
-        help="a learning rate (%(default)s turns all of them), weight_decay, adam_eps or scalar_eps; %(default)s",
+        help="a learning rate (%(default)s scales all of them), weight_decay, adam_eps or scalar_eps; %(default)s",
     )
     group.add_argument(
         "--adaptive",

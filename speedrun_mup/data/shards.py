@@ -30,8 +30,8 @@ HEADER_BYTES = 256 * 4  # int32 little-endian: magic, version, token count, zero
 MAX_TOKENS = 2**31 - 1  # the count is an int32
 MANIFEST = "corpus.json"
 MIXTURE_PERIOD = 1000  # micro-batches, in which every part of a mixture has had its share exactly
-TOKENIZER_FILE = "tokenizer.json"  # beside the manifest, where ids are not bytes
-UNFINISHED = ".unfinished"  # where text is made into shards, before they and the manifest are moved beside it
+TOKENIZER_FILE = "tokenizer.json"  # next to the manifest, where ids are not bytes
+UNFINISHED = ".unfinished"  # where text is made into shards, before they and the manifest move to its parent
 
 _SCAN_TOKENS = 2**20  # 2 MiB of tokens at a time stay in the cache
 

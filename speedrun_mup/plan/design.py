@@ -180,7 +180,7 @@ def choose_plan(
 
     Args:
         out: Folder of the sweep; only finished runs are read.
-        tell: Told what is being timed, line by line.
+        tell: Receives what is being timed, line by line.
 
     Returns:
         The plan, and the designs of which none is both cheaper and more exact than another, cheapest first.
@@ -317,7 +317,7 @@ def _design(
 def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], log2_factors: Sequence[float], target: int) -> float:
     """Standard error, in log2, of a weighted line through the optima of `widths`, followed to the width `target`.
 
-    One optimum is the vertex -b / 2c of a parabola through points u about their middle; b has variance
+    One optimum is the vertex -b / 2c of a quadratic fit to points u about their middle; b has variance
     noise**2 / sum(u**2) / seeds. Simulated sweeps did up to 1.4 times worse.
     """
     middle = sum(log2_factors) / len(log2_factors)

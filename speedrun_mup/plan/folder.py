@@ -24,7 +24,7 @@ PLAN, VERSION = "plan.json", 1
 class Prediction:
     """What the sweep says about the target run; intervals hold 90 %.
 
-    lr_scale: what to give the target. verdict: of the transfer measurement. method: of both forecasts, in words.
+    lr_scale: what to give the target. verdict: of the transfer measurement. method: of both forecasts, as text.
     wide: why the interval of the loss is wide, where it is.
     """
 

@@ -18,7 +18,7 @@ from speedrun_mup.training.run_folder import saved_config
 from speedrun_mup.training.tracking import read_metrics
 from speedrun_mup.transfer import ArmResult, Forecast, TransferError, loss_forecast
 
-LAW_WIDTHS, FEW_SEEDS = 4, 3  # widths that tell the law of the loss; fewer seeds leave the noise uncertain
+LAW_WIDTHS, FEW_SEEDS = 4, 3  # widths that determine the law of the loss; fewer seeds leave the noise uncertain
 WIDE = 20  # standard deviations of one run; an interval of the loss wider than this is explained
 
 
@@ -60,7 +60,7 @@ def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
     widths, seeds = [fit.size for fit in arm.usable], [len(fit.table.losses) for fit in arm.usable]
     reasons = []
     if len(widths) < LAW_WIDTHS:
-        reasons.append(f"{len(widths)} widths do not tell how the loss falls with width: more widths narrow it")
+        reasons.append(f"{len(widths)} widths do not determine how the loss falls with width: more widths narrow it")
     if min(seeds) < FEW_SEEDS:
         reasons.append(
             f"seeds are few ({', '.join(map(str, seeds))} at widths {', '.join(map(str, widths))}): more narrow it"
@@ -91,7 +91,7 @@ class Comparison:
 
     @property
     def miss(self) -> str:
-        """How far off the prediction was, in words."""
+        """How far off the prediction was, as a sentence."""
         low, high = self.prediction.loss_interval
         apart, where = self.measured - self.prediction.loss, "inside" if self.inside else "outside"
         return f"missed by {apart:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})"

@@ -96,7 +96,7 @@ def _of_sweep(seen: Measured) -> Iterator[str]:
         yield f"Best of the other {axes.plural}: " + ("; ".join(own) or "not known") + "."
     if arm.usable:
         largest = arm.usable[-1]
-        unit = " nats per token" if seen.swept else ""  # a table does not tell
+        unit = " nats per token" if seen.swept else ""  # a table does not say
         yield f"Loss at {largest.place} with its best {axes.label}: {within(arm.best_loss(largest))}{unit}."
         yield _expected(seen, arm, 2 * largest.size)
 
@@ -186,7 +186,7 @@ def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
     yield "Arms", ", ".join(map(_arm, seen.result.arms.values()))
     plural = seen.result.axes.plural
     yield plural[0].upper() + plural[1:], ", ".join(map(str, sorted({fit.size for fit in fits})))
-    yield "Model and data", "not told by a table of losses"
+    yield "Model and data", "not in a table of losses"
 
 
 def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ def check_section(path: Path, number: int) -> Section:
     except Exception as fault:  # whatever numbers and types a stranger's file holds
         why = printable(in_a_line(fault))
         raise ConfigError(
-            f"{printable(path)} is no result of a coordinate check ({why}); give a coord-check.json"
+            f"{printable(path)} is not a valid result of a coordinate check ({why}); give a coord-check.json"
         ) from None
     return Section(f"Coordinate check: {verdict}", text, [figure], [table for table in tables if table.rows])
 

@@ -1,4 +1,4 @@
-"""What a sweep cost beside the run that it serves."""
+"""What a sweep cost compared with the run that it serves."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def make_report(
         result: What came of it.
         checks: Files that `speedrun-mup coord-check` wrote.
         target: Folder of the finished run that the plan in `source` was made for.
-        command: What asked for the report, to be told in it.
+        command: What asked for the report, to be printed in it.
         guide: Where docs/transfer.md lies as seen from the report's folder, if it is there.
         predict: The command that predicts a larger run from the same measurement.
 
@@ -117,7 +117,7 @@ def _arms(result: TransferResult) -> Table:
     header = [
         "arm",
         "verdict",
-        "drift, octaves per doubling",
+        "drift, log2 per doubling",
         f"regret at the {result.axes.scale.largest}, nats",
         "sd of one run",
         f"{result.axes.scale.larger} has the lower loss",
@@ -170,7 +170,7 @@ def _drift_section(result: TransferResult) -> Section:
 
 
 def _predict(source: Path, result: TransferResult) -> str:
-    """The command that predicts from this table or sweep, as far as the result tells how it was read."""
+    """The command that predicts from this table or sweep, as far as the result says how it was read."""
     axes, named = result.axes, list[str]()
     if not source.is_dir():
         named += ["--size", axes.size] if axes.size != Axes().size else []

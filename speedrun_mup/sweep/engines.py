@@ -169,7 +169,7 @@ RAY_LISTENS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's own variable: 0 is th
 class RayEngine:
     """Tasks on a Ray cluster: that of RAY_ADDRESS, else one of `workers` processes on this machine.
 
-    One of our own listens on the loopback only, unless RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1, and has no dashboard: whoever
+    One of our own listens on the loopback only, unless RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1, and has no dashboard: anyone who
     reaches Ray's ports can run code. A task takes one GPU, where there are any, else one core. Raises ConfigError without
     the package.
     """

@@ -39,7 +39,7 @@ def open_folder(out: Path) -> Iterator[Path]:
     with closing(lock):
         shutil.rmtree(scratch, ignore_errors=True)
         if scratch.is_symlink() or scratch.exists():
-            raise ConfigError(f"{printable(scratch)} is no folder of this sweep's; delete it")
+            raise ConfigError(f"{printable(scratch)} does not belong to this sweep; delete it")
         for torn in out.glob(f"{RUNS}/*/.{RESULT}.*"):  # half-written, by a process that was killed
             torn.unlink(missing_ok=True)
         try:

@@ -102,7 +102,9 @@ class RunResult:
             result = RunResult(**values)
             _check_types(result)
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as fault:
-            why = f"{printable(source)} is no result of a run ({in_a_line(fault)}); delete it and run the sweep again"
+            why = (
+                f"{printable(source)} is not a valid run result ({in_a_line(fault)}); delete it and run the sweep again"
+            )
             raise ConfigError(why) from None
         return result
 

@@ -90,9 +90,9 @@ class SweepResult:
         ]
         lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results, self.axes)]
         if self.used_up:
-            lines.append(f"the budget of FLOPs has no room for the {self.left} runs left; a larger one goes on")
+            lines.append(f"FLOP budget exhausted, {self.left} runs left; raise --budget to continue")
         elif self.left:
-            lines.append("run the same command again to go on")
+            lines.append("rerun the command to resume")
         return "\n".join([*lines, *_tables(self.results, self.axes)])
 
 
@@ -164,7 +164,7 @@ def run_sweep(
                     points = more
         except KeyboardInterrupt as stop:
             stopped = True
-            shown.say(f"stopped by {stop}; {len(runner.done)} runs are finished, run the same command again to go on")
+            shown.say(f"stopped by {stop}; {len(runner.done)} runs are finished, rerun the command to resume")
         wanted = sweep.run_specs(points, corpus)
         left = [spec for spec in wanted if spec.id not in runner.done and str(spec) not in runner.failed]
         note_failed(out, (spec for spec in wanted if str(spec) in runner.failed))

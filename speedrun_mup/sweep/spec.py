@@ -79,7 +79,7 @@ def _pick_arm(name: str) -> Arm:
 
 
 def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
-    """ConfigError if a setting that somebody gave is one that an arm fixes otherwise: no arm overrides a user in silence."""
+    """ConfigError if the user gave a setting that an arm fixes otherwise: no arm overrides a user silently."""
 
     def clashes(arm: Arm, names: Iterable[str]) -> list[str]:
         return [name for name in names if arm.settings.get(name, given[name]) != given[name]]

@@ -129,5 +129,5 @@ def told_of_other_code(folder: Path) -> list[str]:
     if before in (None, now):
         return []
     return [
-        f"the code changed since this run's last life: its hash was {printable(before)[:12]}, is {now[:12]}; going on"
+        f"the code changed since this run's last attempt: its hash was {printable(before)[:12]}, is {now[:12]}; continuing"
     ]

@@ -86,7 +86,7 @@ def train(cfg: TrainConfig, observe: Observer | None = None, lock: FolderLock | 
                 with suppress(UserError):  # a save that fails now is not what ended the run
                     run.close()
                 if stopped:
-                    raise Stopped(f"stopped by {fault}, nothing new saved; go on with --resume {run.folder}") from None
+                    raise Stopped(f"stopped by {fault}, nothing new saved; resume with --resume {run.folder}") from None
                 raise
             run.run_folder.write_status("finished" if result.finished else "stopped")
             run.close()
@@ -148,7 +148,7 @@ class Run:
         ]
 
     def train(self, observe: Observer | None = None, signals: StopSignals | None = None) -> TrainResult:
-        """Train to the end, or until somebody asks to stop; over again from the last checkpoint for each `RollBack`."""
+        """Train until finished or interrupted; restart from the last checkpoint on each `RollBack`."""
         signals = StopSignals() if signals is None else signals
         self.warm_up_kernels()
         while True:
@@ -192,7 +192,7 @@ class Run:
                 if cfg.save and (last or save_due):
                     self.save(step + 1, last)
         if self.stopping:
-            where = f"saved; go on with --resume {self.folder}" if cfg.save else "not saved"
+            where = f"saved; resume with --resume {self.folder}" if cfg.save else "not saved"
             self.run_folder.log.say(f"stopped at step {step} by {'/'.join(signals) or 'another rank'}, {where}")
         return TrainResult(
             self.folder,
@@ -252,7 +252,7 @@ class Run:
         self.recovery.record_loss(step, loss, grad_norm)
 
     def roll_back(self, bad_step: int) -> None:
-        """Load the newest checkpoint, and go on from there with the data that follows `bad_step`'s."""
+        """Load the newest checkpoint, and continue from there with the data that follows `bad_step`'s."""
         self.recovery.pending.clear()
         self.model.zero_grad(set_to_none=True)
         self.recovery.poll_checkpoint(wait=True)

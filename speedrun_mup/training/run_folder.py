@@ -1,6 +1,6 @@
-"""The folder of a run: who works in it, whether a run can go on in it, and which one `--resume auto` takes.
+"""The folder of a run: who works in it, whether a run can resume in it, and which one `--resume auto` takes.
 
-A folder may have come from somebody else: nothing here follows a link, waits for a FIFO, or ends in a traceback.
+A folder may be foreign: nothing here follows a link, waits for a FIFO, or ends in a traceback.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class RunFolder:
     def open_log(self, cfg: TrainConfig, start: int) -> None:
         """Open the log of a run from step `start`; then write its provenance and config.json, with which a run exists.
 
-        A resumed run's config.json is told what the resume changed for good. Raises ConfigError on all ranks.
+        A resumed run's config.json gets what the resume changed for good. Raises ConfigError on all ranks.
         """
 
         def open_it() -> RunLog:
@@ -91,11 +91,11 @@ class RunFolder:
         return True
 
     def follow(self) -> Path:
-        """Work on in the folder under its new name, if somebody renamed it; returns it. UserError on all ranks if it is lost."""
+        """Continue in the folder under its new name, if it was renamed; returns it. UserError on all ranks if it is lost."""
         found = self.world.on_main(lambda: self.lock.find() if self.lock else self.path)
         if found != self.path:
             self.log.move(found)
-            self.log.say(f"{printable(self.path)} was renamed to {printable(found)}; the run goes on there")
+            self.log.say(f"{printable(self.path)} was renamed to {printable(found)}; the run continues there")
             self.path = found
         return found
 
@@ -126,7 +126,7 @@ def _open_folder(cfg: TrainConfig) -> FolderLock:
         raise _cannot_write(cfg, folder, fault) from None
     if not cfg.resume and os.path.lexists(folder / CONFIG):
         lock.close()
-        raise ConfigError(f"{folder} already holds a run; --resume {folder} goes on, --name starts another")
+        raise ConfigError(f"{folder} already holds a run; --resume {folder} continues it, --name starts another")
     return lock
 
 
@@ -151,12 +151,12 @@ def _note_start(cfg: TrainConfig, folder: Path, start: int) -> None:
 
 def _cannot_write(cfg: TrainConfig, folder: Path, fault: OSError) -> ConfigError:
     where = printable(fault.filename or folder)
-    advice = "go on in a copy of its folder, with --resume" if cfg.resume else "choose another with --out"
+    advice = "continue in a copy of its folder, with --resume" if cfg.resume else "choose another with --out"
     return ConfigError(f"{where} cannot be written ({fault.strerror}); {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether a run can go on in it
+# Whether a run can resume in it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +177,7 @@ def is_finished(folder: Path) -> bool:
     return read_status(folder)["status"] == "finished"
 
 
-_STATE: dict[str, Any] = {  # what a checkpoint says of the run that it is from
+_STATE: dict[str, Any] = {  # what a checkpoint says about its run
     "step": int,
     "train_s": int | float,
     "data_offset": int,
@@ -237,7 +237,7 @@ def is_longer(before: Any, now: int) -> bool:
 
 
 def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
-    """What it does to the schedules that a run of `before` steps goes on to `cfg.iterations` from step `start`."""
+    """What it does to the schedules that a run of `before` steps continues to `cfg.iterations` from step `start`."""
     now, cooled = cfg.iterations, math.ceil(before * (1 - cfg.cooldown))
     said = (
         f"extended from {before} to {now} steps: the attention window and the cooldown of the learning rate, now from step "
@@ -247,8 +247,8 @@ def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
         return f"{said}; up to step {start} the learning rate was that of the longer run too"
     fell, rises = (dataclasses.replace(cfg, iterations=length).schedule.at(start).lr_factor for length in (before, now))
     return (
-        f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its height, and "
-        f"it goes on at {rises:.2f}: the result is not that of {now} steps from the start, for which start anew, or "
+        f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its peak, and "
+        f"it continues at {rises:.2f}: the result is not that of {now} steps from the start; for that, start again, or "
         f"delete the checkpoints after step {cooled} if an older one was kept (--keep-every), and resume"
     )
 
@@ -269,7 +269,7 @@ def claim_unfinished(
         say: gets a line for each unfinished run that is left out: in use, of other settings, or not to be read.
 
     Returns:
-        The lock of the newest run that is not at its end, nobody's, of these settings and readable; None if there is none.
+        The lock of the newest run that is unfinished, not in use, of these settings and readable; None if there is none.
     """
     left_out = 0
     for folder in _runs(out):
@@ -302,7 +302,7 @@ def _claim(folder: Path, wanted: Mapping[str, Any]) -> FolderLock | None:
             lock.close()
             return None
         if status["status"] == "diverged":
-            raise ConfigError(f"it diverged; to go on with it all the same, --resume {folder}")
+            raise ConfigError(f"it diverged; to resume it all the same, --resume {folder}")
         for name in (PROVENANCE, METRICS, LOG):
             open_to_append(folder / name).close()
         read_metrics(folder)
