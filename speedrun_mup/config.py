@@ -6,7 +6,6 @@ Imports no torch, so that `--help` and a misspelt flag answer at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import ORTHOGONALIZERS
 from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
 from speedrun_mup.flags import LARGEST
-from speedrun_mup.param_groups import Hyperparams, ParamGroup, with_param_groups
+from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups
 from speedrun_mup.presets import PRESETS
 from speedrun_mup.settings import (
     BELOW_ONE,
@@ -38,9 +37,9 @@ from speedrun_mup.techniques import with_techniques
 if TYPE_CHECKING:
     from speedrun_mup.training.schedules import Schedule
 
-COUNT = (at_most(2**20), at_least(1))
+FEW, COUNT = (at_most(2**20), at_least(0)), (at_most(2**20), at_least(1))
 TOKENS = (at_most(2**31), at_least(1))
-STEPS = (at_most(LARGEST), at_least(0))
+STEPS, ITERATIONS = (at_most(LARGEST), at_least(0)), (at_most(LARGEST), at_least(1))
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,7 @@ class TrainConfig:
         fitted=True,
     )
     micro_batches_per_forward: int = setting(
-        "batch",
-        "micro-batches in one forward pass; 0 = automatic",
-        0,
-        affects="speed",
-        valid=(at_most(2**20), at_least(0)),
-        fitted=True,
+        "batch", "micro-batches in one forward pass; 0 = automatic", 0, affects="speed", valid=FEW, fitted=True
     )
 
     seed: int = setting(
@@ -167,12 +161,7 @@ class TrainConfig:
     momentum_start: float = setting("momentum", "Muon's, at step 0", 0.85, affects="result", valid=(BELOW_ONE,))
 
     iterations: int = setting(
-        "schedule",
-        "optimizer steps",
-        1750,
-        affects="result",
-        on_resume="lasting",
-        valid=(at_most(LARGEST), at_least(1)),
+        "schedule", "optimizer steps", 1750, affects="result", on_resume="lasting", valid=ITERATIONS
     )
     batch_schedule: str = setting(
         "schedule",
@@ -202,11 +191,7 @@ class TrainConfig:
         on_resume="lasting",
     )
     tokenizer: str = setting(
-        "data",
-        "of the embedded corpus: byte, or bpe:N with N tokens",
-        "byte",
-        affects="storage",
-        on_resume="lasting",
+        "data", "of the embedded corpus: byte, or bpe:N with N tokens", "byte", affects="storage", on_resume="lasting"
     )
     data_order: str = setting(
         "data",
@@ -221,14 +206,10 @@ class TrainConfig:
         "maximum epochs; error instead of repeating more (default: repeat)",
         None,
         affects="result",
-        valid=(at_most(LARGEST), at_least(1)),
+        valid=ITERATIONS,
     )
     val_tokens: int = setting(
-        "data",
-        "tokens of the validation split to use",
-        10_485_760,
-        affects="result",
-        valid=(at_most(LARGEST), at_least(1)),
+        "data", "tokens of the validation split to use", 10_485_760, affects="result", valid=ITERATIONS
     )
     val_chunk_tokens: int = setting(
         "data",
@@ -282,11 +263,7 @@ class TrainConfig:
         choices=("none", "tensorboard", "wandb", "trackio"),
     )
     timeout_s: float = setting(
-        "run",
-        "seconds that a rank waits for the others before it gives up",
-        600.0,
-        affects="speed",
-        valid=(POSITIVE,),
+        "run", "seconds that a rank waits for the others before it gives up", 600.0, affects="speed", valid=(POSITIVE,)
     )
     progress: bool = setting("display", "show progress", True, affects="display")
 
@@ -318,13 +295,7 @@ class TrainConfig:
         None,
         affects="result",
     )
-    kernel_warmup: int = setting(
-        "device",
-        "untimed warmup steps to compile kernels",
-        10,
-        affects="speed",
-        valid=(at_most(2**20), at_least(0)),
-    )
+    kernel_warmup: int = setting("device", "untimed warmup steps to compile kernels", 10, affects="speed", valid=FEW)
 
     def __post_init__(self) -> None:
         wrong = problems(self)
@@ -354,16 +325,7 @@ class TrainConfig:
     @property
     def groups(self) -> dict[str, Hyperparams]:
         """The hyperparameters of every group that models declare; what a group has none of is the common value."""
-        common = {"weight_decay": self.weight_decay, "eps": self.adam_eps}
-        common |= {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
-        found = {}
-        kind: Any = type(self)
-        for group, names in _names_by_group(kind).items():
-            own = {key: getattr(self, name) for key, name in names.items()}
-            values = {key: common[key] if value is None else value for key, value in own.items()}
-            betas = values.pop("beta1"), values.pop("beta2")
-            found[group] = Hyperparams(**values | {"lr": values["lr"] * self.lr_scale, "betas": betas})
-        return found
+        return hyperparams_of(self)
 
     @property
     def tuned_width(self) -> int:
@@ -407,16 +369,6 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
     return _in_force(**values)
 
 
-@functools.cache
-def _names_by_group(kind: Any) -> dict[str, dict[str, str]]:
-    """Parameter group -> hyperparameter -> the setting's name."""
-    found: dict[str, dict[str, str]] = {}
-    for name, meta in settings_of(kind).items():
-        for group in meta.param_groups:
-            found.setdefault(group, {})[name.removeprefix(f"{meta.param_groups[0]}_")] = name
-    return found
-
-
 def settings() -> dict[str, Setting]:
     """All settings by name, in the order of `--help`."""
     return settings_of(_in_force, GROUPS)
@@ -452,6 +404,12 @@ def hashed_settings(cfg: TrainConfig) -> dict[str, Any]:
 def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier edition saved, with the default for each setting that is newer."""
     return {**defaults(), **present_names(saved)}
+
+
+def config_of(saved: Mapping[str, Any]) -> TrainConfig:
+    """The config of which a checkpoint, maybe of an earlier edition, saved the settings."""
+    known = known_settings(saved)
+    return build({name: known[name] for name in settings()})
 
 
 def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:

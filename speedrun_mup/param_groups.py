@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple, TypeVar
 
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
-from speedrun_mup.settings import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Valid, setting
+from speedrun_mup.settings import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Valid, setting, settings_of
 
 T = TypeVar("T", bound=type)
 
@@ -86,3 +87,25 @@ def with_param_groups(config: T) -> T:
             config.__annotations__[name] = kind
             setattr(config, name, declared)
     return config
+
+
+def hyperparams_of(cfg: Any) -> dict[str, Hyperparams]:
+    """The hyperparameters of every group that models declare; what a group has none of is the common value."""
+    common = {"weight_decay": cfg.weight_decay, "eps": cfg.adam_eps, "beta1": cfg.adam_beta1, "beta2": cfg.adam_beta2}
+    found, kind = {}, cfg.__class__
+    for group, names in _names_by_group(kind).items():
+        own = {key: getattr(cfg, name) for key, name in names.items()}
+        values = {key: common[key] if value is None else value for key, value in own.items()}
+        betas = values.pop("beta1"), values.pop("beta2")
+        found[group] = Hyperparams(**values | {"lr": values["lr"] * cfg.lr_scale, "betas": betas})
+    return found
+
+
+@functools.cache
+def _names_by_group(kind: Any) -> dict[str, dict[str, str]]:
+    """Parameter group -> hyperparameter -> the setting's name."""
+    found: dict[str, dict[str, str]] = {}
+    for name, meta in settings_of(kind).items():
+        for group in meta.param_groups:
+            found.setdefault(group, {})[name.removeprefix(f"{meta.param_groups[0]}_")] = name
+    return found

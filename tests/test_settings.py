@@ -33,7 +33,9 @@ from speedrun_mup.settings import FRACTION, flag_of, setting, settings_of
 from speedrun_mup.sweep.spec import RunSpec
 from speedrun_mup.training.build import tuned_values
 from speedrun_mup.training.checkpoint import CheckpointError
+from speedrun_mup.training.load import load_run
 from speedrun_mup.training.run import train
+from speedrun_mup.training.run_folder import saved_config
 
 FREE_AT_FIRST = {  # on resume, in the first edition
     *("out", "name", "resume", "init_from", "save", "save_every", "keep_last", "keep_every", "track", "progress"),
@@ -223,6 +225,8 @@ def test_a_resume_compares_what_is_added_from_outside(plug_in, tiny, capsys):
     folder = train(tiny(iterations=2, label_smoothing=0.1)).folder
     assert json.loads((folder / "config.json").read_text())["label_smoothing"] == 0.1
     assert main(["train", "--resume", str(folder)]) == 0
+    assert load_run(folder).config.label_smoothing == saved_config(folder).label_smoothing == 0.1
+    assert train(tiny(iterations=1, init_from=str(folder), bigram_lr=0.2)).finished
     for flag, was in (("--label-smoothing", "0.1"), ("--bigram-lr", "0.3")):
         assert main(["train", "--resume", str(folder), flag, "0.2"]) == CheckpointError.exit_code
         said = capsys.readouterr().err

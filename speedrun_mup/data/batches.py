@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from speedrun_mup.config import PRESETS, TrainConfig
+from speedrun_mup.config import PRESETS, TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.seeds import seed_for
 from speedrun_mup.data.order import MixtureSchedule, Permutation
@@ -464,8 +464,8 @@ def batches_of(cfg: TrainConfig, corpus: Corpus) -> Batches:
 def uses(corpus: Corpus) -> dict[str, str]:
     """For each preset, the order of its batches, which share of the tokens an epoch uses, and whether validation fits."""
     told = {}
-    for name, preset in PRESETS.items():
-        cfg = TrainConfig(**preset.settings)
+    for name in PRESETS:
+        cfg = make_config(name, {})
         try:
             batches = batches_of(cfg, corpus)
         except ShardError:

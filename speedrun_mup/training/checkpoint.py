@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from speedrun_mup.config import TrainConfig, build, known_settings, settings
+from speedrun_mup.config import TrainConfig, config_of
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.model.record import SCALARS, ranges_of_scalars
 from speedrun_mup.core.optimizers import Slice
@@ -298,8 +298,7 @@ class Loaded:
     @functools.cached_property
     def cfg(self) -> TrainConfig:
         """The settings of the run that wrote it, by their present names."""
-        saved = known_settings(self.state["config"])
-        return build({name: saved[name] for name in settings()})
+        return config_of(self.state["config"])
 
     def slice(self, key: str, begin: int, end: int) -> Tensor:
         """The flat range [begin, end) of "parameter/state", (end - begin,), whichever rank wrote it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from speedrun_mup.config import TrainConfig, known_settings, settings
+from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.device import pick_device
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
@@ -143,8 +143,7 @@ def load_run(folder: str | Path, step: int | None = None, device: str = "auto", 
     path = _checkpoint(folder, step)
     loaded = Loaded(path)
     state = checked_state(DEFAULTS_FOR_OLD_CHECKPOINTS | loaded.state, path)
-    before = known_settings(state["config"])
-    cfg = TrainConfig(**{name: value for name, value in before.items() if name in settings()})
+    cfg = loaded.cfg
     corpus = _corpus_of(cfg, data, state["corpus"])
     place = pick_device(device)
     with torch.device("meta"):
