@@ -61,8 +61,10 @@ class RunFolder:
         self.world, self.lock = world, lock
 
         def open_it() -> Path:
-            self.lock = lock or _open_folder(cfg)
-            return self.lock.find()
+            if lock:
+                return lock.find()
+            self.lock = _open_folder(cfg)
+            return self.lock.folder
 
         self.path = world.on_main(open_it)
 
