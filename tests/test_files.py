@@ -1,4 +1,6 @@
+import enum
 import json
+import math
 import os
 import socket
 import stat
@@ -6,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from speedrun_mup import files
@@ -127,3 +130,25 @@ def test_files_hold_what_was_written(tmp_path):
     with files.open_to_append(tmp_path / "log") as log:
         log.write("one\n")
     assert files.read_text(tmp_path / "log") == "one\n"
+
+
+def test_strict_json_has_null_where_no_number_is_finite():
+    class Level(enum.StrEnum):
+        BAD = "BAD"
+
+    value = {
+        "a": np.array([1.0, np.nan]),
+        "b": (math.inf, 2),
+        "c": Level.BAD,
+        "d": "NaN",
+        "e": [{"f": -math.inf}],
+        "g": 0.1234567,
+    }
+    told = json.loads(files.strict_json(value), parse_constant=pytest.fail)
+    assert told == {"a": [1.0, None], "b": [None, 2], "c": "BAD", "d": "NaN", "e": [{"f": None}], "g": 0.1234567}
+    assert files.strict_json({"g": [0.1234567, 2]}, digits=3) == '{"g":[0.123,2]}'
+
+
+def test_parts_of_a_file_are_written_in_order(tmp_path):
+    files.write_whole(tmp_path / "a", [b"head", memoryview(np.array([1, 2], "<u2")).cast("B")])
+    assert (tmp_path / "a").read_bytes() == b"head\x01\x00\x02\x00"

@@ -26,6 +26,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.pictures import PictureError
 from speedrun_mup.plan import compare, make_plan, predict, read_plan
 from speedrun_mup.report import figures, png
+from speedrun_mup.report.checks import check_figure
 from speedrun_mup.report.contents import Axis, Figure, Key, Mark, Panel, Report, Section, Table
 from speedrun_mup.report.markdown import escape, to_markdown
 from speedrun_mup.report.page import to_html
@@ -425,6 +426,23 @@ def test_a_check_shows_its_slopes_and_its_controls(check_file, whole):
     assert len(figure.panels) == 1 + len(told["controls"]) and figure.choice.options[0] == "updates, t = 6"
     last = [mark for mark in figure.panels[0].marks if mark.tags["what"] == "updates, t = 6"]
     assert len(last) == len([series for series in told["arm"]["series"] if series["quantity"] == "effect"])
+
+
+def test_the_picture_of_a_check_has_a_row_for_updates_start_and_activations(check_file, tmp_path, monkeypatch):
+    """Next to one for each control; every row has a scale of its own, and names what it shows."""
+    labels: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda self, text: labels.append(text))
+    drawn: list[tuple[int, int]] = []
+    real = png._draw_mark
+    monkeypatch.setattr(
+        png, "_draw_mark", lambda axes, mark: (drawn.append(axes.get_subplotspec().num1), real(axes, mark))
+    )
+    told = json.loads(check_file.read_text())
+    png.draw(check_figure(told), tmp_path / "a.png")
+    assert [text for text in labels if text] == [
+        f"rms of {x}" for x in ("updates, t = 6", "W_0 x_0, t = 0", "activations, t = 6")
+    ]
+    assert set(drawn) == set(range(3 * (1 + len(told["controls"]))))
 
 
 def test_something_else_is_no_check(tmp_path, swept):

@@ -45,7 +45,7 @@ def check_figure(check: dict[str, Any], number: int = 0) -> Figure:
     """
     last, first = check["steps"], min(check["thresholds"]["first_step"], check["steps"])
     shown = [(f"updates, t = {t}", "effect", t) for t in range(last, first - 1, -1)]
-    shown += [("updates: t = 0, of W_0 x_0", "effect", 0), (f"activations, t = {last}", "activation", last)]
+    shown += [("W_0 x_0, t = 0", "effect", 0), (f"activations, t = {last}", "activation", last)]
     panels = [Panel(f"checked: {check['arm']['name']}\n{check['verdict']}", _marks(check["arm"], shown))]
     for control in check["controls"]:
         whose = f"{control['role'] or 'all'} {signed(control['slope'])}"

@@ -45,7 +45,7 @@ def draw(figure: Figure, path: Path) -> None:
         _set_axis(axes[0, 0], "x", figure.x)
         for row, drawn in enumerate(axes[:, 0]):
             _set_axis(drawn, "y", figure.y)
-            drawn.set_ylabel(plain(f"{figure.y.label}: {options[row]}" if len(options) > 1 else figure.y.label))
+            drawn.set_ylabel(plain(f"{figure.y.label} of {options[row]}" if len(options) > 1 else figure.y.label))
         if figure.keys:
             _draw_legend(canvas, figure.keys, legend)
 
