@@ -157,29 +157,36 @@ class Narrow(NorMuon):
     defaults = NorMuon.defaults | {"orthogonalizer": lambda x: polar_express(x.bfloat16())}
 
 
+class NarrowEntrywise(Narrow, Entrywise):
+    """Both."""
+
+
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(OPTIMIZERS, "_things", dict(OPTIMIZERS._things))
-    for name, kind in (("entrywise-normuon", Entrywise), ("narrow-normuon", Narrow)):
-        OPTIMIZERS.register(name, kind)
+    for name, kind in {"entrywise": Entrywise, "narrow": Narrow, "narrow-entrywise": NarrowEntrywise}.items():
+        OPTIMIZERS.register(f"{name}-normuon", kind)
 
 
-def update_slope(optimizer: str) -> tuple[CheckVerdict, float]:
-    """CheckVerdict of the check and mean slope of the hidden matrices' updates."""
+def update_slope(optimizer: str, orthogonalizer: str | None = None) -> tuple[CheckVerdict, float]:
+    """Verdict of the check and mean slope of the hidden matrices' updates."""
     small = {"block_size": 32, "window_tokens": 64, "head_dim": 16, "data": "embedded", "parametrization": "mup"}
-    cfg = make_config("laptop", small | {"width": 32, "base_width": 32, "matrix_optimizer": optimizer})
-    result = gpt_coord_check(cfg, (32, 64, 128), tokens=192, controls=False, progress=False)
+    small |= {"width": 32, "base_width": 32, "matrix_optimizer": optimizer, "orthogonalizer": orthogonalizer}
+    result = gpt_coord_check(make_config("laptop", small), (32, 64, 128), tokens=192, controls=False, progress=False)
     return result.verdict, result.arm.update_slope(Role.HIDDEN)
 
 
-@pytest.mark.parametrize("optimizer", ["normuon", "narrow-normuon"])
-def test_its_updates_have_the_size_of_a_spectral_update_at_every_width(registered, optimizer):
-    _, slope = update_slope(optimizer)
+@pytest.mark.parametrize(
+    "optimizer, orthogonalizer", [("normuon", None), ("narrow-normuon", None), ("muon", "polar-express")]
+)
+def test_updates_have_the_size_of_a_spectral_update_at_every_width(registered, optimizer, orthogonalizer):
+    _, slope = update_slope(optimizer, orthogonalizer)
     assert slope == pytest.approx(0.0, abs=0.15)
 
 
-def test_taken_for_an_entrywise_update_it_is_seen_to_shrink_as_one_over_width(registered):
-    verdict, slope = update_slope("entrywise-normuon")
+@pytest.mark.parametrize("optimizer", ["entrywise-normuon", "narrow-entrywise-normuon"])
+def test_taken_for_an_entrywise_update_it_is_seen_to_shrink_as_one_over_width(registered, optimizer):
+    verdict, slope = update_slope(optimizer)
     assert verdict is CheckVerdict.FAIL and slope == pytest.approx(-1.0, abs=0.2)
 
 
