@@ -25,7 +25,7 @@ from speedrun_mup.transfer import (
 
 SYMBOLS = ("o", "s", "^", "v")
 MOST_STEPS = 120  # points of a training curve; longer ones are averaged over neighbouring steps
-ASIDE, ASIDE_ALL = 0.06, 0.4  # octaves between two arms, and between the first and the last
+ASIDE, ASIDE_ALL = 0.06, 0.4  # log2: between two arms, and between the first and the last
 BAND: Color = ("#dcdcdc", "#3a3a3a")
 
 
@@ -131,7 +131,7 @@ def _curve(arm: ArmResult, fit: SizeFit, color: Color, symbol: str, rank: int) -
     value = 2**table.log2_value
     seed, column = np.nonzero(np.isfinite(table.losses))
     near = np.linspace(fitted.left[0], fitted.right[0], 61)
-    parabola = fitted.a[0] + (near - fitted.center[0]) * (fitted.b[0] + (near - fitted.center[0]) * fitted.c[0])
+    curve = fitted.a[0] + (near - fitted.center[0]) * (fitted.b[0] + (near - fitted.center[0]) * fitted.c[0])
     notes = [f"curvature {fit.curvature:.4f} nats per log2 squared", *fit.problems]
     if not math.isnan(fit.optimum_se):
         notes.append(f"known to \N{PLUS-MINUS SIGN} {fit.optimum_se:.2f} (log2)")
@@ -141,7 +141,7 @@ def _curve(arm: ArmResult, fit: SizeFit, color: Color, symbol: str, rank: int) -
     means: dict[str, Any] = {"size": 1.2, "marked": True, "symbol": symbol}
     return [
         Mark("points", value[column], table.losses[seed, column], color, f"{name}, one seed", tags, **faint),
-        Mark("line", 2**near, parabola, color, tags=tags, size=3.6, opacity=0.22),
+        Mark("line", 2**near, curve, color, tags=tags, size=3.6, opacity=0.22),
         Mark("line", value, table.mean, color, f"{name}, mean over seeds", tags, **means),
         Mark("points", [2**fit.optimum], fit.best_losses[:1], color, f"{name}: best {arm.axes.label}", tags, **best),
         Mark("cross", [2**x for x in table.diverged], [rank] * len(table.diverged), color, tags=tags),
@@ -149,7 +149,7 @@ def _curve(arm: ArmResult, fit: SizeFit, color: Color, symbol: str, rank: int) -
 
 
 def _loss_limits(fits: Sequence[SizeFit]) -> tuple[float, float]:
-    """Limits that show every fitted parabola whole, with room for crosses above; cliffs leave through the top."""
+    """Limits that show every quadratic fit whole, with room for crosses above; cliffs leave through the top."""
     lowest = min(float(fit.table.mean.min()) for fit in fits)
     shown = [
         (fit.table.log2_value >= fit.quadratic.left[0]) & (fit.table.log2_value <= fit.quadratic.right[0])

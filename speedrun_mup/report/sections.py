@@ -202,7 +202,7 @@ def _best(
 
 
 def _larger(result: TransferResult) -> list[str]:
-    """Whether the curves lie in the order of the sizes, in words."""
+    """Whether the curves lie in the order of the sizes, as sentences."""
     axes, most, told = result.axes, result.thresholds.max_violations, []
     for name, arm in result.arms.items():
         if arm.larger:

@@ -4,10 +4,9 @@
     print(result.summary())
 
 Two axes are named by `Axes`: a size that is scaled (width unless it says otherwise) and a hyperparameter above zero that is
-tuned (a learning rate unless it says otherwise). Both are logarithmic, to base 2, in octaves. At each size a parabola
-through the points near the lowest loss gives the optimum; the slope of the optima on log2(size) is the drift, in octaves
-per doubling of the size. Transfer means that
-the drift is shown to be small, which is an equivalence test: "no significant drift" is what a noisy sweep says about
+tuned (a learning rate unless it says otherwise). Both are logarithmic, to base 2. At each size a quadratic fit to the
+points near the lowest loss gives the optimum; the slope of log2 of the optima on log2(size) is the drift. Transfer means
+that the drift is shown to be small, which is an equivalence test: "no significant drift" is what a noisy sweep says about
 anything. Runs of one seed share initialisation and batches over all values, so seeds are resampled whole.
 
 Intervals speak of noise. Misfit of the quadratic is handled by the second, narrower window.

@@ -14,7 +14,7 @@ class SizeAxis:
 
     Args:
         name: Its setting, and its column in a table.
-        larger: Said of the one of two models that has more of it; largest, smaller and smallest go with it.
+        larger: What the one of two models that has more of it is; largest, smaller and smallest go with it.
         plural: Several values of it; else "values of NAME".
         meaning: A sentence or two for a reader who does not know it.
         also: What other programs call it.

@@ -83,7 +83,7 @@ class QuadraticFit:
 def fit_quadratics(log2_value: Array, losses: Array, window: float, excess: float) -> QuadraticFit:
     """Least-squares quadratic fit to each row of `losses` (R, K) over the points of the grid `log2_value` (K,) in its window.
 
-    The window: the lowest point, its two neighbours, and what lies within `window` octaves of it and not more than
+    The window: the lowest point, its two neighbours, and what lies within `window` (log2) of it and not more than
     `excess` (a fraction) above it. Loss curves are steeper on the right, so the whole range would pull the vertex left.
     """
     index = np.arange(len(log2_value))
@@ -288,7 +288,7 @@ class Noise:
 class SizeFit:
     """One size of one arm: its curve, the optimum, and what is wrong with it.
 
-    means: (R, K) mean curves. optimum_se: octaves, nan if the noise is unknown; the larger of what the resampled seeds
+    means: (R, K) mean curves. optimum_se: log2, nan if the noise is unknown; the larger of what the resampled seeds
     and the residual noise say, for two seeds can agree by luck. weight: of the optimum in the drift. sigma: standard
     deviation of one run, seed offset removed. problems: sentences; a size with any does not enter the drift.
     """
@@ -324,7 +324,7 @@ class SizeFit:
 
     @property
     def curvature(self) -> float:
-        """Nats per octave squared."""
+        """Nats per log2 squared."""
         return float(self.quadratic.c[0])
 
     @property

@@ -62,7 +62,7 @@ def measure_transfer(
     Args:
         points: The finished runs.
         axes: What was scaled and what was tuned, by default learning rate over width.
-        controls: Arm -> predicted drift in octaves per doubling, for arms built to fail; if one does not, nothing passes.
+        controls: Arm -> predicted drift in log2 per doubling, for arms built to fail; if one does not, nothing passes.
         tested: Arms that the verdict is about, by default all but the controls; others are measured for comparison.
         base_size: Where the hyperparameter would be tuned; default: the smallest size.
         sigma: Standard deviation of the loss between runs that differ only in chance; for where no point was run with two
@@ -71,7 +71,7 @@ def measure_transfer(
         doubts: Whether the runs are what they claim; any that is not in `accept`, by its kind, makes INCONCLUSIVE of a
             verdict.
         accept: Kinds of doubts that are set aside.
-        notes: What else there is to say of the runs.
+        notes: What else is known about the runs.
         curves: (arm, size, value, seed) -> (T, 2) step and training loss, for "larger is better".
         thresholds: Every number that decides a verdict.
         resamples: Rows of noise behind each interval.

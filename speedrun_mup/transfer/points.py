@@ -41,6 +41,6 @@ class Point:
 
 
 def value_text(log2_value: float) -> str:
-    """A value of the hyperparameter for a reader: 2^-1.5 on a grid of quarter octaves, else a plain number."""
+    """A value of the hyperparameter for a reader: 2^-1.5 on a grid of quarter steps, else a plain number."""
     quarters = 4 * log2_value
     return f"2^{log2_value:g}" if abs(quarters - round(quarters)) < 1e-5 else f"{2**log2_value:.3g}"

@@ -22,7 +22,7 @@ from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 class ArmResult:
     """One parametrization over all sizes, ascending in fits.
 
-    drift: octaves per doubling; None without two usable sizes. window_shift: how much it changes when the fits
+    drift: log2 per doubling; None without two usable sizes. window_shift: how much it changes when the fits
     see the narrow window only. regret: nats lost at the largest usable size by using the base size's optimum there;
     None if that has none. predicted: the drift that a control is built to have; None for an arm under test.
     """
