@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from speedrun_mup.config import make_config
-from speedrun_mup.coord_check import Verdict, gpt_coord_check
+from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, Context, GPTConfig, rotary_table
@@ -130,11 +130,11 @@ def test_the_width_rule_of_gates_passes_the_coordinate_check_and_a_wrong_one_fai
     right = mup.PARAMETRIZATIONS["mup"]
     wrong = dataclasses.replace(right, lr_by_group={"gate": Exponents(fan_out=1.0)})
     slopes = []
-    for table, expected in ((right, (Verdict.PASS, Verdict.WARN)), (wrong, (Verdict.FAIL,))):
+    for table, expected in ((right, (CheckVerdict.PASS, CheckVerdict.WARN)), (wrong, (CheckVerdict.FAIL,))):
         found = gpt_coord_check(cfg, table=table, widths=(32, 64, 128), tokens=192, progress=False, controls=False)
         updates = {row.kind: row for row in found.arm.rows if row.quantity == "update"}
         gate = updates.pop("blocks.*.attn.options.*.weight")
         assert gate.verdict in expected and gate.predicted == 0
-        assert Verdict.FAIL not in [row.verdict for row in updates.values()], found.summary()
+        assert CheckVerdict.FAIL not in [row.verdict for row in updates.values()], found.summary()
         slopes.append(gate.slope)
     assert slopes[1] - slopes[0] == pytest.approx(1, abs=0.1)
