@@ -59,7 +59,7 @@ def _values(
     """Spec, optimizer and values of every parameter at `width`."""
     here = replace(cfg, width=width, base_width=base_width)
     model = declarations(model_config(here, Vocabulary(vocab_size)))
-    rules = model.cfg.table
+    rules = model.cfg.rules
     groups = {}
     for optimizer, members in param_groups(model, rules, tuned_values(cfg)).items():
         for group in members:

@@ -10,9 +10,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from speedrun_mup.cli import main
+from speedrun_mup.core.model.record import to_record
+from speedrun_mup.data.validation import ValBatches
+from speedrun_mup.training.load import load_run
 
 DATA = Path(__file__).parent / "data" / "first_edition"
 COMMITS = {  # and what a sweep of that commit has to be given, because a default has changed since
@@ -55,6 +59,24 @@ def test_a_run_resumes_as_the_code_that_began_it_resumed_it(commit, capsys):
     assert begun == expected[: len(begun)] and len(begun) < len(expected)
     assert main(["train", "--resume", "run"]) == 0, capsys.readouterr().err
     assert same_losses(losses("run/metrics.jsonl"), expected)
+
+
+def test_load_run_gives_the_model_that_the_run_had(commit, capsys):
+    """Every weight of the unfinished run; the validation loss of the finished one, which the old code gave."""
+    (checkpoint,) = Path("run/checkpoints").iterdir()
+    written = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    found = to_record(load_run("run", device="cpu").model.state_dict(), unused=written["scalars"])
+    assert found.keys() == written.keys() and all(torch.equal(found[name], written[name]) for name in found)
+    assert main(["train", "--resume", "run"]) == 0, capsys.readouterr().err
+    (*_, (kind, step, loss)) = losses("expected.jsonl")
+    for dtype, rel in ((None, 1e-6), (torch.bfloat16, 2e-2)):
+        run = load_run("run", device="cpu", dtype=dtype)
+        batches = ValBatches(run.corpus, run.config.val_tokens, run.config.val_chunk_tokens)
+        with torch.no_grad():
+            total = sum(run.model(*batches[i], run.window).item() for i in range(len(batches)))
+        assert (kind, step) == ("val", run.step)
+        assert total / len(batches) / run.config.val_chunk_tokens == pytest.approx(loss, rel=rel)
+        assert run.model.embed.weight.dtype is (dtype or torch.float32)
 
 
 def test_doctor_finds_the_checkpoint_intact(commit, capsys):

@@ -85,7 +85,7 @@ def test_loss_and_gradient_norms(golden_model, backend):
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_four_updates(golden_model, golden_values, backend):
     model = golden_model(backend)
-    groups = param_groups(model, model.cfg.table, TUNED)
+    groups = param_groups(model, model.cfg.rules, TUNED)
     adam, muon = DistAdam(groups["adam"]), Muon(groups["muon"])
     losses = []
     for step in range(4):

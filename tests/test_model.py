@@ -74,7 +74,7 @@ def optimizers_for(model: GPT, hidden: str = "muon") -> list[DistAdam | Muon]:
     adam = {"embed": 0.6, "value_embed": 0.6, "head": 0.22, "scalar": 0.04}
     tuned = {group: Tuned("adam", lr, weight_decay=0.01) for group, lr in adam.items()}
     tuned["matrix"] = Tuned(hidden, 0.05 if hidden == "muon" else 0.002, weight_decay=0.1)
-    groups = param_groups(model, model.cfg.table, tuned)
+    groups = param_groups(model, model.cfg.rules, tuned)
     return [DistAdam(groups["adam"])] + ([Muon(groups["muon"])] if "muon" in groups else [])
 
 
@@ -277,9 +277,9 @@ def test_impossible_shapes_are_config_errors(changes, says):
 def test_parametrizations_by_name_and_by_table():
     with pytest.raises(ConfigError, match="parametrization='mu-p' is unknown; choose mup, sp, record26"):
         GPT(tiny(parametrization="mu-p"))
-    assert tiny(parametrization="sp").table is PARAMETRIZATIONS["sp"]
+    assert tiny(parametrization="sp").rules is PARAMETRIZATIONS["sp"]
     own = mup.mup(head=0.5)
-    assert tiny(parametrization=own).table is own
+    assert tiny(parametrization=own).rules is own
 
 
 # The first steps

@@ -340,7 +340,7 @@ def effective_rates(model: GPT, hidden: str) -> dict[str, set[float]]:
     """The length of a step by every parameter, measured: entrywise for Adam, as a spectral norm for Muon."""
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    groups = param_groups(model, model.cfg.table, tuned(hidden))
+    groups = param_groups(model, model.cfg.rules, tuned(hidden))
     optimizers: list[ShardedOptimizer] = [DistAdam(groups["adam"])]
     if hidden == "muon":
         optimizers.append(Muon(groups["muon"], orthogonalizer=orthogonalize))
@@ -389,7 +389,7 @@ def test_at_base_width_every_table_gives_the_tuned_values_exactly(hidden, parame
     model = tiny(16, parametrization)
     values = {
         name: {key: value for key, value in group.items() if key != "params"}
-        for groups in param_groups(model, model.cfg.table, tuned(hidden)).values()
+        for groups in param_groups(model, model.cfg.rules, tuned(hidden)).values()
         for group in groups
         for name, _ in group["params"]
     }
@@ -405,7 +405,7 @@ def test_at_base_width_every_table_gives_the_tuned_values_exactly(hidden, parame
 def test_eps_and_weight_decay_at_four_times_the_base_width(hidden, matrix_decay):
     """eps follows the size of gradients, 1/m but for scalars; lr * weight_decay stays what it was."""
     model = tiny(64, "mup")
-    for optimizer, groups in param_groups(model, model.cfg.table, tuned(hidden)).items():
+    for optimizer, groups in param_groups(model, model.cfg.rules, tuned(hidden)).items():
         for group in groups:
             ((name, _),) = group["params"]
             if optimizer == "adam":

@@ -13,6 +13,7 @@ from torch import nn
 from speedrun_mup.coord_check import CheckVerdict, gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.model import GPT, GPTConfig, softcap_cross_entropy
+from speedrun_mup.core.model.options.gates import add_attention_gate
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, named_specs
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import World
@@ -111,18 +112,18 @@ def test_fused_and_transposed_layouts():
 
 def test_multipliers_survive_copies_and_are_never_guessed():
     model = gpt()
-    before = param_groups(model, model.cfg.table, TUNED)
-    after = param_groups(copy.deepcopy(model), model.cfg.table, TUNED)
+    before = param_groups(model, model.cfg.rules, TUNED)
+    after = param_groups(copy.deepcopy(model), model.cfg.rules, TUNED)
     assert [g["lr"] for g in before["adam"]] == [g["lr"] for g in after["adam"]]
     model.extra = nn.Parameter(torch.zeros(4))
     with pytest.raises(mup.UndeclaredParameterError, match="extra"):
-        param_groups(model, model.cfg.table, TUNED)
+        param_groups(model, model.cfg.rules, TUNED)
 
 
 def test_parameters_of_one_shape_keep_their_own_learning_rates():
     model = gpt()
     tuned = TUNED | {"embed": Tuned("adam", 0.3), "head": Tuned("adam", 0.2)}
-    adam = DistAdam(param_groups(model, model.cfg.table, tuned)["adam"])
+    adam = DistAdam(param_groups(model, model.cfg.rules, tuned)["adam"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _, parameter, _ in adam.named_groups():
         parameter.grad = torch.ones_like(parameter)
@@ -146,7 +147,7 @@ def test_the_schedule_keeps_ratios_of_scaled_learning_rates(tiny):
 def test_decay_per_step_is_what_was_tuned_at_every_width(width):
     model = gpt(width)
     tuned = {group: dataclasses.replace(value, optimizer="adam", weight_decay=0.5) for group, value in TUNED.items()}
-    adam = DistAdam(param_groups(model, model.cfg.table, tuned)["adam"])
+    adam = DistAdam(param_groups(model, model.cfg.rules, tuned)["adam"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _, parameter, _ in adam.named_groups():
         parameter.grad = torch.zeros_like(parameter)
@@ -232,7 +233,7 @@ def test_bf16_embeddings_still_move_at_the_end_of_training():
     for base_width in (16, 64):
         model = gpt(64, base_width)
         group = next(
-            g for g in param_groups(model, model.cfg.table, TUNED)["adam"] if g["params"][0][0] == "embed.weight"
+            g for g in param_groups(model, model.cfg.rules, TUNED)["adam"] if g["params"][0][0] == "embed.weight"
         )
         assert group["lr"] == 0.1  # no factor of m
     entries = torch.full((1000,), 10.0, dtype=torch.bfloat16)
@@ -280,7 +281,10 @@ def test_a_checkpoint_is_not_rescaled_again():
 
 
 def test_tuned_values_cover_every_group_of_the_model(tiny):
-    assert {spec.group for _, _, spec in named_specs(gpt())} == set(tuned_values(tiny()))
+    """With all techniques of later records; without them there is none that has no values."""
+    plain, everything = gpt(), GPT(add_attention_gate(gpt().cfg, 12))
+    groups, all_groups = ({spec.group for _, _, spec in named_specs(model)} for model in (plain, everything))
+    assert groups < all_groups == set(tuned_values(tiny()))
     assert Exponents(1, 0)(2, 3) == 2 and Exponents(0, -1)(2, 4) == 0.25
     assert isinstance(Muon(param_groups(gpt(), PARAMETRIZATIONS["mup"], TUNED)["muon"]), Muon)
 

@@ -65,7 +65,7 @@ def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
 
 def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool = False) -> list[ShardedOptimizer]:
     """One for each name of an optimizer in `tuned_values`."""
-    groups = param_groups(model, model.cfg.table, tuned_values(cfg))
+    groups = param_groups(model, model.cfg.rules, tuned_values(cfg))
     optimizers = [OPTIMIZERS[name](of_it, world) for name, of_it in groups.items()]
     for optimizer in optimizers if compiled else ():
         optimizer.compile_parts()

@@ -25,9 +25,9 @@ from speedrun_mup.evaluate import Evaluation, evaluate, text_rows, validation_ro
 from speedrun_mup.files import printable
 from speedrun_mup.sample import Writer
 from speedrun_mup.sampling import Sampling
-from speedrun_mup.training.build import model_config
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, Loaded
 from speedrun_mup.training.hardware import pick_dtype
+from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
 from speedrun_mup.training.run_folder import checked_state, saved_config
 from speedrun_mup.training.schedules import Schedule
@@ -123,14 +123,21 @@ class LoadedRun:
         return pandas.DataFrame(read_metrics(self.folder))
 
 
-def load_run(folder: str | Path, step: int | None = None, device: str = "auto", data: str | None = None) -> LoadedRun:
-    """A run's model, as its newest intact checkpoint has it, to be used.
+def load_run(
+    folder: str | Path,
+    step: int | None = None,
+    device: str = "auto",
+    data: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedRun:
+    """A run's model, as its newest intact checkpoint has it, to be used. The run may be unfinished, or of an earlier edition.
 
     Args:
         folder: the run's, or that of one of its checkpoints.
         step: of another checkpoint.
         device: auto, cpu, cuda or mps.
         data: the corpus that it was trained on, if it has moved.
+        dtype: of embeddings and activations; default: as the run's settings and the device have it.
 
     Raises:
         ConfigError: there is no run, or its data is missing or has changed.
@@ -147,7 +154,7 @@ def load_run(folder: str | Path, step: int | None = None, device: str = "auto", 
     corpus = _corpus_of(cfg, data, state["corpus"])
     place = pick_device(device)
     with torch.device("meta"):
-        model = GPT(model_config(cfg, corpus, "blocked", pick_dtype(cfg, place)))
+        model = GPT(model_config(cfg, corpus, "blocked", dtype or pick_dtype(cfg, place)))
     own = model.state_dict()
     weights = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in loaded.model.items()}
     try:

@@ -51,7 +51,7 @@ class GPT(nn.Module):
         self.value_embeds = cfg.values.build(cfg)
         self.blocks = cfg.wiring.build(cfg, lambda layer: cfg.attn.build(cfg, layer, cfg.values.mixer(cfg, layer)))
         self.lm_head = cfg.head.build(cfg)
-        mup.init_parameters(self, cfg.table, seed)
+        mup.init_parameters(self, cfg.rules, seed)
 
     @property
     def logit_scale(self) -> float:

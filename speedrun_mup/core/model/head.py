@@ -43,7 +43,7 @@ class Head(Linear):
         super().__init__(shape.width, shape.padded_vocab)
         base_shape = (shape.padded_vocab, shape.base_width)
         spec = mup.declare(self, "weight", Role.OUTPUT, base_shape, "out in", "head", init="zero")
-        forward = shape.table.forward(spec)
+        forward = shape.rules.forward(spec)
         self.scale = forward / (SOFTCAP_SLOPE * math.sqrt(shape.base_width))
         self.fp8_scales = head_scales(shape.width, forward) if shape.fp8 else None  # FP8: YouJiacheng, record 19
         self.fused = False

@@ -60,7 +60,7 @@ class ModelShape:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
-    def table(self) -> mup.Parametrization:
+    def rules(self) -> mup.Parametrization:
         """The rule table in force."""
         if isinstance(self.parametrization, mup.Parametrization):
             return self.parametrization
