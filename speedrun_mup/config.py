@@ -142,7 +142,7 @@ class TrainConfig:
         valid=(POSITIVE,),
     )
     orthogonalizer: str | None = setting(
-        "optimizer",
+        "momentum",
         "how Muon and NorMuon set singular values to 1 (default: newton-schulz for Muon, polar-express for NorMuon)",
         None,
         affects="result",
@@ -158,7 +158,7 @@ class TrainConfig:
     adam_beta1: float = setting("momentum", "Adam's first moment decay", 0.8, affects="result", valid=(BELOW_ONE,))
     adam_beta2: float = setting("momentum", "Adam's second moment decay", 0.95, affects="result", valid=(BELOW_ONE,))
     momentum: float = setting("momentum", "Muon's, after warmup", 0.95, affects="result", valid=(BELOW_ONE,))
-    momentum_start: float = setting("momentum", "Muon's, at step 0", 0.85, affects="result", valid=(BELOW_ONE,))
+    momentum_start: float = setting("schedule", "Muon's, at step 0", 0.85, affects="result", valid=(BELOW_ONE,))
 
     iterations: int = setting(
         "schedule", "optimizer steps", 1750, affects="result", on_resume="lasting", valid=ITERATIONS
@@ -333,7 +333,7 @@ class TrainConfig:
         return self.base_width or self.width
 
 
-_GROUPS = "scaling model batch training optimizer momentum schedule data run display device"
+_GROUPS = "scaling model techniques batch training optimizer momentum schedule data run display device"
 GROUPS = tuple(_GROUPS.split())
 _in_force: Any = TrainConfig  # with what was added from outside the package
 

@@ -14,6 +14,8 @@ from speedrun_mup.flags import Parser
 from speedrun_mup.presets import PRESETS
 from speedrun_mup.settings import Setting, flag_of
 
+_TRAINING = "model techniques batch training optimizer momentum schedule data device"
+TRAINING = tuple(_TRAINING.split())  # the groups of flags that a command takes which trains, at widths of its own
 NOT_SHOWN = {  # flags of a group of parameters that `--help` does not list, by the group of flags that they are in
     "optimizer": "--GROUP-optimizer, --GROUP-weight-decay and --GROUP-eps",
     "momentum": "--GROUP-beta1 and --GROUP-beta2",

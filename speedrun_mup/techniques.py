@@ -17,7 +17,7 @@ TECHNIQUE_SETTINGS: dict[str, tuple[Any, Any]] = {
     "attention_gate": (
         int,
         setting(
-            "model",
+            "techniques",
             "channels of its input that gate each attention head (record 28; 12 since record 30); 0: no gates",
             0,
             affects="result",

@@ -127,6 +127,13 @@ def flags_of(command, monkeypatch):
     return set(seen)
 
 
+def test_every_command_that_makes_a_model_takes_what_changes_it(monkeypatch):
+    techniques = {flag_of(name) for name, meta in settings().items() if meta.group == "techniques"}
+    assert "--attention-gate" in techniques
+    for command in ("train", "doctor", "bench", "plan", "sweep", "explain", "coord-check"):
+        assert techniques <= flags_of(command, monkeypatch), command
+
+
 def test_commands_take_only_what_they_use(monkeypatch):
     train = flags_of("train", monkeypatch)
     assert {flag_of(name) for name in settings()} <= train  # also those that `--help` does not show
@@ -135,7 +142,7 @@ def test_commands_take_only_what_they_use(monkeypatch):
     for command in set(COMMANDS) - {"train", "doctor", "data"}:
         taken = flags_of(command, monkeypatch) & stored
         assert taken <= {"--out"} | ({"--name"} if command == "coord-check" else set()), command
-    assert flags_of("explain", monkeypatch).isdisjoint({"--seed", "--data", "--momentum", "--iterations"})
+    assert flags_of("explain", monkeypatch).isdisjoint({"--seed", "--data", "--momentum", "--orthogonalizer"})
     assert flags_of("coord-check", monkeypatch).isdisjoint({"--width", "--device", "--cooldown", "--compile"})
     assert flags_of("sweep", monkeypatch).isdisjoint({"--width", "--seed", "--val-every"})
 

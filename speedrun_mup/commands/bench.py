@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     add_preset(parser)
     add_settings(
         parser,
-        groups=("scaling", "model", "batch", "training", "optimizer", "momentum", "data", "device"),
+        groups=("scaling", "model", "techniques", "batch", "training", "optimizer", "momentum", "data", "device"),
         plus=("seed", "fit_memory", "batch_schedule"),
     )
     flags = vars(parse(parser, argv))

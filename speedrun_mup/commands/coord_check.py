@@ -28,11 +28,8 @@ def run(argv: Sequence[str]) -> int:
     # A check has its own widths and steps, a constant learning rate, and runs on the CPU in float32.
     add_settings(
         parser,
-        groups=("model", "optimizer", "display"),
-        plus=(
-            *("base_width", "parametrization", "seed", "adam_beta1", "adam_beta2", "momentum"),
-            *("data", "tokenizer", "data_order", "out", "name"),
-        ),
+        groups=("model", "techniques", "optimizer", "momentum", "display"),
+        plus=("base_width", "parametrization", "seed", "data", "tokenizer", "data_order", "out", "name"),
     )
     flags = vars(parse(parser, argv))
     check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}

@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_settings(parser, groups=("scaling", "optimizer"), plus=("n_layer", "head_dim"))
+    add_settings(parser, groups=("scaling", "techniques", "optimizer"), plus=("n_layer", "head_dim"))
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
     if vocab < 1:

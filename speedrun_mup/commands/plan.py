@@ -16,7 +16,7 @@ from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, TrainConfig, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
-from speedrun_mup.setting_flags import add_settings
+from speedrun_mup.setting_flags import TRAINING, add_settings
 
 if TYPE_CHECKING:
     from speedrun_mup.plan import Plan
@@ -35,22 +35,7 @@ def run(argv: Sequence[str]) -> int:
     group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
     group.add_argument("--json", action="store_true", help="the plan and the designs considered, as JSON")
     add_engine(parser, "; 10%% of the target's FLOPs")
-    add_settings(
-        parser,
-        groups=(
-            "scaling",
-            "model",
-            "batch",
-            "training",
-            "optimizer",
-            "momentum",
-            "schedule",
-            "data",
-            "display",
-            "device",
-        ),
-        plus=("seed", "val_every"),
-    )
+    add_settings(parser, groups=("scaling", *TRAINING, "display"), plus=("seed", "val_every"))
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))
     engine = take(flags, "engine", "workers")

@@ -12,7 +12,7 @@ from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several
-from speedrun_mup.setting_flags import add_renamed_flag, add_settings
+from speedrun_mup.setting_flags import TRAINING, add_renamed_flag, add_settings
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -72,11 +72,7 @@ def run(argv: Sequence[str]) -> int:
     group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
     add_renamed_flag(parser, "--knob", "--hyperparameter")
     add_engine(parser)
-    add_settings(
-        parser,
-        groups=("model", "batch", "training", "optimizer", "momentum", "schedule", "data", "display", "device"),
-        plus=("base_width", "parametrization"),
-    )
+    add_settings(parser, groups=(*TRAINING, "display"), plus=("base_width", "parametrization"))
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))
     if "budget_share" in budget:
