@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.model.cache import Decoder
+from speedrun_mup.core.model.options.gates import add_attention_gate
 
 BOS, BLOCK = 256, 16
 # Both presets with every feature: the layer without attention, value embeddings, skips, long and short windows.
@@ -21,14 +22,17 @@ SHAPES = {
     "record": (RECORD, 14),
     "record, mup": (RECORD | {"parametrization": "mup"}, 14),
     "record, mup, wide": (RECORD | {"parametrization": "mup", "width": 192}, 5),
+    "laptop, mup, gate": (LAPTOP | {"parametrization": "mup", "gate": 12}, 4),
+    "record, gate": (RECORD | {"gate": 12}, 6),
     "one block": (LAPTOP, 1),
     "two blocks": (LAPTOP, 2),
 }
 
 
-def build(**shape) -> GPT:
-    """A model whose every parameter matters, as after training: at first many are zero."""
-    model = GPT(GPTConfig(vocab_size=257, bos_token=BOS, block_size=BLOCK, **shape), seed=1)
+def build(gate: int = 0, **shape) -> GPT:
+    """A model whose every parameter matters, as after training: at first many are zero. gate: channels."""
+    cfg = GPTConfig(vocab_size=257, bos_token=BOS, block_size=BLOCK, **shape)
+    model = GPT(add_attention_gate(cfg, gate) if gate else cfg, seed=1)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -349,6 +349,16 @@ def test_the_prediction_holds_the_planted_truth(swept, target, out):
     assert recommended_config(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)
 
 
+def test_the_prediction_is_also_in_bits_per_byte_where_the_runs_have_them(swept, out, monkeypatch):
+    assert predict(out).bits_per_byte is None and "bits" not in predict(out).summary()
+    known = [dataclasses.replace(run, bits_per_byte=1.4 * run.loss) for run in read_results(out)]
+    monkeypatch.setattr("speedrun_mup.plan.prediction.read_results", lambda folder: known)
+    prediction = predict(out)
+    assert prediction.bits_per_byte == pytest.approx(1.4 * prediction.loss)
+    assert f"{prediction.bits_per_byte:.3f} bits per byte" in prediction.summary()
+    assert Prediction.from_json(json.loads((out / "plan.json").read_text())["prediction"]) == prediction
+
+
 def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_with_a_larger_one(target, out):
     share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
     plan, far = make_plan(target, out, FakeEngine(), budget_share=share), FakeEngine(optimum=-3.0)  # outside the grid

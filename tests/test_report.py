@@ -122,6 +122,23 @@ def whole(swept, check_file):
     return make_report(out, measure_sweep(out), [check_file], run)
 
 
+def test_losses_are_told_in_bits_per_byte_too_where_the_runs_have_them(swept, whole, monkeypatch):
+    out, run = swept
+    assert not any("bits per byte" in line for line in whole.answer)
+    known = [dataclasses.replace(each, bits_per_byte=1.4 * each.loss) for each in read_results(out)]
+    monkeypatch.setattr("speedrun_mup.report.sections.read_results", lambda folder: known)
+    planned = make_report(out, measure_sweep(out), target=run).answer
+    expected = read_plan(out)[1].loss
+    assert any(f"about {1.4 * expected:.3f} bits per byte." in line for line in planned if line.startswith("Expect"))
+    (out / "plan.json").rename(out / "plan.old")
+    try:
+        alone = make_report(out, measure_sweep(out)).answer
+    finally:
+        (out / "plan.old").rename(out / "plan.json")
+    told = [line for line in alone if "bits per byte" in line]
+    assert len(told) == 2 and told[0].startswith("Loss at width 64") and told[1].startswith("Expect")
+
+
 def section(report, title):
     return next(section for section in report.sections if section.title.startswith(title))
 

@@ -57,10 +57,12 @@ from speedrun_mup.sweep import (
     write_csv,
 )
 from speedrun_mup.sweep.folder import RESULTS
+from speedrun_mup.sweep.result import in_bits_per_byte
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import flops_per_token, run_flops
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.training.schedules import window_blocks
+from speedrun_mup.training.tracking import read_metrics
 from speedrun_mup.transfer import Axes, TransferError, Verdict, read_points
 
 GRID = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
@@ -938,9 +940,24 @@ def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
     assert RunResult.from_json(result.to_json(), tmp_path).loss == result.loss
 
 
-def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpus, tmp_path, monkeypatch):
-    from speedrun_mup.training.tracking import read_metrics
+def test_bits_per_byte_are_kept_where_the_tokenizer_tells_them(small, corpus, tiny, tmp_path):
+    """And what a loss comes to is read off such runs; a result of an earlier edition has none."""
+    settings = {"data": "embedded", "iterations": 2}
+    text = run_one(cell_of(small(base=settings), find_corpus("embedded")[0], width=32), tmp_path)
+    plain = read_metrics(train(tiny(width=32, val_every=0, **settings)).folder)
+    none = result_of(cell_of(small(), corpus), 3.0)
+    assert none.bits_per_byte is None and text.bits_per_byte == plain[-1]["bits_per_byte"]
+    assert RunResult.from_json(text.to_json(), tmp_path).bits_per_byte == text.bits_per_byte
+    old = {name: value for name, value in json.loads(text.to_json()).items() if name != "bits_per_byte"}
+    assert RunResult.from_json(json.dumps(old), tmp_path).bits_per_byte is None
+    assert in_bits_per_byte(2 * text.loss, [none, text]) == pytest.approx(2 * text.bits_per_byte)
+    assert in_bits_per_byte(2.0, [none]) is None and in_bits_per_byte(2.0, []) is None
+    wrong = json.loads(text.to_json()) | {"bits_per_byte": -1.0}
+    with pytest.raises(ConfigError, match="impossible: costs"):
+        RunResult.from_json(json.dumps(wrong), tmp_path)
 
+
+def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpus, tmp_path, monkeypatch):
     cell = cell_of(small(), corpus, width=32)
     whole = run_one(cell, tmp_path)
     for skipped in (0, 2):

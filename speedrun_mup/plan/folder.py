@@ -25,7 +25,7 @@ class Prediction:
     """What the sweep says about the target run; intervals hold 90 %.
 
     lr_scale: what to give the target. verdict: of the transfer measurement. method: of both forecasts, as text.
-    wide: why the interval of the loss is wide, where it is.
+    wide: why the interval of the loss is wide, where it is. bits_per_byte: what the loss comes to, where that is known.
     """
 
     width: int
@@ -36,6 +36,7 @@ class Prediction:
     verdict: str
     method: str
     wide: str = ""
+    bits_per_byte: float | None = None
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Prediction:
@@ -46,9 +47,10 @@ class Prediction:
     def summary(self) -> str:
         """For a terminal."""
         (slow, fast), (low, high) = self.lr_scale_interval, self.loss_interval
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
         return (
             f"width {self.width}: use --lr-scale {self.lr_scale:.4g} (90 % {slow:.4g} to {fast:.4g})\n"
-            f"expect a validation loss of {self.loss:.4f} (90 % {low:.4f} to {high:.4f})\n"
+            f"expect a validation loss of {self.loss:.4f} (90 % {low:.4f} to {high:.4f}){bits}\n"
             f"transfer: {self.verdict}; {self.method}"
         )
 

@@ -13,7 +13,8 @@ from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import write_whole
 from speedrun_mup.plan.design import arm_of
 from speedrun_mup.plan.folder import PLAN, Prediction, read_content, read_prediction, target_in
-from speedrun_mup.sweep import measure_sweep
+from speedrun_mup.sweep import measure_sweep, read_results
+from speedrun_mup.sweep.result import in_bits_per_byte
 from speedrun_mup.training.run_folder import saved_config
 from speedrun_mup.training.tracking import read_metrics
 from speedrun_mup.transfer import ArmResult, Forecast, TransferError, loss_forecast
@@ -47,6 +48,7 @@ def predict(out: Path) -> Prediction:
         verdict=arm.verdict.value,
         method=forecast.method,
         wide=_why_wide(arm, forecast),
+        bits_per_byte=in_bits_per_byte(forecast.loss.value, read_results(out)),
     )
     write_whole(out / PLAN, json.dumps(content | {"prediction": asdict(prediction)}, indent=1, allow_nan=False) + "\n")
     return prediction

@@ -18,7 +18,7 @@ from speedrun_mup.report.contents import Table
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
 from speedrun_mup.sweep import RunResult, read_definition, tuned_flag
-from speedrun_mup.sweep.result import RESULT, RUNS
+from speedrun_mup.sweep.result import RESULT, RUNS, in_bits_per_byte
 from speedrun_mup.training.tracking import CONFIG, lives
 from speedrun_mup.transfer import ArmResult, SizeFit, TransferError, TransferResult, loss_forecast, with_article
 
@@ -71,7 +71,10 @@ def _of_plan(seen: Measured, forecast: Prediction) -> Iterator[str]:
         f"At width {forecast.width} use `--lr-scale {forecast.lr_scale:.4g}` (90 % interval {slow:.4g} to {fast:.4g}): all "
         f"learning rates times {forecast.lr_scale:.4g}."
     )
-    yield f"Expect a validation loss of {forecast.loss:.4f} nats per token (90 % interval {low:.4f} to {high:.4f})."
+    yield (
+        f"Expect a validation loss of {forecast.loss:.4f} nats per token (90 % interval {low:.4f} to {high:.4f})"
+        f"{_in_bytes(seen, forecast.loss)}."
+    )
     if seen.comparison is None:
         yield "Measured: nothing yet. Train the target, then give its folder with `--target`."
         return
@@ -97,7 +100,9 @@ def _of_sweep(seen: Measured) -> Iterator[str]:
     if arm.usable:
         largest = arm.usable[-1]
         unit = " nats per token" if seen.swept else ""  # a table does not say
-        yield f"Loss at {largest.place} with its best {axes.label}: {within(arm.best_loss(largest))}{unit}."
+        loss = arm.best_loss(largest)
+        bits = _in_bytes(seen, loss.value)
+        yield f"Loss at {largest.place} with its best {axes.label}: {within(loss)}{unit}{bits}."
         yield _expected(seen, arm, 2 * largest.size)
 
 
@@ -117,7 +122,14 @@ def _expected(seen: Measured, arm: ArmResult, size: int) -> str:
         loss = loss_forecast(arm, size).loss
     except TransferError as fault:
         return f"{unknown}: {fault}."
-    return f"Expect {within(loss)} at {axes.at(size)}, twice that; nothing so large was trained here."
+    bits = _in_bytes(seen, loss.value)
+    return f"Expect {within(loss)}{bits} at {axes.at(size)}, twice that; nothing so large was trained here."
+
+
+def _in_bytes(seen: Measured, loss: float) -> str:
+    """The same in bits per byte, which compare between tokenizers; nothing where tokens do not stand for bytes."""
+    bits = in_bits_per_byte(loss, seen.runs)
+    return "" if bits is None else f", about {bits:.3f} bits per byte"
 
 
 def _setting(seen: Measured, arm: ArmResult, fit: SizeFit) -> str:

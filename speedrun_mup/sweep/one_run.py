@@ -41,7 +41,7 @@ def run_one(spec: RunSpec, scratch: Path) -> RunResult:
     torch.compiler.reset()  # else the ninth model that a process compiles would run uncompiled, silently
     gc.collect()  # a compiled model is in a cycle, and would keep its memory on the GPU
     folder = scratch / f"{spec.id}-{os.getpid()}"
-    loss, reason = math.nan, ""
+    loss, bits, reason = math.nan, None, ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -51,7 +51,7 @@ def run_one(spec: RunSpec, scratch: Path) -> RunResult:
             else:
                 if not result.finished:
                     raise UserError(f"stopped by a signal at step {result.steps}; run the sweep again")
-                loss = or_nan(result.val_loss)
+                loss, bits = or_nan(result.val_loss), result.bits_per_byte
         records = [record for record in read_metrics(folder) if record["kind"] == "train"]
         made_with = json.loads((folder / PROVENANCE).read_text().splitlines()[-1])
     finally:
@@ -83,6 +83,7 @@ def run_one(spec: RunSpec, scratch: Path) -> RunResult:
         config=computed_settings(spec.cfg),
         made_with={name: made_with[name] for name in ("speedrun_mup", "revision", "source_sha256", "torch", "platform")}
         | {"device": _device_name(spec.cfg.device), "dtype": _dtype_name(spec.cfg)},
+        bits_per_byte=bits,
     )
 
 

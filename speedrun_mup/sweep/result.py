@@ -39,6 +39,7 @@ class RunResult:
         flops: Of the steps that were taken.
         vocab_size: Of its data; None in a result of the first edition, which did not record it.
         made_with: Versions and device.
+        bits_per_byte: Of the validation at the end, without special tokens; None where tokens do not stand for bytes.
     """
 
     id: str
@@ -58,6 +59,7 @@ class RunResult:
     vocab_size: int | None
     config: dict[str, Any]
     made_with: dict[str, str]
+    bits_per_byte: float | None = None
 
     @property
     def size(self) -> int:
@@ -95,6 +97,7 @@ class RunResult:
             schema = values.pop("schema")
             if "width" in values:
                 values = _of_first_edition(values)
+            values.setdefault("bits_per_byte", None)  # which earlier editions did not record
             if schema != SCHEMA or values.keys() != {entry.name for entry in fields(RunResult)}:
                 raise ValueError("made by another version")
             values |= {name: or_nan(values[name]) for name in ("loss", "train_loss")}
@@ -109,10 +112,19 @@ class RunResult:
         return result
 
 
+def in_bits_per_byte(loss: float, runs: Iterable[RunResult]) -> float | None:
+    """What a validation loss comes to in bits per byte: by the median ratio in `runs` on the same data; None if no one knows.
+
+    The ratio depends on the model only by the loss of special tokens, which bits per byte leave out.
+    """
+    ratios = [run.bits_per_byte / run.loss for run in runs if run.bits_per_byte and math.isfinite(run.loss)]
+    return loss * float(np.median(ratios)) if ratios else None
+
+
 def _check_types(result: RunResult) -> None:
     """Raises ValueError for what `run_one` cannot have written: anybody may have sent the folder."""
     names = (result.id, result.arm, result.reason, result.corpus, *result.made_with, *result.made_with.values())
-    costs = (result.seconds, result.train_s, result.flops)
+    costs = (result.seconds, result.train_s, result.flops, result.bits_per_byte or 0)
     iterations = result.config["iterations"]
     whole = (*result.sizes.values(), result.vocab_size or 0, result.seed, iterations)
     good = {

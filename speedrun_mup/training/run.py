@@ -45,7 +45,10 @@ Observer = Callable[[int, GPT, list[Batch]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Losses in nats per token; train_s leaves out validation, checkpoints and warmup."""
+    """What a run came to. Losses in nats per token; train_s leaves out validation, checkpoints and warmup.
+
+    bits_per_byte: of the last validation, on rank 0; None where tokens do not stand for bytes, or after a resume at the end.
+    """
 
     folder: Path
     corpus: Corpus
@@ -55,6 +58,7 @@ class TrainResult:
     tokens: int
     train_s: float
     finished: bool
+    bits_per_byte: float | None = None
 
 
 def train(cfg: TrainConfig, observe: Observer | None = None, lock: FolderLock | None = None) -> TrainResult:
@@ -122,6 +126,7 @@ class Run:
         self.skipped_micro_batches = 0  # of the data, left out for good after a roll-back
         self.train_loss: float | None = None
         self.val_loss: float | None = None
+        self.bits_per_byte: float | None = None
         self.stopping = False
         if cfg.resume:
             notes = self.resume()
@@ -203,6 +208,7 @@ class Run:
             self.schedule.tokens_before(step),
             self.train_s,
             finished=step == cfg.iterations and not self.stopping,
+            bits_per_byte=self.bits_per_byte,
         )
 
     def take_step(self, micro_batches: list[Batch], step: int, stop: bool = False) -> None:
@@ -271,8 +277,14 @@ class Run:
         """Evaluate the weights before `step`, and record what comes out."""
         self.process_pending_steps()
         self.recovery.refuse_exploded(step)
-        self.val_loss, bits = self.passes.evaluate(step)
-        record = {"kind": "val", "step": step, "loss": self.val_loss, "train_s": self.train_s, "bits_per_byte": bits}
+        self.val_loss, self.bits_per_byte = self.passes.evaluate(step)
+        record = {
+            "kind": "val",
+            "step": step,
+            "loss": self.val_loss,
+            "train_s": self.train_s,
+            "bits_per_byte": self.bits_per_byte,
+        }
         self.run_folder.log.val(record)
         if not math.isfinite(self.val_loss):
             raise NonFiniteError(

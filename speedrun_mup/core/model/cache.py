@@ -34,6 +34,13 @@ class Place(NamedTuple):
         """The same for caches on `device`."""
         return Place(self.size, self.rows.to(device), self.mask.to(device))
 
+    def next(self, n: int) -> Place:
+        """Of the token after one token of each text, in the same block: it sees itself too. Changes this one's mask."""
+        rows = self.rows + 1
+        first = torch.arange(0, n * self.size, self.size, device=rows.device)
+        self.mask.flatten(start_dim=1).scatter_(1, (rows - first)[:, None], 0.0)
+        return Place(self.size, rows, self.mask)
+
 
 class Cache:
     """A layer's keys and values of the last S tokens: a ring of as many blocks as the layer's window, (n * S, H, C) each.
@@ -76,6 +83,7 @@ class Decoder:
         self.device = model.embed.weight.device
         self.lengths = torch.zeros(1, dtype=torch.int64)  # of the n texts so far, on the CPU: nobody waits for a GPU
         self.caches: list[Cache] = []
+        self.places: list[Place] = []  # of the last token of each text, for the short and the long window
         for module in self.model.modules():
             if isinstance(module, Attention):
                 self.caches.append(Cache())
@@ -97,9 +105,14 @@ class Decoder:
         n, t = tokens.shape
         at = self.lengths[:, None] + torch.arange(t)
         self.lengths = self.lengths + t
-        short, long = (self._place(at, window).to(self.device) for window in self.windows)
+        if t == 1 and self.places and bool((at % self.model.cfg.block_size).all()):
+            self.places = [place.next(n) for place in self.places]
+        else:
+            self.places = [self._place(at, window).to(self.device) for window in self.windows]
+        short, long = self.places
         cos_sin = rotary(at.flatten().to(self.device), self.model.cfg.head_dim)
         x = self.model.read(tokens.flatten().to(self.device), (short, long), cos_sin)
+        self.places = self.places if t == 1 else []
         return x.unflatten(0, (n, t))[:, -1]
 
     def _place(self, at: Tensor, window: int) -> Place:
@@ -117,7 +130,7 @@ class Decoder:
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these of the texts; the same one several times goes on in several ways."""
         n = len(self.lengths)
-        self.lengths = self.lengths[list(rows)]
+        self.places, self.lengths = [], self.lengths[list(rows)]
         for cache in self.caches:
             cache.keys, cache.values = (
                 None if x is None else x.unflatten(0, (n, -1))[list(rows)].flatten(0, 1)
@@ -126,6 +139,7 @@ class Decoder:
 
     def join(self, others: Sequence[Decoder]) -> None:
         """Read the texts of the others too, which have read something each, beside its own."""
+        self.places = []
         self.lengths = torch.cat([self.lengths, *(other.lengths for other in others)])
         for cache, *theirs in zip(self.caches, *(other.caches for other in others), strict=True):
             cache.keys = torch.cat([cache.keys, *(other.keys for other in theirs)])
