@@ -424,7 +424,7 @@ def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(Passes, "evaluate", lambda passes, step: 3.0 if step == 0 else math.nan)
+    monkeypatch.setattr(Passes, "evaluate", lambda passes, step: (3.0 if step == 0 else math.nan, None))
     with pytest.raises(NonFiniteError, match="step 3: the validation loss is nan") as fault:
         train(tiny(name="a", save_every=1))
     folder = Path(tiny().out) / "a"
