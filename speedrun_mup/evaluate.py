@@ -130,7 +130,7 @@ def token_losses(model: GPT, window: int, row: np.ndarray, stride: int | None = 
         first, end = max(begin - context, 0), min(begin + stride, len(row) - 1)
         inputs = np.full(
             -(-(end - first) // block) * block, model.cfg.bos_token
-        )  # what fills up the last block is not seen
+        )  # what fills up the last block is ignored
         inputs[: end - first] = row[first:end]
         x = model.hidden(torch.from_numpy(inputs).to(device), window)[begin - first : end - first]
         targets = torch.from_numpy(row[begin + 1 : end + 1].astype(np.int64)).to(device)

@@ -59,7 +59,7 @@ class Writer:
         """The tokens that follow `prompts`: at each step, the sample's number -> its token, without those that have ended.
 
         A sample ends before the BOS that would open another document. Each has random numbers of its own: it is the same
-        whatever is drawn beside it.
+        whatever else is drawn.
         """
         randoms = [generator(sampling.seed, "sample", number) for number in range(len(prompts))]
         yield from self._go_on(*self.read(prompts), sampling, randoms)
@@ -168,7 +168,7 @@ class TextStream:
         return self._utf8.decode(b"", final=True) if self._bytes is not None else self._new_text(final=True)
 
     def _new_text(self, final: bool) -> str:
-        """By decoding the last piece anew together with what came since: its first space may depend on what is before."""
+        """By decoding the last piece again together with what came since: its first space may depend on what is before."""
         before, now = (self._tokenizer.decode(ids) for ids in (self._ids[: self._shown], self._ids))
         if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
             return ""

@@ -26,7 +26,7 @@ def add_settings(parser: Parser, groups: Collection[str] = (), plus: Collection[
     """Give `parser` one flag per setting that its command takes. A flag that is not given leaves no trace.
 
     Args:
-        parser: the command's; it is told the flags of the other settings, which have no effect in this command.
+        parser: the command's; it gets the flags of the other settings, which have no effect in this command.
         groups: taken as a whole, of GROUPS.
         plus: names of single settings.
     """
@@ -50,7 +50,7 @@ def add_settings(parser: Parser, groups: Collection[str] = (), plus: Collection[
 
 
 def _about(group: str) -> str | None:
-    """What `--help` says of a group of flags."""
+    """What `--help` says about a group of flags."""
     parameters = dict.fromkeys(meta.param_groups[0] for meta in settings().values() if meta.param_groups)
     also = NOT_SHOWN.get(group)
     return also and f"for one group of parameters ({', '.join(parameters)}): also {also}"

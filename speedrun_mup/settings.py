@@ -94,7 +94,7 @@ def setting(
             "speed": where and how fast; "storage": where files are and which are kept; "display": what is shown.
         on_resume: "free": a resume may change it although it affects the result; "lasting": a resume may change it, and
             what it changed stays in config.json.
-        choices: the values that a text may have; a registry is asked anew each time, so that it may grow.
+        choices: the values that a text may have; a registry is asked again each time, so that it may grow.
         shorthand: further flags, each with its value, such as {"--mup": "mup"}.
         valid: conditions on a value that is not None.
         shown: whether `--help` has its flag.

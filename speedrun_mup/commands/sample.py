@@ -60,7 +60,7 @@ def run_parser(prog: str, about: str) -> Parser:
 
 
 def in_turn(writer: Writer, prompt: str, n: int, sampling: Sampling) -> Iterator[str]:
-    """`n` samples, each after its prompt: the first as it comes, the others, drawn beside it, when those before are done."""
+    """`n` samples, each after its prompt: the first as it comes, the others, drawn in parallel, when those before are done."""
     waiting = ["" if n == 1 else f"{chr(10) * (number > 0)}--- sample {number + 1} ---\n" for number in range(n)]
     waiting = [head + prompt for head in waiting]
     yield waiting[0]
@@ -82,7 +82,7 @@ def show(pieces: Iterable[str]) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What somebody types, until Ctrl-D."""
+    """The lines that are typed, until Ctrl-D."""
     while True:
         if sys.stdin is None:
             raise ConfigError("--chat needs standard input, which is closed")

@@ -38,7 +38,7 @@ def worst(verdicts: Iterable[CheckVerdict | None]) -> CheckVerdict:
 class SlopeThresholds:
     """Every number that decides a verdict. Wrong rules are off by a multiple of 1/2, right ones measure below 0.15."""
 
-    warn: float = 0.15  # octaves per doubling of width, between the measured and the predicted slope
+    warn: float = 0.15  # log2 per doubling of width, between the measured and the predicted slope
     fail: float = 0.30
     first_step: int = 3  # from here on t is judged; before, layers that start at zero hide what lies behind them
     min_widths: int = 3

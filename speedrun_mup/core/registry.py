@@ -14,7 +14,7 @@ T = TypeVar("T")
 class Registry(Mapping[str, T], Generic[T]):
     """Things by name. Of those that come with the package only the place is known until one is asked for.
 
-    So `--help` can tell the names without importing torch, and an entry is one line.
+    So `--help` can list the names without importing torch, and an entry is one line.
     """
 
     def __init__(self, what: str, places: Mapping[str, str]):

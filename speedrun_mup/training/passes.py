@@ -69,7 +69,7 @@ class Passes:
         self.val_batches = ValBatches(self.corpus, cfg.val_tokens, cfg.val_chunk_tokens)
 
     def fits(self, cfg: TrainConfig) -> bool:
-        """Whether the passes of the largest step of `cfg`, beside the optimizers' state, fit into every rank's memory.
+        """Whether the passes of the largest step of `cfg`, together with the optimizers' state, fit into every rank's memory.
 
         It takes two in a row, because the second finds the gradients of the first; a strict sum holds ever more of them. The
         window is that of the last step, the widest.

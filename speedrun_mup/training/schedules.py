@@ -215,7 +215,7 @@ class Schedule:
         return max(stage.window or grown for stage in self.stages)
 
     def describe(self) -> str:
-        """Steps and tokens, in words."""
+        """Steps and tokens, as text."""
         sizes = [f"{stage.micro_batches * self.micro_batch_tokens:,}" for stage in self.stages]
         if self.is_constant:
             return f"{self.iterations} steps of {sizes[0]} tokens"

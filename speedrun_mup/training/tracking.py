@@ -210,7 +210,7 @@ def clock(seconds: float) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> str:
-    """Write a small file whole or not at all, as strict JSON that tells "NaN" from "Infinity". Why that failed, or ""."""
+    """Write a small file whole or not at all, as strict JSON that keeps "NaN" and "Infinity" apart. Why that failed, or ""."""
     try:
         text = json.dumps(json.loads(json.dumps(content), parse_constant=str), indent=1) + "\n"
         write_whole(path, text, advice="training continues")
@@ -227,7 +227,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        schedule: of the run, by which the time that is left is told.
+        schedule: of the run, from which the time that is left is computed.
         start_step: of a resumed run; records of that step and later, left by a crashed attempt, are dropped.
         main: whether this is rank 0.
         progress: whether to show it.

@@ -31,7 +31,7 @@ class Thresholds:
     window: float = 2.0  # log2: on either side of the lowest point that the fit takes
     narrow_window: float = 1.0  # the same for the check that the window does not matter
     window_excess: float = 0.05  # points this fraction above the lowest loss are treated as divergence, not fitted
-    # Octaves per doubling: narrow drift minus drift, unless noise (2 SE) explains it; nor may the narrow one exceed max_drift.
+    # log2 per doubling: narrow drift minus drift, unless noise (2 SE) explains it; nor may the narrow one exceed max_drift.
     max_window_shift: float = 0.15
     max_scatter: float = 0.25  # log2: one optimum's distance from the line, unless noise (3 SE) explains it
     max_unresolved: float = 0.05  # share of resamples without a minimum inside the grid

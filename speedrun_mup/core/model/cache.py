@@ -81,7 +81,7 @@ class Decoder:
         self.model.load_state_dict(model.state_dict(), assign=True)
         self.windows = (max(window // 2, 1), max(window, 1))
         self.device = model.embed.weight.device
-        self.lengths = torch.zeros(1, dtype=torch.int64)  # of the n texts so far, on the CPU: nobody waits for a GPU
+        self.lengths = torch.zeros(1, dtype=torch.int64)  # of the n texts so far, on the CPU: nothing waits for a GPU
         self.caches: list[Cache] = []
         self.places: list[Place] = []  # of the last token of each text, for the short and the long window
         for module in self.model.modules():
@@ -128,7 +128,7 @@ class Decoder:
         return Place(size, rows.flatten(), mask[:, None])
 
     def take(self, rows: Sequence[int]) -> None:
-        """Go on with these of the texts; the same one several times goes on in several ways."""
+        """Continue these of the texts; the same one several times continues in several ways."""
         n = len(self.lengths)
         self.places, self.lengths = [], self.lengths[list(rows)]
         for cache in self.caches:
@@ -138,7 +138,7 @@ class Decoder:
             )
 
     def join(self, others: Sequence[Decoder]) -> None:
-        """Read the texts of the others too, which have read something each, beside its own."""
+        """Read the texts of the others too, which have read something each, in addition to its own."""
         self.places = []
         self.lengths = torch.cat([self.lengths, *(other.lengths for other in others)])
         for cache, *theirs in zip(self.caches, *(other.caches for other in others), strict=True):

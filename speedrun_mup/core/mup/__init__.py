@@ -1,6 +1,6 @@
 """muP: roles, the rule table, what a parameter is; and a library with microsoft/mup's names (docs/mup-library.md).
 
-The rule tables need no torch, so that `--help` can tell their names; the other names are imported when they are asked for.
+The rule tables need no torch, so that `--help` can list their names; the other names are imported when they are asked for.
 """
 
 from typing import TYPE_CHECKING

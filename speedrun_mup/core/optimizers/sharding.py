@@ -52,7 +52,7 @@ class Owned(NamedTuple):
 class Shard(Protocol):
     """Parameters that are updated as one batch of units, of which this rank updates `count`.
 
-    An optimizer knows placement by these methods alone. Whoever adds one, such as FSDP2's, writes a class like
+    An optimizer knows placement by these methods alone. To add one, such as FSDP2's, write a class like
     `Replicated`.
     """
 
@@ -71,7 +71,7 @@ class Shard(Protocol):
         """This rank's units of the one parameter, (count, *unit), to be changed in place and published."""
 
     def publish_values(self, values: Tensor) -> Handle:
-        """Start giving the changed `values` to whoever stores them; the parameter is new once the handle is done."""
+        """Start giving the changed `values` to the ranks that store them; the parameter is new once the handle is done."""
 
     def stored(self) -> list[Tensor]:
         """What this rank stores of each parameter, to be changed in place."""
