@@ -57,9 +57,8 @@ class Evaluation:
         if self.bits_per_byte is not None:
             lines.append(f"bits per byte  {self.bits_per_byte:.4f}{within(self.bits_per_byte_error)}")
         size = "" if self.bytes is None else f", {self.bytes:,} bytes"
-        return "\n".join(
-            [*lines, f"text           {self.tokens:,} tokens{size}; standard errors over {self.units:,} units"]
-        )
+        over = f"standard errors over {self.units:,} units" if self.units > 1 else "too little for a standard error"
+        return "\n".join([*lines, f"text           {self.tokens:,} tokens{size}; {over}"])
 
 
 def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: np.ndarray | None = None) -> Evaluation:
