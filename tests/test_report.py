@@ -122,12 +122,17 @@ def whole(swept, check_file):
     return make_report(out, measure_sweep(out), [check_file], run)
 
 
-def test_losses_are_told_in_bits_per_byte_too_where_the_runs_have_them(swept, whole, monkeypatch):
+def test_losses_are_told_in_bits_per_byte_too_where_the_runs_have_them(swept, whole, monkeypatch, capsys):
     out, run = swept
     assert not any("bits per byte" in line for line in whole.answer)
     known = [dataclasses.replace(each, bits_per_byte=1.4 * each.loss) for each in read_results(out)]
     monkeypatch.setattr("speedrun_mup.report.sections.read_results", lambda folder: known)
     planned = make_report(out, measure_sweep(out), target=run).answer
+    main(["transfer", str(out), "--predict", "128", "--tested", "mup"])
+    assert "bits per byte" not in capsys.readouterr().out
+    monkeypatch.setattr("speedrun_mup.sweep.read_results", lambda folder: known)
+    main(["transfer", str(out), "--predict", "128", "--tested", "mup"])
+    assert "; the loss is about " in capsys.readouterr().out
     expected = read_plan(out)[1].loss
     assert any(f"about {1.4 * expected:.3f} bits per byte." in line for line in planned if line.startswith("Expect"))
     (out / "plan.json").rename(out / "plan.old")

@@ -73,9 +73,12 @@ def _told(source: Path, arm: str, forecast: Forecast | str) -> str:
     """A forecast for a terminal; of a sweep it gives the setting as a flag to paste."""
     if isinstance(forecast, str) or not source.is_dir():
         return str(forecast)
-    from speedrun_mup.sweep import read_definition, tuned_flag
+    from speedrun_mup.sweep import read_definition, read_results, tuned_flag
+    from speedrun_mup.sweep.result import in_bits_per_byte
 
-    return forecast.told(*tuned_flag(read_definition(source), arm))
+    bits = in_bits_per_byte(forecast.loss.value, read_results(source))
+    told = forecast.told(*tuned_flag(read_definition(source), arm))
+    return told if bits is None else f"{told}; the loss is about {bits:.3f} bits per byte"
 
 
 def command_for(arguments: argparse.Namespace, *more: str) -> str:
