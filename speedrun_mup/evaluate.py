@@ -17,6 +17,7 @@ from speedrun_mup.data.documents import Document, DocumentReader
 from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture
 from speedrun_mup.data.sources import find_sources
 from speedrun_mup.data.tokenizers import Tokenizer
+from speedrun_mup.data.validation import ValBatches
 
 PIECE = 1024  # tokens of a unit, where there are too few documents
 ENOUGH_DOCUMENTS = 30
@@ -157,11 +158,19 @@ def _error_of_ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | N
     return math.sqrt(n / (n - 1) * (residuals**2).sum()) / float(total)
 
 
-def validation_rows(corpus: Corpus, most: int | None = None) -> Iterator[np.ndarray]:
-    """The tokens of a corpus's validation shards, `most` of them; of a mixture's parts by their weights."""
+def validation_rows(corpus: Corpus, most: int | None = None, chunk: int | None = None) -> Iterator[np.ndarray]:
+    """The tokens of a corpus's validation shards, `most` of them; of a mixture those that training validates on.
+
+    Args:
+        corpus: or a mixture, whose parts count by their weights, without documents that another part trains on.
+        most: tokens, if not all.
+        chunk: tokens that the parts of a mixture take turns with, as in training; default: so few that each has its turns.
+    """
     if isinstance(corpus, Mixture):
-        for part, share in zip(corpus.parts, corpus.shares):
-            yield from validation_rows(part, None if most is None else most * share // MIXTURE_PERIOD)
+        smallest = min(sum(map(part.tokens_in, part.val)) for part in corpus.parts)
+        all_tokens = MIXTURE_PERIOD * sum(map(corpus.tokens_in, corpus.val))
+        most = all_tokens if most is None else most
+        yield from ValBatches(corpus, most, chunk or max(min(PIECE, smallest - 1, most // 100), 1)).rows()
         return
     for shard in map(corpus.open, corpus.val):
         end = len(shard) if most is None else min(len(shard), most + 1)

@@ -1,13 +1,16 @@
 """Reading with a cache against the whole forward pass, which is its reference."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrun_mup.core.model import GPT, GPTConfig
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.model import GPT, GPTConfig, TokenInputsConfig
 from speedrun_mup.core.model.cache import Decoder
 from speedrun_mup.core.model.options.gates import add_attention_gate
 
@@ -133,6 +136,26 @@ def test_the_model_stays_as_it_is_and_its_weights_are_shared():
     model.train()
     model(tokens[:16].int(), tokens[1:17], 1).backward()
     assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+class WithPrevious(nn.Module):
+    """A technique from outside: an embedding also holds some of the token before it."""
+
+    def build(self, shape):
+        return self
+
+    def forward(self, rows, tokens):
+        return rows + 0.5 * F.pad(rows[:-1], (0, 0, 1, 0))
+
+
+def test_techniques_of_token_inputs_are_refused_in_one_line():
+    """They may need earlier tokens, which a cache of keys and values does not hold."""
+    cfg = GPTConfig(vocab_size=257, bos_token=BOS, block_size=BLOCK, **LAPTOP)
+    model = GPT(replace(cfg, inputs=TokenInputsConfig(options=(WithPrevious(),))))
+    assert len(whole(model, text(2 * BLOCK), 2)) == 2 * BLOCK  # it is evaluated as ever
+    with pytest.raises(ConfigError, match=r"cannot write text: WithPrevious of its token inputs") as error:
+        Decoder(model, 2)
+    assert "\n" not in str(error.value)
 
 
 class Counting(TorchDispatchMode):

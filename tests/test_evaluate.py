@@ -2,18 +2,21 @@
 
 import importlib.util
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.small_corpus import BOS, documents, make_corpus
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.data.shards import mix, read_shard
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, byte_lengths, gpt2_tokenizer
+from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.evaluate import evaluate, text_rows, token_losses, units_of, validation_rows
 
 BLOCK = 16
@@ -135,6 +138,29 @@ def test_rows_of_a_corpus_are_its_validation_tokens_up_to_a_limit(tmp_path: Path
     other = write_synthetic(tmp_path / "b", 3000, 1000, seed=1)
     mixture = mix([corpus, other], [0.75, 0.25])
     assert [len(row) for row in validation_rows(mixture, 400)] == [301, 101]
+
+
+def test_rows_of_a_mixture_are_what_training_validates_on(tmp_path: Path):
+    """Without the documents of one part that the other trains on, and the short part as often as its weight takes."""
+    val = documents(6000, 40, 7)
+    starts = [*np.flatnonzero(val == BOS), len(val)]
+    shared = [val[start:stop] for start, stop in list(pairwise(starts))[::3]]
+    first = make_corpus(tmp_path / "first", [np.concatenate(shared)], val=[documents(450, 40, 3)])
+    second = make_corpus(tmp_path / "second", [documents(3000, 40, 4)], val=np.split(val, [starts[60]]))
+    mixture = mix([first, second], [0.75, 0.25])
+    for most, chunk in [(2000, 100), (1600, 200)]:
+        batches = ValBatches(mixture, most, chunk)
+        assert len(batches.notes) == 2 and len(batches) == most // chunk
+        expected = sorted(target for i in range(len(batches)) for target in zip(*(x.tolist() for x in batches[i])))
+        rows = [row.tolist() for row in validation_rows(mixture, most, chunk)]
+        assert sorted(pair for row in rows for pair in pairwise(row)) == expected
+        assert len(rows) == -(-most * 3 // 4 // (450 // chunk * chunk)) + 1  # what is one piece stays one
+    everything = [row.tolist() for row in validation_rows(mixture)]
+    shared_lines = {tuple(document) for document in map(np.ndarray.tolist, shared) if len(document) > 8}
+    assert sum(map(len, everything)) > 4 * 3000
+    for row in everything:
+        opens = [i for i, token in enumerate(row) if token == BOS]
+        assert not shared_lines & {tuple(row[i:j]) for i, j in pairwise(opens)}
 
 
 def test_rows_of_text_hold_every_document_after_its_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from helpers.small_corpus import BOS, documents, make_corpus
 
 import speedrun_mup
 from speedrun_mup import sample
@@ -19,6 +21,7 @@ from speedrun_mup.commands import demo
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.corpus import embedded_corpus, find_corpus
+from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.files import without_escapes
 from speedrun_mup.sampling import Sampling
 from speedrun_mup.training import load, train
@@ -240,6 +243,41 @@ def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     capsys.readouterr()
     other = find_corpus("embedded", "bpe:301")[0].directory
     assert "is not the data that the run was trained on" in fails([*moved[:3], str(other)], capsys)
+
+
+def test_evaluation_of_a_mixture_is_the_validation_of_training(tiny, tmp_path):
+    """A document of the second part stands in the first one's training text, and the first one's validation is short."""
+    val = documents(1200, 60, 5)
+    cut = [*np.flatnonzero(val == BOS), len(val)]
+    train_tokens = np.concatenate([documents(4000, 60, 1), val[: cut[3]]])
+    first = make_corpus(tmp_path / "first", [train_tokens], val=[documents(300, 60, 3)])
+    second = make_corpus(tmp_path / "second", [documents(4000, 60, 4)], val=[val])
+    mixed = {"data": f"{first.data}:0.67,{second.data}:0.33", "val_tokens": 768, "val_chunk_tokens": 256, "width": 32}
+    done = train(tiny(name="mixed", **mixed))
+    run = load_run(done.folder, device="cpu")
+    found = run.evaluate()
+    assert found.loss_with_special == pytest.approx(done.val_loss, rel=1e-5)
+    batches = ValBatches(run.corpus, 768, 256)
+    assert len(batches.notes) == 2
+    assert found.tokens == sum(int((batches[i][1] != BOS).sum()) for i in range(3))
+
+
+def test_changed_data_are_not_taken_for_the_runs_own_validation(tiny, tmp_path, capsys):
+    """Byte tokens mean the same, so the model still writes, and is evaluated on what --data names."""
+    place = Path(shutil.copytree(embedded_corpus().directory, tmp_path / "data"))
+    folder = train(tiny(name="d", data=str(place), width=32)).folder
+    whole = load_run(folder, device="cpu").evaluate().loss
+    (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 4000)
+    shutil.rmtree(place)
+    assert main(["data", "text", str(tmp_path / "a.txt"), "--out", str(place), "--tokenizer", "byte"]) == 0
+    own = [str(folder), "--device", "cpu"]
+    capsys.readouterr()
+    said = fails(["eval", *own], capsys)
+    assert f"{place} is not the data that the run was trained on" in said and "give --data" in said
+    assert main(["sample", *own, "--max-new-tokens", "2"]) == 0
+    assert main(["eval", *own, "--data", str(tmp_path / "a.txt"), "--tokens", "100"]) == 0
+    found = load_run(folder, device="cpu", data=str(embedded_corpus().directory)).evaluate()
+    assert found.loss == whole
 
 
 def test_a_vocabulary_of_another_size_is_one_line(folder, capsys, monkeypatch):

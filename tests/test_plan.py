@@ -34,6 +34,7 @@ from speedrun_mup.plan import (
     recommended_config,
     run_plan,
 )
+from speedrun_mup.plan.folder import read_prediction
 from speedrun_mup.plan.prediction import _why_wide
 from speedrun_mup.sweep import Failure, LocalEngine, RunResult, read_results, run_sweep
 from speedrun_mup.training import train
@@ -357,6 +358,21 @@ def test_the_prediction_is_also_in_bits_per_byte_where_the_runs_have_them(swept,
     assert prediction.bits_per_byte == pytest.approx(1.4 * prediction.loss)
     assert f"{prediction.bits_per_byte:.3f} bits per byte" in prediction.summary()
     assert Prediction.from_json(json.loads((out / "plan.json").read_text())["prediction"]) == prediction
+
+
+def test_a_prediction_of_an_earlier_edition_is_read(swept, out):
+    """It had neither what its loss comes to in bits per byte nor why the interval is wide; a required field may not lack."""
+    prediction, content = predict(out), json.loads((out / "plan.json").read_text())
+    for name in ("bits_per_byte", "wide"):
+        del content["prediction"][name]
+        (out / "plan.json").write_text(json.dumps(content))
+        assert read_prediction(out)[1] == dataclasses.replace(
+            prediction, wide="" if name == "wide" else prediction.wide
+        )
+    for damage in {"lr_scale": 1.0, "width": 1}, content["prediction"] | {"of_tomorrow": 1}:
+        (out / "plan.json").write_text(json.dumps(content | {"prediction": damage}))
+        with pytest.raises(ConfigError, match="missing or damaged"):
+            read_prediction(out)
 
 
 def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_with_a_larger_one(target, out):

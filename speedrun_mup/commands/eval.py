@@ -18,7 +18,9 @@ def run(argv: Sequence[str]) -> int:
         "--data",
         help="a corpus as in training, or a text file, a folder of them, or - (the run's own validation split)",
     )
-    parser.add_argument("--tokens", type=int, metavar="N", help="of the data, at most (all)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="at most (all of --data; of the run's own split, its --val-tokens)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     flags = vars(parse(parser, argv))
     data, tokens, as_json = (flags.pop(name) for name in ("data", "tokens", "json"))

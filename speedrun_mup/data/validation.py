@@ -60,6 +60,21 @@ class ValBatches:
         source, start = self._chunks[i]
         return to_batch(source.take(start, start + self.chunk_tokens + 1))
 
+    def rows(self) -> Iterator[np.ndarray]:
+        """The tokens of all chunks; those that follow one another in their source are one row, of which the first token is
+        not predicted."""
+        rows: list[tuple[Shard | _Tokens, int, int]] = []
+        row_of: dict[int, int] = {}  # of a source: its last one
+        for source, start in self._chunks:
+            number = row_of.get(id(source), -1)
+            if number >= 0 and rows[number][2] == start:
+                rows[number] = source, rows[number][1], start + self.chunk_tokens
+            else:
+                row_of[id(source)] = len(rows)
+                rows.append((source, start, start + self.chunk_tokens))
+        for source, start, stop in rows:
+            yield source.take(start, stop + 1)
+
     def _mixed_chunks(self, mixture: Mixture, asked: int) -> list[Chunk]:
         own, turns = [], MixtureSchedule(mixture.shares)
         for part, seen in zip(mixture.parts, trained_elsewhere(mixture)):
@@ -129,7 +144,8 @@ def _val_chunks_without(corpus: Corpus, seen: Sequence[Span], count: int, chunk_
             kept.append(shard.take_ids(at, max(min(start, at + wanted), at), corpus.vocab_size))
             at = stop
     tokens = np.concatenate(kept)
-    return [(_Tokens(tokens), i * chunk_tokens) for i in range(min((len(tokens) - 1) // chunk_tokens, count))]
+    source = _Tokens(tokens)
+    return [(source, i * chunk_tokens) for i in range(min((len(tokens) - 1) // chunk_tokens, count))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

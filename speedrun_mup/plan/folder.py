@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,9 @@ def read_content(out: Path) -> dict[str, Any]:
         if "octaves" in content:  # of the first edition
             content["log2_factors"] = content.pop("octaves")
         needed = {entry.name for entry in fields(Plan)} | {"corpus", "budget", "prediction"}
-        predicted = {entry.name for entry in fields(Prediction)}
-        whole = (
-            needed <= content.keys()
-            and predicted - {"wide"} <= (content["prediction"] or dict.fromkeys(predicted)).keys() <= predicted
-        )
+        predicted = {entry.name: entry.default is MISSING for entry in fields(Prediction)}
+        required = {name for name, is_required in predicted.items() if is_required}  # earlier editions had no more
+        whole = needed <= content.keys() and required <= (content["prediction"] or predicted).keys() <= predicted.keys()
         if content["version"] != VERSION or not whole:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class LoadedRun:
     """A trained model and what belongs to it; unpacks into (model, tokenizer, config).
 
-    step: of the checkpoint that it is from. corpus: what it was trained on. window: the long attention window at that step,
-    in blocks.
+    step: of the checkpoint that it is from. corpus: what its data setting names now. window: the long attention window at
+    that step, in blocks. trained_on: fingerprint of the corpus that it was trained on.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class LoadedRun:
     config: TrainConfig
     corpus: Corpus
     window: int
+    trained_on: str
 
     def __iter__(self) -> Any:
         yield from (self.model, self.tokenizer, self.config)
@@ -89,10 +90,13 @@ class LoadedRun:
             tokens: as many at most; default: all, and of the run's own validation what it used.
 
         Raises:
-            ConfigError: for data of another tokenizer.
+            ConfigError: for data of another tokenizer, or if the run's own have changed.
         """
+        chunk = None
         if data is None:
+            self._check_own_data()
             data, tokens = self.corpus, tokens or self.config.val_tokens
+            chunk = self.config.val_chunk_tokens if tokens == self.config.val_tokens else None
         elif not isinstance(data, Corpus):
             found = _corpus_at(str(data))
             data = str(data) if found is None else found
@@ -100,8 +104,16 @@ class LoadedRun:
             rows, lengths = text_rows([data], self.tokenizer, tokens), byte_lengths(self.tokenizer)
         else:
             self._check_tokens(data)
-            rows, lengths = validation_rows(data, tokens), bytes_of_tokens(self.corpus)
+            rows, lengths = validation_rows(data, tokens, chunk), bytes_of_tokens(self.corpus)
         return evaluate(self.model, self.window, rows, lengths)
+
+    def _check_own_data(self) -> None:
+        """ConfigError unless the corpus is the one that the run was trained on."""
+        if not self.corpus.is_known_as(self.trained_on):
+            raise ConfigError(
+                f"{printable(self.corpus.directory)} is not the data that the run was trained on, so it may have trained on "
+                "text that this validates on; restore the run's own, or give --data and what to evaluate on"
+            )
 
     def _check_tokens(self, other: Corpus) -> None:
         """ConfigError unless the other corpus has the same ids for the same text."""
@@ -140,7 +152,8 @@ def load_run(
         dtype: of embeddings and activations; default: as the run's settings and the device have it.
 
     Raises:
-        ConfigError: there is no run, or its data is missing or has changed.
+        ConfigError: there is no run, its data is missing, or it has changed and its ids may mean something else. Changed data
+            whose ids mean the same is an error only where the model is evaluated on it.
         CheckpointError: it has no such checkpoint, or none that is intact.
     """
     folder = Path(folder)
@@ -161,7 +174,8 @@ def load_run(
         model.load_state_dict(weights, assign=True)
     except RuntimeError as fault:  # names or shapes of another edition's, or another vocabulary
         raise CheckpointError(f"{printable(path)} is of another model: {printable(in_a_line(fault))}") from None
-    return LoadedRun(folder, loaded.step, model.to(place), cfg, corpus, Schedule.of(cfg).at(loaded.step).window)
+    window = Schedule.of(cfg).at(loaded.step).window
+    return LoadedRun(folder, loaded.step, model.to(place), cfg, corpus, window, state["corpus"])
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path:

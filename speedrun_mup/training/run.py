@@ -21,6 +21,7 @@ from speedrun_mup.core.device import deterministic
 from speedrun_mup.core.distributed import World, join_world, leave_world, stop_with_parent, told_of_slurm
 from speedrun_mup.core.errors import Diverged, NonFiniteError, Stopped, UserError
 from speedrun_mup.core.model import GPT
+from speedrun_mup.core.model.cache import check_decodable
 from speedrun_mup.core.optimizers import FetchSlice, Slice
 from speedrun_mup.data.batches import Batch
 from speedrun_mup.data.shards import Corpus
@@ -114,6 +115,7 @@ class Run:
         self.optimizers = build_optimizers(self.model, cfg, world, self.passes.compiled)
         if cfg.sample_every:
             load_tokenizer(self.corpus)  # raises now, not at the first sample
+            check_decodable(self.model.cfg)
         self.cfg = cfg = self.passes.fit()
         self.schedule = self.passes.schedule
         notes = self.take_weights(cfg.init_from) if cfg.init_from and not cfg.resume else []

@@ -1,7 +1,8 @@
 """Text read a few tokens at a time: keys and values of what came before are kept, so a token costs the same at any length.
 
 n sequences, t tokens of each at a time, H heads, C head_dim, B tokens per block, S tokens that a cache holds. Everything in
-a model but attention works on a token by itself, so it takes the tokens of all sequences as one row of n * t.
+a model but attention works on a token by itself, so it takes the tokens of all sequences as one row of n * t. Techniques of the
+token inputs may look at earlier tokens, and keep no state between calls: a model with one is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model.attention import Attention, may_attend
-from speedrun_mup.core.model.gpt import GPT
+from speedrun_mup.core.model.gpt import GPT, GPTConfig
 from speedrun_mup.core.model.layers import rotary
 
 
@@ -65,6 +67,16 @@ class Cache:
         return y.transpose(1, 2).flatten(0, 1)
 
 
+def check_decodable(cfg: GPTConfig) -> None:
+    """ConfigError for a model that cannot read a few tokens at a time."""
+    if options := cfg.inputs.options:
+        names = ", ".join(type(option).__name__ for option in options)
+        raise ConfigError(
+            f"this model cannot write text: {names} of its token inputs may need earlier tokens, which are not kept yet; "
+            "use eval, and train without --sample-every"
+        )
+
+
 class Decoder:
     """A model that reads n texts, a few tokens at a time: `decoder(tokens)` are the logits of what comes next.
 
@@ -73,9 +85,13 @@ class Decoder:
     Args:
         model: stays as it is; its weights are shared.
         window: the long attention window, in blocks.
+
+    Raises:
+        ConfigError: for a model with techniques of token inputs.
     """
 
     def __init__(self, model: GPT, window: int):
+        check_decodable(model.cfg)
         with torch.device("meta"):
             self.model = GPT(replace(model.cfg, attention="dense", fp8=False))  # the backend is replaced
         self.model.load_state_dict(model.state_dict(), assign=True)
