@@ -13,7 +13,7 @@ from test_sweep import FakeEngine
 from speedrun_mup.cli import main
 from speedrun_mup.config import computed_settings
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.sweep import Sweep, measure_sweep, read_definition, read_results, run_sweep, write_csv
+from speedrun_mup.sweep import Sweep, measure_sweep, pick_arms, read_definition, read_results, run_sweep, write_csv
 from speedrun_mup.transfer import SIZES, Axes, Point, SizeAxis, TransferError, Verdict, measure_transfer, read_points
 from speedrun_mup.transfer import loss_forecast as forecast_of
 
@@ -189,3 +189,19 @@ def test_a_sweep_may_be_over_another_size_axis(tiny, tmp_path, capsys):
     assert "by the n_layer of that run" in text and "is the deeper model the better one?" in text
     with pytest.raises(ConfigError, match="holds another sweep: size was n_layer, is width"):
         run_sweep(Sweep(tiny(), (32, 64)), out, PlantedEngine(loss_of), progress=False)
+
+
+@pytest.mark.parametrize(("size", "sizes", "judged"), [("n_layer", (6, 12, 24), False), ("width", (32, 64, 128), True)])
+def test_a_drift_predicted_for_width_says_nothing_about_another_size(tiny, tmp_path, size, sizes, judged):
+    """Both arms are flat: over width the control did not fail, over depth it is no control."""
+
+    def loss_of(spec):
+        luck = random.Random(spec.id).gauss(0, 0.002) + 0.01 * spec.seed
+        return 2.5 + 4 * spec.size**-0.5 + 0.03 * (spec.log2_factor - 0.2) ** 2 + luck
+
+    options = {"arms": pick_arms(["adam-mup", "adam-sp"]), "seeds": (0, 1), "axes": Axes(size, "lr_scale")}
+    run_sweep(Sweep(tiny(), sizes, **options), tmp_path / "s", PlantedEngine(loss_of), progress=False)
+    result = measure_sweep(tmp_path / "s")
+    assert (result.arms["adam-sp"].predicted == -1.0) is judged
+    assert result.verdict is (Verdict.INCONCLUSIVE if judged else Verdict.PASS), result.reasons
+    assert ("control adam-sp did not fail as predicted" in " ".join(result.reasons)) is judged

@@ -173,6 +173,12 @@ def test_on_the_command_line(capsys, no_ceilings):
     assert capsys.readouterr().err == "error: --steps 0 must be at least 1\n"
 
 
+@pytest.mark.parametrize("flags", [["--steps", "28"], ["--profile"]])
+def test_flags_of_training_steps_are_refused_where_text_is_written(flags, capsys):
+    assert main(["bench", "--generate", *flags]) == 2
+    assert capsys.readouterr().err == f"error: {flags[0]} is about training steps; leave out --generate\n"
+
+
 def test_writing_is_measured(tiny, monkeypatch, capsys):
     """Every number is there and positive; the memory is that of the long and short windows' keys and values."""
     monkeypatch.setattr(bench_generate, "WRITTEN", 3)

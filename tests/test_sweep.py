@@ -25,8 +25,9 @@ from faults.harness import repeats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speedrun_mup import config
 from speedrun_mup.cli import main
-from speedrun_mup.config import TrainConfig, make_config, to_json
+from speedrun_mup.config import TrainConfig, make_config, swept_settings, to_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.model.attention import may_attend
@@ -781,7 +782,7 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
         ("--seeds 0", "name at least one"),
         ("--seeds 9007199254740991", "seeds: give at most 100"),
         ("--seeds 1,1", "none twice"),
-        ("--octaves=-1,0,1e99", "octaves=1e\\+99 must be from"),
+        ("--octaves=-1,0,1e99", "error: --octaves=1e\\+99 must be from"),
         ("--workers 1000000000", "must be at most 1024"),
         ("--widths 6400000000000000000000", "too large"),
     ],
@@ -792,6 +793,13 @@ def test_flags_that_a_sweep_cannot_follow_are_one_line(flags, told, tmp_path, ca
     said = capsys.readouterr().err
     assert re.search(told, said) and said.count("\n") == 1 and said.startswith("error: "), said
     assert not (tmp_path / "s").exists()
+
+
+def test_help_lists_every_hyperparameter_that_a_sweep_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    _, _, told = " ".join(capsys.readouterr().out.split()).partition("--hyperparameter NAME one of ")
+    assert told.partition("; ")[0].split(", ") == swept_settings()
 
 
 def test_flags_that_agree_with_the_arms_are_followed(tmp_path, monkeypatch, cache_folder):
@@ -986,7 +994,7 @@ def test_ending_above_the_initial_loss_is_divergence(small, corpus, tmp_path, mo
 
 @pytest.mark.parametrize("octaves", [2000.0, -33.0, math.nan, math.inf])
 def test_a_grid_stays_within_numbers(small, octaves):
-    with pytest.raises(ConfigError, match="octaves=.* must be from -32 to 32"):
+    with pytest.raises(ConfigError, match="^--octaves=.* must be from -32 to 32: the log2 of a factor on lr_scale$"):
         small(log2_factors=(0.0, octaves))
 
 
@@ -1087,6 +1095,20 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing(small, engine, tm
     killer.join()
     assert result.complete and once(result.results) == 4 and victims[0] != os.getpid()
     assert not (tmp_path / "s" / "running").exists()
+
+
+@pytest.mark.dist
+def test_a_setting_that_a_worker_does_not_know_is_one_line(small, corpus, tmp_path, monkeypatch, capfd):
+    """As when a script adds it under `if __name__ == "__main__"`, which its workers do not run."""
+    monkeypatch.setattr(config, "_in_force", TrainConfig)
+    config.add_setting("smoothing", float, config.setting("training", "smoothing", 0.0, affects="result"))
+    specs = [cell_of(small(), corpus, seed=seed) for seed in (0, 1)]
+    with closing(LocalEngine(1, device="cpu")) as local:
+        for _, failure in local.run(iter(specs), tmp_path):
+            assert "setting smoothing is unknown here" in failure.why and "\n" not in failure.why
+            assert "register it when the module is imported" in failure.why
+            assert local._pool[0].process.is_alive()  # it is kept for the next run
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.dist

@@ -11,12 +11,14 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
 from speedrun_mup.setting_flags import add_preset, add_settings
 
+STEPS = 28  # of training that are measured, by default
+
 
 def run(argv: Sequence[str]) -> int:
     """Measure a training step: time by phase, tokens/s, MFU and the device's own ceilings, peak memory."""
     began = time.perf_counter()
     parser = new_parser("speedrun-mup bench", run.__doc__ or "")
-    parser.add_argument("--steps", type=int, default=28, help="steps, over which the window grows fully; %(default)s")
+    parser.add_argument("--steps", type=int, help=f"steps, over which the window grows fully; {STEPS}")
     parser.add_argument("--profile", action="store_true", help="also list the most expensive ops of one step")
     parser.add_argument(
         "--generate", action="store_true", help="measure writing text instead: tokens/s, time to the first token"
@@ -30,6 +32,11 @@ def run(argv: Sequence[str]) -> int:
     )
     flags = vars(parse(parser, argv))
     steps, profiled, generate, as_json = (flags.pop(name) for name in ("steps", "profile", "generate", "json"))
+    if generate and (steps is not None or profiled):
+        raise ConfigError(
+            f"{'--profile' if steps is None else '--steps'} is about training steps; leave out --generate"
+        )
+    steps = STEPS if steps is None else steps
     if steps < 1:
         raise ConfigError(f"--steps {steps} must be at least 1")
     cfg = config_of(flags)

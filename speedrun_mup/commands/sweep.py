@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
-from speedrun_mup.config import PRESETS, make_config
+from speedrun_mup.config import PRESETS, make_config, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several
 from speedrun_mup.setting_flags import TRAINING, add_renamed_flag, add_settings
@@ -60,7 +60,8 @@ def run(argv: Sequence[str]) -> int:
     group.add_argument(
         "--hyperparameter",
         default="lr_scale",
-        help="a learning rate (%(default)s scales all of them), weight_decay, adam_eps or scalar_eps; %(default)s",
+        metavar="NAME",
+        help=f"one of {', '.join(swept_settings())}; default: %(default)s, a factor on all learning rates",
     )
     group.add_argument(
         "--adaptive",

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.packages import import_package
 from speedrun_mup.sweep.one_run import run_safely
@@ -153,7 +153,20 @@ def _work(tasks: Any) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            tasks.send(run_safely(*tasks.recv()))
+            tasks.send(_answer(tasks))
+
+
+def _answer(tasks: Any) -> RunResult | Failure:
+    """What comes of the next run; a Failure if this process lacks what its settings need."""
+    try:
+        spec, scratch = tasks.recv()
+    except (EOFError, OSError):  # there is none
+        raise
+    except Exception as fault:
+        why = "a worker process cannot read the run, perhaps because it lacks a setting that another process added"
+        advice = 'register it when the module is imported, not under `if __name__ == "__main__"`'
+        return Failure(f"{why} ({in_a_line(fault)}); {advice}")
+    return run_safely(spec, scratch)
 
 
 def _die_with_parent() -> None:

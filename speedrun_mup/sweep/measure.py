@@ -114,8 +114,8 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     """`measure_transfer` on a sweep folder, with its controls, base size and training curves.
 
     arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
-    of these. A prediction is about learning rates: with another hyperparameter that arm is neither tested nor a control. options:
-    for `measure_transfer`. Raises ConfigError, TransferError.
+    of these. A prediction is about learning rates over width: on other axes that arm is neither tested nor a control.
+    options: for `measure_transfer`. Raises ConfigError, TransferError.
     """
     definition = read_definition(out)
     known = [name for name in definition["arms"] if arms is None or name in arms]
@@ -127,7 +127,7 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     several = [name for name in known if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
     curves = {key: curve for key, curve in read_curves(out).items() if key[0] in several}
     predicted = {name: definition["arms"][name]["predicted"] for name in known}
-    if not axes.is_rate:
+    if not axes.is_rate or axes.size != "width":
         tested = [name for name in known if predicted[name] is None] or known
         options["tested"] = options.get("tested") or tested
         predicted = {}

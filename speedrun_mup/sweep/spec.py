@@ -162,7 +162,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         named = {self.axes.plural: self.sizes, "arms": [arm.name for arm in self.arms]}
-        for name, values in {**named, "octaves": self.log2_factors, "seeds": self.seeds}.items():
+        for name, values in {**named, "--octaves": self.log2_factors, "seeds": self.seeds}.items():
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
         if len(self.seeds) > MOST_SEEDS:
@@ -174,8 +174,8 @@ class Sweep:
             flag = "--" + tuned.replace("_", "-")
             raise ConfigError(f"{tuned}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
         if far := [at for at in self.log2_factors if not abs(at) <= MOST_DOUBLINGS]:
-            limits = f"from -{MOST_DOUBLINGS:g} to {MOST_DOUBLINGS:g}: a power of two"
-            raise ConfigError(f"octaves={far[0]:g} must be {limits}")
+            limits = f"from -{MOST_DOUBLINGS:g} to {MOST_DOUBLINGS:g}"
+            raise ConfigError(f"--octaves={far[0]:g} must be {limits}: the log2 of a factor on {tuned}")
         if self.base.base_width is None:
             raise ConfigError("a sweep needs the width that its settings were tuned at; give --base-width")
 
