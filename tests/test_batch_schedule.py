@@ -20,7 +20,7 @@ from helpers.dist import run_ranks
 from test_checkpoint import reseal, sha256
 from test_training import assert_same_training, curve, poison
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, OutOfMemory
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import batches_of
 from speedrun_mup.data.corpus import find_corpus
@@ -127,6 +127,30 @@ def run_ranks_pack(cfg) -> int:
     from speedrun_mup.training.memory import pick_pack
 
     return pick_pack(cfg, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("pack", "told", "needed", "less"),
+    [
+        (16, "2 of 2, 4 of 4, 6 of 6", "2 x 128", "--micro-batches-per-forward 1, or "),
+        (4, "2 of 2, 4 of 4, 4 of 6", "2 x 128", "--micro-batches-per-forward 1, or "),
+        (1, "1 of 2, 1 of 4, 1 of 6", "1 x 128", ""),
+    ],
+)
+def test_what_a_pass_takes_is_told_for_each_stage(tiny, monkeypatch, pack, told, needed, less):
+    """No pass takes more than its step has, and advice for too little memory starts from what it took."""
+    with closing(Run(tiny(name="a", micro_batches_per_forward=pack, **THIRDS), World())) as run:
+        assert f"; {told} micro-batches of 128 tokens a pass, " in run.passes.describe()
+        batches = next(run.passes.batches.stream(0, 0, 1))
+        monkeypatch.setattr(run.passes, "accumulate_gradients", out_of_memory)
+        with pytest.raises(
+            OutOfMemory, match=f"no memory for {needed} tokens at once .*; try {less}--micro-batch-tokens"
+        ):
+            run.take_step(batches, 0)
+
+
+def out_of_memory(*args):
+    raise MemoryError
 
 
 def test_rolling_back_over_the_edge_of_a_stage_leaves_out_the_data(tiny):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from contextlib import closing
+from fractions import Fraction
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from speedrun_mup.training.hardware import (
 from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack
 from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.run import Run, train
+from speedrun_mup.training.schedules import BATCH_SCHEDULES, Stage
 from speedrun_mup.training.tracking import read_metrics
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -283,6 +285,14 @@ def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, 
         Run(tiny(fit_memory=True, micro_batches=8, micro_batches_per_forward=1, deterministic=strict), World())
     ):
         assert tried == [(expected, 5)] and validated == [6]  # with the widest window
+    narrower = [Stage(Fraction(1, 2), 8, window=8), Stage(Fraction(1, 2), 8, window=2)]
+    monkeypatch.setitem(BATCH_SCHEDULES, "narrower", lambda micro_batches: narrower)
+    with closing(
+        Run(
+            tiny(fit_memory=True, micro_batches_per_forward=1, deterministic=strict, batch_schedule="narrower"), World()
+        )
+    ):
+        assert tried[1:] == [(expected, 2)] and validated[1:] == [2]
 
 
 @pytest.mark.gpu

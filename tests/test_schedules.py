@@ -107,6 +107,18 @@ def test_what_comes_before_a_step_is_the_sum_over_the_steps(parts, iterations):
     assert all(n % schedule.group == 0 for n in batches) and batches[schedule.largest_step] == max(batches)
 
 
+@pytest.mark.parametrize(
+    ("windows", "training", "validation"),
+    [([8, 2], 5, 5), ([2, 8], 11, 12), ([3, 3], 11, 12), ([None, 1], 5, 5), ([1, None], 11, 12), ([None], 11, 12)],
+)
+def test_the_widest_step_is_the_last_with_the_longest_window(windows, training, validation):
+    stages = [Stage(Fraction(1, len(windows)), 1, window=window) for window in windows]
+    schedule = scheduled(stages, 12)
+    for last, expected in ((11, training), (12, validation)):
+        assert schedule.widest_step(last) == expected
+        assert schedule.at(expected).window == max(schedule.at(step).window for step in range(last + 1))
+
+
 def test_the_default_is_record_26_bit_for_bit():
     cfg = TrainConfig()
     schedule = cfg.schedule

@@ -53,9 +53,10 @@ class Passes:
 
     def describe(self) -> str:
         """What was chosen for this device, and why."""
-        cfg = self.cfg
+        cfg, steps = self.cfg, [stage.micro_batches for stage in self.schedule.stages]
+        packs = ", ".join(dict.fromkeys(f"{min(self.pack, n // self.world.size)} of {n}" for n in steps))
         return (
-            f"{self._choices}; {self.pack} of {self.schedule.group} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
+            f"{self._choices}; {packs} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
             f"{cfg.val_chunk_tokens:,} in validation"
         )
 
@@ -72,18 +73,18 @@ class Passes:
         """Whether the passes of the largest step of `cfg`, together with the optimizers' state, fit into every rank's memory.
 
         It takes two in a row, because the second finds the gradients of the first; a strict sum holds ever more of them. The
-        window is that of the last step, the widest.
+        window is the widest of all steps, whichever step has it.
         """
         self.configure_batches(cfg)
-        largest = self.schedule.largest_step
+        largest, widest = self.schedule.largest_step, self.schedule.widest_step(cfg.iterations - 1)
         with closing(self.batches.stream(largest, self.world.rank, self.world.size)) as stream:
             micro_batches = next(stream)[: None if cfg.deterministic else 2 * self.pack]
-            return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, cfg.iterations - 1))
+            return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, widest))
 
     def val_fits(self, cfg: TrainConfig) -> bool:
         """Whether a validation chunk of `cfg`, together with the optimizers' state, fits into every rank's memory."""
         self.configure_batches(cfg)
-        return self._has_memory_for(lambda: self.chunk_loss(0, cfg.iterations))
+        return self._has_memory_for(lambda: self.chunk_loss(0, self.schedule.widest_step(cfg.iterations)))
 
     def _has_memory_for(self, work: Callable[[], object]) -> bool:
         """Whether every rank can do `work`, together with the optimizers' state."""

@@ -215,7 +215,7 @@ class Run:
 
     def take_step(self, micro_batches: list[Batch], step: int, stop: bool = False) -> None:
         """Gradients, a check of them on all ranks, and the update. stop: whether this rank was asked to."""
-        with translate_oom(self.cfg, step, "passes", self.passes.pack):
+        with translate_oom(self.cfg, step, "passes", min(self.passes.pack, len(micro_batches))):
             loss_sum = self.passes.accumulate_gradients(micro_batches, step)
         check = self.recovery.check(step, loss_sum, stop)
         self.set_schedule(step)
@@ -326,8 +326,9 @@ class Run:
         kept = [(optimizer.steps_taken, _on_host(optimizer.slices())) for optimizer in self.optimizers]
         stream = self.passes.batches.stream(0, self.world.rank, self.world.size)
         for _ in range(self.cfg.kernel_warmup):
-            with translate_oom(self.cfg, self.start, "passes", self.passes.pack):
-                self.passes.accumulate_gradients(next(stream), step=0)
+            micro_batches = next(stream)
+            with translate_oom(self.cfg, self.start, "passes", min(self.passes.pack, len(micro_batches))):
+                self.passes.accumulate_gradients(micro_batches, step=0)
             with translate_oom(self.cfg, self.start, "update"):
                 for optimizer in self.optimizers:
                     optimizer.step()

@@ -199,6 +199,11 @@ class Schedule:
         """The first step of the most micro-batches."""
         return max(zip(self._begins, self.stages), key=lambda pair: pair[1].micro_batches)[0]
 
+    def widest_step(self, last: int) -> int:
+        """The latest step up to `last`, of those with the longest attention window."""
+        ends = {last, *(end - 1 for end in self._ends[:-1] if end <= last)}  # within a stage it only grows
+        return max(ends, key=lambda step: (self.at(step).window, step))
+
     @property
     def group(self) -> int:
         """The most micro-batches of which every step takes a whole number: those of a step, if the batch is constant."""
