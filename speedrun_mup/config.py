@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import ORTHOGONALIZERS
 from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
 from speedrun_mup.flags import LARGEST
-from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups
+from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups, without_effect
 from speedrun_mup.presets import PRESETS
 from speedrun_mup.settings import (
     BELOW_ONE,
@@ -364,9 +364,13 @@ def _extend(fields: list[tuple[str, Any, Any]]) -> None:
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
     """The config with these settings. Raises ConfigError for values that cannot be, and for unknown settings."""
-    if unknown := sorted(values.keys() - settings().keys()):
-        raise ConfigError(f"setting {unknown[0]} is unknown here; import what adds it first")
+    _check_known(values)
     return _in_force(**values)
+
+
+def _check_known(names: Iterable[str]) -> None:
+    if unknown := sorted({*names} - settings().keys()):
+        raise ConfigError(f"setting {unknown[0]} is unknown here; import what adds it first")
 
 
 def settings() -> dict[str, Setting]:
@@ -408,22 +412,38 @@ def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(saved: Mapping[str, Any]) -> TrainConfig:
     """The config of which a checkpoint, maybe of an earlier edition, saved the settings."""
-    known = known_settings(saved)
-    return build({name: known[name] for name in settings()})
+    return build(known_settings(saved))
 
 
-def make_config(preset: str, overrides: Mapping[str, Any]) -> TrainConfig:
+def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mapping[str, Any]] = ()) -> TrainConfig:
     """The preset with `overrides` on top.
 
     muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
     rule table alone takes the preset's base width. With neither, the rules are the record's own.
+
+    Args:
+        preset: its name.
+        overrides: settings that were asked for.
+        arms: settings on top of which runs are made, of a sweep.
+
+    Returns:
+        The config, without arms.
+
+    Raises:
+        ConfigError: for values that cannot be, and for a hyperparameter, other than the preset's, that nothing reads.
     """
     values = {**PRESETS[preset].settings, **present_names(overrides)}
     if values.get("base_width") is not None:
         values.setdefault("parametrization", "mup")
     elif "parametrization" in values:
         values["base_width"] = PRESETS[preset].base_width
-    return build(values)
+    cfg, usual = build(values), {**defaults(), **PRESETS[preset].settings}
+    made = [dataclasses.replace(cfg, **arm) for arm in arms] or [cfg]
+    for name in present_names(overrides):
+        reasons = [without_effect(each, name) for each in made] if values[name] != usual[name] else [""]
+        if all(reasons):
+            raise ConfigError(reasons[0])
+    return cfg
 
 
 def rules_in_force(cfg: TrainConfig) -> str:
@@ -448,6 +468,7 @@ def from_json(text: str, source: Path) -> TrainConfig:
 
     try:
         values = present_names(json.loads(text))
+        _check_known(values)
         for name, value in values.items():
             kind, optional = types()[name]
             fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, TypeVar
 
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
-from speedrun_mup.settings import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Valid, setting, settings_of
+from speedrun_mup.settings import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Valid, flag_of, setting, settings_of
 
 T = TypeVar("T", bound=type)
 
@@ -19,9 +19,11 @@ class ParamGroup(NamedTuple):
         about: what is in it, for `--help`.
         lr: the learning rate.
         optimizer: its name.
-        weight_decay, eps, beta1, beta2: None is what is common to all groups: weight_decay, adam_eps and so on.
+        weight_decay: None is the weight_decay that is common to all groups.
+        eps, beta1, beta2: None is adam_eps and so on with Adam, else the optimizer's own default.
         shown: the hyperparameters that `--help` lists; the others have flags as well.
         also: further groups that models declare, with the same hyperparameters.
+        needs: the setting without which it has no parameters.
     """
 
     about: str
@@ -33,6 +35,7 @@ class ParamGroup(NamedTuple):
     beta2: float | None = None
     shown: Collection[str] = ("lr",)
     also: Collection[str] = ()
+    needs: str = ""
 
     def fields(self, name: str) -> list[tuple[str, Any, Any]]:
         """The settings of the group `name`, as `dataclasses.make_dataclass` takes them."""
@@ -47,6 +50,7 @@ class ParamGroup(NamedTuple):
                 valid=(valid,) if valid else (),
                 shown=key in self.shown,
                 param_groups=(name, *self.also),
+                needs=self.needs,
             )
             made.append((f"{name}_{key}", kind, field))
         return made
@@ -66,18 +70,30 @@ PARAM_GROUPS = {
     "head": ParamGroup("readout", lr=0.22),
     # 1e-10 lets their first noisy gradient take a full-size step
     "scalar": ParamGroup("skip weights and mixing coefficients", lr=0.04, eps=1e-10),
-    "gate": ParamGroup("gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99),  # record 56; before, Muon
+    "gate": ParamGroup(  # record 56; before, Muon
+        "gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99, needs="attention_gate"
+    ),
+}
+_COMMON = {  # settings of several groups -> the hyperparameter
+    "weight_decay": "weight_decay",
+    "adam_eps": "eps",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "momentum": "momentum",
+    "momentum_start": "momentum",
+    "momentum_warmup": "momentum",
+    "orthogonalizer": "orthogonalizer",
 }
 
 
 class Hyperparams(NamedTuple):
-    """What a group of parameters has at base width. lr: with lr_scale."""
+    """What a group of parameters has at base width. lr: with lr_scale; None is the optimizer's own default."""
 
     optimizer: str
     lr: float
     weight_decay: float
-    eps: float
-    betas: tuple[float, float]
+    eps: float | None
+    betas: tuple[float | None, float | None]
 
 
 def with_param_groups(config: T) -> T:
@@ -90,15 +106,44 @@ def with_param_groups(config: T) -> T:
 
 
 def hyperparams_of(cfg: Any) -> dict[str, Hyperparams]:
-    """The hyperparameters of every group that models declare; what a group has none of is the common value."""
-    common = {"weight_decay": cfg.weight_decay, "eps": cfg.adam_eps, "beta1": cfg.adam_beta1, "beta2": cfg.adam_beta2}
+    """The hyperparameters of every group that models declare; what a group has none of is the common value, if it has one."""
     found, kind = {}, cfg.__class__
     for group, names in _names_by_group(kind).items():
         own = {key: getattr(cfg, name) for key, name in names.items()}
-        values = {key: common[key] if value is None else value for key, value in own.items()}
+        common = {_COMMON[name]: getattr(cfg, name) for name in _COMMON if _is_common_to(name, own["optimizer"])}
+        values: dict[str, Any] = {key: common.get(key) if value is None else value for key, value in own.items()}
         betas = values.pop("beta1"), values.pop("beta2")
         found[group] = Hyperparams(**values | {"lr": values["lr"] * cfg.lr_scale, "betas": betas})
     return found
+
+
+def _is_common_to(name: str, optimizer: str) -> bool:
+    """Whether groups of parameters with this optimizer take the setting, one of _COMMON. Those of Adam are Adam's alone."""
+    return optimizer == "adam" or not name.startswith("adam_")
+
+
+def without_effect(cfg: Any, name: str) -> str:
+    """Why no group of parameters of `cfg` reads the setting, and what would; nothing if one does, or it is of another kind."""
+    made, names = settings_of(cfg.__class__), _names_by_group(cfg.__class__)
+    own = made[name].param_groups[:1]
+    if not own and name not in _COMMON:
+        return ""
+    if made[name].needs and not getattr(cfg, made[name].needs):
+        return f"{name} has no effect without {made[name].needs}; leave it out, or give {flag_of(made[name].needs)}"
+    key = name.removeprefix(f"{own[0]}_") if own else _COMMON[name]
+    if key in ("optimizer", "lr"):
+        return ""
+    groups = [names[group] for group in own or names]
+    groups = [group for group in groups if not (needs := made[group["lr"]].needs) or getattr(cfg, needs)]
+    fit = [each for each in OPTIMIZERS if OPTIMIZERS[each].has(key) and (own or _is_common_to(name, each))]
+    able = [group for group in groups if getattr(cfg, group["optimizer"]) in fit]
+    if any(own or key not in group or getattr(cfg, group[key]) is None for group in able):
+        return ""
+    if able:
+        return f"{name} has no effect next to {', '.join(dict.fromkeys(group[key] for group in able))}; leave it out"
+    used = sorted({getattr(cfg, group["optimizer"]) for group in groups})
+    flag = flag_of(f"{own[0] if own else 'matrix'}_optimizer")
+    return f"{name} has no effect on {', '.join(used)}; leave it out, or choose {' or '.join(fit)} with {flag}"
 
 
 @functools.cache

@@ -53,6 +53,7 @@ class Setting(NamedTuple):
     shown: bool
     fitted: bool
     param_groups: tuple[str, ...]
+    needs: str
 
     @property
     def is_result(self) -> bool:
@@ -83,6 +84,7 @@ def setting(
     shown: bool = True,
     fitted: bool = False,
     param_groups: tuple[str, ...] = (),
+    needs: str = "",
 ) -> Any:
     """A field of TrainConfig.
 
@@ -100,6 +102,7 @@ def setting(
         shown: whether `--help` has its flag.
         fitted: whether --fit-memory decides on it.
         param_groups: the groups of parameters that it is a hyperparameter of; its name begins with the first.
+        needs: another setting, without which it has no effect.
 
     Returns:
         The dataclass field.
@@ -107,7 +110,7 @@ def setting(
     usual: OnResume = "fixed" if affects == "result" else "free"
     again = on_resume or usual
     meta = Setting(
-        group, help, affects, again, choices, dict(shorthand or {}), tuple(valid), shown, fitted, param_groups
+        group, help, affects, again, choices, dict(shorthand or {}), tuple(valid), shown, fitted, param_groups, needs
     )
     return dataclasses.field(default=default, metadata={"setting": meta})
 

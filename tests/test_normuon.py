@@ -142,6 +142,17 @@ def test_settings_reach_it_and_one_that_has_no_effect_is_refused(tiny):
         train(tiny(matrix_optimizer="adam", orthogonalizer="polar-express"))
 
 
+def test_its_second_moment_is_not_adams():
+    built = {}
+    for beta2 in (0.95, 0.99):
+        cfg = make_config("laptop", {"matrix_optimizer": "normuon", "adam_beta2": beta2})
+        model = GPT(GPTConfig(20, 0, 6, 32, 16, 16, 16))
+        groups = param_groups(model, PARAMETRIZATIONS["mup"], tuned_values(cfg))
+        assert {group["betas"] for group in groups["adam"]} == {(0.8, beta2)}
+        built[beta2] = {group["beta2"] for group in NorMuon(groups["normuon"]).param_groups}
+    assert built == {0.95: {0.95}, 0.99: {0.95}}
+
+
 # That it is a spectral update is measured, with what must fail beside it
 
 

@@ -21,6 +21,7 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS, Role, Update, UpdateScaling
 from speedrun_mup.core.optimizers import OPTIMIZERS, EntryOptimizer, GroupHyperparams, param_groups
 from speedrun_mup.sweep import pick_arms
 from speedrun_mup.training import train
+from speedrun_mup.training.build import tuned_values
 
 
 class Lion(EntryOptimizer):
@@ -42,6 +43,12 @@ class LionAsSpectral(Lion):
     """Lion taken for what it is not."""
 
     kind = Update.SPECTRAL
+
+
+class Careful(Lion):
+    """One that has an eps."""
+
+    defaults = Lion.defaults | {"eps": 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +74,29 @@ def test_it_trains_and_resumes_bit_for_bit(tiny):
     again = train(dataclasses.replace(cfg, resume=str(Path(cfg.out) / "part")))
     assert curve(again.folder) == curve(whole.folder)
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
+
+
+@pytest.mark.parametrize(
+    "given, betas", [({}, (0.9, 0.99)), ({"adam_beta2": 0.5}, (0.9, 0.99)), ({"matrix_beta1": 0.3}, (0.3, 0.99))]
+)
+def test_it_has_betas_of_its_own(given, betas):
+    """Not Adam's, unless its group has some, be it one of the two."""
+    layer = torch.nn.Linear(8, 8, bias=False)
+    mup.declare(layer, "weight", Role.HIDDEN, (4, 4), "out in", "matrix")
+    groups = param_groups(layer, PARAMETRIZATIONS["mup"], tuned_values(make_config("laptop", LION | given)))
+    assert Lion(groups["lion"]).param_groups[0]["betas"] == betas
+
+
+def test_its_own_eps_is_scaled_by_width_unless_its_group_has_one():
+    OPTIMIZERS.register("careful", Careful)
+    layer = torch.nn.Linear(8, 8, bias=False)
+    mup.declare(layer, "weight", Role.HIDDEN, (4, 4), "out in", "matrix")
+    for given, eps in (({}, 1e-3), ({"adam_eps": 1e-5}, 1e-3), ({"matrix_eps": 1e-4}, 1e-4)):
+        cfg = make_config("laptop", LION | {"matrix_optimizer": "careful"} | given)
+        (group,) = param_groups(layer, PARAMETRIZATIONS["mup"], tuned_values(cfg))["careful"]
+        ((_, _, spec),) = mup.named_specs(layer)
+        factors = spec.factors(PARAMETRIZATIONS["mup"], Update.ENTRYWISE)
+        assert group["eps"] == pytest.approx(eps * factors.eps) and factors.eps != 1
 
 
 @pytest.mark.dist

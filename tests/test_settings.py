@@ -16,7 +16,9 @@ from speedrun_mup.config import (
     TrainConfig,
     add_param_group,
     add_setting,
+    build,
     computed_settings,
+    config_of,
     from_json,
     hashed_settings,
     known_settings,
@@ -73,19 +75,21 @@ def test_what_a_resume_may_change_is_what_it_always_was():
 AT_FIRST = {  # ids of the first edition, for a corpus and a vocabulary that are nobody's
     "029d04de3a168186": make_config("laptop", {"base_width": 64}),
     "a0bd0d8d64dacf34": make_config("record26", {}),
-    "17b8a1ba1757f754": make_config(
-        "laptop",
-        {
-            "strict": True,
-            "pack": 2,
-            "lr_floor": 0.2,
-            "micro_batch": "auto",
-            "scalar_eps": 1e-4,
-            "hidden_optimizer": "adam",
-            "on_nonfinite": "skip",
-            "val_chunk_tokens": 2048,
-            "momentum_start": 0.8,
-        },
+    "17b8a1ba1757f754": dataclasses.replace(
+        make_config(
+            "laptop",
+            {
+                "strict": True,
+                "pack": 2,
+                "lr_floor": 0.2,
+                "micro_batch": "auto",
+                "scalar_eps": 1e-4,
+                "hidden_optimizer": "adam",
+                "on_nonfinite": "skip",
+                "val_chunk_tokens": 2048,
+            },
+        ),
+        momentum_start=0.8,  # which Adam does not read
     ),
 }
 
@@ -155,8 +159,8 @@ TAKES = {"coord-check": ["--widths", "64"], "sweep": ["--widths", "64"]}  # what
 def test_a_base_width_or_a_rule_table_alone_means_the_same_everywhere(command, given, monkeypatch):
     seen = []
 
-    def record(preset, overrides):
-        seen.append(make_config(preset, overrides))
+    def record(*asked):
+        seen.append(make_config(*asked))
         raise ConfigError("seen")
 
     name = "train" if command in ("doctor", "bench") else command.replace("-", "_")
@@ -239,6 +243,74 @@ def test_a_resume_compares_what_is_added_from_outside(plug_in, tiny, capsys):
         said = capsys.readouterr().err
         name = flag.removeprefix("--").replace("-", "_")
         assert f"belongs to another run: {name} was {was}, is 0.2; " in said and said.count("\n") == 1
+
+
+NO_EFFECT = {  # flags -> what is said
+    "--gate-lr 5": "gate_lr has no effect without attention_gate; leave it out, or give --attention-gate",
+    "--matrix-eps 0.1": "matrix_eps has no effect on muon; leave it out, or choose adam with --matrix-optimizer",
+    "--matrix-beta1 0.3": "matrix_beta1 has no effect on muon; leave it out, or choose adam with --matrix-optimizer",
+    "--matrix-beta2 0.3": "matrix_beta2 has no effect on muon; leave it out, or choose adam or normuon with --matrix-optimizer",
+    "--matrix-optimizer adam --momentum 0.3": (
+        "momentum has no effect on adam; leave it out, or choose muon or normuon with --matrix-optimizer"
+    ),
+    "--matrix-optimizer adam --momentum-warmup 3": (
+        "momentum_warmup has no effect on adam; leave it out, or choose muon or normuon with --matrix-optimizer"
+    ),
+    "--embed-eps 1e-9 --head-eps 1e-9 --adam-eps 1e-8": (
+        "adam_eps has no effect next to embed_eps, head_eps, scalar_eps; leave it out"
+    ),
+}
+HAS_EFFECT = [
+    "--gate-lr 5 --attention-gate 12",
+    "--matrix-eps 0.1 --matrix-optimizer adam",
+    "--matrix-beta2 0.3 --matrix-optimizer normuon",
+    "--momentum 0.3",
+    "--matrix-optimizer adam --momentum 0.85",  # what the preset says
+    "--gate-lr 0.008",  # the default
+    "--adam-eps 1e-8 --weight-decay 0.1 --orthogonalizer polar-express",
+]
+
+
+@pytest.mark.parametrize("line", [*NO_EFFECT, *HAS_EFFECT])
+def test_a_hyperparameter_that_nothing_reads_is_refused(line):
+    overrides = vars(parse(train_parser(), line.split()))
+    overrides.pop("preset")
+    if line in HAS_EFFECT:
+        assert overrides.items() <= vars(make_config("laptop", overrides)).items()
+        return
+    with pytest.raises(ConfigError) as fault:
+        make_config("laptop", overrides)
+    assert str(fault.value) == NO_EFFECT[line]
+
+
+def test_a_run_that_was_saved_with_one_is_read_and_resumed(tiny, capsys):
+    cfg = dataclasses.replace(tiny(iterations=1), gate_lr=5.0, matrix_eps=0.1)
+    folder = train(cfg).folder
+    assert saved_config(folder).gate_lr == load_run(folder).config.gate_lr == 5.0
+    assert main(["train", "--resume", str(folder), "--gate-lr", "5"]) == 0, capsys.readouterr().err
+
+
+def test_an_arm_of_a_sweep_may_be_what_reads_it():
+    arms = [{"matrix_optimizer": "muon"}, {"matrix_optimizer": "adam"}]
+    given = {"matrix_beta1": 0.3, "momentum": 0.3}
+    assert make_config("laptop", given, arms).matrix_beta1 == 0.3
+    for alone, name in ((arms[:1], "matrix_beta1"), (arms[1:], "momentum")):
+        with pytest.raises(ConfigError, match=f"{name} has no effect on"):
+            make_config("laptop", given, alone)
+
+
+def test_a_group_that_is_added_may_need_a_setting_too(monkeypatch):
+    monkeypatch.setattr(config, "_in_force", TrainConfig)
+    add_param_group("router", ParamGroup("router", lr=0.3, needs="attention_gate"))
+    with pytest.raises(ConfigError, match="router_lr has no effect without attention_gate"):
+        make_config("laptop", {"router_lr": 0.2})
+    assert make_config("laptop", {"router_lr": 0.2, "attention_gate": 12}).router_lr == 0.2
+
+
+@pytest.mark.parametrize("read", [lambda saved: from_json(json.dumps(saved), Path("x")), config_of, build])
+def test_an_unknown_setting_has_one_answer(read):
+    with pytest.raises(ConfigError, match="setting dropout is unknown here; import what adds it first"):
+        read({**vars(make_config("laptop", {})), "dropout": 0.1})
 
 
 def test_a_process_without_the_addition_says_so(plug_in, tiny, monkeypatch):

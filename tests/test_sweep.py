@@ -238,10 +238,15 @@ def test_impossible_sweeps_are_refused_in_one_line(small, tiny, tmp_path):
         ({"sizes": (32, 64, 32)}, "widths=32,64,32: .* none twice"),
         ({"axes": Axes("width", "momentum")}, "cannot be swept"),
         ({"axes": Axes("width", "weight_decay")}, "weight_decay=0 stays 0 under any factor; give --weight-decay"),
+        ({"axes": Axes("width", "gate_lr")}, "'gate_lr' cannot be swept in arm mup: .* give --attention-gate"),
         ({"seeds": range(101)}, "101 seeds: give at most 100"),
     ]:
         with pytest.raises(ConfigError, match=fault):
             small(**changes)
+    base, axes = dataclasses.replace(tiny(), matrix_eps=1e-8), Axes("width", "matrix_eps")
+    assert Sweep(base, (32, 64), (ARMS["adam-mup"],), axes=axes)
+    with pytest.raises(ConfigError, match="cannot be swept in arm mup: matrix_eps has no effect on muon"):
+        Sweep(base, (32, 64), (ARMS["adam-mup"], ARMS["mup"]), axes=axes)
     with pytest.raises(ConfigError, match="base-width"):
         Sweep(dataclasses.replace(tiny(), base_width=None), (32, 64))
     with pytest.raises(ConfigError, match="width=40 is not a multiple"):
@@ -775,6 +780,9 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
             "--matrix-lr 0.02 --arms mup adam-mup",
             "arm adam-mup fixes matrix_lr at 0.008; .* --hyperparameter matrix_lr, or choose .* mup",
         ),
+        ("--hyperparameter gate_lr", "gate_lr has no effect without attention_gate; .* give --attention-gate"),
+        ("--matrix-eps 0.1", "matrix_eps has no effect on muon; leave it out, or choose adam with --matrix-optimizer"),
+        ("--arms adam-mup --momentum 0.3", "momentum has no effect on adam"),
         ("--width 64", "--widths"),
         ("--seed 1", "--seeds"),
         ("--keep-every 5", "has no effect here"),

@@ -82,14 +82,14 @@ def run(argv: Sequence[str]) -> int:
     asked = argparse.Namespace(
         **take(flags, "widths", "arms", "octaves", "seeds", "hyperparameter", "adaptive", "out", "preset")
     )
-    given = dict(flags)
-    cfg = make_config(asked.preset, {"parametrization": "mup"} | flags)  # for its base width: every arm is a rule table
 
     from speedrun_mup.sweep import Sweep, check_given, open_engine, pick_arms, run_sweep, write_csv
     from speedrun_mup.transfer import Axes
 
     out, arms, seeds = Path(asked.out), pick_arms(asked.arms), tuple(asked.seeds)
-    check_given(arms, given)
+    rules = {"parametrization": "mup"} | flags  # for its base width: every arm is a rule table
+    cfg = make_config(asked.preset, rules, [arm.settings for arm in arms])
+    check_given(arms, flags)
     if len(seeds) == 1:  # so many
         seeds = tuple(range(min(seeds[0], 10**4)))
     axes = Axes("width", asked.hyperparameter)

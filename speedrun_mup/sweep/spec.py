@@ -15,6 +15,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
+from speedrun_mup.param_groups import without_effect
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import Axes
 
@@ -170,6 +171,9 @@ class Sweep:
         tuned = self.axes.hyperparameter
         if tuned not in swept_settings():
             raise ConfigError(f"hyperparameter={tuned!r} cannot be swept; choose {', '.join(swept_settings())}")
+        for arm in self.arms:
+            if reason := without_effect(replace(self.base, **arm.settings), tuned):
+                raise ConfigError(f"hyperparameter={tuned!r} cannot be swept in arm {arm.name}: {reason}")
         if not getattr(self.base, tuned):
             flag = "--" + tuned.replace("_", "-")
             raise ConfigError(f"{tuned}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from speedrun_mup.core import mup
-from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
 
 
@@ -17,15 +16,15 @@ from speedrun_mup.core.optimizers.registry import OPTIMIZERS
 class GroupHyperparams:
     """Hyperparameters of one parameter group, as tuned at base width. None is the optimizer's own default.
 
-    Each goes to optimizers that have one of that name; the second of `betas` also to one that has a beta2 alone.
+    Each goes to optimizers that have one of that name; of `betas` also one to an optimizer that has a beta1 or beta2 alone.
     optimizer: its name in OPTIMIZERS.
     """
 
     optimizer: str
     lr: float
     weight_decay: float = 0.0
-    eps: float = 1e-10
-    betas: tuple[float, float] | None = None
+    eps: float | None = 1e-10
+    betas: tuple[float | None, float | None] | None = None
     momentum: float | None = None
     orthogonalizer: str | None = None
 
@@ -46,10 +45,8 @@ def param_groups(
     Raises:
         KeyError: a parameter's group is not in `tuned`.
         NoRuleError: an optimizer must not own a parameter.
-        ConfigError: an optimizer is unknown, or none of them orthogonalizes although `tuned` says how.
+        ConfigError: an optimizer is unknown.
     """
-    if any(base.orthogonalizer for base in tuned.values()):
-        _check_that_one_orthogonalizes(tuned)
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, parameter, spec in mup.named_specs(model):
         base = tuned[spec.group]
@@ -65,22 +62,23 @@ def param_groups(
             "initial_lr": lr,
             "weight_decay": base.weight_decay * factors.weight_decay,
         }
-        others = {
-            "eps": base.eps * factors.eps,
-            "betas": base.betas,
-            "beta2": base.betas and base.betas[1],
-            "momentum": base.momentum,
-            "orthogonalizer": base.orthogonalizer,
-        }
-        group |= {key: value for key, value in others.items() if key in optimizer.defaults and value is not None}
+        group |= _others(base, optimizer.defaults, factors.eps)
         group |= optimizer.options_for(spec)
         groups.setdefault(base.optimizer, []).append(group)
     return groups
 
 
-def _check_that_one_orthogonalizes(tuned: Mapping[str, GroupHyperparams]) -> None:
-    names = sorted({base.optimizer for base in tuned.values()})
-    if not any("orthogonalizer" in OPTIMIZERS[name].defaults for name in names):
-        raise ConfigError(
-            f"orthogonalizer has no effect on {', '.join(names)}; leave it out, or choose muon or normuon"
-        )
+def _others(base: GroupHyperparams, defaults: Mapping[str, Any], eps_factor: float) -> dict[str, Any]:
+    """What an optimizer with these defaults has besides rate and decay, but for its own defaults."""
+    eps = defaults.get("eps") if base.eps is None else base.eps
+    betas = base.betas or (None, None)
+    both = tuple(usual if own is None else own for own, usual in zip(betas, defaults.get("betas", betas), strict=True))
+    others = {
+        "eps": eps and eps * eps_factor,
+        "betas": None if betas == (None, None) else both,
+        "beta1": betas[0],
+        "beta2": betas[1],
+        "momentum": base.momentum,
+        "orthogonalizer": base.orthogonalizer,
+    }
+    return {key: value for key, value in others.items() if key in defaults and value is not None}

@@ -62,6 +62,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.shards = self._partition()
 
     @classmethod
+    def has(cls, name: str) -> bool:
+        """Whether it has this hyperparameter. Betas are beta1 and beta2."""
+        return name in cls.defaults or (name in ("beta1", "beta2") and "betas" in cls.defaults)
+
+    @classmethod
     def shape_factor(cls, spec: ParamSpec) -> float:
         """What its learning rate is multiplied by for the shape of a parameter at base width."""
         return 1.0
