@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig, TokenInputsConfig
 from speedrun_mup.core.model.cache import Decoder
+from speedrun_mup.core.model.options import TECHNIQUES
 from speedrun_mup.core.model.options.gates import add_attention_gate
+from speedrun_mup.training import train
 
 BOS, BLOCK = 256, 16
 # Both presets with every feature: the layer without attention, value embeddings, skips, long and short windows.
@@ -188,3 +191,14 @@ def test_a_token_costs_the_same_at_any_length():
     layers = [block.attn.has_long_window for block in model.blocks if block.attn is not None]
     blocks = sum(window if long else window // 2 for long in layers)
     assert found[0][2] == 2 * 4 * blocks * BLOCK * model.cfg.width
+
+
+def test_training_that_shows_samples_of_such_a_model_does_not_begin(tiny, monkeypatch):
+    def with_previous(cfg, wanted):
+        return replace(cfg, inputs=TokenInputsConfig(options=(WithPrevious(),)))
+
+    monkeypatch.setitem(TECHNIQUES, "attention_gate", with_previous)
+    changes = {"data": "embedded", "width": 32, "attention_gate": 12}
+    with pytest.raises(ConfigError, match="train without --sample-every"):
+        train(tiny(sample_every=2, **changes))
+    assert not (Path(tiny().out)).exists()
