@@ -253,7 +253,11 @@ FLAGS = (
         "",
         "there is none here, because shards are split when they are made: speedrun-mup data text --val-share",
     ),
-    Meaning("eval eval-only test-only validate do-eval", "", "there is none, because every run ends with a validation"),
+    Meaning(
+        "eval eval-only test-only validate do-eval",
+        "",
+        "there is none, because every run ends with a validation; speedrun-mup eval measures again",
+    ),
     Meaning("do-train", "", "there is none, because train always trains"),
     Meaning(
         "pretrained from-pretrained load-weights weights init-checkpoint finetune-from",
@@ -380,7 +384,7 @@ DATA_COMMANDS = {
 }
 COMMANDS = {  # what is typed -> what there is
     "fit run pretrain finetune training launch resume start continue": "train, which also resumes: train --resume runs/NAME",
-    "eval evaluate validate test val": "train: every run ends with a validation, in its metrics.jsonl; transfer judges a sweep",
+    "evaluate validate test val perplexity ppl": "eval, for one run; transfer judges a sweep",
     "tune lr-find lr-finder find-lr search hpo hparams grid optimize sweeps": "plan, for one big run, or sweep, for a grid",
     "coordcheck coord cc coord-checks coordinate-check coordinatecheck check": "coord-check",
     "list ls runs show status info": "doctor runs/NAME, for one run; speedrun-mup alone lists the commands",
@@ -393,7 +397,8 @@ COMMANDS = {  # what is typed -> what there is
     "rules table mup params summary describe": "explain",
     "env diagnose check-env health install setup verify": "doctor",
     "example quickstart tutorial hello init": "demo",
-    "generate sample chat inference infer serve complete": "none: models are trained here, and generate no text",
+    "generate chat inference infer complete write": "sample runs/NAME",
+    "serve deploy": "none: sample writes text on this machine",
     "export convert push upload": "none: checkpoints are safetensors; speedrun_mup.export has export_pt",
 }
 

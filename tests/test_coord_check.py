@@ -23,6 +23,7 @@ from speedrun_mup.coord_check import (
     coord_check,
     gpt_coord_check,
 )
+from speedrun_mup.coord_check.gpt import gpt_controls
 from speedrun_mup.coord_check.observe import Observer, Setting, norms
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
@@ -288,6 +289,13 @@ def small_shape():
 
 def test_the_gpt_with_adam_alone_is_right_too():
     assert check_gpt(WITH_ADAM, controls=False, tokens=256).arm.verdict is CheckVerdict.PASS
+
+
+@pytest.mark.parametrize("optimizer, way", [("muon", "polar-express"), ("normuon", "newton-schulz")])
+def test_the_controls_of_adam_have_no_orthogonalizer(optimizer, way):
+    cfg = make_config("laptop", {"matrix_optimizer": optimizer, "orthogonalizer": way})
+    names = {wrong.matrix_optimizer: wrong.orthogonalizer for wrong, _, _ in gpt_controls(cfg)}
+    assert names == {optimizer: way, "adam": None}
 
 
 @pytest.mark.slow

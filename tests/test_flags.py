@@ -118,7 +118,7 @@ def test_an_answer_fits_the_command():
         (["lr_find"], "unknown command lr_find; use plan"),
         (["coordcheck"], "unknown command coordcheck; use coord-check"),
         (["Train"], "unknown command Train; did you mean train?"),
-        (["generate"], "unknown command generate; there is none"),
+        (["generate"], "unknown command generate; use sample runs/NAME"),
         (["trian"], "unknown command trian; did you mean train?"),
         (["qqq"], "unknown command qqq; choose demo, train"),
         (["data", "tokenize"], "unknown command data tokenize; use text"),

@@ -35,13 +35,13 @@ _GPT_CONTROLS = (
 )
 
 
-def _gpt_controls(cfg: TrainConfig) -> Iterator[tuple[TrainConfig, Role, float]]:
+def gpt_controls(cfg: TrainConfig) -> Iterator[tuple[TrainConfig, Role, float]]:
     """Settings with one rule wrong, whose updates must be seen to go how: of every rule that is in use.
 
     Where the hidden matrices have a spectral update, Adam's rule is in use too, for the others; its control gives them
     to Adam.
     """
-    given_to_adam: dict[str, Any] = {"matrix_optimizer": "adam", "matrix_lr": ADAM_MATRIX_LR}
+    given_to_adam: dict[str, Any] = {"matrix_optimizer": "adam", "matrix_lr": ADAM_MATRIX_LR, "orthogonalizer": None}
     kind = OPTIMIZERS[cfg.groups["matrix"].optimizer].kind
     for name, breaks, role, slope in _GPT_CONTROLS:
         wrong = replace(cfg, parametrization=name)
@@ -100,7 +100,7 @@ def gpt_coord_check(
 
     arms = [
         Control(wrong.parametrization, **recipe(wrong), role=role, slope=slope)
-        for wrong, role, slope in (_gpt_controls(cfg) if controls else ())
+        for wrong, role, slope in (gpt_controls(cfg) if controls else ())
     ]
     batches = train_batches(corpus, tokens, 1, cfg.seed, order=cfg.data_order)
     return coord_check(

@@ -67,7 +67,9 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     differ = [f"{key} was {printable(known.get(key))}, is {base[key]}" for key in base if known.get(key) != base[key]]
     differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
     if differ:
-        raise ConfigError(f"{out} holds another sweep: {'; '.join(differ)}; choose another folder")
+        raise ConfigError(
+            f"{out} holds another sweep: {'; '.join(differ)}; give what it was made with, or choose another folder"
+        )
     requests = before["asked"] + ([] if asked in before["asked"] else [asked])
     after = before | {"base": base, "arms": before["arms"] | arms, "asked": requests}
     replace_file(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
