@@ -237,9 +237,10 @@ def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     folder = train(tiny(name="c", data=str(place), width=32)).folder
     assert load_run(folder, device="cpu").tokenizer.name == "bpe:300"
     place.rename(tmp_path / "moved")
-    assert "give --data and their new place" in fails(["sample", str(folder)], capsys)
+    assert "give their new place: sample --data" in fails(["sample", str(folder)], capsys)
     moved = ["sample", str(folder), "--data", str(tmp_path / "moved"), "--max-new-tokens", "2", "--device", "cpu"]
     assert main(moved) == 0
+    assert main(["eval", str(folder), "--run-data", moved[3], "--device", "cpu"]) == 0
     capsys.readouterr()
     other = find_corpus("embedded", "bpe:301")[0].directory
     assert "is not the data that the run was trained on" in fails([*moved[:3], str(other)], capsys)

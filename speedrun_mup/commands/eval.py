@@ -21,14 +21,15 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="at most (all of --data; of the run's own split, its --val-tokens)"
     )
+    parser.add_argument("--run-data", help="the corpus that it was trained on, if it has moved")
     parser.add_argument("--json", action="store_true", help="as JSON")
     flags = vars(parse(parser, argv))
-    data, tokens, as_json = (flags.pop(name) for name in ("data", "tokens", "json"))
+    data, tokens, own, as_json = (flags.pop(name) for name in ("data", "tokens", "run_data", "json"))
     if tokens is not None and tokens < 1:
         raise ConfigError(f"--tokens {tokens} must be at least 1")
 
     from speedrun_mup.training.load import load_run
 
-    found = load_run(**flags).evaluate(data, tokens)
+    found = load_run(**flags, data=own).evaluate(data, tokens)
     print(json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False) if as_json else found.summary())
     return 0

@@ -206,13 +206,15 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
 def _corpus_of(cfg: TrainConfig, data: str | None, fingerprint: str) -> Corpus:
     """The corpus of a run. ConfigError if its ids may mean something else than those that the run was trained on."""
     try:
-        corpus = find_corpus(cfg.data, cfg.tokenizer)[0] if data is None else find_corpus(data)[0]
+        corpus = find_corpus(cfg.data if data is None else data, cfg.tokenizer)[0]
     except UserError as fault:
-        raise type(fault)(f"{fault}; if the run's data moved, give --data and their new place") from None
+        raise type(fault)(
+            f"{fault}; if the run's data moved, give their new place: sample --data, eval --run-data"
+        ) from None
     if not corpus.is_known_as(fingerprint) and corpus.tokenizer.startswith(("bpe:", "hf:", "synthetic")):
         raise ConfigError(
             f"{printable(corpus.directory)} is not the data that the run was trained on, and its {printable(corpus.tokenizer)} "
-            "tokens may be others; give --data and the place of the run's own"
+            "tokens may be others; give the place of the run's own: sample --data, eval --run-data"
         )
     return corpus
 
