@@ -46,8 +46,8 @@ def present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for name, value in saved.items():
         former = FORMER.get(name, Former(name))
-        spelled = former.values if former.values and isinstance(value, str) else {}
-        values[former.setting] = spelled.get(value, value)
+        spelled = former.values or {}
+        values[former.setting] = spelled.get(value, value) if isinstance(value, str) else value
     return values
 
 

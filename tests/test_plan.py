@@ -486,7 +486,7 @@ def test_only_the_planned_run_is_compared(swept, target, out):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_from_plan_to_comparison_with_real_runs(tiny, out):
-    target = tiny(width=128, base_width=32, iterations=24, save=False)
+    target = tiny(width=128, base_width=32, iterations=12, save=False)
     each = [run_flops(dataclasses.replace(target, width=width), 65) for width in (16, 32, 64)]
     with closing(LocalEngine(2, device="cpu")) as engine:
         plan = make_plan(target, out, engine, budget_flops=9.01 * (4 * each[0] + 2 * each[1] + each[2]))

@@ -321,3 +321,8 @@ def test_a_process_without_the_addition_says_so(plug_in, tiny, monkeypatch):
         pickle.loads(kept)
     with pytest.raises(ConfigError, match="setting width cannot be added: its name is taken"):
         add_setting("width", int, setting("model", "x", 1, affects="result"))
+
+
+@pytest.mark.parametrize("value", [{}, [], None, 1e400, "?"])
+def test_a_damaged_value_is_kept_for_the_check_that_refuses_it(value):
+    assert known_settings({"attention": value, "micro_batch": value})["attention"] == value

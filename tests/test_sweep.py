@@ -1169,7 +1169,7 @@ def alive(process):
 @pytest.mark.dist
 def test_kills_of_driver_or_whole_group_lose_nothing(tiny, tmp_path):
     """In every life some cell is under way when the kill comes, and none to two have finished since the last one."""
-    out, rng, kills, stamps, most = tmp_path / "s", random.Random(1), 0, {}, repeats(10)
+    out, rng, kills, stamps, most = tmp_path / "s", random.Random(1), 0, {}, repeats(6)
     command = COMMAND.format(config=to_json(tiny()), out=str(out))
 
     def finished():  # looks into no folder that may vanish
