@@ -42,5 +42,5 @@ def test_a_sample_of_odd_inputs(tmp_path):
     materials = Materials(tmp_path, TABLE)
     cases = everything(materials, seed=1)
     assert len(cases) > 1000
-    faults = [(str(case), attempt(case, tmp_path / "cases" / str(n))[1]) for n, case in enumerate(cases[:25])]
+    faults = [(str(case), attempt(case, tmp_path / "cases" / str(n))[1]) for n, case in enumerate(cases[:15])]
     assert not [fault for fault in faults if fault[1]]
