@@ -19,23 +19,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from common import circumstances, publish, table  # noqa: E402
-from odd.harness import Case, attempt  # noqa: E402
+from odd.harness import HEAVY, Case, attempt  # noqa: E402
 from odd.inputs import Materials, everything  # noqa: E402
-
-# What a child shall not have to import.
-HEAVY = (
-    "training.run",
-    "sweep",
-    "plan",
-    "transfer",
-    "report",
-    "coord_check",
-    "bench",
-    "doctor",
-    "data.tokenize_text",
-    "explain",
-    "data.fineweb",
-)
 
 
 def main() -> int:

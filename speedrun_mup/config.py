@@ -32,7 +32,7 @@ from speedrun_mup.settings import (
     settings_of,
     value_types,
 )
-from speedrun_mup.techniques import with_techniques
+from speedrun_mup.techniques import with_technique_settings
 
 if TYPE_CHECKING:
     from speedrun_mup.training.schedules import Schedule
@@ -44,7 +44,7 @@ STEPS, ITERATIONS = (at_most(LARGEST), at_least(0)), (at_most(LARGEST), at_least
 
 @dataclass(frozen=True)
 @with_param_groups
-@with_techniques
+@with_technique_settings
 class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 

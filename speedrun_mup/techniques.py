@@ -27,7 +27,7 @@ TECHNIQUE_SETTINGS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def with_techniques(config: T) -> T:
+def with_technique_settings(config: T) -> T:
     """Give a class of settings, which is to be a dataclass, those of TECHNIQUE_SETTINGS."""
     for name, (kind, declared) in TECHNIQUE_SETTINGS.items():
         config.__annotations__[name] = kind

@@ -15,7 +15,7 @@ from speedrun_mup import __version__
 from speedrun_mup.cli import COMMANDS, main, usage
 from speedrun_mup.commands import demo, train
 from speedrun_mup.commands.sweep import budget_of
-from speedrun_mup.commands.train import config_of
+from speedrun_mup.commands.train import config_from_flags
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import World
@@ -71,7 +71,7 @@ def test_a_preset_says_what_loss_to_expect_from_its_own_tokens(preset, tokenizer
 
 def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
     assert main(["train", *as_flags(TINY | {"matrix_lr": 0.03}), "--out", str(tmp_path), "--name", "a"]) == 0
-    cfg = config_of({"preset": "auto", "resume": str(tmp_path / "a")})
+    cfg = config_from_flags({"preset": "auto", "resume": str(tmp_path / "a")})
     assert dataclasses.replace(cfg, resume=None) == saved_config(tmp_path / "a") and cfg.matrix_lr == 0.03
     assert main(["train", "--resume", str(tmp_path / "a"), "--width", "96"]) == 4
     assert "width was 64, is 96" in capsys.readouterr().err
@@ -85,14 +85,14 @@ def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny,
     ).close()
     flags = {"preset": "laptop", "out": tiny().out, "resume": "auto", "fit_memory": True, "micro_batch_tokens": 128}
     capsys.readouterr()
-    cfg = config_of(dict(flags))
+    cfg = config_from_flags(dict(flags))
     assert (cfg.micro_batches_per_forward, cfg.micro_batch_tokens, cfg.micro_batches, cfg.val_chunk_tokens) == (
         1,
         64,
         8,
         64,
     )
-    assert train.train_and_tell(cfg).finished
+    assert train.train_and_report(cfg).finished
     told = capsys.readouterr().out
     assert (
         "keeps what it found at its start: micro_batch_tokens=64, micro_batches=8, micro_batches_per_forward=1, val_chunk_"
@@ -100,11 +100,11 @@ def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny,
     )
     Run(tiny(name="b", micro_batch_tokens=64, micro_batches=8), World()).close()
     capsys.readouterr()
-    assert config_of(flags | {"micro_batch_tokens": 64}).micro_batches == 8 and not capsys.readouterr().out
+    assert config_from_flags(flags | {"micro_batch_tokens": 64}).micro_batches == 8 and not capsys.readouterr().out
 
 
 def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
-    fresh = config_of({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
+    fresh = config_from_flags({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
     assert fresh.resume is None and "no unfinished run" in capsys.readouterr().out
 
 
@@ -116,15 +116,15 @@ def test_a_restart_by_torchrun_resumes_the_run_that_this_torchrun_started(tiny, 
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("TORCHELASTIC_RUN_ID", "another")
         Run(tiny(name="theirs before"), World()).close()
-    assert config_of(dict(flags)).resume is None
+    assert config_from_flags(dict(flags)).resume is None
     Run(tiny(name="ours"), World()).close()
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("TORCHELASTIC_RUN_ID", "another")
         Run(tiny(name="theirs"), World()).close()
     os.utime(out / "ours" / "config.json", (0, 0))
     for extra in ({}, {"resume": "auto"}, {"name": "ours"}):
-        assert config_of(flags | extra).resume == str(out / "ours")
-    assert config_of(flags | {"resume": str(out / "theirs"), "preset": "auto"}).resume == str(out / "theirs")
+        assert config_from_flags(flags | extra).resume == str(out / "ours")
+    assert config_from_flags(flags | {"resume": str(out / "theirs"), "preset": "auto"}).resume == str(out / "theirs")
 
 
 @pytest.mark.parametrize("words", [["--preset", "record26"], ["--name", "b"]])
@@ -137,7 +137,7 @@ def test_resume_refuses_what_it_would_ignore(words, tiny, capsys):
 
 def test_resume_of_nothing_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
-        config_of({"preset": "auto", "resume": str(tmp_path)})
+        config_from_flags({"preset": "auto", "resume": str(tmp_path)})
 
 
 @pytest.mark.slow

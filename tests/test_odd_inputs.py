@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from odd.harness import Case, attempt, refused
+from odd.harness import HEAVY, Case, attempt, refused
 from odd.inputs import Materials, everything
 
 TABLE = Path(__file__).parent / "data" / "transfer_sweep.csv"
@@ -27,17 +27,7 @@ def test_the_judge_sees_what_it_must_see(tmp_path):
 
 @pytest.mark.slow
 def test_a_sample_of_odd_inputs(tmp_path):
-    for name in (
-        "training.run",
-        "sweep",
-        "plan",
-        "transfer",
-        "report",
-        "coord_check",
-        "bench",
-        "doctor",
-        "data.tokenize_text",
-    ):
+    for name in HEAVY:
         importlib.import_module(f"speedrun_mup.{name}")
     materials = Materials(tmp_path, TABLE)
     cases = everything(materials, seed=1)

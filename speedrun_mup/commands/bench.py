@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from speedrun_mup.commands.train import config_of
+from speedrun_mup.commands.train import config_from_flags
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
 from speedrun_mup.setting_flags import add_preset, add_settings
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     steps = STEPS if steps is None else steps
     if steps < 1:
         raise ConfigError(f"--steps {steps} must be at least 1")
-    cfg = config_of(flags)
+    cfg = config_from_flags(flags)
 
     if generate:
         from speedrun_mup.bench_generate import bench_generation

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands import coord_check, plan, report, sample
-from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, train_and_tell
+from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, train_and_report
 from speedrun_mup.flags import new_parser, parse
 
 FOLDER = Path("runs/demo")
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     from speedrun_mup.plan import recommended_config
 
     print("\n3/4  Train the wide model once, with the learning rate that the narrow ones chose.")
-    result = train_and_tell(recommended_config(proxies))
+    result = train_and_report(recommended_config(proxies))
     if not result.finished:
         return STOPPED_BY_SIGNAL
     print("\n4/4  How far off is it?")

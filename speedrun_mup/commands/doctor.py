@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.commands.train import config_of, train_parser
+from speedrun_mup.commands.train import config_from_flags, train_parser
 from speedrun_mup.files import printable
 from speedrun_mup.flags import parse
 
@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "resume", nargs="?", metavar="RUN", default=argparse.SUPPRESS, help="a run's folder, as --resume"
     )
-    cfg = config_of(vars(parse(parser, argv)))
+    cfg = config_from_flags(vars(parse(parser, argv)))
 
     from speedrun_mup.doctor import Level, examine
 

@@ -31,7 +31,7 @@ def train_parser(prog: str = "speedrun-mup train", about: str = ABOUT) -> Parser
     return parser
 
 
-def config_of(flags: dict[str, object]) -> TrainConfig:
+def config_from_flags(flags: dict[str, object]) -> TrainConfig:
     """The settings that the flags ask for: those of the run to resume, or of the preset, with the given ones on top."""
     return settle(flags)[0]
 
@@ -102,11 +102,11 @@ def _fitted(flags: Mapping[str, object]) -> list[str]:
 
 def run(argv: Sequence[str]) -> int:
     """Train, draw the loss curve, and say where everything is."""
-    result = train_and_tell(*settle(vars(parse(train_parser(), argv))))
+    result = train_and_report(*settle(vars(parse(train_parser(), argv))))
     return 0 if result.finished else STOPPED_BY_SIGNAL
 
 
-def train_and_tell(cfg: TrainConfig, lock: FolderLock | None = None) -> TrainResult:
+def train_and_report(cfg: TrainConfig, lock: FolderLock | None = None) -> TrainResult:
     """Train, draw the loss curve, and print where everything is."""
     from speedrun_mup.report import plot_loss_curve
     from speedrun_mup.training.run import train

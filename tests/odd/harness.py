@@ -23,6 +23,21 @@ CODES = {0, 1, 2, 3, 4, 5, 6, 75, 130, 141}  # docs/reliability.md; 1 is also a 
 SECONDS = 90  # more than any command needs for these inputs, on a busy machine
 MEMORY = 3 * 2**30  # bytes that a child may add to what it was born with
 
+# What a child shall not have to import.
+HEAVY = (
+    "training.run",
+    "sweep",
+    "plan",
+    "transfer",
+    "report",
+    "coord_check",
+    "bench",
+    "doctor",
+    "data.tokenize_text",
+    "explain",
+    "data.fineweb",
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
