@@ -224,6 +224,8 @@ def main() -> int:
         return 0
     if flags.what == "matrix":
         name, title = "fault_matrix", "# The fault matrix"
+        if flags.first > 1:  # beside the table of all rows, which it does not replace
+            name, title = f"fault_matrix_from_{flags.first}", f"# The fault matrix, rows from {flags.first} on"
         outcomes = run_matrix(flags.count or 1, flags.seed, flags.workers, flags.first)
     else:
         name, title = "reliability", "# Promises under faults"
