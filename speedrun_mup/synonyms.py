@@ -399,7 +399,7 @@ COMMANDS = {  # what is typed -> what there is
     "example quickstart tutorial hello init": "demo",
     "generate chat inference infer complete write": "sample runs/NAME",
     "serve deploy": "none: sample writes text on this machine",
-    "export convert push upload": "none: checkpoints are safetensors; speedrun_mup.export has export_pt",
+    "convert push upload save-pretrained": "export runs/NAME --to FORMAT OUT",
 }
 
 

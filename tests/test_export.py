@@ -7,9 +7,12 @@ import pytest
 import torch
 from test_checkpoint import model_of, save
 
+from speedrun_mup.cli import main
 from speedrun_mup.export.dcp import export_dcp, import_dcp
 from speedrun_mup.export.record import export_pt, import_pt
+from speedrun_mup.training import train
 from speedrun_mup.training.checkpoint import CheckpointError, check_match
+from speedrun_mup.training.load import load_run
 
 
 def test_pt_round_trip(tmp_path):
@@ -62,3 +65,26 @@ def test_a_pt_file_and_a_dcp_folder_of_any_kind_are_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="is not whole") as caught:
         export_dcp(save(tmp_path / "c", 1), tmp_path / "a.pt" / "x")
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_writes_what_it_is_asked_for_and_nothing_over_it(tiny, tmp_path, capsys):
+    folder, out = train(tiny(name="a", width=32, save_every=3)).folder, tmp_path / "model.pt"
+    assert main(["export", str(folder), "--to", "pt", str(out), "--checkpoint", "3"]) == 0
+    assert f"step-00000003 is written to {out}" in capsys.readouterr().out
+    back, own = import_pt(out), load_run(folder, step=3, device="cpu").model.state_dict()
+    assert torch.equal(back["lm_head.weight"], own["lm_head.weight"])
+    for words, says in (
+        (["--to", "pt", str(out)], f"{out} exists; name a new one"),
+        (["--to", "onnx", str(tmp_path / "x")], "invalid choice: 'onnx'"),
+        (["--to", "pt", str(tmp_path / "x"), "--checkpoint", "4"], "has no checkpoint of step 4; it has 3, 6"),
+        (["--to", "pt"], "the following arguments are required: OUT"),
+        ([str(tmp_path / "x")], "the following arguments are required: --to"),
+    ):
+        assert main(["export", str(folder), *words]) in (2, 3, 4)
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1, said
+    assert not (tmp_path / "x").exists()

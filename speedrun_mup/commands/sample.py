@@ -50,12 +50,13 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_parser(prog: str, about: str) -> Parser:
-    """The flags of a command that takes a run."""
+def run_parser(prog: str, about: str, device: bool = True) -> Parser:
+    """The flags of a command that takes a run. device: whether it computes with it."""
     parser = new_parser(prog, about)
     parser.add_argument("folder", metavar="RUN", help="a run's folder, or that of one of its checkpoints")
     parser.add_argument("--checkpoint", dest="step", type=int, metavar="STEP", help="of this step (the newest)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="%(default)s")
+    if device:
+        parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="%(default)s")
     return parser
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.model.record import to_record
+from speedrun_mup.export import Request
 from speedrun_mup.files import open_regular, printable, whole_file
 from speedrun_mup.training.checkpoint import Loaded
+from speedrun_mup.training.load import find_checkpoint
 from speedrun_mup.training.manifest import CheckpointError, os_faults
 
 
@@ -21,6 +23,13 @@ def export_pt(path: Path, out: Path) -> None:
     torch.save({"model": to_record(Loaded(path).model)}, buffer)
     with os_faults(out, CheckpointError), whole_file(out) as file:
         file.write(buffer.getvalue())
+
+
+def write_pt(request: Request) -> str:
+    """The checkpoint that is asked for as a .pt file; its weights stay as they are."""
+    _, path = find_checkpoint(request.folder, request.step)
+    export_pt(path, request.out)
+    return f"{printable(path)} is written to {printable(request.out)}"
 
 
 def import_pt(path: Path) -> dict[str, Tensor]:

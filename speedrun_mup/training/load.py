@@ -156,11 +156,7 @@ def load_run(
             whose ids mean the same is an error only where the model is evaluated on it.
         CheckpointError: it has no such checkpoint, or none that is intact.
     """
-    folder = Path(folder)
-    if step is None and (matched := re.fullmatch(r"step-(\d{8,})", folder.name)):
-        folder, step = folder.parent.parent, int(matched[1])
-    cfg = saved_config(folder)
-    path = _checkpoint(folder, step)
+    folder, path = find_checkpoint(Path(folder), step)
     loaded = Loaded(path)
     state = checked_state(DEFAULTS_FOR_OLD_CHECKPOINTS | loaded.state, path)
     cfg = loaded.cfg
@@ -178,8 +174,11 @@ def load_run(
     return LoadedRun(folder, loaded.step, model.to(place), cfg, corpus, window, state["corpus"])
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path:
-    """The folder of a checkpoint: of `step`, or the newest intact one."""
+def find_checkpoint(folder: Path, step: int | None = None) -> tuple[Path, Path]:
+    """A run's folder, and that of one of its checkpoints: of `step`, the one that `folder` is, or the newest intact one."""
+    if step is None and (matched := re.fullmatch(r"step-(\d{8,})", folder.name)):
+        folder, step = folder.parent.parent, int(matched[1])
+    saved_config(folder)  # raises, if there is no run
     root = folder / "checkpoints"
     if step is not None:
         path = root / f"step-{step:08d}"
@@ -190,7 +189,7 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
             raise CheckpointError(
                 f"{printable(folder)} has no checkpoint of step {step}; it has {', '.join(map(str, have)) or 'none'}"
             )
-        return path
+        return folder, path
     checkpoints = Checkpoints(root, World())
     try:
         found = checkpoints.newest(lambda line: None)
@@ -200,7 +199,7 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
         raise CheckpointError(
             f"{printable(folder)} has no checkpoint yet; one is written at the end, and with --save-every N before"
         )
-    return found
+    return folder, found
 
 
 def _corpus_of(cfg: TrainConfig, data: str | None, fingerprint: str) -> Corpus:
@@ -209,12 +208,12 @@ def _corpus_of(cfg: TrainConfig, data: str | None, fingerprint: str) -> Corpus:
         corpus = find_corpus(cfg.data if data is None else data, cfg.tokenizer)[0]
     except UserError as fault:
         raise type(fault)(
-            f"{fault}; if the run's data moved, give their new place: sample --data, eval --run-data"
+            f"{fault}; if the run's data moved, give their new place: sample --data, export --data, eval --run-data"
         ) from None
     if not corpus.is_known_as(fingerprint) and corpus.tokenizer.startswith(("bpe:", "hf:", "synthetic")):
         raise ConfigError(
             f"{printable(corpus.directory)} is not the data that the run was trained on, and its {printable(corpus.tokenizer)} "
-            "tokens may be others; give the place of the run's own: sample --data, eval --run-data"
+            "tokens may be others; give the place of the run's own: sample --data, export --data, eval --run-data"
         )
     return corpus
 
