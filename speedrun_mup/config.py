@@ -32,7 +32,7 @@ from speedrun_mup.settings import (
     settings_of,
     value_types,
 )
-from speedrun_mup.techniques import with_technique_settings
+from speedrun_mup.techniques import TECHNIQUES, Technique, with_technique_settings, with_techniques
 
 if TYPE_CHECKING:
     from speedrun_mup.training.schedules import Schedule
@@ -43,8 +43,8 @@ STEPS, ITERATIONS = (at_most(LARGEST), at_least(0)), (at_most(LARGEST), at_least
 
 
 @dataclass(frozen=True)
-@with_param_groups
 @with_technique_settings
+@with_param_groups
 class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 
@@ -320,7 +320,7 @@ class TrainConfig:
         """What changes from step to step. ConfigError for stages that this run cannot have."""
         from speedrun_mup.training.schedules import Schedule  # `--help` needs none of it
 
-        return Schedule.of(self)
+        return with_techniques("schedule", Schedule.of(self), self)
 
     @property
     def groups(self) -> dict[str, Hyperparams]:
@@ -352,6 +352,12 @@ def add_setting(name: str, kind: Any, declared: Any) -> None:
 def add_param_group(name: str, group: ParamGroup) -> None:
     """Add a group of parameters from outside the package; modules declare `name` as the group of their parameters."""
     _extend(group.fields(name))
+
+
+def add_technique(name: str, technique: Technique) -> None:
+    """Add a technique from outside the package: its settings and groups of parameters, and what it does to a run."""
+    _extend(technique.fields(name))
+    TECHNIQUES[name] = technique
 
 
 def _extend(fields: list[tuple[str, Any, Any]]) -> None:

@@ -7,7 +7,16 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, TypeVar
 
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
-from speedrun_mup.settings import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Valid, flag_of, setting, settings_of
+from speedrun_mup.settings import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Valid,
+    flag_of,
+    setting,
+    settings_of,
+    with_settings,
+)
 
 T = TypeVar("T", bound=type)
 
@@ -23,7 +32,7 @@ class ParamGroup(NamedTuple):
         eps, beta1, beta2: None is adam_eps and so on with Adam, else the optimizer's own default.
         shown: the hyperparameters that `--help` lists; the others have flags as well.
         also: further groups that models declare, with the same hyperparameters.
-        needs: the setting without which it has no parameters.
+        needs: the setting that gives it parameters when it is not at its default.
     """
 
     about: str
@@ -70,9 +79,6 @@ PARAM_GROUPS = {
     "head": ParamGroup("readout", lr=0.22),
     # 1e-10 lets their first noisy gradient take a full-size step
     "scalar": ParamGroup("skip weights and mixing coefficients", lr=0.04, eps=1e-10),
-    "gate": ParamGroup(  # record 56; before, Muon
-        "gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99, needs="attention_gate"
-    ),
 }
 _COMMON = {  # settings of several groups -> the hyperparameter
     "weight_decay": "weight_decay",
@@ -98,11 +104,7 @@ class Hyperparams(NamedTuple):
 
 def with_param_groups(config: T) -> T:
     """Give a class of settings, which is to be a dataclass, those of PARAM_GROUPS."""
-    for group, entry in PARAM_GROUPS.items():
-        for name, kind, declared in entry.fields(group):
-            config.__annotations__[name] = kind
-            setattr(config, name, declared)
-    return config
+    return with_settings(config, (field for name, entry in PARAM_GROUPS.items() for field in entry.fields(name)))
 
 
 def hyperparams_of(cfg: Any) -> dict[str, Hyperparams]:
@@ -122,19 +124,24 @@ def _is_common_to(name: str, optimizer: str) -> bool:
     return optimizer == "adam" or not name.startswith("adam_")
 
 
+def _is_off(cfg: Any, needed: str) -> bool:
+    """Whether a setting that another one needs, if it needs one, has its default."""
+    return bool(needed) and getattr(cfg, needed) == getattr(cfg.__class__, needed)
+
+
 def without_effect(cfg: Any, name: str) -> str:
     """Why no group of parameters of `cfg` reads the setting, and what would; nothing if one does, or it is of another kind."""
     made, names = settings_of(cfg.__class__), _names_by_group(cfg.__class__)
-    own = made[name].param_groups[:1]
+    own, needs = made[name].param_groups[:1], made[name].needs
+    if _is_off(cfg, needs):
+        return f"{name} has no effect without {needs}; leave it out, or give {flag_of(needs)}"
     if not own and name not in _COMMON:
         return ""
-    if made[name].needs and not getattr(cfg, made[name].needs):
-        return f"{name} has no effect without {made[name].needs}; leave it out, or give {flag_of(made[name].needs)}"
     key = name.removeprefix(f"{own[0]}_") if own else _COMMON[name]
     if key in ("optimizer", "lr"):
         return ""
     groups = [names[group] for group in own or names]
-    groups = [group for group in groups if not (needs := made[group["lr"]].needs) or getattr(cfg, needs)]
+    groups = [group for group in groups if not _is_off(cfg, made[group["lr"]].needs)]
     fit = [each for each in OPTIMIZERS if OPTIMIZERS[each].has(key) and (own or _is_common_to(name, each))]
     able = [group for group in groups if getattr(cfg, group["optimizer"]) in fit]
     if any(own or key not in group or getattr(cfg, group[key]) is None for group in able):

@@ -9,9 +9,10 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
+T = TypeVar("T", bound=type)
 Affects = Literal["result", "speed", "storage", "display"]
 OnResume = Literal["fixed", "free", "lasting"]
 
@@ -102,7 +103,7 @@ def setting(
         shown: whether `--help` has its flag.
         fitted: whether --fit-memory decides on it.
         param_groups: the groups of parameters that it is a hyperparameter of; its name begins with the first.
-        needs: another setting, without which it has no effect.
+        needs: another setting; where that has its default, this one has no effect.
 
     Returns:
         The dataclass field.
@@ -113,6 +114,14 @@ def setting(
         group, help, affects, again, choices, dict(shorthand or {}), tuple(valid), shown, fitted, param_groups, needs
     )
     return dataclasses.field(default=default, metadata={"setting": meta})
+
+
+def with_settings(config: T, fields: Iterable[tuple[str, Any, Any]]) -> T:
+    """Give a class of settings, which is to be a dataclass, more of them: name, type, and what `setting` returned."""
+    for name, kind, declared in fields:
+        config.__annotations__[name] = kind
+        setattr(config, name, declared)
+    return config
 
 
 @functools.cache

@@ -1,35 +1,93 @@
-"""Settings of architecture techniques beyond record 26, each off by default. What they build is in core/model/options.
+"""Techniques beyond record 26, each absent unless its setting asks for it: TECHNIQUES has an entry for each.
 
-Imports no torch, so that `--help` and a misspelt flag answer at once.
+What they build is in core/model/options, one technique a file, which is imported when a run has the technique. Imports no
+torch, so that `--help` and a misspelt flag answer at once.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, TypeVar
 
+from speedrun_mup.core.registry import resolve
 from speedrun_mup.flags import LARGEST
-from speedrun_mup.settings import at_least, at_most, setting
+from speedrun_mup.param_groups import ParamGroup
+from speedrun_mup.settings import Valid, at_least, at_most, setting, with_settings
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+Adds = str | Callable[..., Any]
 COUNT = (at_most(LARGEST), at_least(0))
+_OPTIONS = "speedrun_mup.core.model.options"
 
-TECHNIQUE_SETTINGS: dict[str, tuple[Any, Any]] = {
-    "attention_gate": (
-        int,
-        setting(
-            "techniques",
-            "channels of its input that gate each attention head (record 28; 12 since record 30); 0: no gates",
-            0,
-            affects="result",
-            valid=COUNT,
-        ),
+
+@dataclass(frozen=True)
+class Technique:
+    """What a technique is called and set by, and where it changes a run.
+
+    Args:
+        about: what its setting means, for `--help`.
+        off: the default of its setting, with which it is absent. It has the setting's type.
+        model: (GPTConfig, value of the setting) -> GPTConfig, or the place of such a function, "module:function".
+        schedule: (Schedule, value) -> Schedule, likewise.
+        valid: conditions on a value.
+        choices: the values that a text may have.
+        param_groups: groups of parameters of its own, by the names that its modules declare.
+        settings: more of them, by name; `model` and `schedule` get their values by these names.
+    """
+
+    about: str
+    off: Any = False
+    _: KW_ONLY
+    model: Adds = ""
+    schedule: Adds = ""
+    valid: Sequence[Valid] = ()
+    choices: Collection[str] = ()
+    param_groups: Mapping[str, ParamGroup] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def fields(self, name: str) -> list[tuple[str, Any, Any]]:
+        """The settings of the technique `name`, as `dataclasses.make_dataclass` takes them."""
+        own = setting(
+            "techniques", self.about, self.off, affects="result", choices=self.choices, valid=tuple(self.valid)
+        )
+        made = [(name, type(self.off), own)]
+        for key, declared in self.settings.items():
+            meta = declared.metadata["setting"]._replace(needs=name)
+            made.append(
+                (key, type(declared.default), dataclasses.field(default=declared.default, metadata={"setting": meta}))
+            )
+        for key, group in self.param_groups.items():
+            made += group._replace(needs=name).fields(key)
+        return made
+
+
+# By the name of the setting; applied in this order.
+TECHNIQUES: dict[str, Technique] = {
+    "attention_gate": Technique(
+        "channels of its input that gate each attention head (record 28; 12 since record 30); 0: no gates",
+        0,
+        model=f"{_OPTIONS}.gates:add_attention_gate",
+        valid=COUNT,
+        param_groups={  # record 56; before, Muon
+            "gate": ParamGroup("gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99)
+        },
     ),
 }
 
 
-def with_technique_settings(config: T) -> T:
-    """Give a class of settings, which is to be a dataclass, those of TECHNIQUE_SETTINGS."""
-    for name, (kind, declared) in TECHNIQUE_SETTINGS.items():
-        config.__annotations__[name] = kind
-        setattr(config, name, declared)
-    return config
+def with_technique_settings(config: C) -> C:
+    """Give a class of settings, which is to be a dataclass, those of TECHNIQUES."""
+    return with_settings(config, (field for name, entry in TECHNIQUES.items() for field in entry.fields(name)))
+
+
+def with_techniques(part: Literal["model", "schedule"], of_run: T, cfg: Any) -> T:
+    """`of_run`, the model's config or the schedule, with what the techniques add that the settings `cfg` ask for."""
+    for name, technique in TECHNIQUES.items():
+        add, value = getattr(technique, part), getattr(cfg, name, technique.off)
+        if add and value != technique.off:
+            more = {key: getattr(cfg, key) for key in technique.settings}
+            of_run = (resolve(add) if isinstance(add, str) else add)(of_run, value, **more)
+    return of_run

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig, TokenInputsConfig
 from speedrun_mup.core.model.cache import Decoder
-from speedrun_mup.core.model.options import TECHNIQUES
 from speedrun_mup.core.model.options.gates import add_attention_gate
+from speedrun_mup.techniques import TECHNIQUES
 from speedrun_mup.training import train
 
 BOS, BLOCK = 256, 16
@@ -197,7 +197,7 @@ def test_training_that_shows_samples_of_such_a_model_does_not_begin(tiny, monkey
     def with_previous(cfg, wanted):
         return replace(cfg, inputs=TokenInputsConfig(options=(WithPrevious(),)))
 
-    monkeypatch.setitem(TECHNIQUES, "attention_gate", with_previous)
+    monkeypatch.setitem(TECHNIQUES, "attention_gate", replace(TECHNIQUES["attention_gate"], model=with_previous))
     changes = {"data": "embedded", "width": 32, "attention_gate": 12}
     with pytest.raises(ConfigError, match="train without --sample-every"):
         train(tiny(sample_every=2, **changes))

@@ -1,4 +1,4 @@
-"""An architecture technique from outside the package: one class with its config, one setting, one line of a registry.
+"""Techniques from outside the package: one class with its config and one entry of a registry.
 
 It is XSA of the public program (record 82): what a head puts out loses its component along the token's own value. All that
 works on models has to learn of it from what it declares.
@@ -7,6 +7,8 @@ works on models has to learn of it from what it declares.
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -15,17 +17,20 @@ import torch
 from test_model import batch, fill
 from torch import nn
 
-from speedrun_mup import config
-from speedrun_mup.config import add_setting, make_config
+from speedrun_mup import config, techniques
+from speedrun_mup.config import add_technique, make_config, settings, swept_settings
 from speedrun_mup.coord_check import gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.distributed import World
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, rotary_table
 from speedrun_mup.core.model.cache import Decoder
-from speedrun_mup.core.model.options import TECHNIQUES
 from speedrun_mup.core.mup import Role
+from speedrun_mup.core.registry import resolve
 from speedrun_mup.explain import explain
-from speedrun_mup.settings import setting
+from speedrun_mup.param_groups import ParamGroup
+from speedrun_mup.settings import NOT_NEGATIVE, setting
+from speedrun_mup.techniques import TECHNIQUES, Technique
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import weight_flops
 from speedrun_mup.training.model_config import Vocabulary, model_config
@@ -43,9 +48,7 @@ class LessOwnValue(nn.Module):
         super().__init__()
         heads, base_heads = shape.width // shape.head_dim, shape.base_width // shape.head_dim
         self.alpha = nn.Parameter(torch.empty(heads))
-        mup.declare(
-            self, "alpha", Role.INPUT, (base_heads,), "out", group="scalar", init="zero", uses=2 * shape.head_dim
-        )
+        mup.declare(self, "alpha", Role.INPUT, (base_heads,), "out", group="xsa", init="zero", uses=2 * shape.head_dim)
 
     def forward(self, y, x, v):
         along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
@@ -56,11 +59,46 @@ def without_own_value(cfg, wanted):
     return dataclasses.replace(cfg, attn=dataclasses.replace(cfg.attn, options=(*cfg.attn.options, WithoutOwnValue())))
 
 
+@dataclass(frozen=True)
+class MomentumCooldown:
+    """Of record 89: back to where the warmup began."""
+
+    steps: int
+    end: float
+
+    def __call__(self, step, now, schedule):
+        left = (schedule.iterations - step) / self.steps
+        return now if left >= 1 else now._replace(momentum=self.end + left * (now.momentum - self.end))
+
+
+def with_momentum_cooldown(schedule, steps, momentum_end):
+    return dataclasses.replace(schedule, options=(*schedule.options, MomentumCooldown(steps, momentum_end)))
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setattr(config, "_in_force", config._in_force)  # forget it after the test
-    monkeypatch.setitem(TECHNIQUES, "xsa", without_own_value)
-    add_setting("xsa", bool, setting("model", "remove the component along the own value", False, affects="result"))
+    monkeypatch.setattr(config, "_in_force", config._in_force)  # forget them after the test
+    mine = dict(TECHNIQUES)
+    for module in (config, techniques):
+        monkeypatch.setattr(module, "TECHNIQUES", mine)
+    add_technique(
+        "xsa",
+        Technique(
+            "remove the component along the own value",
+            model=f"{__name__}:without_own_value",
+            param_groups={"xsa": ParamGroup("how much of the own value is removed", lr=0.04, eps=1e-3)},
+        ),
+    )
+    add_technique(
+        "momentum_cooldown",
+        Technique(
+            "steps at the end over which Muon's momentum falls",
+            0,
+            schedule=with_momentum_cooldown,
+            valid=(NOT_NEGATIVE,),
+            settings={"momentum_end": setting("schedule", "where it falls to", 0.85, affects="result")},
+        ),
+    )
 
 
 NEW = {
@@ -83,7 +121,7 @@ def test_explain_and_flops_know_it():
     rows = {row.name: row for row in explain(here, 257) if row.name in NEW}
     assert rows.keys() == NEW
     for row in rows.values():
-        assert (row.role, row.infshape, row.here.lr, row.here.init_std) == ("input", ((2, 8),), here.scalar_lr, 0)
+        assert (row.role, row.infshape, row.here.lr, row.here.init_std) == ("input", ((2, 8),), 0.04, 0)
     with_it, without = (
         weight_flops(model_config(dataclasses.replace(here, xsa=wanted), Vocabulary(257))) for wanted in (True, False)
     )
@@ -115,3 +153,33 @@ def test_it_compiles_into_one_graph_and_decodes_token_by_token(tiny):
     stream = torch.compile(model.stream, backend="eager", fullgraph=True, dynamic=False)
     inputs = (tokens, torch.tensor(3, dtype=torch.int32), rotary_table(len(tokens), 16, tokens.device))
     torch.testing.assert_close(stream(*inputs), model.stream(*inputs))
+
+
+def test_a_schedule_is_a_technique_too(tiny):
+    still = {"momentum": 0.95, "momentum_warmup": 0}
+    cfg, plain = tiny(momentum_cooldown=2, momentum_end=0.5, **still), tiny(**still)
+    before, after = ([each.schedule.at(step) for step in range(7)] for each in (plain, cfg))
+    assert [now.momentum for now in after] == [0.95] * 5 + [0.725, 0.5]
+    assert [now._replace(momentum=0.95) for now in after] == before
+    assert cfg.schedule.tokens == plain.schedule.tokens
+    assert train(cfg).val_loss != train(plain).val_loss
+
+
+def test_its_settings_have_no_effect_without_it_and_say_so():
+    assert settings()["xsa"].group == "techniques" and {"xsa_lr", "gate_lr"} <= {*swept_settings()}
+    for name, needs in (("xsa_lr", "xsa"), ("momentum_end", "momentum_cooldown"), ("gate_lr", "attention_gate")):
+        with pytest.raises(ConfigError, match=f"{name} has no effect without {needs}; leave it out"):
+            make_config("laptop", {name: 0.3})
+        assert getattr(make_config("laptop", {name: 0.3, needs: 1}), name) == 0.3
+    with pytest.raises(ConfigError, match="momentum_cooldown=-1 must be finite and at least 0"):
+        make_config("laptop", {"momentum_cooldown": -1})
+    with pytest.raises(ConfigError, match="setting xsa cannot be added: its name is taken"):
+        add_technique("xsa", Technique("another", model=without_own_value))
+
+
+def test_every_technique_of_the_package_is_found_where_the_registry_says():
+    for name, technique in techniques.TECHNIQUES.items():
+        for place in (technique.model, technique.schedule):
+            assert not isinstance(place, str) or not place or callable(resolve(place)), name
+    code = "import sys, speedrun_mup.techniques, speedrun_mup.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -11,6 +11,12 @@ from speedrun_mup.core.errors import ConfigError
 T = TypeVar("T")
 
 
+def resolve(place: str) -> Any:
+    """What is at "module:attribute"; imports the module."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """Things by name. Of those that come with the package only the place is known until one is asked for.
 
@@ -33,8 +39,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self:
             raise ConfigError(f"{self.what} {name!r} is unknown; choose {', '.join(self)}")
         if name not in self._things:
-            module, _, attribute = self._places[name].partition(":")
-            self._things[name] = getattr(importlib.import_module(module), attribute)
+            self._things[name] = resolve(self._places[name])
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:

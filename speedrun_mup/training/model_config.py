@@ -8,7 +8,7 @@ import torch
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.model import GPTConfig
-from speedrun_mup.core.model.options import with_techniques
+from speedrun_mup.techniques import with_techniques
 
 
 class HasVocabulary(Protocol):
@@ -63,4 +63,4 @@ def model_config(
         fp8=fp8,
         widest_window=cfg.schedule.widest_window,
     )
-    return with_techniques(shape, cfg)
+    return with_techniques("model", shape, cfg)

@@ -85,6 +85,8 @@ class Schedule:
         cooldown: the last fraction of the steps, in which the learning rate falls.
         final_lr_frac: where it falls to.
         momentum: Muon's after its warmup, at its start, and how many steps it takes.
+        options: techniques that change rates, momentum or loss weights of a step, in this order: what `at` made of the
+            stages -> what holds.
 
     Raises:
         ConfigError: in one line, for stages that no run can have.
@@ -98,6 +100,7 @@ class Schedule:
     cooldown: float
     final_lr_frac: float
     momentum: tuple[float, float, int]
+    options: tuple[Callable[[int, AtStep, Schedule], AtStep], ...] = ()
 
     @classmethod
     def of(cls, cfg: Any) -> Schedule:
@@ -165,7 +168,7 @@ class Schedule:
         """What holds at `step`; at `iterations`, where the run only validates, what its last step came to."""
         stage, progress = self.stages[self._stage_of(step)], step / self.iterations
         final, start, warmup = self.momentum
-        return AtStep(
+        now = AtStep(
             lr_factor=lr_factor(progress, self.cooldown, self.final_lr_frac, stage.lr_factor),
             momentum=muon_momentum(step, warmup, start, final),
             window=stage.window or window_blocks(progress, self.window_tokens, self.block_size),
@@ -174,6 +177,9 @@ class Schedule:
             loss_weights=stage.loss_weights,
             tokens=stage.micro_batches * self.micro_batch_tokens,
         )
+        for option in self.options:
+            now = option(step, now, self)
+        return now
 
     def micro_batches_before(self, step: int) -> int:
         """Micro-batches of all steps before `step`, over all ranks: where the data of `step` begin."""
