@@ -165,6 +165,20 @@ def test_the_commands_take_the_run_as_long_as_it_is_whole(runs, tmp_path, capsys
     assert "already complete" in capsys.readouterr().out
 
 
+def test_steps_of_the_optimizers_that_are_gone_or_anothers_are_one_line(runs, tmp_path, capsys):
+    for number, change in enumerate((lambda steps: steps.pop("Muon"), lambda steps: steps.update(Other=4))):
+        out = tmp_path / str(number)
+        shutil.copytree(runs, out)
+        state = max((out / "a" / "checkpoints").glob("step-*")) / STATE
+        content = json.loads(state.read_text())
+        change(content["optimizer_steps"])
+        state.write_text(json.dumps(content))
+        seal(state)
+        assert main(["train", "--resume", str(out / "a"), "--no-compile"]) not in (0, 1)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "no right steps of" in line, line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_small_file_is_told_in_a_line_by_every_command(name, runs, tmp_path, capsys):

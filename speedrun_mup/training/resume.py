@@ -17,7 +17,7 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable
-from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, Loaded, check_match
+from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded, check_match
 from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.run_folder import check_resumable, checked_state, is_longer, told_of_extension
 from speedrun_mup.training.tracking import lives, source_sha256
@@ -51,6 +51,11 @@ def restore(
         notes.append(f"--dtype auto: this device takes {types}, so from here on numbers are rounded otherwise")
         weights = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in weights.items()}
     check_match(weights, own)
+    if strangers := {type(optimizer).__name__ for optimizer in optimizers} ^ set(state["optimizer_steps"]):
+        raise DamagedCheckpoint(
+            f"{printable(loaded.path)}: its state has no right steps of {printable(min(strangers))}; remove it, or "
+            "restore it from a copy"
+        )
     state["skipped_micro_batches"] += state["data_offset"] * cfg.micro_batches
     model.load_state_dict(weights)
     for optimizer in optimizers:
