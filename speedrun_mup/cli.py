@@ -20,6 +20,7 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
     "sample": "write text with a trained model, from a prompt or line by line",
     "eval": "how well a trained model predicts text: loss, perplexity, bits per byte",
     "export": "write a trained model in another program's format",
+    "import": "make a run of a .pt file of modded-nanogpt's",
     "doctor": "check the environment or a run folder and suggest fixes",
     "bench": "what a training step costs here: time by phase, tokens/s, MFU, memory, and the device's ceilings",
     "explain": "effective init, learning rate, eps and weight decay of every parameter",

@@ -26,5 +26,7 @@ class Request:
 
 
 # name -> a function that writes `request.out` as a whole, and returns lines for the user: what was written, how to use it.
-FORMATS: Registry[Callable[[Request], str]] = Registry("format", {"pt": f"{__name__}.record:write_pt"})
-ABOUT = {"pt": "one file, as modded-nanogpt saves it"}
+FORMATS: Registry[Callable[[Request], str]] = Registry(
+    "format", {"pt": f"{__name__}.record:write_pt", "dcp": f"{__name__}.dcp:write_dcp"}
+)
+ABOUT = {"pt": "one file, as modded-nanogpt saves it", "dcp": "a folder of torch.distributed.checkpoint"}

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from speedrun_mup.core.errors import in_a_line
+from speedrun_mup.export import Request
 from speedrun_mup.files import printable
 from speedrun_mup.training.checkpoint import Loaded
+from speedrun_mup.training.load import find_checkpoint
 from speedrun_mup.training.manifest import CheckpointError
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings that there is only one process, and of what DCP itself deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def export_dcp(path: Path, out_dir: Path) -> None:
@@ -22,10 +35,17 @@ def export_dcp(path: Path, out_dir: Path) -> None:
         raise CheckpointError(f"{printable(out_dir)} exists, and DCP would overwrite it in place; name a new folder")
     content = {"model": Loaded(path).model}
     try:
-        dcp.save(content, checkpoint_id=out_dir, no_dist=True)
-    except Exception as fault:  # of torch, which wraps those of the disk in several ways
-        why = printable(in_a_line(fault.__cause__ or fault))
-        raise CheckpointError(f"{printable(out_dir)} is not whole: {why}; remove it, and make room") from fault
+        with _quiet():
+            dcp.save(content, checkpoint_id=out_dir, no_dist=True)
+    except (Exception, dcp.CheckpointException) as fault:  # the latter is no Exception
+        raise CheckpointError(f"{printable(out_dir)} is not whole: {_why(fault)}; remove it, and make room") from fault
+
+
+def write_dcp(request: Request) -> str:
+    """The checkpoint that is asked for as a folder; its weights stay as they are."""
+    _, path = find_checkpoint(request.folder, request.step)
+    export_dcp(path, request.out)
+    return f'{printable(path)} is written to {printable(request.out)}, with "model." before each name'
 
 
 def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
@@ -43,8 +63,17 @@ def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:
             for name, entry in entries.items()
             if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
         }
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=folder, no_dist=True)
         return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    except Exception as fault:  # of a damaged folder, anything
-        why = printable(in_a_line(fault.__cause__ or fault))
-        raise CheckpointError(f"{printable(folder)} is not a folder of torch.distributed.checkpoint: {why}") from fault
+    except (Exception, dcp.CheckpointException) as fault:  # of a damaged folder, anything
+        raise CheckpointError(
+            f"{printable(folder)} is not a folder of torch.distributed.checkpoint: {_why(fault)}"
+        ) from fault
+
+
+def _why(fault: BaseException) -> str:
+    """What went wrong, of torch, which wraps the faults of the disk in several ways."""
+    for inner, _ in getattr(fault, "failures", {}).values():
+        fault = inner
+    return printable(in_a_line(fault.__cause__ or fault))

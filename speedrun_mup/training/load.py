@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from speedrun_mup.evaluate import Evaluation, evaluate, text_rows, validation_ro
 from speedrun_mup.files import printable
 from speedrun_mup.sample import Writer
 from speedrun_mup.sampling import Sampling
-from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, Loaded
+from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
@@ -36,13 +36,16 @@ from speedrun_mup.training.tracking import read_metrics
 if TYPE_CHECKING:
     import pandas
 
+VOCABULARY = "vocabulary"  # in the state of an imported checkpoint, which has no corpus: what its ids stand for
+
 
 @dataclass(frozen=True)
 class LoadedRun:
     """A trained model and what belongs to it; unpacks into (model, tokenizer, config).
 
-    step: of the checkpoint that it is from. corpus: what its data setting names now. window: the long attention window at
-    that step, in blocks. trained_on: fingerprint of the corpus that it was trained on.
+    step: of the checkpoint that it is from. corpus: what its data setting names now; without text for an imported run.
+    window: the long attention window at that step, in blocks. trained_on: fingerprint of the corpus that it was trained on,
+    "" if that is not known.
     """
 
     folder: Path
@@ -109,6 +112,10 @@ class LoadedRun:
 
     def _check_own_data(self) -> None:
         """ConfigError unless the corpus is the one that the run was trained on."""
+        if not self.trained_on:
+            raise ConfigError(
+                f"{printable(self.folder)} was imported without data; give --data and what to evaluate on"
+            )
         if not self.corpus.is_known_as(self.trained_on):
             raise ConfigError(
                 f"{printable(self.corpus.directory)} is not the data that the run was trained on, so it may have trained on "
@@ -160,7 +167,12 @@ def load_run(
     loaded = Loaded(path)
     state = checked_state(DEFAULTS_FOR_OLD_CHECKPOINTS | loaded.state, path)
     cfg = loaded.cfg
-    corpus = _corpus_of(cfg, data, state["corpus"])
+    if VOCABULARY in state:
+        if data is not None:
+            raise ConfigError(f"{printable(folder)} was imported, with its tokenizer; leave out data={printable(data)}")
+        corpus = _vocabulary_of(folder, state, path)
+    else:
+        corpus = _corpus_of(cfg, data, state["corpus"])
     place = pick_device(device)
     with torch.device("meta"):
         model = GPT(model_config(cfg, corpus, "blocked", dtype or pick_dtype(cfg, place)))
@@ -200,6 +212,15 @@ def find_checkpoint(folder: Path, step: int | None = None) -> tuple[Path, Path]:
             f"{printable(folder)} has no checkpoint yet; one is written at the end, and with --save-every N before"
         )
     return folder, found
+
+
+def _vocabulary_of(folder: Path, state: Mapping[str, Any], path: Path) -> Corpus:
+    """What the ids of an imported run stand for: a corpus without text. DamagedCheckpoint if that is not known."""
+    told = state[VOCABULARY]
+    kinds = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": int, "bos_token": int}
+    if not isinstance(told, dict) or {name: type(value) for name, value in told.items()} != kinds:
+        raise DamagedCheckpoint(f"{printable(path)}: its {VOCABULARY} is not one; import it again")
+    return Corpus(folder, fingerprint="", train=(), val=(), source="none: the run was imported", **told)
 
 
 def _corpus_of(cfg: TrainConfig, data: str | None, fingerprint: str) -> Corpus:

@@ -216,6 +216,10 @@ def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], pat
 
     A run may get longer; `told_of_extension` says what that means.
     """
+    if not state["corpus"]:
+        raise CheckpointError(
+            f"{path} was imported, without what its optimizers held; begin a run with --init-from {path}"
+        )
     now, before = vars(cfg), known_settings(state["config"])
     fixed = [key for key, meta in settings().items() if meta.must_match and before[key] != now[key]]
     if longer := is_longer(before["iterations"], cfg.iterations):

@@ -37,10 +37,10 @@ def unpack_scalars(flat: Tensor, n_layer: int) -> dict[str, Tensor]:
 def pack_scalars(named: Mapping[str, Tensor], unused: float | Tensor = 1.0) -> Tensor:
     """The flat vector (5 L,) of `named`, which may hold more than the scalars: the inverse of `unpack_scalars`.
 
-    unused: what the entries have that no layer uses; a tensor (5 L,) for one value each.
+    unused: what the entries have that no layer uses; a tensor (5 L or more,) for one value each, and a vector of its size.
     """
     lambdas = named["blocks.x0_lambdas"]
-    flat = lambdas.new_ones(5 * len(lambdas)) * unused
+    flat = lambdas.new_ones(len(unused) if isinstance(unused, Tensor) else 5 * len(lambdas)) * unused
     for name, (begin, shape) in ranges_of_scalars(len(lambdas)).items():
         flat[begin : begin + math.prod(shape)] = named[name].flatten()
     return flat
