@@ -1,5 +1,8 @@
 """Every name of `core.mup`."""
 
+from speedrun_mup.core.mup.anymodel.adapt import adapt
+from speedrun_mup.core.mup.anymodel.explain import explain
+from speedrun_mup.core.mup.anymodel.optimizer import optimizer, param_groups
 from speedrun_mup.core.mup.compat import coord_check, infshape, init, layer, optim, shape
 from speedrun_mup.core.mup.compat.fold import fold
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
@@ -72,6 +75,7 @@ __all__ = [
     "UndeclaredParameterError",
     "Update",
     "UpdateScaling",
+    "adapt",
     "apply_infshapes",
     "assert_hidden_size_inf",
     "calculate_gain",
@@ -79,6 +83,7 @@ __all__ = [
     "constant_std_init_",
     "coord_check",
     "declare",
+    "explain",
     "eye_",
     "fold",
     "get_infshapes",
@@ -96,6 +101,8 @@ __all__ = [
     "normal_",
     "ones_",
     "optim",
+    "optimizer",
+    "param_groups",
     "process_param_groups",
     "rescale_init",
     "rescale_linear_bias",

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -220,13 +221,40 @@ def MuMuon(
         if impl is not Muon:
             raise ConfigError(f"pass shape_factor=: what {impl} multiplies the update of a (rows, columns) matrix by")
         shape_factor = _match_rms_adamw if kwargs.get("adjust_lr_fn") == "match_rms_adamw" else _original
-
-    def compensate(spec: ParamSpec) -> float:
-        if impl is Muon and len(spec.shape) != 2:
-            raise NoRuleError("torch's muon must not own it, only matrices of two dimensions: use adam")
-        return shape_factor(*spec.base_shape[-2:]) / shape_factor(*spec.shape[-2:])
-
+    compensate = partial(_compensation, shape_factor, impl is Muon)
     return _scaled(params, impl, kwargs, _Split(Update.SPECTRAL, {}, parametrization, model, compensate=compensate))
+
+
+def _compensation(shape_factor: Callable[[int, int], float], of_torch: bool, spec: ParamSpec) -> float:
+    """What undoes the shape factor of an optimizer, but for what it is at base."""
+    if of_torch and len(spec.shape) != 2:
+        raise NoRuleError("torch's muon must not own it, only matrices of two dimensions: use adam")
+    return shape_factor(*spec.base_shape[-2:]) / shape_factor(*spec.shape[-2:])
+
+
+for_torch_muon = partial(_compensation, _original, True)
+
+
+def scaled_groups(
+    model: nn.Module,
+    params: Iterable[tuple[str, Tensor]],
+    update: Update,
+    table: Parametrization,
+    options: dict[str, Any],
+    compensate: Callable[[ParamSpec], float] = lambda spec: 1.0,
+) -> list[dict[str, Any]]:
+    """Groups of plain tensors with the table's factors in lr, weight_decay and eps, for an optimizer made elsewhere.
+
+    Args:
+        model: where the parameters' specs are.
+        params: (name, tensor) pairs of it.
+        update: the kind of the optimizer's update.
+        table: the rules.
+        options: lr, weight_decay and eps at base size.
+        compensate: what undoes a factor that the optimizer applies by shape.
+    """
+    groups = _Split(update, options, table, model, compensate=compensate)(list(params))
+    return [group | {"params": [p for _, p in group["params"]]} for group in groups]
 
 
 class Combined(Optimizer):

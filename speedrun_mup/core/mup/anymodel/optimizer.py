@@ -1,0 +1,125 @@
+"""Parameter groups and one optimizer object for a model in muP, from rates tuned at base size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup.anymodel.adapt import adapt
+from speedrun_mup.core.mup.anymodel.sizes import Base
+from speedrun_mup.core.mup.compat.optim import Combined, MuAdam, MuMuon, MuSGD, for_torch_muon, scaled_groups
+from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Update
+from speedrun_mup.core.mup.spec import named_specs
+
+_ADAMS: dict[str, Any] = {"adam": Adam, "adamw": AdamW}
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon+adamw")
+Named = list[tuple[str, Tensor]]
+
+
+def split_for_muon(model: nn.Module) -> tuple[Named, Named]:
+    """(what Muon takes, what Adam takes) of the parameters that are trained: matrices from width to width, and the rest."""
+    trained = [(name, p, spec) for name, p, spec in named_specs(model) if p.requires_grad]
+    hidden = {name for name, p, spec in trained if spec.role is Role.HIDDEN and p.ndim == 2}
+    return [(n, p) for n, p, _ in trained if n in hidden], [(n, p) for n, p, _ in trained if n not in hidden]
+
+
+def _check(optimizer: str, lr: float, muon_lr: float | None) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer={optimizer!r} is unknown; choose {', '.join(OPTIMIZERS)}")
+    if (muon_lr is None) == (optimizer == "muon+adamw"):
+        raise ConfigError(
+            f"optimizer={optimizer!r} takes the rate of the hidden matrices as muon_lr=, lr={lr:g} is that of the others"
+            if muon_lr is None
+            else f"optimizer={optimizer!r} has no muon_lr; say optimizer='muon+adamw'"
+        )
+
+
+def param_groups(
+    model: nn.Module,
+    base: Base = None,
+    *,
+    lr: float,
+    optimizer: str = "adamw",
+    muon_lr: float | None = None,
+    weight_decay: float | None = None,
+    eps: float = 1e-8,
+    parametrization: Parametrization = PARAMETRIZATIONS["mup"],
+    **adapting: Any,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer of torch's kind: {"params", "lr", "weight_decay", "eps" (Adam), "use_muon" (with Muon)}.
+
+    Args:
+        model: in muP (adapt, set_base_shapes or declare); or a fresh one, with `base`, which adapts it.
+        base, adapting: as for adapt.
+        lr: tuned at base size.
+        optimizer: adamw, adam, sgd, or muon+adamw, whose groups say "use_muon"; theirs is torch's Muon.
+        muon_lr: of Muon's groups, tuned at base size.
+        weight_decay: at base size; by default torch's: 0.01 for AdamW, else 0. Muon's groups have it too.
+        eps: Adam's, at base size.
+        parametrization: the rule table.
+
+    Raises:
+        ConfigError: for an unknown optimizer, or a rate that is missing.
+        UndeclaredParameterError: for a model that is not in muP, without `base`.
+    """
+    _check(optimizer, lr, muon_lr)
+    if base is not None or adapting:
+        adapt(model, base, **adapting)
+    decay = (0.01 if optimizer.endswith("adamw") else 0.0) if weight_decay is None else weight_decay
+    matrices, others = split_for_muon(model)
+    if optimizer != "muon+adamw":
+        others, matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
+    options = {"lr": lr, "weight_decay": decay} | ({} if optimizer == "sgd" else {"eps": eps})
+    kind = Update.GRADIENT if optimizer == "sgd" else Update.ENTRYWISE
+    groups = scaled_groups(model, others, kind, parametrization, options)
+    if matrices:
+        tuned = {"lr": muon_lr, "weight_decay": decay}
+        spectral = scaled_groups(model, matrices, Update.SPECTRAL, parametrization, tuned, for_torch_muon)
+        groups = [g | {"use_muon": True} for g in spectral] + [g | {"use_muon": False} for g in groups]
+    return groups
+
+
+def optimizer(
+    model: nn.Module,
+    base: Base = None,
+    *,
+    lr: float,
+    optimizer: str = "adamw",
+    muon_lr: float | None = None,
+    muon: Mapping[str, Any] | None = None,
+    parametrization: Parametrization = PARAMETRIZATIONS["mup"],
+    adapting: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Optimizer:
+    """One optimizer object that trains `model` with muP's rates, whatever the loop around it.
+
+    Args:
+        model: in muP; or a fresh one, with `base`, which adapts it.
+        base, adapting: as for adapt (adapting: its other arguments).
+        lr: tuned at base size.
+        optimizer: adamw, adam, sgd or muon+adamw: Muon for matrices from width to width, AdamW for the rest.
+        muon_lr: Muon's rate, tuned at base size.
+        muon: Muon's other options (momentum, weight_decay, adjust_lr_fn ...).
+        parametrization: the rule table.
+        options: of torch's Adam, AdamW or SGD: betas, eps, weight_decay, momentum ...
+
+    Raises:
+        ConfigError: for an unknown optimizer, or a rate that is missing.
+        UndeclaredParameterError: for a model that is not in muP, without `base`.
+    """
+    _check(optimizer, lr, muon_lr)
+    if base is not None or adapting:
+        adapt(model, base, **adapting or {})
+    matrices, others = split_for_muon(model)
+    shared: dict[str, Any] = {"model": model, "parametrization": parametrization}
+    if optimizer == "muon+adamw":
+        made = [MuMuon(matrices, lr=muon_lr, **shared, **muon or {})] if matrices else []
+        return Combined(*made, *([MuAdam(others, impl=AdamW, lr=lr, **shared, **options)] if others else []))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if optimizer == "sgd":
+        return MuSGD(trained, impl=SGD, lr=lr, **shared, **options)
+    return MuAdam(trained, impl=_ADAMS[optimizer], lr=lr, **shared, **options)

@@ -1,0 +1,322 @@
+"""muP for models that know nothing of it: roles, start, forward factors, and that base size changes nothing."""
+
+import copy
+import math
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from speedrun_mup.core import mup
+from speedrun_mup.core.mup import BaseShapeError
+from tests.helpers.foreign_models import (
+    GPT,
+    VOCAB,
+    GPTConfig,
+    Recurrent,
+    ResNet,
+    llama_like,
+    loss_of,
+    tokens,
+    wide_heads,
+)
+
+
+def roles_of(model):
+    return {name: spec.role.value for name, _, spec in mup.named_specs(model)}
+
+
+def rates(optimizer, model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def gpt(width, heads=4, **options):
+    return GPT(GPTConfig(n_embd=width, n_head=heads, **options))
+
+
+MODELS = {
+    "gpt": gpt,
+    "untied": partial(gpt, tied=False),
+    "llama": llama_like,
+    "experts": partial(llama_like, experts=True),
+    "wide-heads": wide_heads,
+    "lstm": Recurrent,
+    "resnet": ResNet,
+}
+
+
+def batch_for(name):
+    return torch.randn(2, 3, 6, 6) if name == "resnet" else tokens()
+
+
+def run(name, model, optimizer):
+    """Logits after two steps."""
+    x = batch_for(name)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), torch.tensor([1, 2])) if name == "resnet" else loss_of(model, x)).backward()
+        optimizer.step()
+    return model(x).detach()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_base_size_nothing_changes_not_even_a_bit(name):
+    torch.manual_seed(0)
+    plain = MODELS[name](64)
+    ours = mup.adapt(copy.deepcopy(plain), 64, build=MODELS[name])
+    torch.manual_seed(1)
+    expected = run(name, plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    torch.manual_seed(1)
+    assert torch.equal(run(name, ours, mup.optimizer(ours, lr=1e-3)), expected)
+    assert len(mup.optimizer(ours, lr=1e-3).param_groups) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_at_four_times_its_base(name):
+    model = mup.adapt(MODELS[name](64), 16, build=MODELS[name])
+    for optimizer in ({}, {"optimizer": "muon+adamw", "muon_lr": 0.02}, {"optimizer": "sgd"}):
+        assert run(name, model, mup.optimizer(model, lr=1e-3, **optimizer)).isfinite().all()
+
+
+def test_roles_of_a_decoder_with_a_tied_head():
+    model = mup.adapt(gpt(64), {"n_embd": 16, "n_head": 4})
+    roles = roles_of(model)
+    assert roles["wte.weight"] == roles["wpe.weight"] == roles["h.0.ln_1.weight"] == roles["h.0.c_attn.bias"] == "input"
+    assert roles["h.1.c_attn.weight"] == roles["h.1.mlp.c_proj.weight"] == "hidden"
+    assert isinstance(model.lm_head, mup.MuReadout) and model.lm_head.multiplier == 1 / 4
+    assert model.lm_head.weight is model.wte.weight
+
+
+def test_keys_values_and_routers_stay_inside_and_only_the_head_is_a_readout():
+    few = partial(llama_like, head_dim=8, experts=True)
+    model = mup.adapt(few(64), 16, build=few)
+    specs = {name: spec for name, _, spec in mup.named_specs(model)}
+    key, router = specs["layers.0.attn.k_proj.weight"], specs["layers.0.mlp.router"]
+    assert (key.role.value, key.m_in, key.m_out) == (router.role.value, router.m_in, router.m_out) == ("hidden", 4, 1)
+    assert specs["layers.1.mlp.gate_up_proj"].layout == ("-", "out", "in")
+    assert [name for name, role in roles_of(model).items() if role == "output"] == ["head.weight"]
+
+
+def test_heads_that_widen_are_scaled_by_their_size_and_others_are_not():
+    wide = mup.adapt(wide_heads(64), 16, build=wide_heads)
+    attention = wide.layers[0]["attn"]
+    assert attention.scaling == pytest.approx(4**-0.5 / 4)  # 1/sqrt(4) at base, over 4
+    assert mup.adapt(wide, 16, build=wide_heads).layers[0]["attn"].scaling == attention.scaling
+    more = mup.adapt(llama_like(64), 32, build=llama_like)
+    assert more.layers[0]["attn"].scaling == 16**-0.5
+    fused = gpt(64)
+    before = fused.h[0].c_attn(torch.ones(64))
+    mup.adapt(fused, {"n_embd": 16, "n_head": 4}, init="keep")
+    ratio = fused.h[0].c_attn(torch.ones(64)) / before
+    assert torch.allclose(ratio[:64], torch.tensor(0.5)) and torch.allclose(ratio[64:], torch.tensor(1.0))
+
+
+class OwnAttention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.n_heads, self.head_dim = 4, width // 4
+        self.mixed = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, 5)
+
+
+def test_attention_that_cannot_be_scaled_is_refused_with_what_to_do():
+    with pytest.raises(BaseShapeError, match=r"OwnAttention\): its heads are 4 times as wide .* attribute `scale`"):
+        mup.adapt(OwnAttention(64), 16, build=OwnAttention)
+    with pytest.raises(BaseShapeError, match="MultiheadAttention"):
+        layers = lambda width: nn.Sequential(nn.TransformerEncoderLayer(width, 2, width), nn.Linear(width, 5))  # noqa: E731
+        mup.adapt(layers(64), 16, build=layers)
+
+
+@pytest.mark.parametrize("name", ["gpt", "lstm", "resnet", "experts"])
+def test_the_start_becomes_mups_whatever_it_was(name):
+    """Every matrix then has the std of base size, over the root of its fan-in's growth if it is hidden."""
+    torch.manual_seed(0)
+    model = mup.adapt(MODELS[name](128), 32, build=MODELS[name])
+    base = MODELS[name](32)
+    at_base = dict(base.named_parameters())
+    for parameter_name, p, spec in mup.named_specs(model):
+        if p.ndim > 1:
+            growth = 0.5 if spec.role is mup.Role.HIDDEN else 1.0
+            ratio = (p.std() / at_base[parameter_name].std()).item()
+            assert ratio == pytest.approx(growth, rel=0.2 if p.numel() > 1000 else 0.35), parameter_name
+    first = {key: p.clone() for key, p in model.named_parameters()}
+    mup.adapt(model, 32, build=MODELS[name])
+    assert all(torch.equal(first[key], p) for key, p in model.named_parameters())
+
+
+def test_a_trained_model_is_not_rescaled_by_mistake():
+    trained = Recurrent(64)
+    with torch.no_grad():
+        trained.rnn.weight_hh_l0.mul_(3.3)
+    with pytest.raises(BaseShapeError, match="rnn.weight_hh_l0 .* no initialisation does .* init='keep'"):
+        mup.adapt(trained, 16, build=Recurrent)
+    before = trained.rnn.weight_ih_l0.clone()
+    mup.adapt(trained, 16, build=Recurrent, init="keep")
+    assert torch.equal(trained.rnn.weight_ih_l0, before)
+
+
+def test_what_follows_the_width_is_said():
+    with pytest.warns(UserWarning, match="n_head=1 follow the width"):
+        mup.adapt(gpt(64), {"n_embd": 16})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mup.adapt(gpt(64), {"n_embd": 16, "n_head": 1})
+
+
+class Detour(nn.Module):
+    """A layer to a finite size that is registered first: an output, or not?"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.value = nn.Linear(width, 2)
+        self.body, self.other = nn.Linear(7, width), nn.Linear(width, width)
+        self.table = nn.Parameter(torch.randn(6, width))
+
+    def forward(self, x):
+        return self.value(F.relu(self.other(F.relu(self.body(x)))) + self.table[:1])
+
+
+BAD = {
+    "no base": (lambda: mup.adapt(Recurrent(64)), "base= is missing"),
+    "a number without build": (lambda: mup.adapt(Recurrent(64), 16), "pass the function that builds it"),
+    "no config": (lambda: mup.adapt(Recurrent(64), {"width": 16}), "a Recurrent has no config .* pass build="),
+    "unknown field": (lambda: mup.adapt(gpt(64), {"hidden": 16}), "has no 'hidden'"),
+    "unknown init": (lambda: mup.adapt(gpt(64), {"n_embd": 16}, init="mine"), "choose turn, one-std, torch, keep"),
+    "base size without delta": (lambda: mup.adapt(Recurrent(64), Recurrent(64)), "pass delta="),
+    "a vocabulary that grows": (
+        lambda: mup.adapt(nn.Embedding(8, 4), 4, build=lambda n: nn.Embedding(2 * n, n)),
+        r"weight \(8, 4\): .* dimension 0 must not grow with width",
+    ),
+    "a base that cannot be built": (
+        lambda: mup.adapt(Recurrent(64), {"width": 16, "depth": 2}, build=Recurrent),
+        "cannot be built on the meta device .*unexpected keyword",
+    ),
+    "open table": (
+        lambda: mup.adapt(Detour(64), 16, build=Detour, roles={"value.weight": "output"}),
+        r"^table \(6, 64\): .* roles=\{\"table\": \"hidden\"\}",
+    ),
+    "open layer": (
+        lambda: mup.adapt(Detour(64), 16, build=Detour, roles={"table": "input"}),
+        r"value.weight read from width .* roles=\{\"value.weight\": \"output\"\}",
+    ),
+    "pattern that fits nothing": (
+        lambda: mup.adapt(Detour(64), 16, build=Detour, roles={"tabel": "input"}),
+        "no parameter is called 'tabel'",
+    ),
+    "no role": (lambda: mup.adapt(Detour(64), 16, build=Detour, roles={"table": "vector"}), "'vector' is no role"),
+    "no muon rate": (lambda: mup.optimizer(gpt(64), lr=1e-3, optimizer="muon+adamw"), "as muon_lr="),
+    "a rate too many": (lambda: mup.optimizer(gpt(64), lr=1e-3, muon_lr=0.1), "has no muon_lr"),
+    "no optimizer": (lambda: mup.param_groups(gpt(64), lr=1e-3, optimizer="lion"), "choose adamw, adam, sgd, muon"),
+    "not in muP": (lambda: mup.optimizer(gpt(64), lr=1e-3), "has no declared role"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_known_is_one_line_that_says_what_to_do(name):
+    attempt, says = BAD[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(mup.UndeclaredParameterError if name == "not in muP" else Exception, match=says) as fault:
+            attempt()
+    assert "\n" not in str(fault.value)
+
+
+def test_what_the_user_says_wins():
+    roles = {"value.weight": "output", "table": "input", "other.weight": "input: out -", "*.bias": "scalar"}
+    with pytest.raises(BaseShapeError, match="other.bias has 1 dimensions"):
+        mup.adapt(Detour(64), 16, build=Detour, roles={"other.*": "input: out -"})
+    model = mup.adapt(Detour(64), 16, build=Detour, roles=roles)
+    assert roles_of(model)["table"] == "input" and roles_of(model)["other.weight"] == "input"
+    assert roles_of(model)["other.bias"] == "scalar" and model.value.multiplier == 1 / 4
+
+
+def test_groups_carry_the_factors_of_the_table():
+    model = mup.adapt(gpt(64), {"n_embd": 16, "n_head": 4})
+    groups = mup.param_groups(model, lr=1.0, weight_decay=0.1, optimizer="muon+adamw", muon_lr=2.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert seen.keys() == set(names.values()) and seen["h.0.c_attn.weight"]["use_muon"]
+    assert seen["h.0.c_attn.weight"]["lr"] == 2.0 and not seen["wte.weight"]["use_muon"]
+    adam = {names[id(p)]: g for g in mup.param_groups(model, lr=1.0, weight_decay=0.1) for p in g["params"]}
+    assert adam["h.0.c_attn.weight"]["lr"] == 1 / 4 and adam["h.0.c_attn.weight"]["weight_decay"] == pytest.approx(0.4)
+    assert adam["wte.weight"]["lr"] == 1.0 and adam["wte.weight"]["eps"] == pytest.approx(1e-8 / 4)
+    torch.optim.AdamW(mup.param_groups(model, lr=1.0))
+    assert rates(mup.optimizer(model, lr=1.0), model) == {name: group["lr"] for name, group in adam.items()}
+
+
+def test_one_call_adapts_and_makes_groups():
+    model = gpt(64)
+    groups = mup.param_groups(model, {"n_embd": 16, "n_head": 4}, lr=1e-3)
+    assert {group["lr"] for group in groups} == {1e-3, 1e-3 / 4} and isinstance(model.lm_head, mup.MuReadout)
+
+
+def test_the_table_of_any_model_names_its_forward_factors():
+    lines = mup.explain(mup.adapt(wide_heads(64), 16, build=wide_heads)).splitlines()
+    assert lines[0].split()[:2] == ["parameter", "role"]
+    assert any(line.startswith("layers.*.attn.q_proj.weight (2)  ") and " hidden " in line for line in lines)
+    assert "layers.*.attn.scaling is 0.125 instead of 0.25: heads widen" in lines
+    assert lines[-1] == "what head reads is multiplied by 0.25: the readout"
+
+
+def test_a_convolution_as_the_last_layer_reads_less():
+    def build(width):
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU(), nn.Conv2d(width, 2, 1)
+        )
+
+    plain = build(32)
+    with torch.no_grad():
+        plain[4].bias.zero_()
+    ours = mup.adapt(copy.deepcopy(plain), 8, build=build, init="keep")
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.allclose(ours(x), plain(x) / 4) and roles_of(ours)["4.weight"] == "output"
+
+
+def test_adapters_have_roles():
+    class Adapted(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.body = nn.Linear(width, width)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(width, 4, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(4, width, bias=False)})
+            self.head = nn.Linear(width, 3)
+
+    model = mup.adapt(Adapted(64), 16, build=Adapted)
+    roles = roles_of(model)
+    assert (roles["lora_A.default.weight"], roles["lora_B.default.weight"]) == ("hidden", "input")
+    assert isinstance(model.head, mup.MuReadout)
+
+
+def test_mambas_numbers_for_each_channel_are_known_by_name():
+    class Mixer(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.in_proj = nn.Linear(width, 2 * width)
+            self.A_log = nn.Parameter(torch.ones(2 * width, 4))
+            self.conv1d = nn.Conv1d(2 * width, 2 * width, 4, groups=2 * width)
+            self.out_proj = nn.Linear(2 * width, width)
+
+    roles = roles_of(mup.adapt(Mixer(64), 16, build=Mixer))
+    assert roles["A_log"] == roles["conv1d.weight"] == "input" and roles["out_proj.weight"] == "hidden"
+
+
+def test_a_model_of_another_size_and_stored_shapes_are_bases_too(tmp_path):
+    model = mup.adapt(llama_like(64), llama_like(32), init="one-std")
+    mup.save_base_shapes(model, tmp_path / "base.bsh")
+    again = mup.adapt(llama_like(64), tmp_path / "base.bsh", init="one-std")
+    assert roles_of(again) == roles_of(model) and again.head.multiplier == 1 / 2
+    by_values = mup.adapt(llama_like(64), llama_like(32))
+    assert math.isclose(by_values.head.multiplier, 0.5)
+    with pytest.raises(BaseShapeError, match="cannot be seen without the base model's values"):
+        mup.adapt(llama_like(64), tmp_path / "base.bsh")
+
+
+def test_another_field_of_a_dataclass_stays_as_it_is():
+    model = GPT(replace(GPTConfig(), n_embd=64, n_layer=1, tied=False))
+    mup.adapt(model, {"n_embd": 32, "n_head": 2})
+    assert model.lm_head.out_features == VOCAB and model.lm_head.multiplier == 1 / 2
