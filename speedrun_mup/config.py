@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
+from speedrun_mup.core.mup.depth_rules import DEPTH_RULES
 from speedrun_mup.core.optimizers import ORTHOGONALIZERS
 from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
 from speedrun_mup.flags import LARGEST
@@ -37,6 +38,7 @@ from speedrun_mup.techniques import TECHNIQUES, Technique, with_technique_settin
 if TYPE_CHECKING:
     from speedrun_mup.training.schedules import Schedule
 
+EXPONENT = (at_most(4), at_least(-4))
 FEW, COUNT = (at_most(2**20), at_least(0)), (at_most(2**20), at_least(1))
 TOKENS = (at_most(2**31), at_least(1))
 STEPS, ITERATIONS = (at_most(LARGEST), at_least(0)), (at_most(LARGEST), at_least(1))
@@ -64,10 +66,36 @@ class TrainConfig:
         choices=PARAMETRIZATIONS,
         shorthand={"--mup": "mup"},
     )
+    base_layers: int | None = setting(
+        "scaling",
+        "layers that the learning rates were tuned at; switches a depth rule on (default: the preset's with a depth rule)",
+        None,
+        affects="result",
+        valid=COUNT,
+    )
+    depth_rule: str = setting(
+        "scaling", "rule for scaling with depth", "none", affects="result", choices=tuple(DEPTH_RULES)
+    )
+    depth_branch_exponent: float | None = setting(
+        "scaling",
+        "of layers / base layers, in the factor on what a layer adds (default: the depth rule's)",
+        None,
+        affects="result",
+        valid=EXPONENT,
+        needs="base_layers",
+    )
+    depth_lr_exponent: float | None = setting(
+        "scaling",
+        "the same in the learning rates inside layers (default: the depth rule's)",
+        None,
+        affects="result",
+        valid=EXPONENT,
+        needs="base_layers",
+    )
 
     n_layer: int = setting(
         "model",
-        "layers; even, at least 6",
+        "layers, at least 2",
         12,
         affects="result",
         valid=(at_most(4096), at_least(1)),  # nothing is allocated yet, but every layer is built
@@ -425,7 +453,8 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
     """The preset with `overrides` on top.
 
     muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
-    rule table alone takes the preset's base width. With neither, the rules are the record's own.
+    rule table alone takes the preset's base width. With neither, the rules are the record's own. The same with depth: base
+    layers alone mean CompleteP, a depth rule alone takes the preset's layers, and with neither nothing follows depth.
 
     Args:
         preset: its name.
@@ -443,6 +472,10 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
         values.setdefault("parametrization", "mup")
     elif "parametrization" in values:
         values["base_width"] = PRESETS[preset].base_width
+    if values.get("base_layers") is not None:
+        values.setdefault("depth_rule", "completep")
+    elif values.get("depth_rule", "none") != "none":
+        values["base_layers"] = PRESETS[preset].settings.get("n_layer", defaults()["n_layer"])
     cfg, usual = build(values), {**defaults(), **PRESETS[preset].settings}
     made = [dataclasses.replace(cfg, **arm) for arm in arms] or [cfg]
     for name in present_names(overrides):
@@ -453,12 +486,13 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
 
 
 def rules_in_force(cfg: TrainConfig) -> str:
-    """How this run scales with width, as a line for its reader."""
+    """How this run scales with width, and with what else it does, as a line for its reader."""
+    depth = f"; depth: {cfg.depth_rule} from {cfg.base_layers} layers" if cfg.base_layers else ""
     name = "muP" if cfg.parametrization == "mup" else cfg.parametrization
     if cfg.parametrization == "record26":
-        return "rules: the record's own (no muP; --mup switches it on)"
+        return f"rules: the record's own (no muP; --mup switches it on){depth}"
     own = ", the width of this model: every factor is 1" if cfg.tuned_width == cfg.width else ""
-    return f"rules: {name} from base width {cfg.tuned_width}{own}"
+    return f"rules: {name} from base width {cfg.tuned_width}{own}{depth}"
 
 
 def to_json(cfg: TrainConfig) -> str:

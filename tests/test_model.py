@@ -113,6 +113,34 @@ def test_the_pattern_at_any_even_depth(n_layer):
     assert n_layer // 2 < cfg.layer_without_attention < n_layer
 
 
+@given(st.integers(2, 41))
+def test_the_pattern_at_any_depth_is_the_same_from_both_ends(n_layer):
+    cfg = tiny(n_layer=n_layer)
+    layers, n = range(n_layer), cfg.value_embeds
+    long = [cfg.has_long_window(i) for i in layers]
+    embeds = [cfg.value_embed_of(i) for i in layers]
+    assert long[0] and long == long[::-1]
+    assert embeds == [*range(n), *[None] * (n_layer - 2 * n), *range(n)] and n == min(3, n_layer // 2)
+    without = cfg.layer_without_attention
+    assert without is None if n_layer < 6 else (n_layer + 1) // 2 < without < n_layer
+
+
+@pytest.mark.parametrize("n_layer", [2, 3, 4, 5, 7])
+def test_of_an_odd_or_small_number_of_layers_each_takes_part(n_layer):
+    """In an odd number the middle layer gets no skip and gives none; what few layers do not use is not there."""
+    model = fill(GPT(tiny(n_layer=n_layer)))
+    assert model.blocks.skip_weights.shape == (n_layer // 2,)
+    model(*batch(), 3).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    if n_layer % 2:
+        seen: list[Tensor] = []
+        model.blocks[n_layer // 2].register_forward_hook(lambda block, inputs, output: seen.append(output))
+        with torch.no_grad():
+            mine = model.logits(batch()[0], 3)
+            model.blocks.skip_weights.zero_()
+            assert not torch.equal(model.logits(batch()[0], 3), mine) and torch.equal(*seen)
+
+
 def state_dict_of_the_record(width: int, vocab: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes, written out from the record's description. 64 scalars: 60 and the padding of its 8 GPUs."""
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (vocab, width), "lm_head.weight": (vocab, width)}
@@ -221,7 +249,7 @@ def test_a_parameter_without_a_declared_init_is_an_error(monkeypatch):
 
 
 @given(
-    st.integers(3, 6).map(lambda half: 2 * half),
+    st.integers(2, 12),
     st.integers(1, 6).map(lambda quarter: 4 * quarter),
     st.integers(1, 3),
     st.integers(1, 300),
@@ -256,8 +284,8 @@ def test_any_shape_builds_and_trains(n_layer, head_dim, heads, vocab, attention,
         ({"width": 8}, "width=8 is not a multiple of head_dim=16; try 16 or 32"),
         ({"width": -32}, "width=-32 is not a multiple of head_dim=16; try 16 or 32"),
         ({"base_width": 40}, "base_width=40 is not a multiple of head_dim=16; try 32 or 48"),
-        ({"n_layer": 7}, "n_layer=7 must be even and at least 6 (three value embeddings on each side)"),
-        ({"n_layer": 4}, "n_layer=4 must be even and at least 6 (three value embeddings on each side)"),
+        ({"n_layer": 1}, "n_layer=1 must be at least 2 (a layer on each side of the U-net)"),
+        ({"n_layer": -6}, "n_layer=-6 must be at least 2 (a layer on each side of the U-net)"),
         (
             {"head_dim": 6, "width": 36, "base_width": 36},
             "head_dim=6 must be a multiple of 4 (half of its pairs rotate)",

@@ -46,7 +46,9 @@ def attention_flops(shape: GPTConfig, long: float, short: float) -> float:
 
 def _without_runtime(shape: GPTConfig) -> GPTConfig:
     """`shape` without what costs depend on in no way."""
-    return dataclasses.replace(shape, bos_token=0, parametrization="sp", base_width=shape.width, widest_window=None)
+    return dataclasses.replace(
+        shape, bos_token=0, parametrization="sp", base_width=shape.width, widest_window=None, base_layers=None
+    )
 
 
 @functools.lru_cache(maxsize=256)

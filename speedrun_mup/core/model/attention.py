@@ -23,7 +23,7 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.model.layers import INTO_THE_LAYER, Linear, rms_norm, rotate
 from speedrun_mup.core.model.shape import ModelShape
 from speedrun_mup.core.model.values import ValueRows
-from speedrun_mup.core.mup import Role
+from speedrun_mup.core.mup import DepthRole, Role
 
 ATTENTION_SCALE = 0.12  # record 26's constant; with QK norm the largest score is 0.12 * head_dim
 Window = int | Tensor  # in blocks; a 0-d int32 tensor where a compiled graph must not depend on its value
@@ -195,8 +195,9 @@ class Attention(nn.Module):
         self.backend = BACKENDS[shape.attention]()
         self.qkv_w = nn.Parameter(torch.empty(3, D, D))
         self.c_proj = Linear(D, D)
-        mup.declare(self, "qkv_w", Role.HIDDEN, (3, base, base), "stack out in", "matrix", init=INTO_THE_LAYER)
-        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, base), "out in", "matrix", init="zero")
+        inside, last, own = DepthRole.BRANCH, DepthRole.WRITES, (base, base)
+        mup.declare(self, "qkv_w", Role.HIDDEN, (3, *own), "stack out in", "matrix", init=INTO_THE_LAYER, depth=inside)
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, own, "out in", "matrix", init="zero", depth=last)
         self.value = mixer
         built = (option.build(shape, layer) for option in cfg.options)
         self.options = nn.ModuleList(option for option in built if option is not None)

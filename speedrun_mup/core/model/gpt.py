@@ -1,4 +1,4 @@
-"""Record 26 of the modded-nanogpt speedrun, for any width, even depth >= 6, head dimension and vocabulary.
+"""Record 26 of the modded-nanogpt speedrun, for any width, depth of 2 or more, head dimension and vocabulary.
 
 The architecture is its authors' (Keller Jordan and contributors, github.com/KellerJordan/modded-nanogpt, 2025-07); the
 literals of its 12 layers are rules here that give the same 12 layers. Names of modules and parameters are the record's,
@@ -51,6 +51,7 @@ class GPT(nn.Module):
         self.value_embeds = cfg.values.build(cfg)
         self.blocks = cfg.wiring.build(cfg, lambda layer: cfg.attn.build(cfg, layer, cfg.values.mixer(cfg, layer)))
         self.lm_head = cfg.head.build(cfg)
+        mup.set_depth(self, cfg.m_depth)
         mup.init_parameters(self, cfg.rules, seed)
 
     @property

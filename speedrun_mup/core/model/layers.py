@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from speedrun_mup.core import mup
 from speedrun_mup.core.model.shape import ModelShape
-from speedrun_mup.core.mup import Init, Role
+from speedrun_mup.core.mup import DepthRole, Init, Role
 
 RMS_EPS = torch.finfo(torch.float32).eps  # what torch uses for bf16 inputs too since January 2025
 # Matrices that read the stream; those that write it start at zero, so that every layer starts as the identity.
@@ -130,8 +130,9 @@ class MLP(nn.Module):
         D, base = shape.width, shape.base_width
         self.c_fc = Linear(D, 4 * D)
         self.c_proj = Linear(4 * D, D)
-        mup.declare(self.c_fc, "weight", Role.HIDDEN, (4 * base, base), "out in", "matrix", init=INTO_THE_LAYER)
-        mup.declare(self.c_proj, "weight", Role.HIDDEN, (base, 4 * base), "out in", "matrix", init="zero")
+        up, down, inside = (4 * base, base), (base, 4 * base), DepthRole.BRANCH
+        mup.declare(self.c_fc, "weight", Role.HIDDEN, up, "out in", "matrix", init=INTO_THE_LAYER, depth=inside)
+        mup.declare(self.c_proj, "weight", Role.HIDDEN, down, "out in", "matrix", init="zero", depth=DepthRole.WRITES)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,10 +15,11 @@ VALUE_EMBEDS = 3
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a model, its base width and its parametrization.
+    """The shape of a model, its base width and depth, and its parametrization.
 
     vocab_size: of the tokenizer; padded up to a multiple of 128 inside. base_width: the width that the learning rates
     were tuned at. bos_token: opens a document. parametrization: a name in mup.PARAMETRIZATIONS or a table of your own.
+    base_layers: the depth that they were tuned at; None: this one. depth_rule: what follows depth, and how.
     fp8: train the head with FP8 matmuls; it predicts and validates without them, as in the record. widest_window: in
     blocks, what a window that is given as a tensor may come to (None: the whole sequence).
     Raises ConfigError for an impossible shape.
@@ -36,6 +37,8 @@ class ModelShape:
     attention: str = "blocked"
     fp8: bool = False
     widest_window: int | None = None
+    base_layers: int | None = None
+    depth_rule: mup.DepthRule = mup.NO_DEPTH_RULE
 
     def __post_init__(self) -> None:
         if self.head_dim < 4 or self.head_dim % 4:
@@ -47,10 +50,8 @@ class ModelShape:
                 raise ConfigError(
                     f"{name}={value} is not a multiple of head_dim={self.head_dim}; try {near} or {near + self.head_dim}"
                 )
-        if self.n_layer < 6 or self.n_layer % 2:
-            raise ConfigError(
-                f"n_layer={self.n_layer} must be even and at least 6 (three value embeddings on each side)"
-            )
+        if self.n_layer < 2:
+            raise ConfigError(f"n_layer={self.n_layer} must be at least 2 (a layer on each side of the U-net)")
         if not 0 <= self.bos_token < self.vocab_size:
             raise ConfigError(f"bos_token={self.bos_token} is outside the vocabulary of {self.vocab_size}")
 
@@ -61,26 +62,34 @@ class ModelShape:
 
     @property
     def rules(self) -> mup.Parametrization:
-        """The rule table in force."""
-        if isinstance(self.parametrization, mup.Parametrization):
-            return self.parametrization
-        if self.parametrization not in mup.PARAMETRIZATIONS:
-            raise ConfigError(
-                f"parametrization={self.parametrization!r} is unknown; choose {', '.join(mup.PARAMETRIZATIONS)}"
-            )
-        return mup.PARAMETRIZATIONS[self.parametrization]
+        """The rule table in force, with the depth rule."""
+        table = self.parametrization
+        if isinstance(table, str):
+            if table not in mup.PARAMETRIZATIONS:
+                raise ConfigError(f"parametrization={table!r} is unknown; choose {', '.join(mup.PARAMETRIZATIONS)}")
+            table = mup.PARAMETRIZATIONS[table]
+        return table if self.base_layers is None else replace(table, depth=self.depth_rule)
 
     @property
-    def layer_without_attention(self) -> int:
-        """The second layer of the decoder half has an MLP only: layer 7 of 12."""
-        return self.n_layer // 2 + 1
+    def m_depth(self) -> float:
+        """Depth multiplier: layers over those that learning rates were tuned at."""
+        return self.n_layer / (self.base_layers or self.n_layer)
+
+    @property
+    def layer_without_attention(self) -> int | None:
+        """The second layer of the decoder half has an MLP only: layer 7 of 12. Models of fewer than 6 layers have no such."""
+        return (self.n_layer + 1) // 2 + 1 if self.n_layer >= 6 else None
 
     def has_long_window(self, layer: int) -> bool:
         """Every fourth layer from either end, mirrored in the middle: 0, 4, 7 and 11 of 12."""
-        from_end = layer if layer < self.n_layer // 2 else self.n_layer - 1 - layer
-        return from_end % 4 == 0
+        return min(layer, self.n_layer - 1 - layer) % 4 == 0
+
+    @property
+    def value_embeds(self) -> int:
+        """How many value embeddings there are: three, but fewer where they would meet in the middle."""
+        return min(VALUE_EMBEDS, self.n_layer // 2)
 
     def value_embed_of(self, layer: int) -> int | None:
-        """Which of the three value embeddings a layer adds: 012...012."""
-        last_three = layer - (self.n_layer - 3)
-        return layer if layer < 3 else last_three if last_three >= 0 else None
+        """Which of the value embeddings a layer adds: 012...012."""
+        last = layer - (self.n_layer - self.value_embeds)
+        return layer if layer < self.value_embeds else last if last >= 0 else None

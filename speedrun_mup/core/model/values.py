@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from speedrun_mup.core import mup
 from speedrun_mup.core.model.layers import Embedding
-from speedrun_mup.core.model.shape import VALUE_EMBEDS, ModelShape
-from speedrun_mup.core.mup import Init, Role
+from speedrun_mup.core.model.shape import ModelShape
+from speedrun_mup.core.mup import DepthRole, Init, Role
 
 
 class ValueRows(NamedTuple):
@@ -26,7 +26,7 @@ class ValueRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ValuesConfig:
-    """Three value embeddings, each shared by a layer from the start and one from the end."""
+    """Three value embeddings (fewer below 6 layers), each shared by a layer from the start and one from the end."""
 
     def build(self, shape: ModelShape) -> Values:
         """The part of a model of this shape that all layers share."""
@@ -43,11 +43,12 @@ class Values(nn.ModuleList):
 
     def __init__(self, shape: ModelShape):
         V, D, L, base = shape.padded_vocab, shape.width, shape.n_layer, shape.base_width
-        super().__init__(Embedding(V, D, shape.embed_dtype) for _ in range(VALUE_EMBEDS))
+        super().__init__(Embedding(V, D, shape.embed_dtype) for _ in range(shape.value_embeds))
         self.lambdas = nn.Parameter(torch.empty(L, 2))
         for embedding in self:
             mup.declare(embedding, "weight", Role.INPUT, (V, base), "in out", "value_embed", init="unit")
-        mup.declare(self, "lambdas", Role.SCALAR, (L, 2), "layer pair", "scalar", init=Init(constant=(0.5, 0.5)))
+        half = Init(constant=(0.5, 0.5))
+        mup.declare(self, "lambdas", Role.SCALAR, (L, 2), "layer pair", "scalar", init=half, depth=DepthRole.BRANCH)
 
     def forward(self, tokens: Tensor) -> ValueRows:
         """(T,) ids -> what the layers' mixers take."""

@@ -15,7 +15,7 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.model.attention import Attention, Context
 from speedrun_mup.core.model.layers import MLP, rms_norm
 from speedrun_mup.core.model.shape import ModelShape
-from speedrun_mup.core.mup import Init, Role
+from speedrun_mup.core.mup import DepthRole, Init, Role
 
 
 class Block(nn.Module):
@@ -66,8 +66,9 @@ class UNetConfig:
 class UNet(nn.ModuleList):
     """Two halves: each layer of the second gets the output of its mirror image in the first; all get x0.
 
-    skip_weights (L / 2,): of those outputs, for the layers of the second half in their order. x0_lambdas (L, 2): of the
-    stream and of x0, the normed embedding, at the start of each layer.
+    Of an odd number of layers, the middle one belongs to neither half. skip_weights (L / 2,): of those outputs, for the
+    layers of the second half in their order. x0_lambdas (L, 2): of the stream and of x0, the normed embedding, at the start
+    of each layer.
     """
 
     def __init__(self, shape: ModelShape, blocks: list[nn.Module]):
@@ -76,19 +77,21 @@ class UNet(nn.ModuleList):
         self.skip_weights = nn.Parameter(torch.empty(L // 2))
         self.x0_lambdas = nn.Parameter(torch.empty(L, 2))
         one, own = Init(constant=(1.0,)), Init(constant=(1.0, 0.0))
-        mup.declare(self, "skip_weights", Role.SCALAR, (L // 2,), "layer", "scalar", init=one)
-        mup.declare(self, "x0_lambdas", Role.SCALAR, (L, 2), "layer pair", "scalar", init=own)
+        skip, stream = DepthRole.SKIP, DepthRole.STREAM
+        mup.declare(self, "skip_weights", Role.SCALAR, (L // 2,), "layer", "scalar", init=one, depth=skip)
+        mup.declare(self, "x0_lambdas", Role.SCALAR, (L, 2), "layer pair", "scalar", init=own, depth=stream)
 
     def forward(self, x0: Tensor, context: Context) -> Tensor:
         """x0 (T, D) -> the stream after the last layer, (T, D)."""
         layers = list(zip(self, self.x0_lambdas.unbind(), strict=True))
-        half = len(layers) // 2
+        half, second = len(layers) // 2, -(-len(layers) // 2)
         x = x0
         outputs: list[Tensor] = []
-        for block, lambdas in layers[:half]:
+        for block, lambdas in layers[:second]:
             x = block(mix(lambdas, x, x0), context)
             outputs.append(x)
-        for (block, lambdas), weight in zip(layers[half:], self.skip_weights.unbind(), strict=True):
+        del outputs[half:]
+        for (block, lambdas), weight in zip(layers[second:], self.skip_weights.unbind(), strict=True):
             x = x + weight * outputs.pop()  # U-net skips: Brendan Hogan, record 11
             x = block(mix(lambdas, x, x0), context)
         return x

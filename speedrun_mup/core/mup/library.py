@@ -33,6 +33,7 @@ from speedrun_mup.core.mup.compat.shape import (
     set_base_shapes,
     zip_infshapes,
 )
+from speedrun_mup.core.mup.depth_rules import DEPTH_RULES, NO_DEPTH_RULE, DepthRole, DepthRule
 from speedrun_mup.core.mup.rules import (
     PARAMETRIZATIONS,
     Exponents,
@@ -45,14 +46,26 @@ from speedrun_mup.core.mup.rules import (
     UpdateScaling,
     mup,
 )
-from speedrun_mup.core.mup.spec import Init, ParamSpec, UndeclaredParameterError, declare, init_parameters, named_specs
+from speedrun_mup.core.mup.spec import (
+    Init,
+    ParamSpec,
+    UndeclaredParameterError,
+    declare,
+    init_parameters,
+    named_specs,
+    set_depth,
+)
 
 Power, Step, Factors = Exponents, UpdateScaling, Multipliers  # their first names
 
 __all__ = [
+    "DEPTH_RULES",
+    "NO_DEPTH_RULE",
     "PARAMETRIZATIONS",
     "BaseShapeError",
     "Combined",
+    "DepthRole",
+    "DepthRule",
     "Exponents",
     "Factors",
     "InfDim",
@@ -108,6 +121,7 @@ __all__ = [
     "rescale_linear_bias",
     "save_base_shapes",
     "set_base_shapes",
+    "set_depth",
     "shape",
     "trunc_normal_",
     "uniform_",

@@ -2,7 +2,8 @@
 
 A parametrization is a table: a row for each role, a column for each kind of update (not for each optimizer). The standard
 parametrization is another such table, and so is every deliberately wrong one that the coordinate check uses as a control.
-At base width every factor is exactly 1, so all of them are the same model there, bit for bit.
+At base width every factor is exactly 1, so all of them are the same model there, bit for bit. A table has a depth rule,
+see depth_rules.py.
 
 Sources: Yang et al., Tensor Programs V (arXiv 2203.03466), Tables 3 and 8, for entrywise updates and gradients; Yang,
 Simon and Bernstein (arXiv 2310.17813) for the spectral condition; Everett et al. (arXiv 2407.05872) for Adam's eps.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup.depth_rules import COMPLETEP, NO_DEPTH_RULE, DepthExponents, DepthRole, DepthRule
 
 
 class NoRuleError(ConfigError, ValueError):
@@ -126,19 +128,24 @@ class Sized(Protocol):
     def m_depth(self) -> float:
         """Depth multiplier."""
 
+    @property
+    def depth_role(self) -> DepthRole:
+        """Where it stands to the residual stream."""
+
 
 @dataclass(frozen=True)
 class Parametrization:
     """A named rule table.
 
     weight_decay: one of WEIGHT_DECAY_REGIMES. lr_by_group: extra exponents of the learning rate for named parameter
-    groups, on which the literature disagrees.
+    groups, on which the literature disagrees. depth: how parameters with an m_depth scale with it.
     """
 
     name: str
     rules: Mapping[Role, Rule]
     weight_decay: str = "independent"
     lr_by_group: Mapping[str, Exponents] = field(default_factory=dict)
+    depth: DepthRule = NO_DEPTH_RULE
 
     def __post_init__(self) -> None:
         if self.weight_decay not in WEIGHT_DECAY_REGIMES:
@@ -148,14 +155,26 @@ class Parametrization:
 
     def init(self, parameter: Sized) -> float:
         """What to multiply the init std at base width by."""
-        return self.rules[parameter.role].init(parameter.m_in, parameter.m_out, parameter.m_depth)
+        width = self.rules[parameter.role].init(parameter.m_in, parameter.m_out)
+        return width * self.depth_init(parameter)
+
+    def depth_init(self, parameter: Sized) -> float:
+        """The part of it that is due to depth, which constants follow as well."""
+        return parameter.m_depth ** self.depth.exponents(parameter.depth_role).init
 
     def forward(self, parameter: Sized) -> float:
         """What to multiply the activation that leaves the parameter by."""
         return self.rules[parameter.role].forward(parameter.m_in, parameter.m_out, parameter.m_depth)
 
     def factors(
-        self, role: Role, m_in: float, m_out: float, update: Update | str, group: str = "", m_depth: float = 1.0
+        self,
+        role: Role,
+        m_in: float,
+        m_out: float,
+        update: Update | str,
+        group: str = "",
+        m_depth: float = 1.0,
+        depth_role: DepthRole | None = None,
     ) -> Multipliers:
         """All numbers for a parameter of this role and these multipliers.
 
@@ -165,6 +184,7 @@ class Parametrization:
             update: the kind of update, by name too ("spectral" or "muon").
             group: learning-rate group, for `lr_by_group`.
             m_depth: depth multiplier.
+            depth_role: where it stands to the residual stream; None: USUAL_DEPTH_ROLES by its role.
 
         Raises:
             NoRuleError: a kind of update that must not own the role, or a combination without a known rule.
@@ -175,11 +195,13 @@ class Parametrization:
             raise NoRuleError(f"a {kind.value} update must not own {role.value} parameters: use adam or sgd for them")
         if kind is Update.GRADIENT and m_depth != 1:
             raise NoRuleError("a gradient update has no depth rule (it is not scale-invariant); use adam or muon")
-        lr = scaling.lr * self.lr_by_group.get(group, ONE)
-        columns = (rule.init, rule.forward, lr, scaling.eps, self._decay(role, lr, kind))
+        depth = self.depth.exponents(depth_role or USUAL_DEPTH_ROLES[role])
+        lr = scaling.lr * self.lr_by_group.get(group, ONE) * of_depth(depth.lr)
+        init, eps = rule.init * of_depth(depth.init), scaling.eps * of_depth(depth.eps)
+        columns = (init, rule.forward, lr, eps, self._decay(role, lr, kind, depth))
         return Multipliers(*(exponents(m_in, m_out, m_depth) for exponents in columns))
 
-    def _decay(self, role: Role, lr: Exponents, kind: Update) -> Exponents:
+    def _decay(self, role: Role, lr: Exponents, kind: Update, depth: DepthExponents) -> Exponents:
         if self.weight_decay == "independent":
             return lr.inverse()
         if self.weight_decay == "compute-optimal":
@@ -187,10 +209,22 @@ class Parametrization:
         if self.weight_decay == "steady-state" and role is Role.HIDDEN:
             if kind is not Update.ENTRYWISE:
                 raise NoRuleError(f"weight_decay='steady-state' is derived for adam, not for a {kind.value} update")
-            return ROOT_IN
-        return ONE
+            return ROOT_IN * of_depth(depth.decay)
+        return of_depth(depth.decay)
 
 
+def of_depth(exponent: float) -> Exponents:
+    """m_depth**exponent."""
+    return Exponents(depth=exponent)
+
+
+# Of a parameter that is declared without: what a branch ends with and coefficients are what people give an m_depth.
+USUAL_DEPTH_ROLES = {
+    Role.INPUT: DepthRole.OUTSIDE,
+    Role.HIDDEN: DepthRole.WRITES,
+    Role.OUTPUT: DepthRole.OUTSIDE,
+    Role.SCALAR: DepthRole.STREAM,
+}
 # How the weight decay handed to an optimizer that decays by lr * weight_decay follows width:
 #   independent      lr * weight_decay constant: the rule at a fixed number of tokens (Kosson et al., arXiv 2510.19093)
 #   coupled          weight_decay constant
@@ -199,7 +233,7 @@ class Parametrization:
 WEIGHT_DECAY_REGIMES = ("independent", "coupled", "compute-optimal", "steady-state")
 
 IN, OUT = Exponents(fan_in=1.0), Exponents(fan_out=1.0)
-PER_IN, PER_OUT, PER_DEPTH = IN.inverse(), OUT.inverse(), Exponents(depth=-1.0)
+PER_IN, PER_OUT = IN.inverse(), OUT.inverse()
 ROOT_IN, ROOT_PER_IN = Exponents(fan_in=0.5), Exponents(fan_in=-0.5)
 SPECTRAL = Exponents(fan_in=-0.5, fan_out=0.5)
 PER_WIDTH = {Role.INPUT: PER_OUT, Role.HIDDEN: PER_IN, Role.OUTPUT: PER_IN, Role.SCALAR: ONE}
@@ -211,17 +245,15 @@ _SP = {
     Role.SCALAR: Rule(),
 }
 
-# The exponents of depth act on parameters with an m_depth only: those that write a residual branch into the stream, whose
-# 1/depth then needs no multiplier in the forward pass (Dey et al., CompleteP, arXiv 2505.01618), and residual scalars.
 _MUP_BUT_READOUT = {
     Role.INPUT: Rule(entrywise=UpdateScaling(eps=PER_OUT), gradient=UpdateScaling(lr=OUT)),
     Role.HIDDEN: Rule(
-        init=ROOT_PER_IN * PER_DEPTH,
-        entrywise=UpdateScaling(lr=PER_IN * PER_DEPTH, eps=PER_OUT),
+        init=ROOT_PER_IN,
+        entrywise=UpdateScaling(lr=PER_IN, eps=PER_OUT),
         gradient=UpdateScaling(lr=OUT * PER_IN),
-        spectral=UpdateScaling(lr=SPECTRAL * PER_DEPTH),
+        spectral=UpdateScaling(lr=SPECTRAL),
     ),
-    Role.SCALAR: Rule(entrywise=UpdateScaling(lr=PER_DEPTH)),
+    Role.SCALAR: Rule(),
 }
 
 
@@ -239,13 +271,14 @@ def mup(
     }
     groups = {"embed": Exponents(fan_out=embed_lr), "value_embed": Exponents(fan_out=value_embed_lr)}
     groups = {name: exponents for name, exponents in groups.items() if exponents != ONE}
-    return Parametrization("mup", rules, weight_decay, groups)
+    return Parametrization("mup", rules, weight_decay, groups, COMPLETEP)
 
 
 def _changed(name: str, role: Role, **columns: object) -> Parametrization:
     """muP with some columns of one row replaced: a control that must fail."""
-    rules = mup().rules
-    return Parametrization(name, {**rules, role: replace(rules[role], **columns)})  # type: ignore[arg-type]
+    table = mup()
+    wrong = replace(table.rules[role], **columns)  # type: ignore[arg-type]
+    return replace(table, name=name, rules={**table.rules, role: wrong})
 
 
 PARAMETRIZATIONS: dict[str, Parametrization] = {
@@ -259,9 +292,9 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
             "record26", _SP | {Role.OUTPUT: Rule(init=ROOT_PER_IN, forward=ROOT_PER_IN)}, weight_decay="coupled"
         ),
         # Controls: muP with one exponent wrong.
-        _changed("muon-over-m", Role.HIDDEN, spectral=UpdateScaling(lr=PER_IN * PER_DEPTH)),
-        _changed("muon-sqrt-m", Role.HIDDEN, spectral=UpdateScaling(lr=ROOT_IN * PER_DEPTH)),
-        _changed("adam-constant", Role.HIDDEN, entrywise=UpdateScaling(lr=PER_DEPTH, eps=PER_OUT)),
+        _changed("muon-over-m", Role.HIDDEN, spectral=UpdateScaling(lr=PER_IN)),
+        _changed("muon-sqrt-m", Role.HIDDEN, spectral=UpdateScaling(lr=ROOT_IN)),
+        _changed("adam-constant", Role.HIDDEN, entrywise=UpdateScaling(eps=PER_OUT)),
         _changed("head-sqrt", Role.OUTPUT, forward=ROOT_PER_IN),
     )
 }

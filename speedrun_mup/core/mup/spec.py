@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from speedrun_mup.core.errors import UserError
-from speedrun_mup.core.mup.rules import Multipliers, Parametrization, Role, Update
+from speedrun_mup.core.mup.depth_rules import DepthRole
+from speedrun_mup.core.mup.rules import USUAL_DEPTH_ROLES, Multipliers, Parametrization, Role, Update
 from speedrun_mup.core.seeds import generator
 
 
@@ -43,11 +44,12 @@ class Init:
     uniform: bool = False
     constant: tuple[float, ...] = (0.0,)
 
-    def draw(self, shape: tuple[int, ...], std: float, rng: torch.Generator) -> Tensor:
-        """Values of `shape` in float32. std: what ParamSpec.init_std makes of `self.std`."""
+    def draw(self, shape: tuple[int, ...], std: float, rng: torch.Generator, factor: float = 1.0) -> Tensor:
+        """Values of `shape` in float32. std: what ParamSpec.init_std makes of `self.std`. factor: on constants."""
         values = torch.empty(shape)
         if not std:
-            return values.copy_(torch.tensor(self.constant[0] if len(self.constant) == 1 else self.constant))
+            constant = [value * factor for value in self.constant]
+            return values.copy_(torch.tensor(constant[0] if len(constant) == 1 else constant))
         bound = math.sqrt(3) * std
         return values.uniform_(-bound, bound, generator=rng) if self.uniform else values.normal_(std=std, generator=rng)
 
@@ -62,10 +64,11 @@ class ParamSpec:
     layout: one word per dimension: "in", "out", or anything else for a dimension that is neither (a stack, a kernel).
     A side may have several dimensions ("in in out"); its size is their product.
     group: the learning-rate group that the parameter belongs to (embed, value_embed, matrix, head, scalar, ...).
-    m_depth: depth multiplier, for a parameter that writes a residual branch into the stream; see rules.py.
+    m_depth: depth multiplier.
     inferred: whether set_base_shapes worked out role and layout by itself; if so, it may do that again.
     init: how it starts; None where the module initialises it itself.
     uses: matrix products with it for each token of a forward pass; None: by its role.
+    depth: where it stands to the residual stream; None: by its role, see depth_role.
     """
 
     role: Role
@@ -77,6 +80,7 @@ class ParamSpec:
     inferred: bool = False
     init: Init | None = None
     uses: float | None = None
+    depth: DepthRole | None = None
 
     def __post_init__(self) -> None:
         if not len(self.base_shape) == len(self.shape) == len(self.layout):
@@ -120,7 +124,12 @@ class ParamSpec:
 
     def factors(self, table: Parametrization, update: Update | str) -> Multipliers:
         """This parameter's row of the table in numbers; see Parametrization.factors."""
-        return table.factors(self.role, self.m_in, self.m_out, update, self.group, self.m_depth)
+        return table.factors(self.role, self.m_in, self.m_out, update, self.group, self.m_depth, self.depth_role)
+
+    @property
+    def depth_role(self) -> DepthRole:
+        """Where it stands to the residual stream: as declared, else by USUAL_DEPTH_ROLES."""
+        return self.depth or USUAL_DEPTH_ROLES[self.role]
 
     @property
     def products_per_token(self) -> float:
@@ -146,6 +155,7 @@ def declare(
     m_depth: float = 1.0,
     init: Init | str | None = None,
     uses: float | None = None,
+    depth: DepthRole | None = None,
 ) -> ParamSpec:
     """Record what `module`'s own parameter `name` is. Call it right after creating the parameter.
 
@@ -153,7 +163,7 @@ def declare(
         name: of a parameter of `module`, or of one of its submodules ("parametrizations.weight.original").
         layout: one word per dimension, "3 out in" for three stacked matrices.
         init: how it starts: "zero", "unit" (normal, std 1), "fan_in" (normal, std 1 / sqrt(fan-in)), or an Init.
-        role, base_shape, group, m_depth, uses: ParamSpec's fields.
+        role, base_shape, group, m_depth, uses, depth: ParamSpec's fields.
 
     Raises:
         BaseShapeError: for a base shape or a layout of another number of dimensions.
@@ -172,6 +182,7 @@ def declare(
         m_depth,
         init=INITS[init] if isinstance(init, str) else init,
         uses=uses,
+        depth=depth,
     )
     vars(parameter).pop("infshape", None)  # a convenience of set_base_shapes that says something else now
     vars(module.get_submodule(owner)).setdefault("mup_specs", {})[local] = spec
@@ -245,7 +256,14 @@ def init_parameters(model: nn.Module, table: Parametrization, seed: int) -> None
             )
         if not parameter.is_meta:
             rng = generator(seed, "init", name)
-            parameter.copy_(spec.init.draw(spec.shape, spec.init_std(table), rng))
+            parameter.copy_(spec.init.draw(spec.shape, spec.init_std(table), rng, table.depth_init(spec)))
+
+
+def set_depth(model: nn.Module, m_depth: float) -> None:
+    """Give every parameter of `model` this depth multiplier: its layers over those that values were tuned at."""
+    for module in model.modules():
+        specs = vars(module).get("mup_specs", {})
+        specs |= {name: replace(spec, m_depth=m_depth) for name, spec in specs.items()}
 
 
 def adapter_advice(model: nn.Module, name: str) -> str:

@@ -15,7 +15,7 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model.gpt import GPTConfig
 from speedrun_mup.core.model.shape import ModelShape
-from speedrun_mup.core.mup import Role
+from speedrun_mup.core.mup import DepthRole, Role
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,17 @@ class HeadGate(nn.Module):
         super().__init__()
         heads, base_heads = shape.width // shape.head_dim, shape.base_width // shape.head_dim
         self.weight = nn.Parameter(torch.empty(heads, channels))
-        mup.declare(self, "weight", Role.INPUT, (base_heads, channels), "out in", group="gate", init="zero", uses=1)
+        mup.declare(
+            self,
+            "weight",
+            Role.INPUT,
+            (base_heads, channels),
+            "out in",
+            "gate",
+            init="zero",
+            uses=1,
+            depth=DepthRole.BRANCH,
+        )
 
     def forward(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
         """The heads' outputs y (T, H, C), the layer's normed input x (T, D), values v (T, H, C) -> (T, H, C)."""

@@ -20,7 +20,7 @@ from speedrun_mup.core.mup.spec import ParamSpec
 
 
 def _factor(spec: ParamSpec) -> float:
-    return PARAMETRIZATIONS["mup"].rules[spec.role].init(spec.m_in, spec.m_out, spec.m_depth)
+    return PARAMETRIZATIONS["mup"].init(spec)
 
 
 def _need(spec: ParamSpec, centred: bool, what: str) -> None:
