@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
-from speedrun_mup.core.mup.depth_rules import DEPTH_RULES
 from speedrun_mup.core.optimizers import ORTHOGONALIZERS
 from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
 from speedrun_mup.flags import LARGEST
 from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups, without_effect
 from speedrun_mup.presets import PRESETS
+from speedrun_mup.scaling import scaling_in_force, switched_on, with_scaling_settings
 from speedrun_mup.settings import (
     BELOW_ONE,
     FRACTION,
@@ -38,7 +38,6 @@ from speedrun_mup.techniques import TECHNIQUES, Technique, with_technique_settin
 if TYPE_CHECKING:
     from speedrun_mup.training.schedules import Schedule
 
-EXPONENT = (at_most(4), at_least(-4))
 FEW, COUNT = (at_most(2**20), at_least(0)), (at_most(2**20), at_least(1))
 TOKENS = (at_most(2**31), at_least(1))
 STEPS, ITERATIONS = (at_most(LARGEST), at_least(0)), (at_most(LARGEST), at_least(1))
@@ -47,6 +46,7 @@ STEPS, ITERATIONS = (at_most(LARGEST), at_least(0)), (at_most(LARGEST), at_least
 @dataclass(frozen=True)
 @with_technique_settings
 @with_param_groups
+@with_scaling_settings
 class TrainConfig:
     """One training run. The defaults are the record-26 preset: record 26 as published, at its own size."""
 
@@ -65,32 +65,6 @@ class TrainConfig:
         affects="result",
         choices=PARAMETRIZATIONS,
         shorthand={"--mup": "mup"},
-    )
-    base_layers: int | None = setting(
-        "scaling",
-        "layers that the learning rates were tuned at; switches a depth rule on (default: the preset's with a depth rule)",
-        None,
-        affects="result",
-        valid=COUNT,
-    )
-    depth_rule: str = setting(
-        "scaling", "rule for scaling with depth", "none", affects="result", choices=tuple(DEPTH_RULES)
-    )
-    depth_branch_exponent: float | None = setting(
-        "scaling",
-        "of layers / base layers, in the factor on what a layer adds (default: the depth rule's)",
-        None,
-        affects="result",
-        valid=EXPONENT,
-        needs="base_layers",
-    )
-    depth_lr_exponent: float | None = setting(
-        "scaling",
-        "the same in the learning rates inside layers (default: the depth rule's)",
-        None,
-        affects="result",
-        valid=EXPONENT,
-        needs="base_layers",
     )
 
     n_layer: int = setting(
@@ -472,11 +446,8 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
         values.setdefault("parametrization", "mup")
     elif "parametrization" in values:
         values["base_width"] = PRESETS[preset].base_width
-    if values.get("base_layers") is not None:
-        values.setdefault("depth_rule", "completep")
-    elif values.get("depth_rule", "none") != "none":
-        values["base_layers"] = PRESETS[preset].settings.get("n_layer", defaults()["n_layer"])
-    cfg, usual = build(values), {**defaults(), **PRESETS[preset].settings}
+    usual = {**defaults(), **PRESETS[preset].settings}
+    cfg = build(values | switched_on(values, usual["n_layer"]))
     made = [dataclasses.replace(cfg, **arm) for arm in arms] or [cfg]
     for name in present_names(overrides):
         reasons = [without_effect(each, name) for each in made] if values[name] != usual[name] else [""]
@@ -487,12 +458,12 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
 
 def rules_in_force(cfg: TrainConfig) -> str:
     """How this run scales with width, and with what else it does, as a line for its reader."""
-    depth = f"; depth: {cfg.depth_rule} from {cfg.base_layers} layers" if cfg.base_layers else ""
+    more = scaling_in_force(cfg)
     name = "muP" if cfg.parametrization == "mup" else cfg.parametrization
     if cfg.parametrization == "record26":
-        return f"rules: the record's own (no muP; --mup switches it on){depth}"
+        return f"rules: the record's own (no muP; --mup switches it on){more}"
     own = ", the width of this model: every factor is 1" if cfg.tuned_width == cfg.width else ""
-    return f"rules: {name} from base width {cfg.tuned_width}{own}{depth}"
+    return f"rules: {name} from base width {cfg.tuned_width}{own}{more}"
 
 
 def to_json(cfg: TrainConfig) -> str:

@@ -29,6 +29,7 @@ FLOORS = [
     [
         "core.model",
         "presets",
+        "scaling",
         "synonyms",
         "flags",
         "settings",

@@ -8,7 +8,7 @@ import torch
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.model import GPTConfig
-from speedrun_mup.core.mup.depth_rules import depth_rule
+from speedrun_mup.scaling import depth_rule_of
 from speedrun_mup.techniques import with_techniques
 
 
@@ -64,6 +64,6 @@ def model_config(
         fp8=fp8,
         widest_window=cfg.schedule.widest_window,
         base_layers=cfg.base_layers,
-        depth_rule=depth_rule(cfg.depth_rule).changed(cfg.depth_branch_exponent, cfg.depth_lr_exponent),
+        depth_rule=depth_rule_of(cfg),
     )
     return with_techniques("model", shape, cfg)
