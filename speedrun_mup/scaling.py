@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from speedrun_mup.core.mup.depth_rules import DEPTH_RULES, DepthRule, depth_rule
+from speedrun_mup.core.mup.depth_rules import DEPTH_RULES, depth_rule
 from speedrun_mup.settings import at_least, at_most, setting, with_settings
 
 C = TypeVar("C", bound=type)
@@ -64,9 +64,10 @@ def switched_on(asked: dict[str, Any], preset_layers: int) -> dict[str, Any]:
     return {"base_layers": preset_layers} if asked.get("depth_rule", "none") != "none" else {}
 
 
-def depth_rule_of(cfg: Any) -> DepthRule:
-    """The depth rule of the settings `cfg`, with exponents of the user's own."""
-    return depth_rule(cfg.depth_rule).changed(cfg.depth_branch_exponent, cfg.depth_lr_exponent)
+def depth_of(cfg: Any) -> dict[str, Any]:
+    """What a model's config takes of the settings `cfg`: base layers, and the rule with exponents of the user's own."""
+    rule = depth_rule(cfg.depth_rule).changed(cfg.depth_branch_exponent, cfg.depth_lr_exponent)
+    return {"base_layers": cfg.base_layers, "depth_rule": rule}
 
 
 def scaling_in_force(cfg: Any) -> str:

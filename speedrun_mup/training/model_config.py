@@ -8,7 +8,7 @@ import torch
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.model import GPTConfig
-from speedrun_mup.scaling import depth_rule_of
+from speedrun_mup.scaling import depth_of
 from speedrun_mup.techniques import with_techniques
 
 
@@ -63,7 +63,6 @@ def model_config(
         attention=attention,
         fp8=fp8,
         widest_window=cfg.schedule.widest_window,
-        base_layers=cfg.base_layers,
-        depth_rule=depth_rule_of(cfg),
+        **depth_of(cfg),
     )
     return with_techniques("model", shape, cfg)
