@@ -36,7 +36,7 @@ def main() -> None:
     widths, octaves, seeds = (32, 64), (-1.0, 0.0, 1.0), (0,) if quick else (0, 1, 2)
     sweep = Sweep(base, widths, log2_factors=octaves, seeds=seeds, adaptive=False)
     corpus, _ = find_corpus(base.data, base.tokenizer)
-    cells = sweep.run_specs({(arm.name, width): octaves for arm in sweep.arms for width in widths}, corpus)
+    cells = sweep.run_specs({(arm.name, (width,)): octaves for arm in sweep.arms for width in widths}, corpus)
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
         for cell in cells:

@@ -119,6 +119,16 @@ def hyperparams_of(cfg: Any) -> dict[str, Hyperparams]:
     return found
 
 
+def rates_of(cfg: Any, optimizer: str) -> tuple[str, ...]:
+    """The settings of the learning rates of all groups of parameters that `cfg` gives this optimizer."""
+    made, found = settings_of(cfg.__class__), dict[str, None]()
+    for names in _names_by_group(cfg.__class__).values():
+        needs = made[names["lr"]].needs
+        if getattr(cfg, names["optimizer"]) == optimizer and (not needs or getattr(cfg, needs)):
+            found[names["lr"]] = None
+    return tuple(found)
+
+
 def _is_common_to(name: str, optimizer: str) -> bool:
     """Whether groups of parameters with this optimizer take the setting, one of _COMMON. Those of Adam are Adam's alone."""
     return optimizer == "adam" or not name.startswith("adam_")

@@ -13,9 +13,21 @@ from test_sweep import FakeEngine
 from speedrun_mup.cli import main
 from speedrun_mup.config import computed_settings
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.sweep import Sweep, measure_sweep, pick_arms, read_definition, read_results, run_sweep, write_csv
+from speedrun_mup.sweep import (
+    Sweep,
+    grid_of,
+    measure_sweep,
+    pick_arms,
+    read_definition,
+    read_results,
+    run_sweep,
+    times,
+    write_csv,
+)
+from speedrun_mup.sweep.spec import tuned_settings
 from speedrun_mup.transfer import SIZES, Axes, Point, SizeAxis, TransferError, Verdict, measure_transfer, read_points
 from speedrun_mup.transfer import loss_forecast as forecast_of
+from speedrun_mup.transfer.axes import sized
 
 OPTIMUM = 2.0**-6.8
 FOREIGN = r"(?i)\bwid(th|ths|er|est)\b|narrowest|\blearning|\brates?\b|\blr\b|knob"  # words of other axes
@@ -205,3 +217,198 @@ def test_a_drift_predicted_for_width_says_nothing_about_another_size(tiny, tmp_p
     assert (result.arms["adam-sp"].predicted == -1.0) is judged
     assert result.verdict is (Verdict.INCONCLUSIVE if judged else Verdict.PASS), result.reasons
     assert ("control adam-sp did not fail as predicted" in " ".join(result.reasons)) is judged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes as axes of a sweep
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "held", "differ"),
+    [
+        ("width", 128, None, {"width": 128}),
+        ("n_layer", 12, None, {"n_layer": 12}),
+        ("batch_tokens", 512, None, {"micro_batches": 4}),
+        ("batch_tokens", 512, 2048, {"micro_batches": 4, "iterations": 4}),
+        ("tokens", 2048, None, {"iterations": 8}),
+        ("iterations", 32, None, {"iterations": 32}),
+    ],
+)
+def test_a_run_of_another_size_differs_in_what_the_axis_changes_and_nothing_else(tiny, axis, value, held, differ):
+    base = tiny(micro_batches=2, iterations=16, micro_batch_tokens=128)
+    cfg = sized(base, {axis: value}, held)
+    assert {name: new for name, new in vars(cfg).items() if new != vars(base).get(name)} == differ
+    assert SIZES[axis].of(cfg) == value and (held is None or cfg.schedule.tokens == held)
+
+
+def test_tokens_follow_the_stages_of_a_batch_schedule(tiny):
+    base = tiny(micro_batches=2, iterations=12, micro_batch_tokens=128, batch_schedule="1/2:1,1/2:2")
+    assert base.schedule.tokens == 12 * 384
+    assert sized(base, {"tokens": 24 * 384}).iterations == 24
+    assert sized(base, {"batch_tokens": 512, "tokens": 24 * 384}).iterations == 12
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"batch_tokens": 100}, "batch_tokens=100 is no multiple of micro_batch_tokens=128; try 128"),
+        ({"tokens": 1000}, "tokens=1000 is no whole number of steps of 256 tokens; try 1024"),
+        ({"tokens": 1024, "iterations": 8}, "tokens=1024 would be 2048 next to iterations"),
+    ],
+)
+def test_sizes_that_no_run_has_are_refused(tiny, sizes, told):
+    with pytest.raises(ConfigError, match=told):
+        sized(tiny(micro_batches=2, micro_batch_tokens=128), sizes)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "settings"),
+    [
+        ("adam_lr", ("embed_lr", "head_lr", "scalar_lr")),
+        ("muon_lr", ("matrix_lr",)),
+        ("embed_lr+head_lr", ("embed_lr", "head_lr")),
+        ("muon_lr+adam_lr", ("matrix_lr", "embed_lr", "head_lr", "scalar_lr")),
+    ],
+)
+def test_a_factor_may_be_on_a_set_of_settings(tiny, tuned, settings):
+    base = tiny()
+    assert set(tuned_settings(base, tuned)) == set(settings)
+    cfg = times(base, tuned, 0.5)
+    changed = {name for name, value in vars(cfg).items() if value != vars(base).get(name)}
+    assert changed == set(settings) and all(getattr(cfg, name) == getattr(base, name) / 2 for name in changed)
+    gated = dataclasses.replace(base, attention_gate=True)
+    assert ("gate_lr" in tuned_settings(gated, tuned)) == ("adam_lr" in tuned)
+
+
+def test_an_optimizer_that_no_group_has_cannot_be_swept(tiny):
+    with pytest.raises(ConfigError, match="'muon_lr' cannot be swept in arm adam-mup: none of its groups"):
+        Sweep(tiny(), (32, 64), pick_arms(["mup", "adam-mup"]), axes=Axes("width", "muon_lr"))
+    with pytest.raises(ConfigError, match="'embed_lr.momentum' cannot be swept"):
+        Sweep(tiny(), (32, 64), axes=Axes("width", "embed_lr+momentum"))
+
+
+def bowl(spec):
+    """Planted: the best factor falls by 1/3 octave per doubling of the steps and rises by 1/2 with the batch's."""
+    steps, batch = (
+        math.log2(SIZES[name].of(spec.cfg) / at) for name, at in (("iterations", 16), ("batch_tokens", 256))
+    )
+    luck = random.Random(spec.id).gauss(0, 0.001) + 0.01 * spec.seed
+    return 2 + spec.cfg.schedule.tokens**-0.3 + 0.03 * (spec.log2_factor + steps / 3 - batch / 2) ** 2 + luck
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "held", "drift"),
+    [
+        ("batch_tokens", (256, 512, 1024), None, 0.5),
+        ("batch_tokens", (256, 512, 1024), 4096, 0.5 + 1 / 3),
+        ("tokens", (4096, 8192, 16384), None, -1 / 3),
+        ("iterations", (16, 32, 64), None, -1 / 3),
+    ],
+)
+def test_planted_drifts_over_batch_and_length_come_back(tiny, tmp_path, axis, values, held, drift):
+    """Through the whole sweep: folder, measurement, table; what is held decides what the drift is."""
+    out, axes = tmp_path / "s", Axes(axis, "adam_lr")
+    base = tiny(micro_batches=2, iterations=16, micro_batch_tokens=128)
+    grid = {"log2_factors": (-1, 0, 1), "seeds": (0, 1), "axes": axes, "held_tokens": held}
+    result = run_sweep(Sweep(base, values, **grid), out, PlantedEngine(bowl), progress=False)
+    assert result.complete and f"{axis} {values[1]}" in result.summary()
+    arm = measure_sweep(out).arms["mup"]
+    assert arm.drift.value == pytest.approx(drift, abs=0.04) and arm.larger is None and arm.predicted is None
+    again = run_sweep(Sweep(base, values, **grid), out, PlantedEngine(bowl), progress=False)
+    assert again.complete and again.ran == 0
+    write_csv(out, tmp_path / "runs.csv")
+    points = read_points(tmp_path / "runs.csv", axes, {"adam_lr": "lr"})
+    assert measure_transfer(points, axes=axes).arms["mup"].drift.value == pytest.approx(arm.drift.value, abs=1e-9)
+
+
+def test_what_is_held_is_part_of_the_folder(tiny, tmp_path):
+    base = tiny(micro_batches=2, iterations=16, micro_batch_tokens=128)
+    grid = {"log2_factors": (-1, 0, 1), "seeds": (0,), "axes": Axes("batch_tokens", "lr_scale"), "adaptive": False}
+    for held in (None, 4096):
+        sweep = Sweep(base, (256, 512), held_tokens=held, **grid)
+        assert run_sweep(sweep, tmp_path / str(held), PlantedEngine(bowl), progress=False).complete
+        other = Sweep(base, (256, 512), held_tokens=8192, **grid)
+        with pytest.raises(ConfigError, match=f"holds another sweep: .*held_tokens was {held}, is 8192"):
+            run_sweep(other, tmp_path / str(held), PlantedEngine(bowl), progress=False)
+    told = "; ".join(Sweep(base, (256, 512), held_tokens=4096, **grid).told())
+    assert "axis: batch_tokens 256, 512" in told and "n_layer 6, tokens 4096, and all other settings" in told
+
+
+def test_several_axes_and_designed_sets_of_sizes(tiny, tmp_path):
+    """A full grid, and a set of sizes that is none, are swept, resumed and written by name."""
+    places = grid_of({"width": (32, 64), "n_layer": (6, 8)})
+    assert places[1] == {"width": 32, "n_layer": 8} and len(places) == 4
+    grid = {"log2_factors": (-1, 0, 1), "seeds": (0,), "axes": Axes("width", "lr_scale"), "adaptive": False}
+    for name, sizes in (("grid", places), ("three", places[:3])):
+        out = tmp_path / name
+        result = run_sweep(Sweep(tiny(), sizes, **grid), out, PlantedEngine(bowl), progress=False)
+        assert result.complete and result.ran == 3 * len(sizes) and "width 32, n_layer 8" in result.summary()
+        assert [run.sizes for run in read_results(out)][::3] == list(sizes)
+        assert all(run.config["n_layer"] == run.sizes["n_layer"] for run in read_results(out))
+        assert run_sweep(Sweep(tiny(), sizes, **grid), out, PlantedEngine(bowl), progress=False).ran == 0
+        write_csv(out, out / "runs.csv")
+        assert (out / "runs.csv").read_text().startswith("arm,width,n_layer,lr,log2_lr,seed,loss")
+    for sizes, told in [
+        (places[::3], "width and n_layer vary together in these sizes; add one such as width 32 with n_layer 8"),
+        (({"width": 32}, {"n_layer": 6}), "give every run the same axes in the same order"),
+        ((places[0], places[0]), "none twice"),
+        (
+            ({"width": 32, "n_head": 2}, {"width": 64, "n_head": 2}),
+            "no setting of a run is called n_head; choose width",
+        ),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            Sweep(tiny(), sizes, **grid)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "nothing is scaled; give --widths 32 64 128, or another size"),
+        ("--axis n_layer", "--axis n_layer: give its values"),
+        ("--axis n_layer=6", "one value shows no drift; give two or more"),
+        ("--axis n_layer=6 --axis width=32,64", "hold it with --n-layer 6"),
+        ("--axis width=64 --axis n_layer=6,8", "hold it with --widths 64"),
+        ("--axis n_layer=6,8 --values 3", "there is no --axis without values"),
+        ("--axis n_layer --axis width --values 6 8", "there is --axis n_layer and --axis width"),
+        ("--axis n_layer=6,8 --axis n-layer=8", "n_layer is there twice"),
+        ("--axis n_layer=6,x", "invalid int value: 'x'"),
+        ("--axis n_heads=1,2", "no setting of a run is called n_heads; choose width, n_layer, batch_tokens, tokens"),
+        ("--axis tokens=1k,2k", "tokens=1000 is no whole number of steps of 2048 tokens; try 2048"),
+        ("--axis batch_tokens=1024,2048 --micro-batches 2", "--micro-batches: the sweep is over batch_tokens"),
+        ("--axis n_layer=6,8 --hold tokens", "it is for --axis batch_tokens; along n_layer all else stays"),
+        ("--axis batch_tokens=1024,2048 --hold width", "give iterations, tokens, or tokens=N"),
+        ("--axis iterations=8,16 --iterations 4", "--iterations: the sweep is over iterations"),
+        ("--axis iterations=8,16 --axis tokens=4096,8192", "tokens and iterations are one axis"),
+    ],
+)
+def test_sizes_that_make_no_sweep_are_one_line(words, told, tmp_path, capsys, cache_folder):
+    assert main(["sweep", *words.split(), "--data", "synthetic", "--out", str(tmp_path / "s")]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and said.startswith("error: "), said
+
+
+def test_the_command_scales_what_it_names_and_holds_the_rest(monkeypatch, tmp_path, capsys, cache_folder):
+    """Where width is no axis, runs have the width that rates were tuned at, unless another is given."""
+    asked = []
+    monkeypatch.setattr("speedrun_mup.sweep.run_sweep", lambda sweep, *rest, **options: asked.append(sweep) or 1 / 0)
+    common = ["sweep", "--data", "synthetic", "--out", str(tmp_path / "s")]
+    for words in (
+        "--axis iterations --values 64 128",
+        "--axis batch_tokens=1024,2048 --hold tokens=16384 --widths 128 --hyperparameter adam_lr",
+        "--axis n_layer=6,12 --widths 32 64",
+    ):
+        with pytest.raises(ZeroDivisionError):
+            main([*common, *words.split()])
+    long, batch, both = asked
+    assert long.base.width == 64 and long.sizes == (64, 128) and long.axes == Axes("iterations", "lr_scale")
+    assert batch.base.width == 128 and batch.held_tokens == 16384 and batch.axes.hyperparameter == "adam_lr"
+    assert [spec["n_layer"] for spec in both.sized] == [6, 12, 6, 12] and both.size_names == ("width", "n_layer")
+    said = capsys.readouterr().out
+    assert (
+        "axis: iterations 64, 128; no rules for it" in said and "held: width 64, n_layer 6, batch_tokens 2048" in said
+    )
+    assert (
+        "tuned: embed_lr, head_lr, scalar_lr" in said and "axis: width 32, 64; rules from base_width 64 for it" in said
+    )

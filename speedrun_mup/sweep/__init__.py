@@ -13,13 +13,13 @@ one seed share it (common random numbers) and seeds differ in both.
 
 from speedrun_mup.sweep.cost import CostModel
 from speedrun_mup.sweep.engines import RAY_LISTENS, Engine, LocalEngine, RayEngine, cores, open_engine, visible_gpus
-from speedrun_mup.sweep.folder import axes_of, read_definition, read_results, tuned_flag, write_csv
+from speedrun_mup.sweep.folder import axes_of, read_definition, read_results, size_names, tuned_flag, write_csv
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import measure_sweep, points_of, read_curves
 from speedrun_mup.sweep.one_run import run_one, run_safely
 from speedrun_mup.sweep.result import Failure, RunResult
 from speedrun_mup.sweep.run import SweepResult, run_sweep
-from speedrun_mup.sweep.spec import ARMS, Arm, RunSpec, Sweep, arm_name, check_given, pick_arms
+from speedrun_mup.sweep.spec import ARMS, Arm, RunSpec, Sweep, arm_name, check_given, grid_of, pick_arms, times
 
 __all__ = [
     "ARMS",
@@ -38,6 +38,7 @@ __all__ = [
     "axes_of",
     "check_given",
     "cores",
+    "grid_of",
     "measure_sweep",
     "open_engine",
     "pick_arms",
@@ -49,6 +50,8 @@ __all__ = [
     "run_one",
     "run_safely",
     "run_sweep",
+    "size_names",
+    "times",
     "tuned_flag",
     "visible_gpus",
     "write_csv",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import shutil
@@ -18,9 +19,10 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
 from speedrun_mup.sweep.result import RESULT, RUNS, RunResult, place_of
-from speedrun_mup.sweep.spec import SCHEMA, RunSpec, Sweep
+from speedrun_mup.sweep.spec import SCHEMA, Place, RunSpec, Sweep, can_be_swept
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.transfer import MADE_WITH, Axes
+from speedrun_mup.transfer.axes import size_axis
 
 SWEEP, SCRATCH = "sweep.json", "running"
 MOST_RUNS = 10**6
@@ -54,17 +56,23 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     Raises ConfigError if the runs there have another base, data or arm.
     """
     path = out / SWEEP
-    vary = {sweep.axes.size, "seed", "parametrization"}
+    vary = {*itertools.chain(*(size_axis(name).changes for name in sweep.size_names)), "seed", "parametrization"}
+    vary |= {"iterations"} if sweep.held_tokens else set()
     settings = {name: value for name, value in computed_settings(sweep.base).items() if name not in vary}
-    base = {"schema": SCHEMA, **asdict(sweep.axes), "corpus": corpus.fingerprint, **settings}
+    axes: dict[str, Any] = asdict(sweep.axes) | {"size": sweep.size_names[0]}
+    axes |= {"sizes": list(sweep.size_names)} if len(sweep.size_names) > 1 else {}
+    axes |= {"held_tokens": sweep.held_tokens} if sweep.held_tokens else {}
+    base = {"schema": SCHEMA, **axes, "corpus": corpus.fingerprint, **settings}
     arms = {arm.name: {"settings": dict(arm.settings), "predicted": arm.predicted} for arm in sweep.arms}
-    asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("sizes", "log2_factors", "seeds")}
+    asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("log2_factors", "seeds")}
+    asked |= {"sizes": list(map(_entry, sweep.places))}
     asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
     before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
     known = known_settings(before["base"])
     if corpus.is_known_as(known.get("corpus", "")):
         base["corpus"] = known["corpus"]
-    differ = [f"{key} was {printable(known.get(key))}, is {base[key]}" for key in base if known.get(key) != base[key]]
+    told = {key: base.get(key) for key in (*base, "sizes", "held_tokens")}
+    differ = [f"{key} was {printable(known.get(key))}, is {told[key]}" for key in told if known.get(key) != told[key]]
     differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
     if differ:
         raise ConfigError(
@@ -80,7 +88,7 @@ def note_failed(out: Path, specs: Iterable[RunSpec]) -> None:
     """Add runs that were given up to sweep.json: points by which a grid grew are in no request."""
     definition = read_definition(out)
     failed = definition.get("failed", [])
-    places = ([spec.arm, spec.size, spec.log2_factor, spec.seed] for spec in specs)
+    places = ([spec.arm, _entry(spec.place), spec.log2_factor, spec.seed] for spec in specs)
     more = [place for place in places if place not in failed]
     if more:
         content = json.dumps(definition | {"failed": failed + more}, indent=1, allow_nan=False)
@@ -105,8 +113,10 @@ def read_definition(out: Path) -> dict[str, Any]:
         for arm in arms.values():
             arm["settings"] = present_names(arm["settings"])
         drifts = [arm["predicted"] for arm in arms.values()]
-        good = isinstance(base["base_width"], int) and base["hyperparameter"] in swept_settings()
-        good = good and all(map(_is_request, asked)) and base["size"] == printable(base["size"], 100)
+        good = isinstance(base["base_width"], int) and can_be_swept(base["hyperparameter"])
+        names = size_names(definition)
+        good = good and all(map(_is_request, asked)) and all(name == printable(name, 100) for name in names)
+        good = good and all(len(place_in(size)) == len(names) for one in asked for size in one["sizes"])
         good = good and all(drift is None or math.isfinite(drift) for drift in drifts)
         good = good and all(name == printable(name, 100) for name in arms)
         good = good and all(map(_is_place, definition.get("failed", [])))
@@ -130,7 +140,7 @@ def _of_this_edition(definition: dict[str, Any]) -> dict[str, Any]:
 def _is_request(asked: Mapping[str, Any]) -> bool:
     """Whether this is an entry of "asked" in a sweep.json, of a size that makes sense."""
     axes = [asked[name] for name in ("sizes", "seeds", "log2_factors", "arms")]
-    numbers = [*asked["sizes"], *asked["seeds"], *asked["log2_factors"]]
+    numbers = [*itertools.chain(*map(place_in, asked["sizes"])), *asked["seeds"], *asked["log2_factors"]]
     sane = all(isinstance(number, (int, float)) and abs(number) < 2**63 for number in numbers)
     return sane and math.prod(map(len, axes)) <= MOST_RUNS and all(isinstance(arm, str) for arm in asked["arms"])
 
@@ -138,7 +148,8 @@ def _is_request(asked: Mapping[str, Any]) -> bool:
 def _is_place(entry: Sequence[Any]) -> bool:
     """Whether this is an entry of "failed" in a sweep.json: arm, size, log2 factor, seed."""
     arm, size, log2_factor, seed = entry
-    return isinstance(arm, str) and type(size) is type(seed) is int and math.isfinite(log2_factor)
+    whole = all(type(number) is int for number in (*place_in(size), seed))
+    return isinstance(arm, str) and whole and math.isfinite(log2_factor)
 
 
 def read_results(out: Path) -> list[RunResult]:
@@ -163,26 +174,48 @@ def write_csv(out: Path, path: Path) -> None:
 
     The factor on the hyperparameter is in the column lr, or, if that is no learning rate, in one that `axes_of` names.
     """
-    axes = axes_of(read_definition(out))
+    definition = read_definition(out)
+    axes, names = axes_of(definition), size_names(definition)
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(["arm", axes.size, axes.short, f"log2_{axes.short}", *RESULTS])
+    writer.writerow(["arm", *names, axes.short, f"log2_{axes.short}", *RESULTS])
     for result in read_results(out):
         loss = math.nan if result.diverged else result.loss
-        place = (result.arm, result.size, result.factor, result.log2_factor, result.seed)
+        place = (result.arm, *result.place, result.factor, result.log2_factor, result.seed)
         cost = (round(result.seconds, 3), f"{result.flops:.6g}")
         made = (result.made_with.get(name, "") for name in MADE_WITH)
         writer.writerow([*place, loss, int(result.diverged), result.train_loss, *cost, *made])
     write_whole(path, file.getvalue())
 
 
+def _entry(place: Place) -> int | list[int]:
+    """A place as sweep.json has it: of one axis its value alone, as the first edition wrote it."""
+    return place[0] if len(place) == 1 else list(place)
+
+
+def place_in(entry: Any) -> Place:
+    """The place in an entry of a sweep.json."""
+    return tuple(entry) if isinstance(entry, list) else (entry,)
+
+
+def size_names(definition: Mapping[str, Any]) -> tuple[str, ...]:
+    """The size axes of a sweep, in the order of its places."""
+    return tuple(definition["base"].get("sizes") or [definition["base"]["size"]])
+
+
 def axes_of(definition: Mapping[str, Any]) -> Axes:
-    """The axes of a sweep: a factor on learning rates goes by their setting's name, one on another by NAME_factor."""
+    """The axes of a sweep, its first size; a factor on learning rates goes by their setting's name, on another by
+    NAME_factor."""
     axes = Axes(definition["base"]["size"], definition["base"]["hyperparameter"])
     return axes if axes.is_rate else Axes(axes.size, f"{axes.hyperparameter}_factor")
 
 
 def tuned_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
-    """The flag for what the sweep tuned, and its value where the factor is 1: ("--lr-scale", 1.0)."""
+    """The flag for what the sweep tuned, and its value where the factor is 1: ("--lr-scale", 1.0).
+
+    Of a hyperparameter that is several settings it is their common factor.
+    """
     name = definition["base"]["hyperparameter"]
+    if name not in swept_settings():
+        return f"factor on {name}", 1.0
     return f"--{name.replace('_', '-')}", (definition["base"] | definition["arms"][arm]["settings"])[name]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.sweep.folder import axes_of, read_definition, read_results
+from speedrun_mup.sweep.folder import axes_of, place_in, read_definition, read_results, size_names
 from speedrun_mup.sweep.grid import propose_points
-from speedrun_mup.sweep.result import RunResult, mean_losses
+from speedrun_mup.sweep.result import RunResult, mean_losses, place_of
+from speedrun_mup.sweep.spec import Place
 from speedrun_mup.transfer import (
     MADE_WITH,
     Array,
@@ -27,6 +28,7 @@ from speedrun_mup.transfer import (
     measure_transfer,
     missing,
 )
+from speedrun_mup.transfer.axes import told_sizes
 
 
 def points_of(results: Iterable[RunResult]) -> list[Point]:
@@ -51,25 +53,26 @@ def made_differently(results: Sequence[RunResult], axes: Axes) -> list[Doubt]:
 
 def not_run(out: Path, results: Sequence[RunResult], arms: Collection[str]) -> tuple[list[Doubt], list[str]]:
     """Doubts about runs of `arms` that were asked for in a folder and have no result; and what its grids still grow by."""
-    curves: dict[tuple[str, int], dict[float, float]] = defaultdict(dict)
-    for (arm, size, at), loss in mean_losses(results).items():
-        curves[arm, size][at] = loss
-    requests: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    curves: dict[tuple[str, Place], dict[float, float]] = defaultdict(dict)
+    for (arm, place, at), loss in mean_losses(results).items():
+        curves[arm, place][at] = loss
+    requests: dict[tuple[str, Place], list[dict[str, Any]]] = defaultdict(list)
     definition = read_definition(out)
     for asked in definition["asked"]:
-        for key in itertools.product(asked["arms"], asked["sizes"]):
-            requests[key].append(asked)
-    axes, have = axes_of(definition), {(result.arm, result.size, result.log2_factor, result.seed) for result in results}
-    wanted: dict[str, set[tuple[int, float, int]]] = {arm: set() for arm in arms}
-    for (arm, size), some in requests.items():
+        for arm, size in itertools.product(asked["arms"], asked["sizes"]):
+            requests[arm, place_in(size)].append(asked)
+    axes, have = size_names(definition), {place_of(result) for result in results}
+    wanted: dict[str, set[tuple[Place, float, int]]] = {arm: set() for arm in arms}
+    for (arm, place), some in requests.items():
         if arm in wanted:
-            wanted[arm] |= {(size, at, seed) for at, seed in _points_asked(some, curves[arm, size])}
+            wanted[arm] |= {(place, at, seed) for at, seed in _points_asked(some, curves[arm, place])}
     for arm, size, at, seed in definition.get("failed", []):
         if arm in wanted:
-            wanted[arm].add((size, at, seed))
-    absent = {arm: [place for place in sorted(places) if (arm, *place) not in have] for arm, places in wanted.items()}
+            wanted[arm].add((place_in(size), at, seed))
+    absent = {arm: [point for point in sorted(points) if (arm, *point) not in have] for arm, points in wanted.items()}
     names = {
-        arm: [f"{axes.at(size)} 2^{at:g} seed {seed}" for size, at, seed in places] for arm, places in absent.items()
+        arm: [f"{told_sizes(dict(zip(axes, place)))} 2^{at:g} seed {seed}" for place, at, seed in points]
+        for arm, points in absent.items()
     }
     growing = sum(_grows(some, curves[key]) for key, some in requests.items() if key[0] in wanted)
     notes = [f"the grid still grows by {growing} points: run the same sweep again"] if growing else []
@@ -125,13 +128,13 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     results = [result for result in read_results(out) if result.arm in known]
     points, axes = points_of(results), axes_of(definition)
     several = [name for name in known if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
-    curves = {key: curve for key, curve in read_curves(out).items() if key[0] in several}
+    curves = {key: curve for key, curve in read_curves(out).items() if key[0] in several and axes.scale.of_model}
     predicted = {name: definition["arms"][name]["predicted"] for name in known}
     if not axes.is_rate or axes.size != "width":
         tested = [name for name in known if predicted[name] is None] or known
         options["tested"] = options.get("tested") or tested
         predicted = {}
-    base = definition["base"].get(f"base_{axes.size}")
+    base = definition["base"].get(axes.scale.base_setting)
     everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in known)
     absent, notes = not_run(out, results, known)
     about = {"doubts": [*made_differently(results, axes), *absent], "notes": notes}

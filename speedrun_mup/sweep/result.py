@@ -16,7 +16,7 @@ from speedrun_mup.config import TrainConfig, from_json
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.model import VOCAB_MULTIPLE
 from speedrun_mup.files import printable, strict_json
-from speedrun_mup.sweep.spec import MOST_DOUBLINGS, SCHEMA
+from speedrun_mup.sweep.spec import MOST_DOUBLINGS, SCHEMA, Place
 from speedrun_mup.training.flops import flops_per_token
 
 RUNS, RESULT = "cells", "result.json"  # of a sweep's folder: a folder for each run
@@ -28,7 +28,7 @@ class RunResult:
     """A finished run, as in its result.json.
 
     Args:
-        sizes: Name of a size axis -> value; the axis of the sweep comes first.
+        sizes: Name of a size axis of the sweep -> value.
         log2_factor: On the hyperparameter.
         loss: Validation loss at the end; nan if never reached, as train_loss.
         train_loss: Mean over the last tenth of training.
@@ -63,8 +63,13 @@ class RunResult:
 
     @property
     def size(self) -> int:
-        """Its place on the size axis of the sweep."""
+        """Its place on the first size axis of the sweep."""
         return next(iter(self.sizes.values()))
+
+    @property
+    def place(self) -> Place:
+        """Its place on all size axes of the sweep."""
+        return tuple(self.sizes.values())
 
     @property
     def factor(self) -> float:
@@ -161,14 +166,14 @@ class Failure:
     why: str
 
 
-def mean_losses(results: Iterable[RunResult]) -> dict[tuple[str, int, float], float]:
-    """(arm, size, log2 factor) -> validation loss, mean over seeds; nan if one diverged."""
-    losses: dict[tuple[str, int, float], list[float]] = defaultdict(list)
+def mean_losses(results: Iterable[RunResult]) -> dict[tuple[str, Place, float], float]:
+    """(arm, place, log2 factor) -> validation loss, mean over seeds; nan if one diverged."""
+    losses: dict[tuple[str, Place, float], list[float]] = defaultdict(list)
     for result in results:
-        losses[result.arm, result.size, result.log2_factor].append(math.nan if result.diverged else result.loss)
+        losses[result.arm, result.place, result.log2_factor].append(math.nan if result.diverged else result.loss)
     return {key: float(np.mean(values)) for key, values in losses.items()}
 
 
-def place_of(result: RunResult) -> tuple[str, int, float, int]:
+def place_of(result: RunResult) -> tuple[str, Place, float, int]:
     """What results are sorted by."""
-    return result.arm, result.size, result.log2_factor, result.seed
+    return result.arm, result.place, result.log2_factor, result.seed

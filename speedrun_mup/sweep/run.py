@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -10,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -31,12 +31,13 @@ from speedrun_mup.sweep.folder import (
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import made_differently
 from speedrun_mup.sweep.result import Failure, RunResult, mean_losses, place_of
-from speedrun_mup.sweep.spec import RunSpec, Sweep
+from speedrun_mup.sweep.spec import Place, RunSpec, Sweep
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.signals import signals_interrupt
 from speedrun_mup.training.tracking import clock, source_sha256
 from speedrun_mup.transfer import Axes
+from speedrun_mup.transfer.axes import told_sizes
 
 ATTEMPTS = 3  # a run that fails is tried again twice
 
@@ -93,20 +94,22 @@ class SweepResult:
             lines.append(f"FLOP budget exhausted, {self.left} runs left; raise --budget to continue")
         elif self.left:
             lines.append("rerun the command to resume")
-        return "\n".join([*lines, *_tables(self.results, self.axes)])
+        return "\n".join([*lines, *_tables(self.results)])
 
 
-def _tables(results: Sequence[RunResult], axes: Axes) -> Iterator[str]:
+def _tables(results: Sequence[RunResult]) -> Iterator[str]:
     """Mean validation loss, a table per arm: sizes down, factors across."""
     for arm in dict.fromkeys(result.arm for result in results):
         means = mean_losses(result for result in results if result.arm == arm)
         grid = sorted({at for _, _, at in means})
+        rows = {result.place: told_sizes(result.sizes) for result in results if result.arm == arm}
+        wide = max(12, *(len(told) + 2 for told in rows.values()))
         yield ""
-        yield f"{arm:<12}" + "".join(f"{f'2^{at:g}':>9}" for at in grid)
-        for size in sorted({size for _, size, _ in means}):
-            losses = (means.get((arm, size, at)) for at in grid)
+        yield f"{arm:<{wide}}" + "".join(f"{f'2^{at:g}':>9}" for at in grid)
+        for place, told in sorted(rows.items()):
+            losses = (means.get((arm, place, at)) for at in grid)
             shown = ("" if loss is None else "diverged" if math.isnan(loss) else f"{loss:.4f}" for loss in losses)
-            yield f"{axes.at(size):<12}" + "".join(f"{text:>9}" for text in shown)
+            yield f"{told:<{wide}}" + "".join(f"{text:>9}" for text in shown)
 
 
 def run_sweep(
@@ -136,9 +139,8 @@ def run_sweep(
         ConfigError: If `out` is in use, cannot be written, or holds runs of another base.
     """
     corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
-    for size in sweep.sizes:
-        sized: dict[str, Any] = {sweep.axes.size: size}
-        model_config(replace(sweep.base, **sized), corpus)  # raises for an impossible shape
+    for arm, sizes in itertools.product(sweep.arms, sweep.sized):
+        model_config(sweep.config_at(arm, sizes), corpus)  # raises for an impossible shape
     began = time.monotonic()
     stopped = False
     with open_folder(out) as scratch, closing(_Progress(progress, *part)) as shown:
@@ -148,7 +150,8 @@ def run_sweep(
         runner = _SweepRunner(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
         if other := _of_other_code(runner.done.values()):
             shown.say(other)
-        points = {(arm.name, size): set(map(float, sweep.log2_factors)) for arm in sweep.arms for size in sweep.sizes}
+        keys = itertools.product((arm.name for arm in sweep.arms), sweep.places)
+        points = {key: set(map(float, sweep.log2_factors)) for key in keys}
         if sweep.adaptive:  # where an earlier call refined the grid, new seeds follow
             points = {key: points[key] | set(losses) for key, losses in runner.curves(points).items()}
         try:
@@ -207,12 +210,12 @@ class _SweepRunner:
         self.failed: dict[str, str] = {}
         self.waiting: list[RunSpec] = []
 
-    def curves(self, points: Collection[tuple[str, int]]) -> dict[tuple[str, int], dict[float, float]]:
-        """(arm, size) -> log2 factor -> mean loss of the finished runs, for those in `points`."""
-        curves: dict[tuple[str, int], dict[float, float]] = {key: {} for key in points}
-        for (arm, size, at), loss in mean_losses(self.done.values()).items():
-            if (arm, size) in curves:
-                curves[arm, size][at] = loss
+    def curves(self, points: Collection[tuple[str, Place]]) -> dict[tuple[str, Place], dict[float, float]]:
+        """(arm, place) -> log2 factor -> mean loss of the finished runs, for those in `points`."""
+        curves: dict[tuple[str, Place], dict[float, float]] = {key: {} for key in points}
+        for (arm, place, at), loss in mean_losses(self.done.values()).items():
+            if (arm, place) in curves:
+                curves[arm, place][at] = loss
         return curves
 
     def run(self, specs: Sequence[RunSpec]) -> bool:
@@ -237,7 +240,7 @@ class _SweepRunner:
             yield spec
 
     def _fits(self, spec: RunSpec) -> bool:
-        return time.monotonic() + self.cost_model.seconds(spec.size, spec.flops) <= self.deadline and self.pays_for(
+        return time.monotonic() + self.cost_model.seconds(spec.sizes, spec.flops) <= self.deadline and self.pays_for(
             spec
         )
 
@@ -261,7 +264,7 @@ class _SweepRunner:
             self.failed.pop(name, None)
             self.cost_model.learn(outcome)
             self.ran += 1
-        left = sum(self.cost_model.seconds(spec.size, spec.flops) for spec in self.waiting)
+        left = sum(self.cost_model.seconds(spec.sizes, spec.flops) for spec in self.waiting)
         self.shown.finished(f"{name}: {what}, {clock(left / self.engine.workers)} left")
 
 

@@ -6,19 +6,21 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, hashed_settings, swept_settings
+from speedrun_mup.config import TrainConfig, hashed_settings, settings, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
-from speedrun_mup.param_groups import without_effect
+from speedrun_mup.param_groups import rates_of, without_effect
 from speedrun_mup.training.flops import run_flops
-from speedrun_mup.transfer import Axes
+from speedrun_mup.transfer import SIZES, Axes
+from speedrun_mup.transfer.axes import Sizes, confounded, size_axis, sized, told_sizes
 
+Place = tuple[int, ...]  # values on the size axes of a sweep, in their order
 SCHEMA = 1  # of result.json; part of every id
 MOST_DOUBLINGS = 32.0  # either way that a grid may go
 MOST_SEEDS = 100
@@ -97,12 +99,35 @@ def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{why}; leave {flag} out{tuned}, or {choice}")
 
 
+ALL_RATES = {f"{optimizer}_lr": optimizer for optimizer in OPTIMIZERS}  # one factor on the rates of all its groups
+
+
+def can_be_swept(hyperparameter: str) -> bool:
+    """Whether a sweep can vary it: settings a factor makes sense on, all rates of an optimizer, or several of these."""
+    return all(part in swept_settings() or part in ALL_RATES for part in hyperparameter.split("+"))
+
+
+def tuned_settings(cfg: TrainConfig, hyperparameter: str) -> tuple[str, ...]:
+    """The settings of `cfg` that a factor on the hyperparameter multiplies: of adam_lr those of all groups with Adam."""
+    found: dict[str, None] = {}
+    for part in hyperparameter.split("+"):
+        optimizer = ALL_RATES.get(part)
+        found |= dict.fromkeys((part,) if optimizer is None or part in swept_settings() else rates_of(cfg, optimizer))
+    return tuple(found)
+
+
+def times(cfg: TrainConfig, hyperparameter: str, factor: float) -> TrainConfig:
+    """`cfg` with the hyperparameter times `factor`."""
+    tuned: dict[str, Any] = {name: getattr(cfg, name) * factor for name in tuned_settings(cfg, hyperparameter)}
+    return replace(cfg, **tuned)
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """One run: its place in the table and its settings.
 
     Args:
-        sizes: Name of a size axis -> value; the axis of the sweep comes first.
+        sizes: Name of a size axis of the sweep -> value.
         log2_factor: On the hyperparameter.
         corpus: Fingerprint of its data; vocab_size: their vocabulary.
     """
@@ -116,13 +141,17 @@ class RunSpec:
     vocab_size: int
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{name} {size}" for name, size in self.sizes.items())
-        return f"{self.arm} {sizes} 2^{self.log2_factor:g} seed {self.seed}"
+        return f"{self.arm} {told_sizes(self.sizes)} 2^{self.log2_factor:g} seed {self.seed}"
 
     @property
     def size(self) -> int:
-        """Its place on the size axis of the sweep."""
+        """Its place on the first size axis of the sweep."""
         return next(iter(self.sizes.values()))
+
+    @property
+    def place(self) -> Place:
+        """Its place on all size axes of the sweep."""
+        return tuple(self.sizes.values())
 
     @functools.cached_property
     def id(self) -> str:
@@ -143,62 +172,143 @@ class Sweep:
 
     Args:
         base: What all runs have in common, with a base_width.
-        sizes: Values of the size axis, which is a setting.
-        log2_factors: The grid: powers of two on the hyperparameter, which is one of `swept_settings`.
+        sizes: Values of the size axis that `axes` names; or, for several axes at once, one mapping of name to value for each
+            size of run, all with the same names in the same order: ({"width": 64, "n_layer": 6}, {"width": 64, "n_layer": 12},
+            {"width": 128, "n_layer": 6}). Any set of sizes will do that tells its axes apart, not only full grids (`grid_of`).
+        log2_factors: The grid: powers of two on the hyperparameter (`can_be_swept`).
+        axes: The hyperparameter; and the size, where there is one axis.
         adaptive: Extend the grid where the minimum turns out to be at its edge.
         refine: Where it is not, add the points halfway between those around the minimum, else one point on its better side.
+        held_tokens: Tokens of every run where batch_tokens is an axis: the steps follow. None: the steps stay as in `base`.
 
     Raises:
         ConfigError: For a value that no run can have.
     """
 
     base: TrainConfig
-    sizes: tuple[int, ...]
+    sizes: tuple[int | Sizes, ...]
     arms: tuple[Arm, ...] = (ARMS["mup"],)
     log2_factors: tuple[float, ...] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     axes: Axes = Axes("width", "lr_scale")
     adaptive: bool = True
     refine: bool = True
+    held_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        named = {self.axes.plural: self.sizes, "arms": [arm.name for arm in self.arms]}
+        self._check_sizes()
+        named = {self._plural: self.places, "arms": [arm.name for arm in self.arms]}
         for name, values in {**named, "--octaves": self.log2_factors, "seeds": self.seeds}.items():
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"{name}={','.join(map(str, values))}: name at least one, and none twice")
+                shown = ",".join(str(value[0] if isinstance(value, tuple) else value) for value in values)
+                raise ConfigError(f"{name}={shown}: name at least one, and none twice")
         if len(self.seeds) > MOST_SEEDS:
             raise ConfigError(f"{len(self.seeds)} seeds: give at most {MOST_SEEDS}")
-        tuned = self.axes.hyperparameter
-        if tuned not in swept_settings():
-            raise ConfigError(f"hyperparameter={tuned!r} cannot be swept; choose {', '.join(swept_settings())}")
-        for arm in self.arms:
-            if reason := without_effect(replace(self.base, **arm.settings), tuned):
-                raise ConfigError(f"hyperparameter={tuned!r} cannot be swept in arm {arm.name}: {reason}")
-        if not getattr(self.base, tuned):
-            flag = "--" + tuned.replace("_", "-")
-            raise ConfigError(f"{tuned}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
-        if far := [at for at in self.log2_factors if not abs(at) <= MOST_DOUBLINGS]:
-            limits = f"from -{MOST_DOUBLINGS:g} to {MOST_DOUBLINGS:g}"
-            raise ConfigError(f"--octaves={far[0]:g} must be {limits}: the log2 of a factor on {tuned}")
+        self._check_hyperparameter()
         if self.base.base_width is None:
             raise ConfigError("a sweep needs the width that its settings were tuned at; give --base-width")
 
-    def run_spec(self, arm: Arm, size: int, log2_factor: float, seed: int, corpus: Corpus) -> RunSpec:
-        """One run. The data are named so that a worker with another working directory finds them too."""
-        data = self.base.data if self.base.data in ("embedded", "synthetic") else corpus.data
-        settings: dict[str, Any] = {"data": data, self.axes.size: size, "seed": seed, **arm.settings}
-        quiet: dict[str, Any] = {"save": False, "val_every": 0, "track": "none", "progress": False}
-        cfg = replace(self.base, out="", name=None, resume=None, **quiet, **settings)
-        tuned: dict[str, Any] = {self.axes.hyperparameter: getattr(cfg, self.axes.hyperparameter) * 2.0**log2_factor}
-        cfg, sizes = replace(cfg, **tuned), {self.axes.size: size}
-        return RunSpec(arm.name, sizes, float(log2_factor), seed, cfg, corpus.fingerprint, corpus.vocab_size)
+    def _check_sizes(self) -> None:
+        names = [tuple(size) for size in self.sizes if isinstance(size, Mapping)]
+        if names and (len(names) < len(self.sizes) or len(set(names)) > 1 or not names[0]):
+            raise ConfigError("sizes: give every run the same axes in the same order, such as width=64, n_layer=6")
+        for name in self.size_names:
+            if unread := set(size_axis(name).changes) - settings().keys():
+                have = ", ".join(axis.name for axis in SIZES.values() if set(axis.changes) <= settings().keys())
+                raise ConfigError(f"size axis {name}: no setting of a run is called {min(unread)}; choose {have}")
+        if len({"tokens", "iterations"} & {*self.size_names}) > 1:
+            raise ConfigError("tokens and iterations are one axis at a given batch; name one of them")
+        if self.held_tokens is not None and "batch_tokens" not in self.size_names:
+            raise ConfigError(
+                "tokens can be held over batch_tokens only; other axes hold the batch and what else there is"
+            )
+        if self.held_tokens is not None and {"tokens", "iterations"} & {*self.size_names}:
+            raise ConfigError("tokens are an axis and cannot be held; leave --hold out")
+        if problem := confounded(self.sized):
+            raise ConfigError(f"sizes: {problem}")
 
-    def run_specs(self, points: Mapping[tuple[str, int], Iterable[float]], corpus: Corpus) -> list[RunSpec]:
-        """The runs of all seeds at `points`: (arm, size) -> log2 factors."""
+    def _check_hyperparameter(self) -> None:
+        tuned = self.axes.hyperparameter
+        if not can_be_swept(tuned):
+            names = ", ".join((*swept_settings(), *ALL_RATES))
+            raise ConfigError(f"hyperparameter={tuned!r} cannot be swept; choose {names}, or several with + between")
+        for arm in self.arms:
+            cfg = replace(self.base, **arm.settings)
+            own = tuned_settings(cfg, tuned)
+            reasons = [without_effect(cfg, name) for name in own]
+            if any(reasons) or not own:
+                reasons = reasons or ["none of its groups of parameters has that optimizer"]
+                raise ConfigError(f"hyperparameter={tuned!r} cannot be swept in arm {arm.name}: {max(reasons)}")
+            for name in own:
+                if not getattr(cfg, name):
+                    flag = "--" + name.replace("_", "-")
+                    raise ConfigError(f"{name}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
+        if far := [at for at in self.log2_factors if not abs(at) <= MOST_DOUBLINGS]:
+            limits = f"from -{MOST_DOUBLINGS:g} to {MOST_DOUBLINGS:g}"
+            raise ConfigError(f"--octaves={far[0]:g} must be {limits}: the log2 of a factor on {tuned}")
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """The size axes."""
+        first = self.sizes[0] if self.sizes else 0
+        return tuple(first) if isinstance(first, Mapping) else (self.axes.size,)
+
+    @functools.cached_property
+    def sized(self) -> tuple[Sizes, ...]:
+        """Every size of run: name of an axis -> value."""
+        return tuple(dict(size) if isinstance(size, Mapping) else {self.axes.size: size} for size in self.sizes)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The same, the values alone."""
+        return tuple(tuple(sizes.values()) for sizes in self.sized)
+
+    @property
+    def _plural(self) -> str:
+        return self.axes.plural if len(self.size_names) == 1 else "sizes"
+
+    def told(self) -> Iterator[str]:
+        """What varies and what stays, for the beginning of a sweep, a line each."""
+        for name in self.size_names:
+            values = dict.fromkeys(sizes[name] for sizes in self.sized)
+            base = getattr(self.base, size_axis(name).base_setting, None)
+            rules = "no rules" if base is None else f"rules from {size_axis(name).base_setting} {base}"
+            yield f"axis: {name} {', '.join(map(str, values))}; {rules} for it"
+        first = self.config_at(self.arms[0], self.sized[0])
+        varied = {*itertools.chain(*(size_axis(name).changes for name in self.size_names))}
+        varied |= {"iterations"} if self.held_tokens else set()
+        stay = [f"{name} {getattr(first, name)}" for name in ("width", "n_layer", "iterations") if name not in varied]
+        if "micro_batches" not in varied:
+            stay.append(f"batch_tokens {size_axis('batch_tokens').of(first)}")
+        elif self.held_tokens:
+            stay.append(f"tokens {self.held_tokens}")
+        shown = ", ".join(tuned_settings(first, self.axes.hyperparameter))
+        yield f"held: {', '.join(stay)}, and all other settings; tuned: {shown}"
+
+    def config_at(self, arm: Arm, sizes: Sizes) -> TrainConfig:
+        """The settings of a run of `arm` at these sizes. Raises ConfigError for sizes that no run can have."""
+        return replace(sized(self.base, sizes, self.held_tokens), **arm.settings)
+
+    def run_spec(self, arm: Arm, sizes: int | Sizes, log2_factor: float, seed: int, corpus: Corpus) -> RunSpec:
+        """One run. The data are named so that a worker with another working directory finds them too."""
+        at = dict(sizes) if isinstance(sizes, Mapping) else {self.axes.size: sizes}
+        data = self.base.data if self.base.data in ("embedded", "synthetic") else corpus.data
+        quiet: dict[str, Any] = {"save": False, "val_every": 0, "track": "none", "progress": False}
+        cfg = replace(self.config_at(arm, at), out="", name=None, resume=None, data=data, seed=seed, **quiet)
+        cfg = times(cfg, self.axes.hyperparameter, 2.0**log2_factor)
+        return RunSpec(arm.name, at, float(log2_factor), seed, cfg, corpus.fingerprint, corpus.vocab_size)
+
+    def run_specs(self, points: Mapping[tuple[str, Place], Iterable[float]], corpus: Corpus) -> list[RunSpec]:
+        """The runs of all seeds at `points`: (arm, place) -> log2 factors."""
         return [
-            self.run_spec(arm, size, log2_factor, seed, corpus)
+            self.run_spec(arm, sizes, log2_factor, seed, corpus)
             for arm in self.arms
-            for size in self.sizes
-            for log2_factor in sorted(points[arm.name, size])
+            for sizes in self.sized
+            for log2_factor in sorted(points[arm.name, tuple(sizes.values())])
             for seed in self.seeds
         ]
+
+
+def grid_of(values: Mapping[str, Sequence[int]]) -> tuple[Sizes, ...]:
+    """All combinations of the values of several axes, as `Sweep` takes them."""
+    return tuple(dict(zip(values, place)) for place in itertools.product(*values.values()))

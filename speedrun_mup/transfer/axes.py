@@ -1,16 +1,25 @@
-"""The two axes of a measurement: the size that is scaled, and the hyperparameter whose optimum is looked for.
+"""The axes of a measurement: the sizes that are scaled, and the hyperparameter whose optimum is looked for.
 
-Everything that a reader sees takes its words from here, so that a new axis is one entry of `SIZES`.
+Everything that a reader sees takes its words from here, and so do sweeps what a size changes of a run: a new axis is one
+entry of `SIZES`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from speedrun_mup.core.errors import ConfigError
+
+Sizes = Mapping[str, int]  # name of a size axis -> value
 
 
 @dataclass(frozen=True)
 class SizeAxis:
-    """A size that models or runs are scaled in, and the words for it.
+    """A size that models or runs are scaled in: the words for it, and how a run gets it.
 
     Args:
         name: Its setting, and its column in a table.
@@ -19,6 +28,12 @@ class SizeAxis:
         meaning: A sentence or two for a reader who does not know it.
         also: What other programs call it.
         most: The largest value that is believed.
+        base: The setting that says where the rules for this size begin, if there are any: there all its factors are 1; by
+            default base_NAME.
+        settings: What it changes of a run; by default the setting of its name.
+        change: (config, value) -> the values of `settings` for a run of that size. Raises ConfigError for one that no run has.
+        read: Config -> its size.
+        of_model: Whether a larger one should be better at every step: of a model, not of a run's length or batch.
     """
 
     name: str
@@ -30,6 +45,52 @@ class SizeAxis:
     meaning: str = "What the models or runs here are scaled in."
     also: tuple[str, ...] = ()
     most: int = 2**31
+    base: str = ""
+    settings: tuple[str, ...] = ()
+    change: Callable[[Any, int], dict[str, Any]] | None = None
+    read: Callable[[Any], int] | None = None
+    of_model: bool = True
+
+    @property
+    def base_setting(self) -> str:
+        """The setting that says where the rules for this size begin; a run may have none of that name."""
+        return self.base or f"base_{self.name}"
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The settings of a run that it changes."""
+        return self.settings or (self.name,)
+
+    def given_to(self, cfg: Any, value: int) -> dict[str, Any]:
+        """The settings that `cfg` has at this size. Raises ConfigError for one that it cannot have."""
+        return self.change(cfg, value) if self.change else {self.name: value}
+
+    def of(self, cfg: Any) -> int:
+        """The size of a run with the settings `cfg`."""
+        return self.read(cfg) if self.read else getattr(cfg, self.name)
+
+
+def _micro_batches(cfg: Any, tokens: int) -> dict[str, Any]:
+    """So many tokens a step, by the number of micro-batches, whose size stays: sequences are as long as before."""
+    micro = cfg.micro_batch_tokens
+    if tokens % micro:
+        near = max(1, round(tokens / micro)) * micro
+        raise ConfigError(f"batch_tokens={tokens} is no multiple of micro_batch_tokens={micro}; try {near}")
+    return {"micro_batches": tokens // micro}
+
+
+def _steps(cfg: Any, tokens: int) -> dict[str, Any]:
+    """So many tokens a run, by the number of steps, whose batch stays; phases of the schedule are fractions of the run."""
+    schedule = cfg.schedule
+    steps = max(1, round(tokens * schedule.iterations / schedule.tokens))
+    if (found := _tokens_in(cfg, steps)) != tokens:
+        batch = cfg.micro_batches * cfg.micro_batch_tokens
+        raise ConfigError(f"tokens={tokens} is no whole number of steps of {batch} tokens; try {found}")
+    return {"iterations": steps}
+
+
+def _tokens_in(cfg: Any, steps: int) -> int:
+    return dataclasses.replace(cfg, iterations=steps).schedule.tokens
 
 
 WIDTH_ELSEWHERE = (
@@ -55,21 +116,89 @@ SIZES: dict[str, SizeAxis] = {
             *("n_layer", "deeper", "deepest", "shallower", "shallowest"),
             meaning="Number of layers, the depth of the model. Shallow models are cheap, deep ones are good.",
             also=("depth", "n_layers", "num_layers", "layers", "num_hidden_layers"),
+            base="base_layers",
         ),
         SizeAxis(
             "batch_tokens",
             meaning="Tokens of one optimizer step.",
             also=("batch", "batch_size", "global_batch_size"),
             most=2**53,
+            settings=("micro_batches",),
+            change=_micro_batches,
+            read=lambda cfg: cfg.micro_batches * cfg.micro_batch_tokens,
+            of_model=False,
         ),
         SizeAxis(
             *("tokens", "longer", "longest", "shorter", "shortest"),
-            meaning="Tokens of a whole run, its horizon.",
+            meaning="Tokens of a whole run, its horizon. The batch stays, the number of steps follows.",
             also=("train_tokens", "num_tokens"),
             most=2**53,
+            settings=("iterations",),
+            change=_steps,
+            read=lambda cfg: cfg.schedule.tokens,
+            of_model=False,
+        ),
+        SizeAxis(
+            *("iterations", "longer", "longest", "shorter", "shortest"),
+            meaning="Optimizer steps of a whole run, its horizon. The batch stays, the number of tokens follows.",
+            also=("steps", "num_steps", "max_steps", "train_steps"),
+            most=2**53,
+            base="base_tokens",
+            of_model=False,
         ),
     )
 }
+
+
+def sized(cfg: Any, sizes: Sizes, held_tokens: int | None = None) -> Any:
+    """The settings `cfg` at other sizes, one after another in the order of `SIZES`; all else stays.
+
+    Args:
+        cfg: A TrainConfig.
+        sizes: Name of an axis -> value.
+        held_tokens: Tokens of the run, if its steps should follow from its batch.
+
+    Raises:
+        ConfigError: For a size that no run has, and for two that are one setting.
+    """
+    wanted = dict(sizes) | ({} if held_tokens is None else {"tokens": held_tokens})
+    places = list(SIZES)
+    for name in sorted(wanted, key=lambda name: places.index(name) if name in places else -1):
+        cfg = dataclasses.replace(cfg, **size_axis(name).given_to(cfg, wanted[name]))
+    for name, value in wanted.items():
+        if (found := size_axis(name).of(cfg)) != value:
+            raise ConfigError(f"{name}={value} would be {found} next to {', '.join(n for n in wanted if n != name)}")
+    return cfg
+
+
+def size_axis(name: str) -> SizeAxis:
+    """The axis called `name`, in plain words if it is not one of SIZES."""
+    return SIZES.get(name) or SizeAxis(name)
+
+
+def told_sizes(sizes: Sizes) -> str:
+    """One place on all axes, for a reader: "width 64, n_layer 6"."""
+    return ", ".join(f"{name} {value}" for name, value in sizes.items())
+
+
+def confounded(sizes: Iterable[Sizes]) -> str:
+    """A sentence if sizes vary together, so that nothing can tell their effects apart, with what to add; else nothing."""
+    import numpy as np
+
+    some = [dict(each) for each in sizes]
+    names = [name for name in some[0] if len({each[name] for each in some}) > 1] if some else []
+    if len(names) < 2:
+        return ""
+    design = np.log2([[each[name] for name in names] for each in some])
+    if np.linalg.matrix_rank(design - design.mean(axis=0), tol=1e-6) == len(names):
+        return ""
+    ends = [(min(each[name] for each in some), max(each[name] for each in some)) for name in names]
+    for (one, (low, _)), (other, (_, high)) in itertools.permutations(zip(names, ends), 2):
+        if not any(each[one] == low and each[other] == high for each in some):
+            return (
+                f"{' and '.join(names)} vary together in these sizes; add one such as {one} {low} with {other} {high}"
+            )
+    return f"{' and '.join(names)} vary together in these sizes; add one that changes a single size"
 
 
 def with_article(name: str) -> str:
@@ -95,7 +224,7 @@ class Axes:
     @property
     def scale(self) -> SizeAxis:
         """The size axis with its words."""
-        return SIZES.get(self.size) or SizeAxis(self.size)
+        return size_axis(self.size)
 
     @property
     def plural(self) -> str:
