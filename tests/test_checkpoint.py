@@ -43,7 +43,7 @@ from speedrun_mup.training.checkpoint import (
     check_match,
     list_checkpoints,
 )
-from speedrun_mup.training.manifest import json_bytes, json_with_digest
+from speedrun_mup.training.checkpoint_manifest import json_bytes, json_with_digest
 
 KILLS = repeats(20)  # lives ended at a random time
 FLIPS = repeats(60)  # single bits

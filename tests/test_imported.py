@@ -19,7 +19,7 @@ from speedrun_mup.data.tokenizers import BpeTokenizer
 from speedrun_mup.export.dcp import import_dcp
 from speedrun_mup.training import train
 from speedrun_mup.training.checkpoint import CheckpointError
-from speedrun_mup.training.manifest import json_with_digest
+from speedrun_mup.training.checkpoint_manifest import json_with_digest
 
 WIDTH, LAYERS, ROWS = 32, 12, 384
 SHAPE = ["--head-dim", "16", "--block-size", "16", "--window-tokens", "48"]

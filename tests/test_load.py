@@ -25,8 +25,8 @@ from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.files import without_escapes
 from speedrun_mup.sampling import Sampling
 from speedrun_mup.training import load, train
+from speedrun_mup.training.checkpoint_manifest import json_with_digest
 from speedrun_mup.training.load import load_run
-from speedrun_mup.training.manifest import json_with_digest
 from speedrun_mup.training.tracking import read_metrics
 
 

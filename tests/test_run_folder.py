@@ -13,6 +13,7 @@ import torch
 from conftest import TINY
 from faults.harness import fork, wait
 from helpers.dist import run_ranks
+from helpers.runs import newest_unfinished
 from test_cli import as_flags
 from test_training import assert_same_training, curve, weights
 
@@ -21,14 +22,9 @@ from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.training.checkpoint import CheckpointError, Loaded
+from speedrun_mup.training.resume import told_of_extension
 from speedrun_mup.training.run import Run, train
-from speedrun_mup.training.run_folder import (
-    FolderLock,
-    claim_unfinished,
-    newest_unfinished,
-    saved_config,
-    told_of_extension,
-)
+from speedrun_mup.training.run_folder import FolderLock, claim_unfinished, saved_config
 from speedrun_mup.training.tracking import lives, read_metrics
 
 

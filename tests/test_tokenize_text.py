@@ -37,7 +37,7 @@ from speedrun_mup.data.tokenize_text import (
     shard_writer,
     tokenize_text,
 )
-from speedrun_mup.data.tokenize_text.settings import Job
+from speedrun_mup.data.tokenize_text.job import Job
 from speedrun_mup.data.tokenize_text.tokenizer import training_text
 from speedrun_mup.data.tokenizers import find_tokenizer, load_tokenizer
 from speedrun_mup.data.validation import ValBatches

@@ -16,6 +16,7 @@ import torch
 from faults.harness import dice, fork, repeats, wait
 from faults.torchrun import until
 from helpers.dist import run_ranks
+from helpers.runs import newest_unfinished
 from safetensors.torch import load_file
 
 from speedrun_mup.config import make_config
@@ -25,11 +26,11 @@ from speedrun_mup.data.corpus import find_corpus, write_synthetic
 from speedrun_mup.data.shards import ShardError, read_shard
 from speedrun_mup.report import plot_loss_curve
 from speedrun_mup.training.checkpoint import CheckpointError
+from speedrun_mup.training.divergence import FiniteCheck, LossSpikeDetector
 from speedrun_mup.training.memory import pick_pack
-from speedrun_mup.training.numerics import FiniteCheck, LossSpikeDetector
 from speedrun_mup.training.passes import Passes
+from speedrun_mup.training.resume import check_resumable
 from speedrun_mup.training.run import Run, train
-from speedrun_mup.training.run_folder import check_resumable, newest_unfinished
 from speedrun_mup.training.signals import stop_signals
 from speedrun_mup.training.tracking import read_metrics
 

@@ -1,9 +1,6 @@
 """The batches that training takes from a corpus of shards.
 
-There are two orders. "record" is modded-nanogpt's record 26: sequences start at a BOS token, in file order, and the tokens
-between the end of a sequence and the next BOS are skipped. "shuffled" cuts the tokens into sequences without gaps and
-shuffles these again in every epoch. Which tokens a micro-batch holds depends only on the shards, the seed and its global
-index, so the order is the same on 1 GPU and on 8, and resuming needs no state but the step.
+order.py says which sequence comes when; here they are found in the shards, read ahead, and shared by the ranks.
 """
 
 # T tokens of a micro-batch, N micro-batches of a group (of a step, if the batch is constant)
@@ -16,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -24,8 +21,7 @@ import numpy as np
 
 from speedrun_mup.config import PRESETS, TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.seeds import seed_for
-from speedrun_mup.data.order import MixtureSchedule, Permutation
+from speedrun_mup.data.order import MixtureSchedule, find_steps, record_order, shuffled_order
 from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture, Shard, ShardError, TokenRow
 
 if TYPE_CHECKING:
@@ -39,25 +35,6 @@ def to_batch(tokens: np.ndarray) -> Batch:
     import torch  # here, because what only counts tokens is done sooner without it
 
     return torch.from_numpy(tokens[:-1].astype(np.int32)), torch.from_numpy(tokens[1:].astype(np.int64))
-
-
-def find_steps(bos: np.ndarray, shard_tokens: int, T: int, N: int) -> np.ndarray:
-    """Where the micro-batches of every step that a shard holds start: (steps, N) int64, from its BOS positions (d,).
-
-    The next micro-batch starts at the first BOS that is at least T tokens after the last one's start. A step is taken
-    only while more than 2 N T + 1 tokens remain after its position, which is 0 for the first step (record 26's rule).
-    """
-    following = np.searchsorted(bos, bos + T).tolist()
-    chain, at = [], 0
-    while at < len(bos):
-        chain.append(at)
-        at = following[at]
-    starts = bos[chain]
-    steps = max(len(starts) - 1, 0) // N  # the last start is followed by no BOS that far away
-    position = starts[: steps * N : N].copy()
-    position[:1] = 0
-    steps = int(np.count_nonzero(position + 2 * N * T + 1 < shard_tokens))
-    return starts[: steps * N].reshape(steps, N)
 
 
 class EpochStats(NamedTuple):
@@ -198,7 +175,7 @@ class TrainBatches(Batches):
         self._shards: list[Shard] = []
         self._starts: list[np.ndarray] = []  # per shard (steps, N)
         self._ends: list[int] = []  # per shard: steps of the epoch up to its end
-        self._order: tuple[int, np.ndarray] | None = None  # the last shuffled epoch and its order
+        self._order = lru_cache(1)(partial(record_order, seed))
         self._lock = threading.Lock()  # the trainer and its prefetching thread both index
         self._locate(0)
 
@@ -263,7 +240,7 @@ class TrainBatches(Batches):
             if self.epochs is not None and epoch >= self.epochs:
                 raise _data_ends(self, total, group)
             if epoch > 0:
-                row = int(self._shuffled(epoch, total)[row])
+                row = int(self._order(epoch, total)[row])
         number = bisect.bisect_right(self._ends, row)
         return epoch, number, row - (self._ends[number - 1] if number else 0)
 
@@ -283,13 +260,6 @@ class TrainBatches(Batches):
         self._starts.append(starts)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(starts))
         return True
-
-    def _shuffled(self, epoch: int, total: int) -> np.ndarray:
-        """The order (total,) of the steps in `epoch`, by raw PCG64 draws: NumPy's permutation() may change some day."""
-        if self._order is None or self._order[0] != epoch:
-            draws = np.random.PCG64(seed_for(self.seed, "epoch", epoch)).random_raw(total)
-            self._order = epoch, np.argsort(draws, kind="stable")
-        return self._order[1]
 
 
 class ShuffledBatches(Batches):
@@ -317,7 +287,7 @@ class ShuffledBatches(Batches):
         if self.sequences < self.N:
             needs = f"one of {self.N} x {self.T} needs {self.N * self.T + 1:,}"
             raise _no_step(corpus, len(self._row), len(corpus.train), needs)
-        self._order = lru_cache(2)(lambda epoch: Permutation(self.sequences, seed_for(seed, "sequences", epoch)))
+        self._order = lru_cache(2)(lambda epoch: shuffled_order(seed, epoch, self.sequences))
 
     def usage(self) -> EpochStats:
         """How many tokens one epoch uses and skips."""

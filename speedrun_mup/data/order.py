@@ -1,4 +1,10 @@
-"""Which sequence comes when: a permutation that takes no memory, and whose turn it is in a mixture."""
+"""Which sequence comes when, in every epoch of both orders, and whose turn it is in a mixture. All but reading is here.
+
+"record" is modded-nanogpt's record 26: sequences start at a BOS token, in file order, and the tokens between the end of a
+sequence and the next BOS are skipped; later epochs shuffle the steps. "shuffled" cuts the tokens into sequences without
+gaps and shuffles these again in every epoch. An order depends only on the shards, the seed and the index of a sequence in
+the whole run, so it is the same on 1 GPU and on 8, and resuming needs no state but the step.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from speedrun_mup.core.seeds import seed_for
 from speedrun_mup.data.shards import MIXTURE_PERIOD
+
+
+def find_steps(bos: np.ndarray, shard_tokens: int, T: int, N: int) -> np.ndarray:
+    """Where the micro-batches of every step that a shard holds start: (steps, N) int64, from its BOS positions (d,).
+
+    The next micro-batch starts at the first BOS that is at least T tokens after the last one's start. A step is taken
+    only while more than 2 N T + 1 tokens remain after its position, which is 0 for the first step (record 26's rule).
+    """
+    following = np.searchsorted(bos, bos + T).tolist()
+    chain, at = [], 0
+    while at < len(bos):
+        chain.append(at)
+        at = following[at]
+    starts = bos[chain]
+    steps = max(len(starts) - 1, 0) // N  # the last start is followed by no BOS that far away
+    position = starts[: steps * N : N].copy()
+    position[:1] = 0
+    steps = int(np.count_nonzero(position + 2 * N * T + 1 < shard_tokens))
+    return starts[: steps * N].reshape(steps, N)
+
+
+def record_order(seed: int, epoch: int, steps: int) -> np.ndarray:
+    """Which step comes when in an epoch of the record's order, (steps,); epoch 0 takes them as they come.
+
+    By raw PCG64 draws, because NumPy's permutation() may change some day.
+    """
+    draws = np.random.PCG64(seed_for(seed, "epoch", epoch)).random_raw(steps)
+    return np.argsort(draws, kind="stable")
+
+
+def shuffled_order(seed: int, epoch: int, sequences: int) -> Permutation:
+    """Which sequence comes when in an epoch of the shuffled order."""
+    return Permutation(sequences, seed_for(seed, "sequences", epoch))
 
 
 def _mixed(x: int) -> int:

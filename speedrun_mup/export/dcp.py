@@ -15,8 +15,8 @@ from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.export import Request
 from speedrun_mup.files import printable
 from speedrun_mup.training.checkpoint import Loaded
+from speedrun_mup.training.checkpoint_manifest import CheckpointError
 from speedrun_mup.training.load import find_checkpoint
-from speedrun_mup.training.manifest import CheckpointError
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from speedrun_mup.core.model.record import strip_compiled, to_record, unpack_sca
 from speedrun_mup.export import Request
 from speedrun_mup.files import open_regular, printable, whole_file
 from speedrun_mup.training.checkpoint import Loaded
+from speedrun_mup.training.checkpoint_manifest import CheckpointError, DamagedCheckpoint, os_faults
 from speedrun_mup.training.load import find_checkpoint
-from speedrun_mup.training.manifest import CheckpointError, DamagedCheckpoint, os_faults
 from speedrun_mup.training.model_config import Vocabulary, model_config
 
 RANKS = 8  # of the record, which pads its scalars to a multiple of them

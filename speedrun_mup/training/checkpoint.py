@@ -39,7 +39,7 @@ from speedrun_mup.core.model.record import SCALARS, ranges_of_scalars
 from speedrun_mup.core.optimizers import Slice
 from speedrun_mup.core.utils import World
 from speedrun_mup.files import open_regular, printable, sync_folder
-from speedrun_mup.training.manifest import (
+from speedrun_mup.training.checkpoint_manifest import (
     MANIFEST,
     MODEL,
     SCHEMA,

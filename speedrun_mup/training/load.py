@@ -28,8 +28,8 @@ from speedrun_mup.sampling import Sampling
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.model_config import model_config
-from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
-from speedrun_mup.training.run_folder import checked_state, saved_config
+from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS, checked_state
+from speedrun_mup.training.run_folder import saved_config
 from speedrun_mup.training.schedules import Schedule
 from speedrun_mup.training.tracking import read_metrics
 

@@ -16,7 +16,13 @@ from speedrun_mup.core.errors import Diverged, NonFiniteError
 from speedrun_mup.core.model import GPT
 from speedrun_mup.data.batches import Batches
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints
-from speedrun_mup.training.numerics import FiniteCheck, LossSpikeDetector, exploded_weights, failed_to_learn, not_finite
+from speedrun_mup.training.divergence import (
+    FiniteCheck,
+    LossSpikeDetector,
+    exploded_weights,
+    failed_to_learn,
+    not_finite,
+)
 from speedrun_mup.training.run_folder import RunFolder
 
 SAVE_ATTEMPTS = 3  # failed saves in a row before the run gives up

@@ -1,7 +1,11 @@
-"""What a run takes from a checkpoint: everything, to resume, or the weights only, to begin another run with them."""
+"""What a run takes from a checkpoint: everything, to resume, or the weights only, to begin another run with them.
+
+What a resume may change is said where a setting is declared (`affects` and `on_resume`); `check_resumable` holds it to that.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, known_settings, settings
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
@@ -19,11 +23,90 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded, check_match
 from speedrun_mup.training.model_config import model_config
-from speedrun_mup.training.run_folder import check_resumable, checked_state, is_longer, told_of_extension
 from speedrun_mup.training.tracking import lives, source_sha256
 
 # What earlier checkpoints lack. Those before schedules counted skipped data in steps, as data_offset.
 DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data_offset": 0, "skipped_micro_batches": 0, "losses": []}
+
+
+_STATE: dict[str, Any] = {  # what a checkpoint says about its run
+    "step": int,
+    "train_s": int | float,
+    "data_offset": int,
+    "skipped_micro_batches": int,
+    "val_loss": int | float | None,
+    "losses": list,
+    "optimizer_steps": dict,
+    "corpus": str,
+    "config": dict,
+}
+
+
+def checked_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state in the checkpoint `path`, which may be anybody's. DamagedCheckpoint unless a run could have written it."""
+    lists = {name: state.get(name) for name in ("losses", "optimizer_steps")}
+    steps = lists["optimizer_steps"]
+    counts = [state.get(name) for name in ("step", "data_offset", "skipped_micro_batches")]
+    counts += [*(steps.values() if isinstance(steps, dict) else ())]
+    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name, ()), kind)]
+    wrong += ["a count"] * any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
+    if not wrong:
+        numbers = [*state["losses"], state["train_s"], state["val_loss"] or 0.0]
+        wrong = ["a number"] * any(type(number) not in (int, float) or not abs(number) < 1e300 for number in numbers)
+        wrong += ["iterations"] * (type(state["config"].get("iterations")) is not int)
+    if wrong:
+        raise DamagedCheckpoint(
+            f"{printable(path)}: its state has no right {wrong[0]}; remove it, or restore it from a copy"
+        )
+    return state
+
+
+def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError listing every setting that differs from those that `path` was made with.
+
+    A run may get longer; `told_of_extension` says what that means.
+    """
+    if not state["corpus"]:
+        raise CheckpointError(
+            f"{path} was imported, without what its optimizers held; begin a run with --init-from {path}"
+        )
+    now, before = vars(cfg), known_settings(state["config"])
+    fixed = [key for key, meta in settings().items() if meta.must_match and before[key] != now[key]]
+    if longer := is_longer(before["iterations"], cfg.iterations):
+        fixed.remove("iterations")
+    differ = [f"{key} was {printable(before[key])}, is {now[key]}" for key in fixed]
+    if not corpus.is_known_as(state["corpus"]):
+        differ.append("the corpus is not the same")
+    if longer and not fixed:
+        shorter = dataclasses.replace(cfg, iterations=before["iterations"]).schedule
+        if not cfg.schedule.agrees(shorter, state.get("step", 0)):
+            differ.append(
+                f"iterations was {before['iterations']}, is {cfg.iterations}, which moves stages that it went through"
+            )
+    if differ:
+        raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
+
+
+def is_longer(before: Any, now: int) -> bool:
+    """Whether a run of `before` steps is extended by asking for `now`."""
+    return isinstance(before, int) and before < now
+
+
+def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
+    """What it does to the schedules that a run of `before` steps continues to `cfg.iterations` from step `start`."""
+    now, cooled = cfg.iterations, math.ceil(before * (1 - cfg.cooldown))
+    said = (
+        f"extended from {before} to {now} steps: the attention window and the cooldown of the learning rate, now from step "
+        f"{math.ceil(now * (1 - cfg.cooldown))}, are laid over the new length"
+    )
+    if start <= cooled:
+        return f"{said}; up to step {start} the learning rate was that of the longer run too"
+    fell, rises = (dataclasses.replace(cfg, iterations=length).schedule.at(start).lr_factor for length in (before, now))
+    return (
+        f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its peak, and "
+        f"it continues at {rises:.2f}: the result is not that of {now} steps from the start; for that, start again, or "
+        f"delete the checkpoints after step {cooled} if an older one was kept (--keep-every), and resume"
+    )
 
 
 def restore(

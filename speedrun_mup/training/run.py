@@ -30,13 +30,13 @@ from speedrun_mup.sample import Writer
 from speedrun_mup.sampling import Sampling
 from speedrun_mup.training.build import build_optimizers, prepare_corpus
 from speedrun_mup.training.checkpoint import Checkpoints
+from speedrun_mup.training.divergence import LossSpikeDetector
 from speedrun_mup.training.hardware import short_waits
 from speedrun_mup.training.memory import translate_oom
-from speedrun_mup.training.numerics import LossSpikeDetector
 from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.recovery import Recovery, RollBack
-from speedrun_mup.training.resume import restore, take_weights, told_of_other_code
-from speedrun_mup.training.run_folder import FolderLock, RunFolder, check_resumable, saved_config
+from speedrun_mup.training.resume import check_resumable, restore, take_weights, told_of_other_code
+from speedrun_mup.training.run_folder import FolderLock, RunFolder, saved_config
 from speedrun_mup.training.signals import StoppedEarly, StopSignals, stop_signals
 from speedrun_mup.training.tracking import source_sha256
 

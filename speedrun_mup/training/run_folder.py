@@ -1,4 +1,4 @@
-"""The folder of a run: who works in it, whether a run can resume in it, and which one `--resume auto` takes.
+"""The folder of a run: who works in it, what it holds, and which one `--resume auto` takes.
 
 A folder may be foreign: nothing here follows a link, waits for a FIFO, or ends in a traceback.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -16,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json, known_settings, settings, to_json
+from speedrun_mup.config import TrainConfig, from_json, settings, to_json
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError, UserError
-from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import FolderLock, open_to_append, printable, read_text, write_whole
-from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from speedrun_mup.training.checkpoint import Checkpoints
 from speedrun_mup.training.tracking import (
     CONFIG,
     LOG,
@@ -158,7 +156,7 @@ def _cannot_write(cfg: TrainConfig, folder: Path, fault: OSError) -> ConfigError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether a run can resume in it
+# The run that is in it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -177,86 +175,6 @@ def saved_config(folder: Path) -> TrainConfig:
 def is_finished(folder: Path) -> bool:
     """Whether the run in `folder` came to its end, the last validation included."""
     return read_status(folder)["status"] == "finished"
-
-
-_STATE: dict[str, Any] = {  # what a checkpoint says about its run
-    "step": int,
-    "train_s": int | float,
-    "data_offset": int,
-    "skipped_micro_batches": int,
-    "val_loss": int | float | None,
-    "losses": list,
-    "optimizer_steps": dict,
-    "corpus": str,
-    "config": dict,
-}
-
-
-def checked_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The state in the checkpoint `path`, which may be anybody's. DamagedCheckpoint unless a run could have written it."""
-    lists = {name: state.get(name) for name in ("losses", "optimizer_steps")}
-    steps = lists["optimizer_steps"]
-    counts = [state.get(name) for name in ("step", "data_offset", "skipped_micro_batches")]
-    counts += [*(steps.values() if isinstance(steps, dict) else ())]
-    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name, ()), kind)]
-    wrong += ["a count"] * any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
-    if not wrong:
-        numbers = [*state["losses"], state["train_s"], state["val_loss"] or 0.0]
-        wrong = ["a number"] * any(type(number) not in (int, float) or not abs(number) < 1e300 for number in numbers)
-        wrong += ["iterations"] * (type(state["config"].get("iterations")) is not int)
-    if wrong:
-        raise DamagedCheckpoint(
-            f"{printable(path)}: its state has no right {wrong[0]}; remove it, or restore it from a copy"
-        )
-    return state
-
-
-def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError listing every setting that differs from those that `path` was made with.
-
-    A run may get longer; `told_of_extension` says what that means.
-    """
-    if not state["corpus"]:
-        raise CheckpointError(
-            f"{path} was imported, without what its optimizers held; begin a run with --init-from {path}"
-        )
-    now, before = vars(cfg), known_settings(state["config"])
-    fixed = [key for key, meta in settings().items() if meta.must_match and before[key] != now[key]]
-    if longer := is_longer(before["iterations"], cfg.iterations):
-        fixed.remove("iterations")
-    differ = [f"{key} was {printable(before[key])}, is {now[key]}" for key in fixed]
-    if not corpus.is_known_as(state["corpus"]):
-        differ.append("the corpus is not the same")
-    if longer and not fixed:
-        shorter = dataclasses.replace(cfg, iterations=before["iterations"]).schedule
-        if not cfg.schedule.agrees(shorter, state.get("step", 0)):
-            differ.append(
-                f"iterations was {before['iterations']}, is {cfg.iterations}, which moves stages that it went through"
-            )
-    if differ:
-        raise CheckpointError(f"{path} belongs to another run: {'; '.join(differ)}; resume without changing these")
-
-
-def is_longer(before: Any, now: int) -> bool:
-    """Whether a run of `before` steps is extended by asking for `now`."""
-    return isinstance(before, int) and before < now
-
-
-def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
-    """What it does to the schedules that a run of `before` steps continues to `cfg.iterations` from step `start`."""
-    now, cooled = cfg.iterations, math.ceil(before * (1 - cfg.cooldown))
-    said = (
-        f"extended from {before} to {now} steps: the attention window and the cooldown of the learning rate, now from step "
-        f"{math.ceil(now * (1 - cfg.cooldown))}, are laid over the new length"
-    )
-    if start <= cooled:
-        return f"{said}; up to step {start} the learning rate was that of the longer run too"
-    fell, rises = (dataclasses.replace(cfg, iterations=length).schedule.at(start).lr_factor for length in (before, now))
-    return (
-        f"{said}; step {start} lies in the old cooldown, where the learning rate had fallen to {fell:.2f} of its peak, and "
-        f"it continues at {rises:.2f}: the result is not that of {now} steps from the start; for that, start again, or "
-        f"delete the checkpoints after step {cooled} if an older one was kept (--keep-every), and resume"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,15 +247,6 @@ def _differs(name: str, saved: Mapping[str, Any], value: Any) -> bool:
 
 def _why(fault: Exception) -> str:
     return str(fault) if isinstance(fault, UserError) else getattr(fault, "strerror", None) or str(fault)
-
-
-def newest_unfinished(out: Path) -> Path | None:
-    """The run folder in `out` that `--resume auto` would take."""
-    lock = claim_unfinished(out)
-    if lock is None:
-        return None
-    lock.close()
-    return lock.folder
 
 
 def run_of_launch(out: Path) -> Path | None:

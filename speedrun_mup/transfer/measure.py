@@ -12,22 +12,11 @@ import numpy as np
 from speedrun_mup.files import printable
 from speedrun_mup.transfer.axes import Axes, with_article
 from speedrun_mup.transfer.claims import Doubt, open_doubts, refuse_copies, values_doubt
-from speedrun_mup.transfer.fits import (
-    Array,
-    Estimate,
-    LossTable,
-    Noise,
-    SizeFit,
-    build_loss_table,
-    fit_size,
-    optima,
-    propagate,
-    slope_weights,
-)
-from speedrun_mup.transfer.larger import larger_is_better
+from speedrun_mup.transfer.drift import measure_arm
+from speedrun_mup.transfer.fits import Array, LossTable, Noise, build_loss_table, fit_size
 from speedrun_mup.transfer.points import CurveKey, Point, TransferError
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.settings import ROUNDED
+from speedrun_mup.transfer.setting_columns import ROUNDED
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 
 MOST_SIZES = 600  # curves of one size and one arm, of all arms together
@@ -36,8 +25,6 @@ MOST_SIZES = 600  # curves of one size and one arm, of all arms together
 EXPLODED = 10.0
 NO_GAIN = 0.01  # of the loss: less than four times the size gives in any sweep of ours
 HUGE = 1e30  # a loss beyond this is no number, whatever the others are
-MOST_SEEDS_WORTH = 10  # times those there are; beyond, the sweep is wrong and not small
-TOO_NOISY = "far too noisy for more seeds to settle it: train longer, or on a wider span of"
 
 
 def measure_transfer(
@@ -103,9 +90,7 @@ def measure_transfer(
         fits = tuple(fit_size(arm, table, noise, thresholds, resamples, seed) for table in tables[arm])
         base = base_size or min(placed[arm])
         rng = np.random.default_rng([seed, *arm.encode()])
-        arms[arm] = _measure_arm(
-            arm, axes, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng
-        )
+        arms[arm] = measure_arm(arm, axes, base, fits, problems[arm], noise, controls.get(arm), curves, thresholds, rng)
     notes = [*notes, *(text for one in arms.values() for text in _alike(one, thresholds))]
     counted = [doubt for doubt in doubts if doubt.arm is None or doubt.arm in tested | set(controls)]
     return _doubting(axes, arms, tested, thresholds, counted, accept, tuple(notes))
@@ -217,136 +202,6 @@ def _doubting(
     return TransferResult(
         axes, told, Verdict.INCONCLUSIVE if left else verdict, (*texts, *reasons), thresholds, tuple(left), notes
     )
-
-
-def _measure_arm(
-    arm: str,
-    axes: Axes,
-    base_size: int,
-    fits: tuple[SizeFit, ...],
-    problems: Sequence[str],
-    noise: Noise,
-    predicted: float | None,
-    curves: Mapping[CurveKey, Array],
-    thresholds: Thresholds,
-    rng: np.random.Generator,
-) -> ArmResult:
-    """Drift, regret, "larger is better" and the verdict of one arm."""
-    usable = [fit for fit in fits if not fit.problems]
-    base = next((fit for fit in usable if fit.size == base_size), None)
-    trouble = [*problems, *(text for fit in fits for text in fit.problems)]
-    drift = shift = regret = larger = None
-    if len(usable) > 1:
-        weights, (wide, narrow) = slope_weights(usable), optima(usable)
-        drift = Estimate(propagate(weights * wide, usable, noise, rng))
-        shift = Estimate((weights * (narrow - wide)).sum(axis=0))
-        trouble += _scatter(usable, drift.value, thresholds)
-    if base:
-        regret = Estimate(_regret(base, usable[-1], noise, rng))
-    mine = {key: curve for key, curve in curves.items() if key[0] == arm}
-    if base and mine:
-        larger = larger_is_better(mine, base.optimum, axes, thresholds)
-    verdict, reasons = _judge_arm(axes, fits, usable, drift, shift, regret, trouble, thresholds)
-    return ArmResult(
-        arm, axes, base_size, fits, drift, shift, regret, noise, predicted, larger, verdict, tuple(reasons)
-    )
-
-
-def _regret(base: SizeFit, largest: SizeFit, noise: Noise, rng: np.random.Generator) -> Array:
-    """Nats lost at `largest` by the optimum of `base`, (R,); what separates the optima is spread out to Student's t."""
-    if base is largest:
-        return np.zeros(len(base.means))
-    apart = propagate(np.stack([base.quadratic.vertex, -largest.quadratic.vertex]), (base, largest), noise, rng)
-    return largest.loss_at(largest.quadratic.vertex + apart) - largest.quadratic.min_loss
-
-
-def _scatter(usable: Sequence[SizeFit], drift: float, thresholds: Thresholds) -> tuple[str, ...]:
-    """A sentence if the optima do not lie on a line, so that a small slope would say little."""
-    at = np.array([fit.optimum for fit in usable])
-    errors = np.nan_to_num([fit.optimum_se for fit in usable])
-    doublings = np.log2([fit.size for fit in usable])
-    weights = [fit.weight for fit in usable]
-    rest = at - np.average(at, weights=weights) - drift * (doublings - np.average(doublings, weights=weights))
-    excess = np.abs(rest) - np.maximum(thresholds.max_scatter, 3 * errors)
-    worst = int(excess.argmax())
-    if excess[worst] <= 0:
-        return ()
-    return (
-        f"{usable[worst].place}: optimum {rest[worst]:+.2f} (log2) off the line through all {usable[worst].table.axes.plural}",
-    )
-
-
-def _judge_arm(
-    axes: Axes,
-    fits: Sequence[SizeFit],
-    usable: Sequence[SizeFit],
-    drift: Estimate | None,
-    shift: Estimate | None,
-    regret: Estimate | None,
-    trouble: Sequence[str],
-    thresholds: Thresholds,
-) -> tuple[Verdict, list[str]]:
-    """One arm's verdict with its reasons: what blocks a verdict, else what fails, else what falls short of a pass."""
-    if drift is None or shift is None:
-        return Verdict.INCONCLUSIVE, [*trouble, f"{len(usable)} usable {axes.plural}: no drift without two"]
-    limit, bound = thresholds.equivalence, thresholds.max_drift
-    low, high = drift.interval()
-    measured = f"drift {drift} in log2 per doubling"
-    blocked = list(trouble)
-    sizes = [fit.size for fit in fits]
-    if len(sizes) < thresholds.min_sizes or sizes[-1] < thresholds.min_span * sizes[0]:
-        need = f"{thresholds.min_sizes} {axes.plural} that span a factor of {thresholds.min_span:g}"
-        blocked.append(f"{axes.plural} {', '.join(map(str, sizes))} are too few or too close: needs {need}")
-    if math.isnan(low):
-        blocked.append(
-            "the noise is unknown: run some points with a second seed, or give its standard deviation, such as --sigma 0.005"
-        )
-    if blocked:
-        return Verdict.INCONCLUSIVE, [*blocked, f"{measured} over {len(usable)} {axes.plural}"]
-
-    largest = usable[-1]
-    allowed = max(thresholds.max_regret, thresholds.regret_sigmas * (largest.sigma or 0.0))
-    cost = f"regret {regret.value:.4f} nats at {largest.place}, allowed {allowed:.4f}" if regret else ""
-    if regret and math.isinf(regret.value):
-        cost = f"{largest.place} diverges at the base {axes.size}'s optimum"
-    failed = []
-    if low > bound or high < -bound:
-        failed.append(f"{measured}: beyond the tolerated +-{bound:g}")
-    if regret and regret.interval()[0] > allowed:
-        failed.append(cost)
-    if failed:
-        return Verdict.FAIL, failed
-
-    short = _short_of_a_pass(drift, shift, axes, thresholds)
-    if regret and regret.value > allowed:
-        short.append(f"{cost}, but noise could explain it")
-    if short:
-        return Verdict.INCONCLUSIVE, short
-    return Verdict.PASS, [f"{measured}: inside +-{limit:g}, and at most {bound:g}", cost]
-
-
-def _short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: Thresholds) -> list[str]:
-    """Why a drift that does not fail is no pass either, with what would settle it."""
-    limit, bound = thresholds.equivalence, thresholds.max_drift
-    low, high = drift.interval()
-    measured, short = f"drift {drift} in log2 per doubling", []
-    if not -limit < low <= high < limit:
-        text = f"{measured}: the interval is not inside +-{limit:g}"
-        if abs(drift.value) < bound:
-            reach = max(high - drift.value, drift.value - low)
-            more = max(2, math.ceil((reach / (limit - abs(drift.value))) ** 2))
-            enough = f"about {more} times the seeds would settle it"
-            text += f"; {enough}" if more <= MOST_SEEDS_WORTH else f"; {TOO_NOISY} {axes.plural}"
-        else:
-            text += f"; a {axes.scale.larger} {axes.size} would settle it sooner than more seeds"
-        short.append(text)
-    elif abs(drift.value) > bound:
-        short.append(f"{measured}: more than {bound:g}, but not certainly")
-    narrowly = drift.value + shift.value
-    if abs(shift.value) > 2 * shift.se and (abs(shift.value) > thresholds.max_window_shift or abs(narrowly) > bound):
-        narrow = f"drift {narrowly:+.3f} from the narrow window, {drift.value:+.3f} from the wide one"
-        short.append(f"{narrow}: the answer depends on the window; add half-step points near the optima")
-    return short
 
 
 def _beaten(tested: ArmResult, arms: Iterable[ArmResult]) -> Iterator[str]:

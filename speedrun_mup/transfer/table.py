@@ -14,7 +14,7 @@ from speedrun_mup.files import SMALL, printable, read_bytes
 from speedrun_mup.transfer.axes import RATE, SIZES, Axes
 from speedrun_mup.transfer.claims import Doubt
 from speedrun_mup.transfer.points import Point, TransferError
-from speedrun_mup.transfer.settings import is_setting, judge_settings
+from speedrun_mup.transfer.setting_columns import is_setting, judge_settings
 
 ROLES = ("seed", "loss", "arm")  # and those of the two axes
 OPTIONAL = ("seed", "arm")

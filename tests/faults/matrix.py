@@ -26,7 +26,7 @@ PICTURES = "tests/test_pictures.py"
 TERMINAL = "tests/test_terminal.py"
 DOCTOR = "tests/test_doctor.py"
 DAMAGED = "tests/test_damaged_runs.py"
-NUMERICS = "tests/test_numerics.py"
+DIVERGENCE = "tests/test_divergence.py"
 RUN_FOLDER = "tests/test_run_folder.py"
 SLURM = "tests/test_slurm.py"
 CLI = "tests/test_cli.py"
@@ -780,15 +780,15 @@ MATRIX = _rows(
         "rates of 1e6, 1e30 or 1e37, under any policy",
         "exit code 5, status diverged, no bad checkpoint",
         [
-            f"{NUMERICS}::test_weights_that_explode_end_a_run_under_every_policy",
-            f"{NUMERICS}::test_a_model_that_saturates_for_ever_diverged_though_its_loss_is_no_higher",
-            f"{NUMERICS}::test_a_short_honest_run_did_not_diverge",
+            f"{DIVERGENCE}::test_weights_that_explode_end_a_run_under_every_policy",
+            f"{DIVERGENCE}::test_a_model_that_saturates_for_ever_diverged_though_its_loss_is_no_higher",
+            f"{DIVERGENCE}::test_a_short_honest_run_did_not_diverge",
         ],
     ),
     (
         "a loss that ends above its start",
         "the same; the last good checkpoint is kept",
-        [f"{NUMERICS}::test_a_run_that_ends_above_where_it_began_keeps_its_last_good_checkpoint"],
+        [f"{DIVERGENCE}::test_a_run_that_ends_above_where_it_began_keeps_its_last_good_checkpoint"],
     ),
     (
         "an extended run is interrupted",

@@ -200,7 +200,9 @@ def test_fuzzed_configs(tmp_path):
 @pytest.mark.slow
 def test_a_corrupt_config_does_not_end_the_search_for_a_run(tiny):
     """--resume auto meets a folder whose config cannot be read: it goes on to the next, with a line."""
-    from speedrun_mup.training.run_folder import claim_unfinished, newest_unfinished
+    from helpers.runs import newest_unfinished
+
+    from speedrun_mup.training.run_folder import claim_unfinished
 
     out, said = Path(tiny().out), list[str]()
     with closing(Run(tiny(name="a", iterations=1), World())):

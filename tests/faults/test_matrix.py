@@ -44,9 +44,8 @@ from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.manifest import write_manifest
 from speedrun_mup.data.shards import ShardError, measure_shard, read_shard, write_shard
 from speedrun_mup.training.checkpoint import STATE, CheckpointError, Checkpoints, Loaded
-from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS
+from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS, check_resumable
 from speedrun_mup.training.run import Run, train
-from speedrun_mup.training.run_folder import check_resumable
 from speedrun_mup.training.tracking import read_metrics
 
 SIGNALS = repeats(6)  # at random times

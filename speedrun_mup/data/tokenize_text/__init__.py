@@ -7,8 +7,8 @@ the same command: it believes the note as far as the hashes and the text confirm
 and the part of a document depend on its text, its number and the seed alone, so the result is the same byte for byte.
 """
 
+from speedrun_mup.data.tokenize_text.job import ORDERS, TextSettings
 from speedrun_mup.data.tokenize_text.run import tokenize_text
-from speedrun_mup.data.tokenize_text.settings import ORDERS, TextSettings
 from speedrun_mup.data.tokenize_text.split import FEWEST_VAL
 
 __all__ = ["FEWEST_VAL", "ORDERS", "TextSettings", "tokenize_text"]

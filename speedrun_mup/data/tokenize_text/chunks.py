@@ -13,7 +13,7 @@ from tqdm import tqdm
 from speedrun_mup.core.errors import UserError
 from speedrun_mup.data.documents import START, Document, Position
 from speedrun_mup.data.external_sort import PieceFacts
-from speedrun_mup.data.tokenize_text.settings import TextSettings
+from speedrun_mup.data.tokenize_text.job import TextSettings
 
 CHUNK_CHARS, CHUNK_DOCUMENTS = 2**19, 1000  # what one thread encodes at a time
 _NAMED = 20  # bad documents, each with a line of its own

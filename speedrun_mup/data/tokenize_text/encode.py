@@ -17,8 +17,8 @@ from speedrun_mup.data.documents import Document, DocumentReader, Position
 from speedrun_mup.data.sources import SourceError
 from speedrun_mup.data.tokenize_text import progress
 from speedrun_mup.data.tokenize_text.chunks import Chunk, Encoded, Row, Step, chained, chunks_of, hashed, name_bad
+from speedrun_mup.data.tokenize_text.job import PARTS, Job, TextSettings
 from speedrun_mup.data.tokenize_text.progress import Progress
-from speedrun_mup.data.tokenize_text.settings import PARTS, Job, TextSettings
 from speedrun_mup.data.tokenizers import Tokenizer, panics_as_faults
 from speedrun_mup.files import printable
 

@@ -18,7 +18,7 @@ from speedrun_mup.data.external_sort import Piece, PieceFacts, write_piece
 from speedrun_mup.data.shards import ShardFacts, digest_of, file_sha256
 from speedrun_mup.data.sources import Source
 from speedrun_mup.data.tokenize_text.chunks import Counts, Encoded, Step, sort_keys
-from speedrun_mup.data.tokenize_text.settings import PARTS, Job, TextSettings, other_corpus
+from speedrun_mup.data.tokenize_text.job import PARTS, Job, TextSettings, other_corpus
 from speedrun_mup.files import printable, read_json, sync_folder, write_whole
 
 PROGRESS, SOURCES = "progress.json", "sources.json"

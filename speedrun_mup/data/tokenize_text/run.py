@@ -16,8 +16,8 @@ from speedrun_mup.data.manifest import open_corpus, write_manifest
 from speedrun_mup.data.shards import MANIFEST, TOKENIZER_FILE, UNFINISHED, Corpus, sole_writer
 from speedrun_mup.data.sources import STDIN, find_sources
 from speedrun_mup.data.tokenize_text.encode import read_text
+from speedrun_mup.data.tokenize_text.job import PARTS, Job, TextSettings, other_corpus
 from speedrun_mup.data.tokenize_text.progress import PROGRESS, SOURCES, Progress
-from speedrun_mup.data.tokenize_text.settings import PARTS, Job, TextSettings, other_corpus
 from speedrun_mup.data.tokenize_text.shard_writer import write_shards
 from speedrun_mup.data.tokenize_text.split import NothingToKeep, describe, split_parts
 from speedrun_mup.data.tokenize_text.tokenizer import ready_tokenizer, trained_tokenizer

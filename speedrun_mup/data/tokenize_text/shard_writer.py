@@ -16,8 +16,8 @@ from tqdm import tqdm
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.external_sort import Block, Merge, Piece
 from speedrun_mup.data.shards import ShardFacts, shard_header
+from speedrun_mup.data.tokenize_text.job import Job
 from speedrun_mup.data.tokenize_text.progress import Progress
-from speedrun_mup.data.tokenize_text.settings import Job
 from speedrun_mup.data.tokenizers import Tokenizer
 from speedrun_mup.files import new_file
 

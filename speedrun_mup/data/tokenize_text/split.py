@@ -10,8 +10,8 @@ from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.external_sort import Piece, split_piece
 from speedrun_mup.data.sources import Source, SourceError
 from speedrun_mup.data.tokenize_text.chunks import NewDocument
+from speedrun_mup.data.tokenize_text.job import PARTS, Job
 from speedrun_mup.data.tokenize_text.progress import Progress
-from speedrun_mup.data.tokenize_text.settings import PARTS, Job
 from speedrun_mup.files import printable
 
 FEWEST_VAL, _MOST_OF = 16, 5  # documents for validation whatever the share, but no more than one in so many for that

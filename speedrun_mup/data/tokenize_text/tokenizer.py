@@ -12,8 +12,8 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import TOKENIZER_FILE
 from speedrun_mup.data.sources import STDIN, Source
 from speedrun_mup.data.tokenize_text.chunks import NewDocument, Step, chunks_of
+from speedrun_mup.data.tokenize_text.job import Job, TextSettings
 from speedrun_mup.data.tokenize_text.progress import Progress
-from speedrun_mup.data.tokenize_text.settings import Job, TextSettings
 from speedrun_mup.data.tokenize_text.split import NothingToKeep, Smallest, no_text, one_document
 from speedrun_mup.data.tokenizers import BpeTokenizer, Tokenizer, find_tokenizer, read_tokenizer, trained_vocab_size
 from speedrun_mup.files import printable

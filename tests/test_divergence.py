@@ -12,7 +12,7 @@ from helpers.dist import run_ranks
 from speedrun_mup.core.errors import Diverged, NonFiniteError
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.checkpoint import Loaded
-from speedrun_mup.training.numerics import exploded_weights, failed_to_learn
+from speedrun_mup.training.divergence import exploded_weights, failed_to_learn
 from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.schedules import lr_factor
 from speedrun_mup.training.tracking import read_metrics
