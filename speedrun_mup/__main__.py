@@ -33,7 +33,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
     code = main(argv)
     trackers = sys.modules.get("speedrun_mup.training.trackers")  # not imported: there was no tracker
-    if trackers and trackers.Tracker.abandoned:  # it is not asked to clean up: that may hang, or end in a traceback
+    groups = sys.modules.get("speedrun_mup.core.distributed")
+    # A tracker that was given up is not asked to clean up: that may hang, or end in a traceback. Threads of a process
+    # group may still be giving up tensors: one that does so while the interpreter is taken down aborts the process.
+    if (trackers and trackers.Tracker.abandoned) or (groups and groups.has_left()):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or None
                 stream.flush()

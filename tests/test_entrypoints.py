@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.dist import new_store
 
 from speedrun_mup import __main__ as entry
 from speedrun_mup.training.tracking import read_metrics
@@ -51,6 +52,30 @@ def test_scripts_work_from_any_folder(script, tmp_path):
     for name in ("checkpoints/step-00000003/model.safetensors", "loss.png", "metrics.jsonl", "config.json"):
         assert (tmp_path / "runs" / "a" / name).exists()
     assert "validation loss" in done.stdout and "loss curve" in done.stdout
+
+
+@pytest.mark.dist
+def test_ranks_end_without_taking_the_interpreter_down(tmp_path):
+    # Threads of gloo may outlive a group for a moment, and abort a process whose interpreter is taken down meanwhile.
+    program = (
+        "import atexit, os, sys; from speedrun_mup.__main__ import main; atexit.register(os.abort); "
+        f"sys.exit(main(['train', '--iterations', '1', '--out', {str(tmp_path)!r}, *{TINY!r}]))"
+    )
+    store = new_store()
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | place | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "validation loss" in said[0] and not said[1]
 
 
 @pytest.mark.slow

@@ -325,10 +325,20 @@ def join_world(device: str = "auto", timeout_s: float = 600.0, strict: bool = Fa
     return World(rank, size, chosen, strict, timeout_s)
 
 
+_left = False
+
+
 def leave_world() -> None:
     """Leave the process group, if this process is in one."""
+    global _left
     if dist.is_initialized():
         dist.destroy_process_group()
+        _left = True
+
+
+def has_left() -> bool:
+    """Whether this process was one of several. Threads of its group may outlive the group for a moment."""
+    return _left
 
 
 def stop_with_parent() -> None:
