@@ -155,6 +155,25 @@ def test_the_rule_trains_the_model_with_written_out_factors():
     assert unruled != pytest.approx(expected, rel=1e-2)
 
 
+def test_the_share_of_layers_with_value_embeddings_is_that_of_the_base():
+    """Else what they add would fade as layers and their factors are added. Without base layers, or below, nothing changes."""
+
+    def pattern(n_layer, base_layers=None):
+        shape = GPTConfig(n_layer=n_layer, base_layers=base_layers)
+        found = [shape.value_embed_of(layer) for layer in range(n_layer)]
+        return "".join("." if which is None else str(which) for which in found)
+
+    assert pattern(12) == pattern(12, 12) == "012......012"
+    assert pattern(24, 12) == "001122............001122" and pattern(24, 6) == "000011112222" * 2
+    assert pattern(24) == pattern(24, 24) == "012" + 18 * "." + "012"
+    assert pattern(6, 12) == "012012" and pattern(7, 6) == "012.012" and pattern(10, 6) == "0011200112"
+    for n_layer in (5, 7, 9, 18, 31):
+        for base in (2, 5, 6, 12):
+            shape = GPTConfig(n_layer=n_layer, base_layers=base)
+            used = [shape.value_embed_of(layer) for layer in range(n_layer)]
+            assert {*used} - {None} == {*range(shape.value_embeds)}  # none of them is idle
+
+
 def test_the_first_values_of_what_adds_to_the_stream_fall_with_depth():
     module = nn.Module()
     module.last = nn.Parameter(torch.empty(16, 16))

@@ -9,6 +9,7 @@ from speedrun_mup.config import PRESETS, make_config, rules_in_force
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable, write_whole
 from speedrun_mup.flags import new_parser, parse, several
+from speedrun_mup.scaling import SCALING_SETTINGS
 from speedrun_mup.setting_flags import add_settings
 
 
@@ -29,7 +30,17 @@ def run(argv: Sequence[str]) -> int:
     add_settings(
         parser,
         groups=("model", "techniques", "optimizer", "momentum", "display"),
-        plus=("base_width", "parametrization", "seed", "data", "tokenizer", "data_order", "out", "name"),
+        plus=(
+            "base_width",
+            "parametrization",
+            *SCALING_SETTINGS,
+            "seed",
+            "data",
+            "tokenizer",
+            "data_order",
+            "out",
+            "name",
+        ),
     )
     flags = vars(parse(parser, argv))
     check = {name: flags.pop(name) for name in ("widths", "steps", "seeds", "tokens")}

@@ -13,6 +13,7 @@ from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, TrainConfig, make_config, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several, whole_number
+from speedrun_mup.scaling import SCALING_SETTINGS
 from speedrun_mup.setting_flags import TRAINING, add_renamed_flag, add_settings
 from speedrun_mup.settings import flag_of
 
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     _add_grid(group)
     add_renamed_flag(parser, "--knob", "--hyperparameter")
     add_engine(parser)
-    add_settings(parser, groups=(*TRAINING, "display"), plus=("base_width", "parametrization"))
+    add_settings(parser, groups=(*TRAINING, "display"), plus=("base_width", "parametrization", *SCALING_SETTINGS))
     flags = vars(parse(parser, argv))
     budget = budget_of(flags.pop("budget"))
     if "budget_share" in budget:

@@ -89,7 +89,14 @@ class ModelShape:
         """How many value embeddings there are: three, but fewer where they would meet in the middle."""
         return min(VALUE_EMBEDS, self.n_layer // 2)
 
+    @property
+    def layers_with_value_embeds(self) -> int:
+        """How many on each side. The same share of the layers as at base depth, or what they add would fade with depth."""
+        share = round(self.value_embeds * self.m_depth)
+        return min(max(share, self.value_embeds), self.n_layer // 2)
+
     def value_embed_of(self, layer: int) -> int | None:
-        """Which of the value embeddings a layer adds: 012...012."""
-        last = layer - (self.n_layer - self.value_embeds)
-        return layer if layer < self.value_embeds else last if last >= 0 else None
+        """Which of the value embeddings a layer adds: 012...012; from base 12, 24 layers have 001122...001122."""
+        layers = self.layers_with_value_embeds
+        place = layer if layer < layers else layer - (self.n_layer - layers)
+        return place * self.value_embeds // layers if 0 <= place < layers else None
