@@ -20,9 +20,12 @@ from speedrun_mup.transfer.claims import MADE_WITH, Doubt, differing, missing
 from speedrun_mup.transfer.fits import Array, Estimate, LossTable, QuadraticFit, SizeFit, fit_quadratics
 from speedrun_mup.transfer.forecast import Forecast, loss_forecast
 from speedrun_mup.transfer.larger import LargerIsBetter, larger_is_better
+from speedrun_mup.transfer.law import Prior
 from speedrun_mup.transfer.measure import measure_transfer
 from speedrun_mup.transfer.points import CurveKey, Point, TransferError
 from speedrun_mup.transfer.results import ArmResult, TransferResult
+from speedrun_mup.transfer.surface import Known, fit_surface
+from speedrun_mup.transfer.surface_results import AxisDrift, Surface, SurfaceForecast
 from speedrun_mup.transfer.table import RunTable, read_points, read_table
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 
@@ -32,23 +35,29 @@ __all__ = [
     "ArmResult",
     "Array",
     "Axes",
+    "AxisDrift",
     "CurveKey",
     "Doubt",
     "Estimate",
     "Forecast",
+    "Known",
     "LargerIsBetter",
     "LossTable",
     "Point",
+    "Prior",
     "QuadraticFit",
     "RunTable",
     "SizeAxis",
     "SizeFit",
+    "Surface",
+    "SurfaceForecast",
     "Thresholds",
     "TransferError",
     "TransferResult",
     "Verdict",
     "differing",
     "fit_quadratics",
+    "fit_surface",
     "larger_is_better",
     "loss_forecast",
     "measure_transfer",

@@ -129,7 +129,7 @@ def _judge_arm(
     if failed:
         return Verdict.FAIL, failed
 
-    short = _short_of_a_pass(drift, shift, axes, thresholds)
+    short = short_of_a_pass(drift, shift, axes, thresholds)
     if regret and regret.value > allowed:
         short.append(f"{cost}, but noise could explain it")
     if short:
@@ -137,7 +137,7 @@ def _judge_arm(
     return Verdict.PASS, [f"{measured}: inside +-{limit:g}, and at most {bound:g}", cost]
 
 
-def _short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: Thresholds) -> list[str]:
+def short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: Thresholds) -> list[str]:
     """Why a drift that does not fail is no pass either, with what would settle it."""
     limit, bound = thresholds.equivalence, thresholds.max_drift
     low, high = drift.interval()

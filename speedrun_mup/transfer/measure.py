@@ -74,7 +74,7 @@ def measure_transfer(
     known = {doubt.kind for doubt in doubts}
     doubts = [*doubts, *(doubt for doubt in _other_sizes(placed, axes) if doubt.kind not in known)]
     losses = [point.loss for sizes in placed.values() for some in sizes.values() for point in some]
-    initial_loss = min(_beyond_any_start(losses) if initial_loss is None else initial_loss, HUGE)
+    initial_loss = min(beyond_any_start(losses) if initial_loss is None else initial_loss, HUGE)
     if exploded := sum(initial_loss <= loss < math.inf for loss in losses):
         notes = [*notes, f"{exploded} runs ended at a loss of {initial_loss:.4g} or more: counted as diverged"]
     tables, problems = {}, {}
@@ -176,7 +176,7 @@ def _check_arms(
             )
 
 
-def _beyond_any_start(losses: Sequence[float]) -> float:
+def beyond_any_start(losses: Sequence[float]) -> float:
     """The loss from which on a run has exploded, though it is finite, in a table that does not say where runs began."""
     lowest = min((loss for loss in losses if abs(loss) < HUGE), default=HUGE)
     return lowest + EXPLODED * max(abs(lowest), 1.0)
