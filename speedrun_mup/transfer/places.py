@@ -97,7 +97,7 @@ def _confounded(names: Sequence[str], places: Sequence[Place]) -> Iterator[str]:
         apart = _apart(names, places, number)
         yield (
             f"{name} goes together with {' and '.join(together or [names[rivals[0]]])} in these runs, so that their effects "
-            f"cannot be told apart: add runs with {apart}, or leave {name} out of the sizes"
+            f"cannot be separated: add runs with {apart}, or leave {name} out of the sizes"
         )
 
 
