@@ -39,6 +39,12 @@ def _letters() -> dict[str, int]:
 
 
 _LETTERS = _letters()
+_LETTER_OF = {byte: letter for letter, byte in _LETTERS.items()}
+
+
+def letters_of(token: bytes) -> str:
+    """The bytes of a token, each as the letter that GPT-2's files write for it."""
+    return "".join(_LETTER_OF[byte] for byte in token)
 
 
 class Tokenizer(ABC):

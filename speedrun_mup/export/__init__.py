@@ -27,6 +27,15 @@ class Request:
 
 # name -> a function that writes `request.out` as a whole, and returns lines for the user: what was written, how to use it.
 FORMATS: Registry[Callable[[Request], str]] = Registry(
-    "format", {"pt": f"{__name__}.record:write_pt", "dcp": f"{__name__}.dcp:write_dcp"}
+    "format",
+    {
+        "hf": f"{__name__}.hf.write:write_hf",
+        "pt": f"{__name__}.record:write_pt",
+        "dcp": f"{__name__}.dcp:write_dcp",
+    },
 )
-ABOUT = {"pt": "one file, as modded-nanogpt saves it", "dcp": "a folder of torch.distributed.checkpoint"}
+ABOUT = {
+    "hf": "a folder that Hugging Face's transformers loads without this package",
+    "pt": "one file, as modded-nanogpt saves it",
+    "dcp": "a folder of torch.distributed.checkpoint",
+}
