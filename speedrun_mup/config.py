@@ -427,8 +427,8 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
     """The preset with `overrides` on top.
 
     muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
-    rule table alone takes the preset's base width. With neither, the rules are the record's own. The same with depth: base
-    layers alone mean CompleteP, a depth rule alone takes the preset's layers, and with neither nothing follows depth.
+    rule table alone takes the preset's base width. With neither, the rules are the record's own. The same with
+    depth, batch and tokens: a base alone means the usual rule, a rule alone takes the preset's size, see scaling.py.
 
     Args:
         preset: its name.
@@ -447,7 +447,7 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
     elif "parametrization" in values:
         values["base_width"] = PRESETS[preset].base_width
     usual = {**defaults(), **PRESETS[preset].settings}
-    cfg = build(values | switched_on(values, usual["n_layer"]))
+    cfg = build(values | switched_on(values, usual))
     made = [dataclasses.replace(cfg, **arm) for arm in arms] or [cfg]
     for name in present_names(overrides):
         reasons = [without_effect(each, name) for each in made] if values[name] != usual[name] else [""]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -46,9 +47,14 @@ def test_at_base_width_both_columns_agree():
         assert row.base == row.here
 
 
-@pytest.mark.parametrize("hidden", ["muon", "adam", "normuon"])
-def test_the_table_is_what_training_does(tiny, hidden):
-    cfg = tiny(matrix_optimizer=hidden, weight_decay=0.1)
+SCALED = {"n_layer": 8, "base_layers": 4, "base_batch_tokens": 256, "base_tokens": 1024}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "more"), [("muon", {}), ("adam", {}), ("normuon", {}), ("muon", SCALED), ("adam", SCALED)]
+)
+def test_the_table_is_what_training_does(tiny, hidden, more):
+    cfg = tiny(matrix_optimizer=hidden, weight_decay=0.1, **more)
     corpus, _ = find_corpus(cfg.data)
     model = GPT(model_config(cfg, corpus, "blocked", torch.float32), cfg.seed)
     rows = {row.name: row for row in explain(cfg, corpus.vocab_size)}
@@ -58,6 +64,9 @@ def test_the_table_is_what_training_does(tiny, hidden):
         for name, parameter, group in optimizer.named_groups():
             here = rows[name].here
             assert (here.lr, here.eps, here.weight_decay) == (group["lr"], group.get("eps"), group["weight_decay"])
+            assert not group.get("betas") or not more or (here.beta1, here.beta2) == group["betas"]
+            product = math.prod(factor for _, factor in rows[name].lr_factors)
+            assert here.lr == pytest.approx(rows[name].base.lr * product)
             assert rows[name].shape == tuple(parameter.shape)
             if parameter.numel() > 2000:
                 assert parameter.std().item() == pytest.approx(here.init_std, rel=0.05)
@@ -71,6 +80,25 @@ def test_the_terminal_table_names_every_parameter_once():
     assert text.count("\n") < 15
 
 
+def test_which_rule_did_what_is_told_per_parameter_and_per_run(capsys):
+    words = ["explain", "--preset", "laptop", "--base-width", "64", "--n-layer", "12", "--base-layers", "6"]
+    batch = ["--base-batch-tokens", "512", "--base-tokens", "409600", "--batch-muon-lr-exponent", "0.25"]
+    assert main([*words, *batch, "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    factors = {name: dict(row["lr_factors"]) for name, row in rows.items()}
+    assert factors["blocks.3.mlp.c_proj.weight"] == {"depth": 0.5, "batch": 4**0.25}
+    assert factors["embed.weight"] == {"batch": 2.0} and rows["blocks.skip_weights"]["depth"] == "skip"
+    assert rows["embed.weight"]["here"]["beta2"] == 0.95**4 and rows["embed.weight"]["here"]["beta1"] == 0.8
+    assert main([*words, *batch]) == 0
+    told = capsys.readouterr().out
+    assert "depth   completep: 2 times base; from Dey et al." in told and "batch   marin: 4 times base" in told
+    assert "spectral LR x 1.414 (m^0.25)" in told and "depth 0.5, batch 1.414" in told and "0.95 -> 0.8145" in told
+    assert "tokens  bjorck: 1 times base" in told and "evidence B" in told
+    assert main(words[:5]) == 0
+    told = capsys.readouterr().out
+    assert "times base" not in told and "LR times" not in told and "beta" not in told
+
+
 def test_the_command(capsys):
     assert main(["explain", "--width", "2048", "--base-width", "768"]) == 0
     assert "lm_head.weight" in capsys.readouterr().out
@@ -82,7 +110,7 @@ def test_the_command(capsys):
         (["--width", "100"], "width=100"),
         (["--vocab", "-1"], "--vocab -1 must be at least 1"),
         (["--track", "wandb"], "unknown argument --track"),
-        (["--iterations", "3"], "unknown argument --iterations"),
+        (["--cooldown", "0.3"], "unknown argument --cooldown"),
     ):
         assert main(["explain", *words]) == 2
         told = capsys.readouterr().err

@@ -9,24 +9,26 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
 from speedrun_mup.setting_flags import add_settings
 
+SIZES = ("n_layer", "head_dim", "micro_batches", "micro_batch_tokens", "iterations", "adam_beta1", "adam_beta2")
+
 
 def run(argv: Sequence[str]) -> int:
-    """Print what muP comes to for every parameter: role, shape, init, multiplier, LR, eps, decay, at base and here."""
+    """Print what the rules come to for every parameter: role, shape, init, multiplier, LR, eps, decay, at base and here."""
     parser = new_parser("speedrun-mup explain", run.__doc__ or "")
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), default="record26", help="preset for all settings not given; %(default)s"
     )
     parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    add_settings(parser, groups=("scaling", "techniques", "optimizer"), plus=("n_layer", "head_dim"))
+    add_settings(parser, groups=("scaling", "techniques", "optimizer"), plus=SIZES)
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
     if vocab < 1:
         raise ConfigError(f"--vocab {vocab} must be at least 1")
     cfg = make_config(flags.pop("preset"), flags)
 
-    from speedrun_mup.explain import explain, table, to_json
+    from speedrun_mup.explain import explain, rules_of_run, table, to_json
 
     rows = explain(cfg, vocab)
-    print(to_json(rows) if as_json else f"{rules_in_force(cfg)}\n{table(rows)}")
+    print(to_json(rows) if as_json else "\n".join([rules_in_force(cfg), *rules_of_run(cfg), table(rows)]))
     return 0

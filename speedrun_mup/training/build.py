@@ -11,6 +11,7 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import OPTIMIZERS, GroupHyperparams, ShardedOptimizer, param_groups
 from speedrun_mup.data.corpus import cache_folder, find_corpus
 from speedrun_mup.data.shards import Corpus
+from speedrun_mup.scaling import run_scaling
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
 from speedrun_mup.training.memory import translate_oom
 from speedrun_mup.training.model_config import model_config
@@ -65,7 +66,7 @@ def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
 
 def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool = False) -> list[ShardedOptimizer]:
     """One for each name of an optimizer in `tuned_values`."""
-    groups = param_groups(model, model.cfg.rules, tuned_values(cfg))
+    groups = param_groups(model, model.cfg.rules, tuned_values(cfg), run_scaling(cfg))
     optimizers = [OPTIMIZERS[name](of_it, world) for name, of_it in groups.items()]
     for optimizer in optimizers if compiled else ():
         optimizer.compile_parts()

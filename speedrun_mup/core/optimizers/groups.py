@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from speedrun_mup.core import mup
+from speedrun_mup.core.mup.run_rules import NO_RUN_SCALING, RunFactors, RunScaling
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
 
 
@@ -30,14 +31,18 @@ class GroupHyperparams:
 
 
 def param_groups(
-    model: nn.Module, table: mup.Parametrization, tuned: Mapping[str, GroupHyperparams]
+    model: nn.Module,
+    table: mup.Parametrization,
+    tuned: Mapping[str, GroupHyperparams],
+    run: RunScaling = NO_RUN_SCALING,
 ) -> dict[str, list[dict[str, Any]]]:
-    """One parameter group per parameter, by optimizer name, with every value scaled from base width by the rule table.
+    """One parameter group per parameter, by optimizer name, with every value scaled from base by the rules.
 
     Args:
         model: declares a role and a group for each parameter.
         table: says how values scale for the optimizer's kind of update.
-        tuned: values at base width, by the group that a parameter declared.
+        tuned: values at base, by the group that a parameter declared.
+        run: the rules of the run for batch and tokens.
 
     Returns:
         {"adam": [group, ...], ...}. Learning rates include the optimizer's factor for the shape at base width.
@@ -45,7 +50,7 @@ def param_groups(
     Raises:
         KeyError: a parameter's group is not in `tuned`.
         NoRuleError: an optimizer must not own a parameter.
-        ConfigError: an optimizer is unknown.
+        ConfigError: an optimizer is unknown; a rule of the run says nothing of it, or takes a beta out of [0, 1).
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, parameter, spec in mup.named_specs(model):
@@ -55,29 +60,35 @@ def param_groups(
             factors = spec.factors(table, optimizer.kind)
         except mup.NoRuleError as fault:
             raise mup.NoRuleError(f"{base.optimizer} for {name}: {fault}") from None
-        lr = base.lr * optimizer.shape_factor(spec) * factors.lr
+        of_run = run.factors(optimizer.kind)
+        lr = base.lr * optimizer.shape_factor(spec) * factors.lr * of_run.lr
         group = {
             "params": [(name, parameter)],
             "lr": lr,
             "initial_lr": lr,
-            "weight_decay": base.weight_decay * factors.weight_decay,
+            "weight_decay": base.weight_decay * factors.weight_decay * of_run.weight_decay,
         }
-        group |= _others(base, optimizer.defaults, factors.eps)
+        group |= _others(base, optimizer.defaults, factors.eps, of_run)
         group |= optimizer.options_for(spec)
         groups.setdefault(base.optimizer, []).append(group)
     return groups
 
 
-def _others(base: GroupHyperparams, defaults: Mapping[str, Any], eps_factor: float) -> dict[str, Any]:
+def _others(
+    base: GroupHyperparams, defaults: Mapping[str, Any], eps_factor: float, of_run: RunFactors
+) -> dict[str, Any]:
     """What an optimizer with these defaults has besides rate and decay, but for its own defaults."""
     eps = defaults.get("eps") if base.eps is None else base.eps
-    betas = base.betas or (None, None)
-    both = tuple(usual if own is None else own for own, usual in zip(betas, defaults.get("betas", betas), strict=True))
+    own = base.betas or (None, None)
+    usual = defaults.get("betas") or (defaults.get("beta1"), defaults.get("beta2"))
+    given = [mine if mine is not None else theirs for mine, theirs in zip(own, usual, strict=True)]
+    betas = [beta if beta is None else of_run.beta(which, beta) for which, beta in enumerate(given)]
+    untouched = own == (None, None) and betas == given
     others = {
-        "eps": eps and eps * eps_factor,
-        "betas": None if betas == (None, None) else both,
-        "beta1": betas[0],
-        "beta2": betas[1],
+        "eps": eps and eps * eps_factor * of_run.eps,
+        "betas": None if untouched else tuple(betas),
+        "beta1": None if own[0] is None and betas == given else betas[0],
+        "beta2": None if own[1] is None and betas == given else betas[1],
         "momentum": base.momentum,
         "orthogonalizer": base.orthogonalizer,
     }
