@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -65,6 +64,8 @@ def save_base_shapes(model_or_shapes: nn.Module | Mapping[str, InfShape], file: 
     if not any(s.ninf() for s in shapes.values()):
         raise BaseShapeError(f"{file}: no dimension would grow with width; give a delta model of another width")
     finite = {name: [None if dim.isinf() else dim.dim for dim in s] for name, s in shapes.items()}
+    import yaml  # only for files, so that everything else needs torch alone
+
     base = yaml.safe_dump({name: s.base_shape() for name, s in shapes.items()}, indent=4)
     try:
         Path(file).write_text(f"{_HEADER}{_FINITE}{json.dumps(finite)}\n{base}")
@@ -78,6 +79,8 @@ def load_base_shapes(filename: str | Path) -> dict[str, InfShape]:
     Raises:
         BaseShapeError: for what is not such a file, in one line.
     """
+    import yaml
+
     text = _read(filename)
     try:
         sizes = yaml.safe_load(text)
