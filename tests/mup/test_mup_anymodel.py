@@ -320,3 +320,120 @@ def test_another_field_of_a_dataclass_stays_as_it_is():
     model = GPT(replace(GPTConfig(), n_embd=64, n_layer=1, tied=False))
     mup.adapt(model, {"n_embd": 32, "n_head": 2})
     assert model.lm_head.out_features == VOCAB and model.lm_head.multiplier == 1 / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of an adapted model
+
+
+def wide_gpt():
+    return mup.adapt(gpt(64, tied=True), {"n_embd": 16, "n_head": 4})
+
+
+@pytest.mark.parametrize("build", [wide_gpt, lambda: mup.adapt(wide_heads(64), 16, build=wide_heads)])
+def test_folding_gives_a_plain_model_that_computes_the_same(build):
+    model = build()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    plain = mup.fold(model)
+    torch.testing.assert_close(plain(tokens()), model(tokens()))
+    assert not any(key.startswith("mup_") for module in plain.modules() for key in vars(module))
+    assert type(plain.lm_head if hasattr(plain, "lm_head") else plain.head) is nn.Linear
+    fresh = gpt(64, tied=False) if isinstance(plain, GPT) else wide_heads(64)
+    fresh.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fresh(tokens()), model(tokens()))
+
+
+def test_a_gain_that_is_added_to_one_cannot_hold_a_scale():
+    class OnePlus(nn.RMSNorm):
+        def forward(self, x):
+            return F.rms_norm(x, x.shape[-1:]) * (1 + self.weight)
+
+    model = wide_heads(64)
+    model.layers[0]["attn"].q_norm = OnePlus(16)
+    mup.adapt(model, 16, build=wide_heads, init="keep")
+    with pytest.raises(BaseShapeError, match=r"layers.0.attn.q_norm \(OnePlus\): its factor 0.5 fits into no weight"):
+        mup.fold(model)
+
+
+@pytest.mark.parametrize("build", [wide_gpt, lambda: mup.adapt(wide_heads(64), 16, build=wide_heads)])
+def test_copies_and_state_dicts_keep_the_forward_factors(build, tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    model, x = build(), tokens()
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    twin = build()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(x), expected)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    twin = build()
+    load_model(twin, str(tmp_path / "model.safetensors"))
+    assert torch.equal(twin(x), expected)
+    assert roles_of(copy.deepcopy(model)) == roles_of(model)
+
+
+def trained(optimizer, model, steps, clip=True, accumulate=2):
+    """The last loss of `steps` updates with gradients accumulated and clipped."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            loss = loss_of(model, tokens(seed=accumulate * step + part)) / accumulate
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return loss.item()
+
+
+MUON = {"lr": 1e-3, "optimizer": "muon+adamw", "muon_lr": 0.02}
+
+
+def test_muon_and_adam_are_saved_and_resumed_as_one():
+    model = wide_gpt()
+    optimizer = mup.optimizer(model, **MUON)
+    trained(optimizer, model, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert saved[1].keys() == {"state", "param_groups"} and len(saved[1]["state"]) == len(list(model.parameters()))
+    expected = trained(optimizer, model, 2)
+    again = wide_gpt()
+    resumed = mup.optimizer(again, **MUON)
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert trained(resumed, again, 2) == expected
+    of_the_first_edition = {"optimizers": [o.state_dict() for o in optimizer.optimizers]}
+    resumed.load_state_dict(of_the_first_edition)
+    assert [len(o.state) for o in resumed.optimizers] == [len(o.state) for o in optimizer.optimizers]
+
+
+def test_what_one_writes_into_the_state_arrives():
+    model = wide_gpt()
+    optimizer = mup.optimizer(model, **MUON)
+    trained(optimizer, model, 1)
+    weight = model.h[0].c_proj.weight
+    for p in list(optimizer.state):
+        optimizer.state[p] = {key: 0 * x for key, x in optimizer.state[p].items()}
+    assert not optimizer.optimizers[0].state[weight]["momentum_buffer"].any() and weight in optimizer.state
+    del optimizer.state[weight]
+    assert weight not in optimizer.state and torch.zeros(1) not in optimizer.state
+
+
+def test_muon_and_adam_under_autocast_and_a_grad_scaler():
+    model = wide_gpt()
+    optimizer, scaler = mup.optimizer(model, **MUON), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = model.wte.weight.clone()
+    for step in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_of(model, tokens(seed=step))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if step == 0:
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(model.wte.weight, before)  # an overflow: neither of the two has made a step
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+    assert not torch.equal(model.wte.weight, before) and loss.isfinite()

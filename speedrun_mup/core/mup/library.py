@@ -4,6 +4,7 @@ from speedrun_mup.core.mup.anymodel.adapt import adapt
 from speedrun_mup.core.mup.anymodel.explain import explain
 from speedrun_mup.core.mup.anymodel.optimizer import optimizer, param_groups
 from speedrun_mup.core.mup.compat import coord_check, infshape, init, layer, optim, shape
+from speedrun_mup.core.mup.compat.combined import Combined
 from speedrun_mup.core.mup.compat.fold import fold
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfDim, InfShape, zip_infshape
 from speedrun_mup.core.mup.compat.init import (
@@ -20,7 +21,7 @@ from speedrun_mup.core.mup.compat.init import (
     xavier_uniform_,
 )
 from speedrun_mup.core.mup.compat.layer import MuReadout, MuSharedReadout, rescale_init, rescale_linear_bias
-from speedrun_mup.core.mup.compat.optim import Combined, MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
+from speedrun_mup.core.mup.compat.optim import MuAdam, MuAdamW, MuMuon, MuSGD, process_param_groups
 from speedrun_mup.core.mup.compat.shape import (
     apply_infshapes,
     assert_hidden_size_inf,

@@ -29,7 +29,7 @@ def adapt(
     build: Build | None = None,
     delta: Any = None,
     roles: Roles | None = None,
-    init: str = "turn",
+    init: str | None = None,
 ) -> Model:
     """Give a model muP: roles, start, forward factors. Its code stays as it is; at base size it computes what it did.
 
@@ -45,11 +45,13 @@ def adapt(
         delta: another size, said as base is, to see what grows; by default twice the base.
         roles: of parameters that nothing shows, by name or pattern: `{"*.gate.weight": "hidden"}`.
         init: how the model was initialised: "turn" finds out from its values, compared with those at base size;
-            "one-std" (one for all widths), "torch" (the start of torch's layers), "keep" (trained, or muP's already).
+            "one-std" (one for all widths), "torch" (the start of torch's layers), "keep" (trained, or muP's already). By
+            default "turn", and "keep" where the base is what the config of a saved model remembers.
 
     Raises:
         BaseShapeError: in one line, with what to declare, for what nothing shows.
     """
+    init = init or ("keep" if base is None else "turn")
     if init not in INITS:
         raise BaseShapeError(f"init={init!r} is unknown; choose {', '.join(INITS)}")
     sizes = sizes_of(model, base, build, delta)

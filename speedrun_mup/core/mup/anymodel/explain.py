@@ -59,7 +59,7 @@ def _forward(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         own = vars(module)
         if "mup_scale" in own:
-            attribute, before = own["mup_scale"]
+            attribute, before, _ = own["mup_scale"]
             lines[f"{_kind(name)}.{attribute} is {own[attribute]:.4g} instead of {before:.4g}: heads widen"] = None
         if "mup_factor" in own:
             factor = own["mup_factor"][0]

@@ -32,6 +32,7 @@ _SCALES = (
 _NORMS = ("q_norm", "q_layernorm", "query_norm", "norm_q")
 _QUERIES = ("q_proj", "wq", "to_q", "query", "q_lin", "q")
 _FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "wqkv", "to_qkv")
+_INTERLEAVED = ("query_key_value",)
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def _scale(path: str, module: nn.Module, base: nn.Module, growth: float) -> None
     name = next((name for name in _SCALES if isinstance(own.get(name), float)), None)
     if name is not None:
         original, at_base = own.get("mup_scale", (name, own[name]))[1], getattr(base, name)
-        power = round(2 * math.log(original / at_base) / math.log(growth)) / 2  # of head_dim
-        own["mup_scale"] = name, original
-        own[name] = at_base * growth ** (1 if power > 0 else -1)  # sqrt(head_dim) is what scores are divided by
+        power = 1 if math.log(original / at_base) / math.log(growth) > 0.25 else -1  # sqrt(head_dim) divides scores
+        own[name] = at_base * growth**power
+        own["mup_scale"] = name, original, (own[name] / original) ** -power
         return
     if not isinstance(module, nn.MultiheadAttention):
         for known in (*_NORMS, *_QUERIES, *_FUSED):
@@ -131,6 +132,72 @@ def _scale(path: str, module: nn.Module, base: nn.Module, growth: float) -> None
         "their scale could be: keep the size of a head (more heads instead), or give the module an attribute `scale`, "
         "head_dim**-0.5, that its forward uses; it is then set"
     )
+
+
+def bake_factors(model: nn.Module) -> None:
+    """Multiply weights by the factors that scale_attention and set_factor gave, and take those away.
+
+    Raises:
+        BaseShapeError: where no weight can hold a factor.
+    """
+    for path, module in model.named_modules():
+        name, original, ratio = vars(module).pop("mup_scale", (None, None, 1.0))
+        if name is not None:
+            vars(module)[name] = original
+            if math.isclose(ratio, 1.0):  # the model's own code had scaled it
+                continue
+            child, factor = _queries(path, module, ratio)
+            _bake(f"{path}.{child}", module._modules[child], factor)
+    for path, module in model.named_modules():
+        if (hooked := drop_factors(module)) is not None:
+            _bake(path, module, hooked)
+
+
+def _queries(path: str, module: nn.Module, ratio: float) -> tuple[str, Factor]:
+    """The module that puts out the queries, or their norm, and the factor that makes scores `ratio` times as large."""
+    for known in (*_NORMS, *_QUERIES, *_FUSED, *_INTERLEAVED):
+        child = module._modules.get(known)
+        if child is None:
+            continue
+        if known in _INTERLEAVED:  # queries, keys and values of a head side by side, as GPT-NeoX has them
+            size = head_size(module) or 0
+            return known, Factor(ratio, size, child.weight.size(0) // (3 * size))  # type: ignore[operator]
+        return known, Factor(ratio, _query_entries(module) if known in _FUSED else None)
+    raise BaseShapeError(
+        f"{path} ({type(module).__name__}): nothing shows which weights make queries, to hold their scale"
+    )
+
+
+@torch.no_grad()
+def _bake(path: str, module: nn.Module, factor: Factor) -> None:
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    gain = weight is not None and weight.ndim == 1
+    if weight is None or (gain and not _is_proportional(module, weight)):
+        raise BaseShapeError(
+            f"{path} ({type(module).__name__}): its factor {factor.factor:.4g} fits into no weight of it"
+        )
+    if factor.reads or gain or isinstance(module, nn.Embedding):
+        times = torch.tensor(factor.factor)
+    else:
+        times = factor.of(weight.size(1 if _stores_in_out(module) else 0))
+        if bias is not None:
+            module.bias = nn.Parameter(bias * times.to(bias))
+        times = times if _stores_in_out(module) else times.view(-1, *[1] * (weight.ndim - 1))
+    module.weight = nn.Parameter(weight * times.to(weight))
+
+
+def _stores_in_out(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+
+
+def _is_proportional(module: nn.Module, gain: nn.Parameter) -> bool:
+    """Whether what a norm puts out grows with its gain: Gemma's does not, which multiplies by 1 + gain."""
+    x = torch.ones(1, len(gain), dtype=gain.dtype, device=gain.device).cumsum(-1)
+    bias, before = module._parameters.get("bias"), module(x)
+    gain.mul_(2)
+    after = module(x)
+    gain.div_(2)
+    return bias is None and torch.allclose(after, 2 * before)
 
 
 def _query_entries(module: nn.Module) -> int:

@@ -11,7 +11,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup.anymodel.adapt import adapt
 from speedrun_mup.core.mup.anymodel.sizes import Base
-from speedrun_mup.core.mup.compat.optim import Combined, MuAdam, MuMuon, MuSGD, for_torch_muon, scaled_groups
+from speedrun_mup.core.mup.compat.combined import Combined
+from speedrun_mup.core.mup.compat.optim import MuAdam, MuMuon, MuSGD, for_torch_muon, scaled_groups
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Update
 from speedrun_mup.core.mup.spec import named_specs
 

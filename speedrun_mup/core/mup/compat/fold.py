@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from speedrun_mup.core.errors import in_a_line
+from speedrun_mup.core.mup.anymodel.forward import bake_factors
+from speedrun_mup.core.mup.anymodel.sizes import STORED
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError
 from speedrun_mup.core.mup.compat.layer import MuReadout
 from speedrun_mup.core.mup.spec import places
@@ -20,6 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def fold(model: Model) -> Model:
     """A copy of `model` that computes the same without muP: its readouts are nn.Linear, their multiplier in the weight.
 
+    So are the factors that adapt gave embeddings and the queries of heads that widen.
     So its state dict loads into plain classes, and merging an adapter is exact. A readout that shares an embedding gets
     a weight of its own: where a Hugging Face config says tie_word_embeddings, the copy's says no. The copy has no base
     shapes; to continue training in muP, keep `model`.
@@ -44,6 +47,7 @@ def fold(model: Model) -> Model:
             folded = nn.Parameter(module.weight * module.multiplier, requires_grad=module.weight.requires_grad)
             module.weight = folded
             module.__class__ = nn.Linear  # type: ignore[assignment]
+    bake_factors(plain)
     for module in plain.modules():
         for name in ("mup_specs", "mup_shared", "mup_rescaled", "mup_loaded", "mup_own_start"):
             vars(module).pop(name, None)
@@ -52,4 +56,6 @@ def fold(model: Model) -> Model:
     config: Any = getattr(plain, "config", None)
     if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
+    if hasattr(config, STORED):
+        delattr(config, STORED)
     return plain

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 
@@ -255,47 +254,3 @@ def scaled_groups(
     """
     groups = _Split(update, options, table, model, compensate=compensate)(list(params))
     return [group | {"params": [p for _, p in group["params"]]} for group in groups]
-
-
-class Combined(Optimizer):
-    """Several optimizers as one, for trainers that take one: Hugging Face's Trainer, Lightning's automatic mode.
-
-    Its groups are theirs, so a scheduler sees them all, and its state_dict() holds theirs.
-    """
-
-    def __init__(self, *optimizers: Optimizer):
-        self.optimizers: tuple[Optimizer, ...] = ()
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self.optimizers = optimizers
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of each; the closure is called once, before them."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: only you know which of the optimizers should own it."""
-        if self.optimizers:
-            raise ConfigError("add the group to one of the optimizers, then combine them again")
-        super().add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """{"optimizers": their state dicts}."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of state_dict. Raises ConfigError for the state of other optimizers."""
-        states = state_dict.get("optimizers")
-        if not isinstance(states, list) or len(states) != len(self.optimizers):
-            raise ConfigError(f"this is not the state of {len(self.optimizers)} combined optimizers")
-        for optimizer, state in zip(self.optimizers, states):
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"optimizers": self.optimizers}
