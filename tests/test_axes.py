@@ -13,6 +13,8 @@ from test_sweep import FakeEngine
 from speedrun_mup.cli import main
 from speedrun_mup.config import computed_settings
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.report.markdown import to_markdown
+from speedrun_mup.report.sections import make_report
 from speedrun_mup.sweep import (
     Sweep,
     grid_of,
@@ -412,3 +414,21 @@ def test_the_command_scales_what_it_names_and_holds_the_rest(monkeypatch, tmp_pa
     assert (
         "tuned: embed_lr, head_lr, scalar_lr" in said and "axis: width 32, 64; rules from base_width 64 for it" in said
     )
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "told"),
+    [
+        ("batch_tokens", (256, 512, 1024), ("as the batch gets larger", "for larger batches")),
+        ("iterations", (16, 32, 64), ("as the run gets longer", "for longer runs")),
+    ],
+)
+def test_a_report_speaks_of_runs_and_batches_and_not_of_models(tiny, tmp_path, axis, values, told):
+    """Of a factor on all of Adam's rates too, which is no setting of its own."""
+    out, base = tmp_path / "s", tiny(micro_batches=2, iterations=16, micro_batch_tokens=128)
+    grid = {"seeds": (0, 1), "axes": Axes(axis, "adam_lr"), "log2_factors": (-2, -1, 0, 1, 2), "adaptive": False}
+    run_sweep(Sweep(base, values, **grid), out, PlantedEngine(bowl), progress=False)
+    text = to_markdown(make_report(out, measure_sweep(out)))
+    assert any(words in text for words in told) and not re.search("(larg|wid|long)(er|est) model", text), text
+    assert f"arms mup, {axis} {', '.join(map(str, values))}, octaves" in text
+    assert text.count("a run: ") == 3 and "`factor on adam_lr " in text

@@ -17,11 +17,13 @@ from speedrun_mup.plan import Comparison, Prediction
 from speedrun_mup.report.contents import Table
 from speedrun_mup.report.figures import main_arm
 from speedrun_mup.report.words import arm_words, within
-from speedrun_mup.sweep import RunResult, read_definition, tuned_flag
+from speedrun_mup.sweep import RunResult, read_definition, size_names, times, tuned_flag
+from speedrun_mup.sweep.folder import place_in
 from speedrun_mup.sweep.result import RESULT, RUNS, in_bits_per_byte
 from speedrun_mup.training.tracking import CONFIG, lives
 from speedrun_mup.transfer import ArmResult, SizeFit, TransferError, TransferResult, loss_forecast, with_article
 
+FEW_LENGTHS = 6  # of runs, that are told one by one
 SHOWN = 16  # characters of a version or hash
 MADE_WITH = (
     ("speedrun-mup", "speedrun_mup"),
@@ -115,7 +117,10 @@ def _beyond(seen: Measured, arm: ArmResult) -> str:
 
 
 def _expected(seen: Measured, arm: ArmResult, size: int) -> str:
-    axes, unknown = arm.axes, f"What to expect of {arm.axes.scale.larger} models is not known"
+    axes, unknown = (
+        arm.axes,
+        f"What to expect of {with_article(arm.axes.scale.larger)} {arm.axes.scale.noun} is not known",
+    )
     if doubts := [doubt.kind for doubt in seen.result.doubts if doubt.arm in (None, arm.arm)]:
         return f"{unknown}: there are doubts about these runs ({', '.join(doubts)}), see below."
     try:
@@ -157,8 +162,7 @@ def rates(seen: Measured) -> Table | None:
     elif base is None:
         return None
     else:
-        name = seen.result.axes.hyperparameter
-        cfg = replace(cfg, **{name: getattr(cfg, name) * 2**base.optimum / largest.factor})
+        cfg = times(cfg, seen.result.axes.hyperparameter, 2**base.optimum / largest.factor)
     alike: dict[tuple[str, float, float], list[str]] = {}
     for row in explain(cfg, largest.vocabulary):
         name = [part for part in row.name.split(".") if part != "weight" and not part.isdigit()][-1]
@@ -206,26 +210,35 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     widths = sorted({run.config["width"] for run in seen.runs})
     heads = ", ".join(f"{width} ({width // cfg.head_dim})" for width in widths)
     target = f"; target {seen.target.width} ({seen.target.width // cfg.head_dim})" if seen.target else ""
-    yield "Model", f"GPT of record 26: {cfg.n_layer} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
+    layers = ", ".join(map(str, sorted({run.config["n_layer"] for run in seen.runs})))
+    yield "Model", f"GPT of record 26: {layers} layers, heads of {cfg.head_dim}; widths (heads) {heads}{target}"
     yield "Arms", f"{', '.join(map(_arm, seen.result.arms.values()))}; base width {cfg.tuned_width}"
     label = _label(cfg.groups["matrix"].optimizer)
     hidden = f"{label} for hidden matrices, Adam for the rest" if label != "Adam" else "Adam for everything"
     yield "Optimizer", f"{hidden} (of {arm_words(seen.largest.arm)})"
-    yield "Tokens", f"{cfg.schedule.tokens:,} a run: {cfg.schedule.describe()}"
+    lengths = sorted({(run.settings.schedule.tokens, run.settings.schedule.describe()) for run in seen.runs})
+    yield (
+        "Tokens",
+        "; ".join(f"{tokens:,} a run: {told}" for tokens, told in lengths[:FEW_LENGTHS])
+        + (f"; and {len(lengths) - FEW_LENGTHS} more" if len(lengths) > FEW_LENGTHS else ""),
+    )
     data = f"{seen.target.data}; " if seen.target else ""
     yield "Data", f"{data}fingerprint {', '.join(sorted({run.corpus[:12] for run in seen.runs}))}"
     bad, seeds = sum(run.diverged for run in seen.runs), len({run.seed for run in seen.runs})
     yield "Runs", f"{len(seen.runs)}, with {seeds} seeds or fewer; {bad} diverged"
-    yield "Asked for", "; ".join(map(_request, read_definition(seen.source)["asked"]))
+    definition = read_definition(seen.source)
+    yield "Asked for", "; ".join(_request(asked, size_names(definition)) for asked in definition["asked"])
     yield "Trained", _dates(seen)
     yield "Code", "; ".join(_versions(seen, *pair) for pair in MADE_WITH)
 
 
-def _request(asked: Mapping[str, Any]) -> str:
-    """One request to a sweep, in the units of its flags."""
-    flags = {"sizes": "widths", "log2_factors": "octaves", "seeds": "seeds"}
+def _request(asked: Mapping[str, Any], names: Sequence[str]) -> str:
+    """One request to a sweep over the sizes `names`, in the units of its flags."""
+    plural = "widths" if names == ("width",) else " x ".join(names)
+    sizes = ", ".join(" x ".join(map(str, place_in(size))) for size in asked["sizes"])
+    flags = {"log2_factors": "octaves", "seeds": "seeds"}
     told = (f"{flag} {', '.join(f'{value:g}' for value in asked[name])}" for name, flag in flags.items())
-    return ", ".join([f"arms {', '.join(asked['arms'])}", *told])
+    return ", ".join([f"arms {', '.join(asked['arms'])}", f"{plural} {sizes}", *told])
 
 
 def _versions(seen: Measured, title: str, key: str) -> str:

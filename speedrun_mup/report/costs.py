@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from speedrun_mup.config import TrainConfig
@@ -14,6 +14,7 @@ from speedrun_mup.sweep import RunResult
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer import Axes, TransferResult
+from speedrun_mup.transfer.axes import sized
 
 GOAL = 0.1  # a sweep should cost no more of its target than this
 REACH = 4  # doublings beyond the widest proxy that the figure shows
@@ -33,7 +34,7 @@ def cost_section(result: TransferResult, runs: Sequence[RunResult], target: Trai
     ]
     large = {largest.size * 2**power for power in range(REACH + 1)}
     if target:
-        one, aimed = run_flops(target, vocab), getattr(target, axes.size)
+        one, aimed = run_flops(target, vocab), axes.scale.of(target)
         told = ", ".join(f"{arm_words(cost.name)} {cost.flops / one:.1%}" for cost in shown)
         text.append(f"The target, {axes.at(aimed)}, takes {one:.3g} FLOPs. The sweep took, as shares of that: {told}.")
         if everything.flops > one:
@@ -55,8 +56,8 @@ def cost_section(result: TransferResult, runs: Sequence[RunResult], target: Trai
     keys = [Key("goal: 10 % of the run", "line", dotted=True)]
     keys += [Key(arm_words(cost.name), "line", arm_colors(result).get(cost.name, GREY)) for cost in reversed(shown)]
     caption = (
-        f"FLOPs of the sweep over those of one run as long, by the {axes.size} of that run: 100 % is as much as the run "
-        f"itself. A {axes.scale.larger} run costs more and the sweep does not, so that the share falls."
+        f"FLOPs of the sweep over those of one run{' as long' * axes.scale.of_model}, by the {axes.size} of that run: 100 % is "
+        f"as much as the run itself. A {axes.scale.larger} run costs more and the sweep does not, so that the share falls."
     )
     if target:
         keys.append(Key("the target", "points", symbol="D"))
@@ -69,8 +70,7 @@ def cost_section(result: TransferResult, runs: Sequence[RunResult], target: Trai
 
 
 def _sized(cfg: TrainConfig, axes: Axes, size: int) -> TrainConfig:
-    settings: dict[str, Any] = {axes.size: size}
-    return replace(cfg, **settings)
+    return sized(cfg, {axes.size: size})
 
 
 def _expensive(share: float, axes: Axes, target: int, largest: int) -> str:

@@ -316,8 +316,9 @@ def training_curves(result: TransferResult, curves: Mapping[CurveKey, Array]) ->
     caption = (
         "Training loss, mean over seeds and smoothed over an eighth of the steps so far to either side, since all "
         f"{axes.plural} share the ups and downs of their batches; at one {axes.label} for all of them: that nearest to "
-        f"the best of the base {axes.size} ({', '.join(judged)}). With the right rules a {axes.scale.larger} model is better at "
-        "every step."
+        f"the best of the base {axes.size} ({', '.join(judged)})."
+        + f" With the right rules a {axes.scale.larger} model is better at every step."
+        * axes.scale.of_model
     )
     choice = Choice("rate", axes.label, [own, *(f"{2**at:.3g}" for at in values)])
     return Figure(

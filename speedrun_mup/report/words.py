@@ -18,7 +18,7 @@ _TERMS = {
     "drift": "How far log2 of the best {label} moves with each doubling of {size}. 0: it stays, and transfers.",
     "loss": "Mean cross-entropy per token on text that the model was not trained on. Lower is better.",
     "nat": "Unit of the loss (natural logarithm). 0.01 nats less is a perplexity 1 % lower.",
-    "regret": "Loss given away by the {largest} model if it takes the best {label} of the base {size} instead of its own.",
+    "regret": "Loss given away by the {largest} {noun} if it takes the best {label} of the base {size} instead of its own.",
     "interval": "Of 90 % here: in nine of ten such measurements it holds the true value, as far as noise between seeds goes.",
     "seed": "Number that fixes what is random. Runs that differ in their seed only show how large the noise is.",
     "sd": "Standard deviation: how far single runs lie from their mean, as a rule of thumb two times out of three.",
@@ -44,7 +44,7 @@ _TERMS_OF_TABLE = _TERMS | {
 
 def terms(axes: Axes, factors: bool) -> dict[str, str]:
     """Term -> what it means, for the axes of a report. factors: whether a value is a factor on what was tuned."""
-    words = {name: getattr(axes.scale, name) for name in ("larger", "largest", "smallest")}
+    words = {name: getattr(axes.scale, name) for name in ("larger", "largest", "smallest", "noun")}
     words |= {"size": axes.size, "label": axes.label}
     told = _TERMS if factors else _TERMS_OF_TABLE
     return {axes.size: axes.scale.meaning} | {term.format(**words): text.format(**words) for term, text in told.items()}
@@ -69,12 +69,13 @@ def arm_words(name: str) -> str:
 def verdict_words(result: TransferResult) -> str:
     """A verdict as a sentence."""
     axes, limit = result.axes, result.thresholds.equivalence
-    best, larger = f"the best {axes.label}", axes.scale.larger
+    best, larger, noun = f"the best {axes.label}", axes.scale.larger, axes.scale.noun
+    several = f"{larger} {noun}{'es' if noun.endswith('ch') else 's'}"
     still = f"up to \N{PLUS-MINUS SIGN}{limit:g} in log2 per doubling of {axes.size} count as no drift"
     told = {
-        "PASS": f"PASS: {best} stays where it is as the model gets {larger} ({still}).",
-        "FAIL": f"FAIL: {best} does not hold for {larger} models ({still}); tune it again for each {axes.size}.",
-        "INCONCLUSIVE": f"INCONCLUSIVE: these runs do not show whether {best} holds for {larger} models.",
+        "PASS": f"PASS: {best} stays where it is as the {noun} gets {larger} ({still}).",
+        "FAIL": f"FAIL: {best} does not hold for {several} ({still}); tune it again for each {axes.size}.",
+        "INCONCLUSIVE": f"INCONCLUSIVE: these runs do not show whether {best} holds for {several}.",
     }
     return told[result.verdict.value]
 

@@ -33,7 +33,7 @@ class SizeAxis:
         settings: What it changes of a run; by default the setting of its name.
         change: (config, value) -> the values of `settings` for a run of that size. Raises ConfigError for one that no run has.
         read: Config -> its size.
-        of_model: Whether a larger one should be better at every step: of a model, not of a run's length or batch.
+        noun: What has that size: a model, of which a larger one should be better at every step, or a run, or a batch.
     """
 
     name: str
@@ -49,7 +49,12 @@ class SizeAxis:
     settings: tuple[str, ...] = ()
     change: Callable[[Any, int], dict[str, Any]] | None = None
     read: Callable[[Any], int] | None = None
-    of_model: bool = True
+    noun: str = "model"
+
+    @property
+    def of_model(self) -> bool:
+        """Whether it is the model that is scaled."""
+        return self.noun == "model"
 
     @property
     def base_setting(self) -> str:
@@ -126,7 +131,7 @@ SIZES: dict[str, SizeAxis] = {
             settings=("micro_batches",),
             change=_micro_batches,
             read=lambda cfg: cfg.micro_batches * cfg.micro_batch_tokens,
-            of_model=False,
+            noun="batch",
         ),
         SizeAxis(
             *("tokens", "longer", "longest", "shorter", "shortest"),
@@ -136,7 +141,7 @@ SIZES: dict[str, SizeAxis] = {
             settings=("iterations",),
             change=_steps,
             read=lambda cfg: cfg.schedule.tokens,
-            of_model=False,
+            noun="run",
         ),
         SizeAxis(
             *("iterations", "longer", "longest", "shorter", "shortest"),
@@ -144,7 +149,7 @@ SIZES: dict[str, SizeAxis] = {
             also=("steps", "num_steps", "max_steps", "train_steps"),
             most=2**53,
             base="base_tokens",
-            of_model=False,
+            noun="run",
         ),
     )
 }
