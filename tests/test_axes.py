@@ -27,9 +27,20 @@ from speedrun_mup.sweep import (
     write_csv,
 )
 from speedrun_mup.sweep.spec import tuned_settings
-from speedrun_mup.transfer import SIZES, Axes, Point, SizeAxis, TransferError, Verdict, measure_transfer, read_points
+from speedrun_mup.transfer import (
+    SIZES,
+    Axes,
+    Point,
+    SizeAxis,
+    TransferError,
+    Verdict,
+    measure_transfer,
+    read_points,
+    read_table,
+)
 from speedrun_mup.transfer import loss_forecast as forecast_of
 from speedrun_mup.transfer.axes import sized
+from speedrun_mup.transfer.points import along, relative_to_rule
 
 OPTIMUM = 2.0**-6.8
 FOREIGN = r"(?i)\bwid(th|ths|er|est)\b|narrowest|\blearning|\brates?\b|\blr\b|knob"  # words of other axes
@@ -432,3 +443,112 @@ def test_a_report_speaks_of_runs_and_batches_and_not_of_models(tiny, tmp_path, a
     assert any(words in text for words in told) and not re.search("(larg|wid|long)(er|est) model", text), text
     assert f"arms mup, {axis} {', '.join(map(str, values))}, octaves" in text
     assert text.count("a run: ") == 3 and "`factor on adam_lr " in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several sizes, and sizes that follow
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_of_several_axes_one_is_measured_at_each_place_of_the_others(tiny, tmp_path):
+    out, base = tmp_path / "s", tiny(micro_batches=2, iterations=16, micro_batch_tokens=128)
+    places = [
+        *grid_of({"batch_tokens": (256, 512, 1024), "iterations": (16, 32, 64)}),
+        {"batch_tokens": 2048, "iterations": 96},
+    ]
+    grid = {
+        "seeds": (0, 1),
+        "axes": Axes("batch_tokens", "lr_scale"),
+        "log2_factors": (-2, -1, 0, 1, 2),
+        "adaptive": False,
+    }
+    run_sweep(Sweep(base, tuple(places), **grid), out, PlantedEngine(bowl), progress=False)
+    for size, other, drift in (("batch_tokens", "iterations", 0.5), ("iterations", "batch_tokens", -1 / 3)):
+        result = measure_sweep(out, size=size)
+        assert len(result.arms) == 3 and result.axes.size == size  # 2048 tokens and 96 steps stand alone
+        for name, arm in result.arms.items():
+            assert re.fullmatch(rf"mup, {other} \d+", name) and arm.drift.value == pytest.approx(drift, abs=0.05)
+            assert [fit.size for fit in arm.fits] == list({"batch_tokens": (256, 512, 1024)}.get(size, (16, 32, 64)))
+    assert measure_sweep(out).axes.size == "batch_tokens"
+    assert "mup, batch_tokens 512" in to_markdown(make_report(out, measure_sweep(out, size="iterations")))
+    with pytest.raises(
+        ConfigError, match="--size width: .* is a sweep over batch_tokens, iterations; name one of these"
+    ):
+        measure_sweep(out, size="width")
+
+
+def test_a_size_with_no_two_alike_in_the_others_cannot_be_measured_by_itself(tiny, tmp_path):
+    places = tuple({"width": w, "n_layer": n} for w, n in zip((32, 64, 128, 256), (6, 10, 8, 12)))
+    grid = {"seeds": (0,), "log2_factors": (-1, 0, 1), "adaptive": False}
+    run_sweep(Sweep(tiny(), places, **grid), tmp_path / "s", PlantedEngine(bowl), progress=False)
+    with pytest.raises(ConfigError, match="no two runs differ in width and are alike in n_layer"):
+        measure_sweep(tmp_path / "s", size="width")
+
+
+@pytest.mark.parametrize(
+    ("axis", "column", "value", "doubted"),
+    [
+        ("batch_tokens", "tokens", lambda size: 96 * size, False),
+        ("batch_tokens", "steps", lambda size: 2**20 // size, False),
+        ("tokens", "iterations", lambda size: size // 1024, False),
+        ("iterations", "train_tokens", lambda size: 1024 * size, False),
+        ("batch_tokens", "tokens", lambda size: 2**10 * round(size**0.5), True),
+        ("batch_tokens", "n_layer", lambda size: size // 256, True),
+        ("n_layer", "tokens", lambda size: 1024 * size, True),
+        ("width", "n_layer", lambda size: size // 256, True),
+    ],
+)
+def test_what_follows_from_a_size_raises_no_doubt(tmp_path, axis, column, value, doubted):
+    """A larger batch means more tokens at as many steps, or fewer steps; what else grows along is another matter."""
+    rng, rows = np.random.default_rng(0), []
+    for size in (1024, 2048, 4096, 8192):
+        for at in range(-2, 3):
+            for seed in (0, 1):
+                rows.append(
+                    (
+                        size,
+                        2.0**at,
+                        seed,
+                        3 - math.log(size) / 30 + 0.05 * at**2 + 0.002 * rng.standard_normal(),
+                        value(size),
+                    )
+                )
+    lines = [f"{axis},lr,seed,loss,{column}", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    table = read_table(tmp_path / "runs.csv", Axes(axis))
+    result = measure_transfer(table.points, axes=table.axes, doubts=table.doubts, notes=table.notes)
+    assert bool(result.doubts) is doubted
+    assert doubted or f"{column} follows from {axis}" in " ".join(result.notes)
+    both = f"measure both: --size {axis} n_layer"
+    assert (both in result.reasons[0]) is (column == "n_layer")
+
+
+def test_a_table_may_have_several_size_columns(tmp_path):
+    rows = [(w, n, 2.0**k, 3 + 8 / w + 2 / n + 0.03 * k * k) for w in (64, 128) for n in (4, 8) for k in range(-2, 3)]
+    (tmp_path / "runs.csv").write_text(
+        "\n".join(["n_embd,n_layer,lr,loss", *(",".join(map(str, row)) for row in rows)])
+    )
+    points = read_points(tmp_path / "runs.csv", columns={"width": "n_embd"}, more=["n_layer"])
+    assert [tuple(point.sizes[name] for name in ("width", "n_layer")) for point in points[::5]] == [
+        *zip((64, 64, 128, 128), (4, 8, 4, 8))
+    ]
+    assert {point.arm for point in along(points, "width", ["width", "n_layer"])} == {
+        "runs, n_layer 4",
+        "runs, n_layer 8",
+    }
+    with pytest.raises(TransferError, match="no column tokens in the header"):
+        read_points(tmp_path / "runs.csv", columns={"width": "n_embd"}, more=["tokens"])
+    with pytest.raises(TransferError, match="width 64, n_layer 4, lr 0.25 is there twice"):
+        with open(tmp_path / "runs.csv", "a") as file:
+            file.write("\n64,4,0.25,2.9")
+        read_points(tmp_path / "runs.csv", columns={"width": "n_embd"}, more=["n_layer"])
+
+
+def test_drift_is_counted_from_what_a_rule_predicts(tmp_path):
+    points = read_points(table(tmp_path / "runs.csv", "batch_tokens", "lr", drift=0.5), Axes("batch_tokens"))
+    axes = Axes("batch_tokens")
+    mine = [point for point in points if point.arm == "mup"]
+    assert measure_transfer(mine, axes=axes).verdict is Verdict.FAIL
+    right, wrong = (relative_to_rule(mine, {"batch_tokens": drift}, {"batch_tokens": 4}) for drift in (0.5, 1.0))
+    assert measure_transfer(right, axes=axes).verdict is Verdict.PASS
+    assert measure_transfer(wrong, axes=axes).arms["mup"].drift.value == pytest.approx(-0.5, abs=0.04)

@@ -25,7 +25,7 @@ from speedrun_mup.report.figures import (
     training_curves,
 )
 from speedrun_mup.report.words import arm_words, larger_words, terms, verdict_words
-from speedrun_mup.sweep import read_curves, read_results
+from speedrun_mup.sweep import read_along, read_curves
 from speedrun_mup.transfer import Axes, TransferResult
 
 
@@ -59,8 +59,8 @@ def make_report(
     swept = source.is_dir()
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
-    runs = read_results(source) if swept else []
     axes = result.axes
+    runs = read_along(source, axes.size) if swept else []
     factors = swept or _is_of_sweep(source)
     sections = [
         Section("In numbers", tables=[_arms(result)]),
@@ -73,7 +73,9 @@ def make_report(
         _best(result, prediction, comparison, predict or _predict(source, result)),
     ]
     if swept:
-        sections.append(Section("Training curves", _larger(result), [training_curves(result, read_curves(source))]))
+        sections.append(
+            Section("Training curves", _larger(result), [training_curves(result, read_curves(source, axes.size))])
+        )
         sections.append(cost_section(result, runs, planned))
     else:
         why = f"{source.name} is a table of losses; `speedrun-mup sweep` keeps training curves and counts cost."

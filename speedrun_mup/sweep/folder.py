@@ -23,6 +23,7 @@ from speedrun_mup.sweep.spec import SCHEMA, Place, RunSpec, Sweep, can_be_swept
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.transfer import MADE_WITH, Axes
 from speedrun_mup.transfer.axes import size_axis
+from speedrun_mup.transfer.points import whole_arm
 
 SWEEP, SCRATCH = "sweep.json", "running"
 MOST_RUNS = 10**6
@@ -218,4 +219,4 @@ def tuned_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
     name = definition["base"]["hyperparameter"]
     if name not in swept_settings():
         return f"factor on {name}", 1.0
-    return f"--{name.replace('_', '-')}", (definition["base"] | definition["arms"][arm]["settings"])[name]
+    return f"--{name.replace('_', '-')}", (definition["base"] | definition["arms"][whole_arm(arm)]["settings"])[name]

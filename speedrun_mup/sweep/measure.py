@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from speedrun_mup.transfer import (
     missing,
 )
 from speedrun_mup.transfer.axes import told_sizes
+from speedrun_mup.transfer.points import along, slice_name
 
 
 def points_of(results: Iterable[RunResult]) -> list[Point]:
@@ -102,10 +104,25 @@ def _grows(requests: Sequence[Mapping[str, Any]], curve: Mapping[float, float]) 
     return len(propose_points(curve, asked["log2_factors"], asked.get("refine", True)))
 
 
-def read_curves(out: Path) -> dict[CurveKey, Array]:
-    """(arm, size, factor, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended."""
+def read_along(out: Path, size: str) -> list[RunResult]:
+    """The results of a folder along one of its axes; arms are called as `along` calls them."""
+    return [
+        replace(
+            result,
+            arm=slice_name(result.arm, {name: value for name, value in result.sizes.items() if name != size}),
+            sizes={size: result.sizes[size]},
+        )
+        for result in read_results(out)
+    ]
+
+
+def read_curves(out: Path, size: str | None = None) -> dict[CurveKey, Array]:
+    """(arm, size, factor, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended.
+
+    size: one of several axes, where arms are called as `along` calls them.
+    """
     curves = {}
-    for result in read_results(out):
+    for result in read_along(out, size or size_names(read_definition(out))[0]):
         losses = np.full(result.config["iterations"], np.nan)
         losses[: len(result.curve)] = result.curve
         curve = np.stack([np.arange(len(losses), dtype=float), losses], axis=1)
@@ -113,12 +130,23 @@ def read_curves(out: Path) -> dict[CurveKey, Array]:
     return curves
 
 
-def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any) -> TransferResult:
+def measure_sweep(
+    out: Path, arms: Collection[str] | None = None, size: str | None = None, **options: Any
+) -> TransferResult:
     """`measure_transfer` on a sweep folder, with its controls, base size and training curves.
 
-    arms: those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all
-    of these. A prediction is about learning rates over width: on other axes that arm is neither tested nor a control.
-    options: for `measure_transfer`. Raises ConfigError, TransferError.
+    Args:
+        out: The folder.
+        arms: Those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all of
+            these. A prediction of `ARMS` is about learning rates over width: on other axes that arm is neither tested nor a
+            control.
+        size: Of a sweep over several axes the one to measure along, by default its first: each place of the others is an arm
+            of its own.
+        options: For `measure_transfer`.
+
+    Raises:
+        ConfigError: For a folder without a sweep, or without such an arm or size.
+        TransferError: See `measure_transfer`.
     """
     definition = read_definition(out)
     known = [name for name in definition["arms"] if arms is None or name in arms]
@@ -126,17 +154,43 @@ def measure_sweep(out: Path, arms: Collection[str] | None = None, **options: Any
     if unknown:
         raise ConfigError(f"{out} has no arm {', '.join(sorted(unknown))}; it has {', '.join(definition['arms'])}")
     results = [result for result in read_results(out) if result.arm in known]
-    points, axes = points_of(results), axes_of(definition)
-    several = [name for name in known if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
-    curves = {key: curve for key, curve in read_curves(out).items() if key[0] in several and axes.scale.of_model}
-    predicted = {name: definition["arms"][name]["predicted"] for name in known}
+    axes, names = axes_of(definition), size_names(definition)
+    axes = replace(axes, size=size or axes.size)
+    if axes.size not in names:
+        raise ConfigError(f"--size {axes.size}: {out} is a sweep over {', '.join(names)}; name one of these")
+    absent, notes = not_run(out, results, known)
+    doubts = [*made_differently(results, axes), *absent]
+    points, whose = points_of(results), {name: name for name in known}
+    if len(names) > 1:
+        points, whose = _slices(points, axes.size, names)
+        doubts = [replace(doubt, arm=None) for doubt in doubts]
+    several = [name for name in whose if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
+    curves = {key: curve for key, curve in read_curves(out, axes.size).items() if key[0] in several}
+    predicted = {name: definition["arms"][arm]["predicted"] for name, arm in whose.items()}
     if not axes.is_rate or axes.size != "width":
-        tested = [name for name in known if predicted[name] is None] or known
+        tested = [name for name in whose if predicted[name] is None] or list(whose)
         options["tested"] = options.get("tested") or tested
         predicted = {}
     base = definition["base"].get(axes.scale.base_setting)
-    everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in known)
-    absent, notes = not_run(out, results, known)
-    about = {"doubts": [*made_differently(results, axes), *absent], "notes": notes}
-    options = {"base_size": base if everywhere else None, "curves": curves, "axes": axes, **about} | options
+    everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in whose)
+    curves = curves if axes.scale.of_model else {}
+    about = {"axes": axes, "doubts": doubts, "notes": notes, "curves": curves}
+    options = {"base_size": base if everywhere else None, **about} | options
     return measure_transfer(points, controls={k: v for k, v in predicted.items() if v is not None}, **options)
+
+
+def _slices(points: Sequence[Point], size: str, names: Sequence[str]) -> tuple[list[Point], dict[str, str]]:
+    """Runs along one axis of several, and the arm of each slice; without slices that have a single size."""
+    whose: dict[str, str] = {}
+    sizes: dict[str, set[int]] = defaultdict(set)
+    sliced = along(points, size, names)
+    for point, part in zip(points, sliced, strict=True):
+        whose[part.arm] = point.arm
+        sizes[part.arm].add(part.sizes[size])
+    kept = {arm: whose[arm] for arm in sorted(whose) if len(sizes[arm]) > 1}
+    if not kept:
+        raise ConfigError(
+            f"--size {size}: no two runs differ in {size} and are alike in {', '.join(n for n in names if n != size)}; "
+            "leave --size out to fit all axes at once"
+        )
+    return [part for part in sliced if part.arm in kept], kept

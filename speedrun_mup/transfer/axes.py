@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
 
+ROUNDED = 0.01  # numbers as close as this are one setting, and a power law may be off by it
 Sizes = Mapping[str, int]  # name of a size axis -> value
 
 
@@ -33,6 +34,7 @@ class SizeAxis:
         settings: What it changes of a run; by default the setting of its name.
         change: (config, value) -> the values of `settings` for a run of that size. Raises ConfigError for one that no run has.
         read: Config -> its size.
+        follow: Sizes that follow from this one where all else stays, as a power of it.
         noun: What has that size: a model, of which a larger one should be better at every step, or a run, or a batch.
     """
 
@@ -49,6 +51,7 @@ class SizeAxis:
     settings: tuple[str, ...] = ()
     change: Callable[[Any, int], dict[str, Any]] | None = None
     read: Callable[[Any], int] | None = None
+    follow: Mapping[str, int] = field(default_factory=dict)
     noun: str = "model"
 
     @property
@@ -69,6 +72,14 @@ class SizeAxis:
     def given_to(self, cfg: Any, value: int) -> dict[str, Any]:
         """The settings that `cfg` has at this size. Raises ConfigError for one that it cannot have."""
         return self.change(cfg, value) if self.change else {self.name: value}
+
+    def leads(self, other: str, pairs: Iterable[tuple[float, float]]) -> bool:
+        """Whether another size only follows from this one in runs with these pairs of both sizes: tokens from the batch."""
+        power = next((power for name, power in self.follow.items() if other in (name, *size_axis(name).also)), None)
+        if power is None:
+            return False
+        rest = [value / size**power for size, value in pairs]
+        return max(rest) - min(rest) <= ROUNDED * max(rest)
 
     def of(self, cfg: Any) -> int:
         """The size of a run with the settings `cfg`."""
@@ -131,6 +142,7 @@ SIZES: dict[str, SizeAxis] = {
             settings=("micro_batches",),
             change=_micro_batches,
             read=lambda cfg: cfg.micro_batches * cfg.micro_batch_tokens,
+            follow={"tokens": 1, "iterations": -1},
             noun="batch",
         ),
         SizeAxis(
@@ -141,6 +153,7 @@ SIZES: dict[str, SizeAxis] = {
             settings=("iterations",),
             change=_steps,
             read=lambda cfg: cfg.schedule.tokens,
+            follow={"iterations": 1},
             noun="run",
         ),
         SizeAxis(
@@ -149,6 +162,7 @@ SIZES: dict[str, SizeAxis] = {
             also=("steps", "num_steps", "max_steps", "train_steps"),
             most=2**53,
             base="base_tokens",
+            follow={"tokens": 1},
             noun="run",
         ),
     )

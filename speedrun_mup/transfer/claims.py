@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from speedrun_mup.files import printable
-from speedrun_mup.transfer.axes import Axes
+from speedrun_mup.transfer.axes import SIZES, Axes
 from speedrun_mup.transfer.fits import Array, LossTable, fit_quadratics
 from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.thresholds import Thresholds
@@ -65,7 +65,8 @@ def values_doubt(kind: str, runs: Mapping[str, Sequence[Point]], axes: Axes, arm
     shown = "; ".join(told[: NAMED + 1]) + (" and more" if len(told) > NAMED + 1 else "")
     made = f"{len(runs)} different {kind} made these runs"
     differ = made if kind in MADE_WITH else f"{kind} has {len(runs)} values in these runs"
-    return Doubt(kind, f"{differ}: {shown}; run them alike, or --accept {kind}", arm)
+    both = f", measure both: --size {axes.size} {kind}," if kind in SIZES and kind not in axes.scale.follow else ""
+    return Doubt(kind, f"{differ}: {shown}; run them alike,{both} or --accept {kind}", arm)
 
 
 def differing(kind: str, values: Iterable[tuple[str, Point]], axes: Axes) -> Iterator[Doubt]:
@@ -168,6 +169,8 @@ def _matched(scale: _Scale, other: LossTable) -> _Evidence:
     """Evidence that every curve of `other` is a copy of some curve of the scale's size, whatever its seed is called."""
     mine, found = scale.table, []
     grid = np.intersect1d(mine.log2_value, other.log2_value)
+    if not len(grid):  # values of their own at every size
+        return _Evidence()
     theirs = mine.losses[:, np.isin(mine.log2_value, grid)]
     for seed in other.losses[:, np.isin(other.log2_value, grid)]:
         best = scale.compare(seed, theirs[_closest(seed, theirs)], grid, FURTHER_APART)

@@ -10,13 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from speedrun_mup.files import printable
-from speedrun_mup.transfer.axes import Axes, with_article
+from speedrun_mup.transfer.axes import ROUNDED, Axes, with_article
 from speedrun_mup.transfer.claims import Doubt, open_doubts, refuse_copies, values_doubt
 from speedrun_mup.transfer.drift import measure_arm
 from speedrun_mup.transfer.fits import Array, LossTable, Noise, build_loss_table, fit_size
 from speedrun_mup.transfer.points import CurveKey, Point, TransferError
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.setting_columns import ROUNDED
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 
 MOST_SIZES = 600  # curves of one size and one arm, of all arms together
@@ -145,7 +144,8 @@ def _other_sizes(placed: Mapping[str, Mapping[int, Sequence[Point]]], axes: Axes
             for point in stable:
                 if name in point.sizes:
                     values[point.sizes[name]].append(point)
-            if max(values) - min(values) > ROUNDED * max(values):
+            pairs = [(float(point.sizes[axes.size]), float(size)) for size, some in values.items() for point in some]
+            if max(values) - min(values) > ROUNDED * max(values) and not axes.scale.leads(name, pairs):
                 told = {str(value): some for value, some in values.items()}
                 yield values_doubt(name, told, axes, arm if len(placed) > 1 else None)
 

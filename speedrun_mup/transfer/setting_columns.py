@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from speedrun_mup.files import printable
-from speedrun_mup.transfer.axes import RATE, SIZES, Axes
+from speedrun_mup.transfer.axes import RATE, ROUNDED, SIZES, Axes
 from speedrun_mup.transfer.claims import MADE_WITH, Doubt, values_doubt
 from speedrun_mup.transfer.points import Point
 
@@ -35,7 +35,6 @@ SCALED = frozenset(("weight_decay", "wd", "eps", "epsilon", "adam_eps", "init_st
 RATES = frozenset((RATE, "learning_rate", "max_lr", "peak_lr", "base_lr", "lr_scale"))
 SAYS_NOTHING = ("", "nan", "none", "null", "n/a", "na")
 SPELLED = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-ROUNDED = 0.01  # numbers as close as this are one setting, and a power law may be off by it
 
 
 def is_setting(column: str, axes: Axes) -> bool:
@@ -70,10 +69,12 @@ def judge_settings(
         for arm, some in arms.items():
             if not _one_setting(column, some):
                 power = _power(some, axes) if _follows(_name(column), axes) else None
-                if power is None:
+                where = "" if lone else f"arm {printable(arm, 40)}: "
+                if axes.scale.leads(_name(column), _pairs(some, axes)):
+                    notes.append(f"{where}{kind} follows from {axes.size}, as it must where all else stays")
+                elif power is None:
                     doubts.append(values_doubt(kind, _by_value(some), axes, None if lone else arm))
                 elif abs(power) > ROUNDED:
-                    where = "" if lone else f"arm {printable(arm, 40)}: "
                     notes.append(
                         f"{where}{kind} goes as {axes.size}^{power:.3g}: counted as part of the rule that is judged"
                     )
@@ -142,6 +143,12 @@ def _power(cells: Sequence[tuple[str, Point]], axes: Axes) -> float | None:
     design, target = np.array(place), np.array(known)
     slopes = np.linalg.lstsq(design, target, rcond=None)[0]
     return float(slopes[1]) if np.abs(design @ slopes - target).max() <= ROUNDED else None
+
+
+def _pairs(cells: Sequence[tuple[str, Point]], axes: Axes) -> list[tuple[float, float]]:
+    """(measured size, number in a cell); of a word nan, which nothing is close to."""
+    numbers = ((_number(value), run) for value, run in cells)
+    return [(float(run.sizes[axes.size]), math.nan if value is None else value) for value, run in numbers]
 
 
 def _between_arms(kind: str, arms: Mapping[str, Sequence[tuple[str, Point]]]) -> Iterator[str]:

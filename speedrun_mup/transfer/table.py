@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speedrun_mup.files import SMALL, printable, read_bytes
-from speedrun_mup.transfer.axes import RATE, SIZES, Axes
+from speedrun_mup.transfer.axes import RATE, SIZES, Axes, told_sizes
 from speedrun_mup.transfer.claims import Doubt
 from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.setting_columns import is_setting, judge_settings
@@ -40,12 +40,16 @@ class RunTable:
     doubts: tuple[Doubt, ...]
 
 
-def read_points(path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None) -> list[Point]:
+def read_points(
+    path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None, more: Sequence[str] = ()
+) -> list[Point]:
     """The runs of `read_table`."""
-    return read_table(path, axes, columns).points
+    return read_table(path, axes, columns, more).points
 
 
-def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None) -> RunTable:
+def read_table(
+    path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None, more: Sequence[str] = ()
+) -> RunTable:
     """Runs from a CSV with a column for each of `axes`, loss and, if you like, seed (else one run at every point) and arm
     (else the name of the file).
 
@@ -55,15 +59,17 @@ def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str,
         path: of the file.
         axes: what was scaled and what was tuned, which is above zero; by default the columns width and lr.
         columns: what the columns are called in the file, for instance {"width": "n_embd", "loss": "val/loss"}.
+        more: further sizes that were scaled, each a column: ["n_layer", "tokens"].
 
     Raises:
         TransferError: in one line that names row (1 is the file's first line) and column.
     """
     path, axes = Path(path), axes or Axes()
-    _check_names(axes)
+    for size in (axes.size, *more):
+        _check_names(Axes(size, axes.hyperparameter))
     rows = _rows(path)
     header = next(rows, (1, []))[1]
-    place = _find_columns(path, header, axes, columns or {})
+    place = _find_columns(path, header, axes, columns or {}, more)
     left_out = [number for number in range(len(header)) if number not in place.values()]
     names = [header[number].strip() for number in left_out]
     seen: list[set[str]] = [set() for _ in left_out]
@@ -72,7 +78,7 @@ def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str,
     }
     sizes = {name.lower(): number for name, number in zip(names, left_out) if name.lower() in SIZES}
     seeds = Seeds()
-    points: dict[tuple[str, int, float, int], tuple[Point, int]] = {}
+    points: dict[tuple[str, tuple[int, ...], float, int], tuple[Point, int]] = {}
     for line, cells in rows:
         where = f"{printable(path)} row {line}"
         if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
@@ -81,10 +87,11 @@ def read_table(path: str | Path, axes: Axes | None = None, columns: Mapping[str,
             )
         told = {role: cells[number].strip() for role, number in place.items()}
         others = {name: int(cells[at]) for name, at in sizes.items() if re.fullmatch(r"\s*[0-9]{1,18}\s*", cells[at])}
+        others |= {name: _size(told[name], Axes(name), f"{where}, column {name}") for name in more}
         point = _point(told, others, axes, seeds, where, path.stem)
-        key = (point.arm, point.sizes[axes.size], point.log2_value, point.seed)
+        key = (point.arm, tuple(point.sizes[name] for name in (axes.size, *more)), point.log2_value, point.seed)
         if key in points:
-            same = f"arm {point.arm}, {axes.at(key[1])}, {axes.hyperparameter} {point.value:g}"
+            same = f"arm {point.arm}, {told_sizes(dict(zip((axes.size, *more), key[1])))}, {axes.hyperparameter} {point.value:g}"
             same += f", seed {point.seed}" * ("seed" in place)
             first = next(cells for number, cells in _rows(path) if number == points[key][1])
             differ = [name for name, number in zip(names, left_out) if first[number].strip() != cells[number].strip()]
@@ -158,9 +165,7 @@ def _point(
 ) -> Point:
     """A row's run. cells: role -> text; others: its sizes on axes that are not measured."""
     at, tuned = f"{where}, column {axes.size}", f"{where}, column {axes.hyperparameter}"
-    size = _whole(cells[axes.size], at, positive=True)
-    if size > axes.scale.most:
-        raise TransferError(f"{at}: {size:.3g} should be at most {axes.scale.most}")
+    size = _size(cells[axes.size], axes, at)
     value = _to_number(cells[axes.hyperparameter], tuned, "a positive number")
     if not value > 0:
         raise TransferError(f"{tuned}: {printable(cells[axes.hyperparameter], 40)!r} should be a positive number")
@@ -175,6 +180,13 @@ def _point(
         kind = f"a name of at most {MOST_NAME} characters, none of them a control character"
         raise TransferError(f"{where}, column arm: {printable(arm, 40)!r} should be {kind}")
     return Point({**others, axes.size: size}, value, seed, loss, arm)
+
+
+def _size(text: str, axes: Axes, where: str) -> int:
+    size = _whole(text, where, positive=True)
+    if size > axes.scale.most:
+        raise TransferError(f"{where}: {size:.3g} should be at most {axes.scale.most}")
+    return size
 
 
 def _to_number(text: str, where: str, kind: str, *, finite: bool = True) -> float:
@@ -225,13 +237,15 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_columns(path: Path, header: Sequence[str], axes: Axes, columns: Mapping[str, str]) -> dict[str, int]:
+def _find_columns(
+    path: Path, header: Sequence[str], axes: Axes, columns: Mapping[str, str], more: Sequence[str]
+) -> dict[str, int]:
     """role -> number of its column; an axis's role is its name. TransferError for what is missing or ambiguous."""
     if len(header) > MOST_COLUMNS:
         raise TransferError(f"{printable(path)}: {len(header):,} columns; give a table of at most {MOST_COLUMNS:,}")
     names = [name.strip().lower() for name in header]
     shown = printable(",".join(names), 120)
-    roles = (axes.size, axes.hyperparameter, "seed", "loss", "arm")
+    roles = (axes.size, *more, axes.hyperparameter, "seed", "loss", "arm")
     called = {(axes.hyperparameter if role == RATE else role): name for role, name in columns.items()}
     if unknown := [role for role in called if role not in roles]:
         raise TransferError(
@@ -250,7 +264,7 @@ def _find_columns(path: Path, header: Sequence[str], axes: Axes, columns: Mappin
         elif role not in OPTIONAL:
             absent.append(role)
     if absent:
-        missing = absent if len(names) > 1 else roles[:4]
+        missing = absent if len(names) > 1 else roles[:-1]
         raise TransferError(
             f"{printable(path)}: no column {', '.join(missing)} in the header ({shown}); {_advice(absent, names)}"
         )
