@@ -15,8 +15,8 @@ from speedrun_mup.export.hf.model_card import model_card
 from speedrun_mup.export.hf.model_files import CODE, generation_settings, model_settings, weights_of, write_weights
 from speedrun_mup.export.hf.tokenizer_files import tokenizer_files
 from speedrun_mup.files import printable, sync_folder
+from speedrun_mup.training.checkpoint_manifest import CheckpointError, os_faults
 from speedrun_mup.training.load import LoadedRun, load_run
-from speedrun_mup.training.manifest import CheckpointError, os_faults
 
 
 def write_hf(request: Request) -> str:
