@@ -19,7 +19,7 @@ from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
 from speedrun_mup.flags import LARGEST
 from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups, without_effect
 from speedrun_mup.presets import PRESETS
-from speedrun_mup.scaling import scaling_in_force, switched_on, with_scaling_settings
+from speedrun_mup.scaling import switched_on, with_scaling_settings
 from speedrun_mup.settings import (
     BELOW_ONE,
     FRACTION,
@@ -454,16 +454,6 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
         if all(reasons):
             raise ConfigError(reasons[0])
     return cfg
-
-
-def rules_in_force(cfg: TrainConfig) -> str:
-    """How this run scales with width, and with what else it does, as a line for its reader."""
-    more = scaling_in_force(cfg)
-    name = "muP" if cfg.parametrization == "mup" else cfg.parametrization
-    if cfg.parametrization == "record26":
-        return f"rules: the record's own (no muP; --mup switches it on){more}"
-    own = ", the width of this model: every factor is 1" if cfg.tuned_width == cfg.width else ""
-    return f"rules: {name} from base width {cfg.tuned_width}{own}{more}"
 
 
 def to_json(cfg: TrainConfig) -> str:

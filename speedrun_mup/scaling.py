@@ -1,4 +1,4 @@
-"""Settings of what follows depth, batch and tokens, each off unless asked for.
+"""How a run scales: its rules in a line, and settings of what follows depth, batch and tokens, each off unless asked for.
 
 The rules themselves are data in core/mup/depth_rules.py and core/mup/run_rules.py. Imports no torch, so that `--help` and a
 misspelt flag answer at once.
@@ -114,10 +114,15 @@ def run_scaling(cfg: Any) -> RunScaling:
 WITHOUT_BASES: dict[str, Any] = {axis.base: None for axis in AXES.values()}
 
 
-def scaling_in_force(cfg: Any) -> str:
-    """What follows depth, batch and tokens in this run, after what follows width; empty if nothing does."""
+def rules_in_force(cfg: Any) -> str:
+    """How a run with the settings `cfg` scales with width, and with what else it does, as a line for its reader."""
     bases = ((name, axis, getattr(cfg, axis.base)) for name, axis in AXES.items())
     units = {"depth": "layers", "batch": "tokens a step", "tokens": "tokens"}
-    return "".join(
+    more = "".join(
         f"; {name}: {getattr(cfg, axis.rule)} from {base:,} {units[name]}" for name, axis, base in bases if base
     )
+    name = "muP" if cfg.parametrization == "mup" else cfg.parametrization
+    if cfg.parametrization == "record26":
+        return f"rules: the record's own (no muP; --mup switches it on){more}"
+    own = ", the width of this model: every factor is 1" if cfg.tuned_width == cfg.width else ""
+    return f"rules: {name} from base width {cfg.tuned_width}{own}{more}"

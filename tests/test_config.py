@@ -13,7 +13,6 @@ from speedrun_mup.config import (
     PRESETS,
     from_json,
     make_config,
-    rules_in_force,
     settings,
     to_json,
 )
@@ -21,6 +20,7 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.editions import FORMER
 from speedrun_mup.flags import parse
+from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.settings import flag_of
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from speedrun_mup.config import make_config, rules_in_force
+from speedrun_mup.config import make_config
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig, rms_norm
@@ -16,6 +16,7 @@ from speedrun_mup.core.mup import DEPTH_RULES, PARAMETRIZATIONS, DepthRole, Role
 from speedrun_mup.core.mup.depth_rules import depth_rule
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.core.utils import generator
+from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.training.model_config import Vocabulary, model_config
 
 COMPLETEP = DEPTH_RULES["completep"]

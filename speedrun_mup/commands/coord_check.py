@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.config import PRESETS, make_config, rules_in_force
+from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable, write_whole
 from speedrun_mup.flags import new_parser, parse, several
-from speedrun_mup.scaling import SCALING_SETTINGS
+from speedrun_mup.scaling import SCALING_SETTINGS, rules_in_force
 from speedrun_mup.setting_flags import add_settings
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speedrun_mup.config import PRESETS, make_config, rules_in_force
+from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.setting_flags import add_settings
 
 SIZES = ("n_layer", "head_dim", "micro_batches", "micro_batch_tokens", "iterations", "adam_beta1", "adam_beta2")

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from speedrun_mup.commands.sweep import add_engine, budget_of, take
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
-from speedrun_mup.config import PRESETS, TrainConfig, make_config, rules_in_force
+from speedrun_mup.config import PRESETS, TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.setting_flags import TRAINING, add_settings
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from speedrun_mup.config import TrainConfig, rules_in_force
+from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.device import deterministic
 from speedrun_mup.core.distributed import World, join_world, leave_world, stop_with_parent, told_of_slurm
 from speedrun_mup.core.errors import Diverged, NonFiniteError, Stopped, UserError
@@ -28,7 +28,8 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import load_tokenizer
 from speedrun_mup.sample import Writer
 from speedrun_mup.sampling import Sampling
-from speedrun_mup.training.build import build_optimizers, prepare_corpus
+from speedrun_mup.scaling import rules_in_force
+from speedrun_mup.training.build import build_optimizers, prepare_corpus, tuned_values
 from speedrun_mup.training.checkpoint import Checkpoints
 from speedrun_mup.training.divergence import LossSpikeDetector
 from speedrun_mup.training.hardware import short_waits
@@ -118,6 +119,7 @@ class Run:
             check_decodable(self.model.cfg)
         self.cfg = cfg = self.passes.fit()
         self.schedule = self.passes.schedule
+        self.peak_lr = tuned_values(cfg)["matrix"].lr
         notes = self.take_weights(cfg.init_from) if cfg.init_from and not cfg.resume else []
 
         self.run_folder = RunFolder(self.cfg, world, lock)
@@ -252,9 +254,9 @@ class Run:
 
     def log_step(self, step: int, loss: float, grad_norm: float) -> None:
         """Record a step that counted. lr: the hidden matrices' at base width, the others keep their ratios to it."""
-        cfg, tokens = self.cfg, self.schedule.tokens_before(step + 1)
+        tokens = self.schedule.tokens_before(step + 1)
         self.train_loss = loss
-        rates = {"lr": cfg.groups["matrix"].lr * self.schedule.at(step).lr_factor, "grad_norm": grad_norm}
+        rates = {"lr": self.peak_lr * self.schedule.at(step).lr_factor, "grad_norm": grad_norm}
         record = {"kind": "train", "step": step, "loss": loss, "tokens": tokens, "train_s": self.train_s}
         self.run_folder.log.train(record | rates)
         self.recovery.record_loss(step, loss, grad_norm)

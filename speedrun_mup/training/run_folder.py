@@ -135,17 +135,15 @@ def _note_start(cfg: TrainConfig, folder: Path, start: int) -> None:
     before = saved_config(folder) if cfg.resume else None
     lasting = [name for name, meta in settings().items() if meta.lasts]
     now = dataclasses.replace(before, **{name: getattr(cfg, name) for name in lasting}) if before else cfg
-    changed = {name: [getattr(before, name), getattr(now, name)] for name in lasting if before and before != now}
-    life = provenance(sys.argv) | {
-        "from_step": start,
-        "changed": {k: v for k, v in changed.items() if v[0] != v[1]},
-    }
+    both = {name: [getattr(before, name), getattr(now, name)] for name in lasting if before}
+    changed = {name: values for name, values in both.items() if values[0] != values[1]}
+    life = provenance(sys.argv) | {"from_step": start, "changed": changed}
     try:
         with open_to_append(folder / PROVENANCE) as file:
             file.write(json.dumps(life) + "\n")
     except OSError as fault:
         raise _cannot_write(cfg, folder, fault) from None
-    if now != before:
+    if changed or not before:
         write_whole(folder / CONFIG, to_json(now) + "\n", "choose another folder with --out")
 
 
