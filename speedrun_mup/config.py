@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import ORTHOGONALIZERS
-from speedrun_mup.editions import FIRST_HASHED, first_names, present_names
+from speedrun_mup.editions import FIRST_HASHED, first_names, missing_settings, present_names
 from speedrun_mup.flags import LARGEST
 from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups, without_effect
 from speedrun_mup.presets import PRESETS
@@ -381,6 +381,11 @@ def _check_known(names: Iterable[str]) -> None:
         raise ConfigError(f"setting {unknown[0]} is unknown here; import what adds it first")
 
 
+def _check_whole(saved: Mapping[str, Any]) -> None:
+    if missing := missing_settings(saved):
+        raise ConfigError(f"setting {missing[0]} is missing")
+
+
 def settings() -> dict[str, Setting]:
     """All settings by name, in the order of `--help`."""
     return settings_of(_in_force, GROUPS)
@@ -419,7 +424,8 @@ def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(saved: Mapping[str, Any]) -> TrainConfig:
-    """The config of which a checkpoint, maybe of an earlier edition, saved the settings."""
+    """The config of which a checkpoint, maybe of an earlier edition, saved the settings. ConfigError if some are missing."""
+    _check_whole(saved)
     return build(known_settings(saved))
 
 
@@ -470,6 +476,7 @@ def from_json(text: str, source: Path) -> TrainConfig:
     try:
         values = present_names(json.loads(text))
         _check_known(values)
+        _check_whole(values)
         for name, value in values.items():
             kind, optional = types()[name]
             fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from speedrun_mup.core.errors import ConfigError
+
 
 class Former(NamedTuple):
     """A flag, or name in a config.json, of the edition before.
@@ -42,13 +44,22 @@ FORMER = {
 
 
 def present_names(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names, and with the values, that they have in this edition."""
-    values = {}
+    """Settings under the names, and with the values, that they have in this edition. ConfigError for one with two names."""
+    values: dict[str, Any] = {}
     for name, value in saved.items():
         former = FORMER.get(name, Former(name))
         spelled = former.values or {}
+        if former.setting in values:
+            both = [other for other in saved if FORMER.get(other, Former(other)).setting == former.setting]
+            raise ConfigError(f"{' and '.join(both)} are one setting, by its old and its new name; remove one of them")
         values[former.setting] = spelled.get(value, value) if isinstance(value, str) else value
     return values
+
+
+def missing_settings(saved: Mapping[str, Any]) -> list[str]:
+    """The settings that every edition saved with a run, of those that decide its result, and that `saved` has not."""
+    now = {FORMER.get(name, Former(name)).setting for name in saved}
+    return sorted({FORMER.get(name, Former(name)).setting for name in FIRST_HASHED} - now)
 
 
 def first_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,12 +43,25 @@ def whole_number(text: str) -> int:
     return int(number)
 
 
+def count(text: str) -> int:
+    """A whole number that is at least 1, for a flag that says how many."""
+    number = whole_number(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it must be at least 1, not {number}")
+    return number
+
+
+def verbatim(text: str) -> str:
+    """Any text, also an empty one, which is no value for other flags."""
+    return text
+
+
 def several(kind: Callable[[str], Any]) -> dict[str, Any]:
     """Options of add_argument for a flag that takes one value or more, apart by spaces or commas: --widths 32,64."""
     read = whole_number if kind is int else kind
 
     def values(text: str) -> list[Any]:
-        return [read(part) for part in text.split(",") if part]
+        return [read(part) for part in text.split(",") if part.strip()]
 
     values.__name__ = kind.__name__  # argparse names it in its messages
     return {"nargs": "+", "type": values, "action": _Flat}
@@ -72,6 +85,12 @@ class Parser(argparse.ArgumentParser):
         self.elsewhere: set[str] = set()  # flags of other commands, without effect in this one
         self.register("type", int, whole_number)
         self._negative_number_matcher = re.compile(r"^-[\d.]")  # -1e-3, -1,0,1 and -5m are values, not flags
+
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        """The value of an argument. An empty name or path is what an unset variable of a shell leaves."""
+        if action.type in (None, str, Path) and any(not word.strip() for word in words):
+            raise argparse.ArgumentError(action, "it is empty; give a value, or leave it out if there is a default")
+        return super()._get_values(action, words)  # type: ignore[misc]
 
     def is_unknown(self, word: str) -> bool:
         """Whether `word` looks like a flag and is none of this command's."""
@@ -99,6 +118,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         (word for word in itertools.takewhile(lambda word: word != "--", argv) if parser.is_unknown(word)), None
     )
     if unknown is None:  # else what it meant matters more than what is missing
+        _check_spelled_once(parser, argv)
         arguments, rest = parser.parse_known_args(argv)
         unknown = rest[0] if rest else None
     if unknown is not None:
@@ -106,6 +126,20 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     for name, value in vars(arguments).items():
         setattr(arguments, name, [_at_home(each) for each in value] if isinstance(value, list) else _at_home(value))
     return arguments
+
+
+def _check_spelled_once(parser: Parser, argv: Sequence[str]) -> None:
+    """Raise ConfigError for two flags that set the same thing: an old name and the new one, or --mup and its long form.
+
+    The same flag again is no fault: the last one counts, so that a script can add to a command line.
+    """
+    spelled: dict[str, str] = {}
+    for word in itertools.takewhile(lambda word: word != "--", argv):
+        flag = word.split("=")[0]
+        if action := parser._option_string_actions.get(flag):
+            before = spelled.setdefault(action.dest, flag)
+            if before.replace("--no-", "--", 1) != flag.replace("--no-", "--", 1):
+                raise ConfigError(f"{before} and {flag} set the same thing; leave out one of them")
 
 
 def _advice(parser: Parser, asked: str) -> str:

@@ -76,8 +76,6 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 def _add_flag(group: Any, name: str, meta: Setting, kind: type, text: str) -> None:
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-    if meta.shorthand:
-        group = group.add_mutually_exclusive_group()
     if kind is bool:
         group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=text, **options)
     else:

@@ -552,3 +552,18 @@ def test_drift_is_counted_from_what_a_rule_predicts(tmp_path):
     right, wrong = (relative_to_rule(mine, {"batch_tokens": drift}, {"batch_tokens": 4}) for drift in (0.5, 1.0))
     assert measure_transfer(right, axes=axes).verdict is Verdict.PASS
     assert measure_transfer(wrong, axes=axes).arms["mup"].drift.value == pytest.approx(-0.5, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (("seed",), "size seed is a column with another meaning"),
+        (("width", "arm"), "hyperparameter arm is a column with another meaning"),
+        (("",), "the size has no name"),
+        (("width", " "), "the hyperparameter has no name"),
+        (("lr",), "size and hyperparameter are both lr"),
+    ],
+)
+def test_axes_that_cannot_be_are_refused_where_they_are_made(names, fault):
+    with pytest.raises(TransferError, match=fault):
+        Axes(*names)

@@ -170,7 +170,7 @@ def test_on_the_command_line(capsys, no_ceilings):
     assert main(["bench", "--steps", "x"]) == 2
     capsys.readouterr()
     assert main(["bench", "--steps", "0"]) == 2
-    assert capsys.readouterr().err == "error: --steps 0 must be at least 1\n"
+    assert capsys.readouterr().err == "error: argument --steps: it must be at least 1, not 0\n"
 
 
 @pytest.mark.parametrize("flags", [["--steps", "28"], ["--profile"]])

@@ -11,6 +11,7 @@ from speedrun_mup.cli import main
 from speedrun_mup.commands.train import train_parser
 from speedrun_mup.config import (
     PRESETS,
+    config_of,
     from_json,
     make_config,
     settings,
@@ -239,10 +240,30 @@ def test_a_config_of_the_edition_before_is_read():
     assert from_json(json.dumps(saved), Path("x")) == make_config("laptop", now) == make_config("laptop", former)
 
 
+@pytest.mark.parametrize("read", [lambda saved: from_json(json.dumps(saved), Path("x")), config_of])
+def test_what_every_edition_saved_must_be_there(read):
+    """A missing width was read as 768."""
+    saved = vars(make_config("laptop", {}))
+    newer = {name: value for name, value in saved.items() if name not in ("attention_gate", "gate_lr")}
+    assert read(newer) == make_config("laptop", {})
+    for name in ("width", "deterministic", "matrix_optimizer"):
+        with pytest.raises(ConfigError, match=f"setting {name} is missing"):
+            read({key: value for key, value in saved.items() if key != name})
+
+
+@pytest.mark.parametrize("read", [lambda saved: from_json(json.dumps(saved), Path("x")), config_of])
+def test_a_setting_by_its_old_and_its_new_name_is_refused(read):
+    with pytest.raises(ConfigError, match="deterministic and strict are one setting, by its old and its new name"):
+        read({**vars(make_config("laptop", {})), "strict": True})
+    with pytest.raises(ConfigError, match="pack and micro_batches_per_forward are one setting"):
+        make_config("laptop", {"pack": 2, "micro_batches_per_forward": 2})
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "",
+        "{}",
         "[]",
         "{",
         '{"micro_batch": "some"}',

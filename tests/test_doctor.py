@@ -38,6 +38,9 @@ def run(tiny):
 def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["doctor", "--resume", str(run)]) == 0
+    assert main(["doctor", str(run), "--resume", "runs/other"]) == 2
+    assert f"--resume runs/other and {run} are two runs; leave out one" in capsys.readouterr().err
+    assert main(["doctor", str(run)]) == 0
     told = capsys.readouterr().out
     for text in (
         "cpu (asked for)",

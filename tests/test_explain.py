@@ -108,7 +108,7 @@ def test_the_command(capsys):
     assert next(row for row in rows if row["name"] == "lm_head.weight")["here"]["forward"] == 0.375
     for words, fault in (
         (["--width", "100"], "width=100"),
-        (["--vocab", "-1"], "--vocab -1 must be at least 1"),
+        (["--vocab", "-1"], "argument --vocab: it must be at least 1, not -1"),
         (["--track", "wandb"], "unknown argument --track"),
         (["--cooldown", "0.3"], "unknown argument --cooldown"),
     ):

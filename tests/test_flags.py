@@ -10,7 +10,7 @@ from speedrun_mup import synonyms
 from speedrun_mup.cli import COMMANDS, main
 from speedrun_mup.commands.train import train_parser
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import LARGEST, new_parser, parse, several, whole_number
+from speedrun_mup.flags import LARGEST, count, new_parser, parse, several, whole_number
 from speedrun_mup.synonyms import FLAGS, command_meaning, flag_meaning
 
 HERE = [flag for action in train_parser()._actions for flag in action.option_strings]
@@ -190,6 +190,48 @@ def test_whatever_is_no_whole_number_or_too_large_costs_one_short_line(text, cap
         assert main(["train", f"{flag}={text}"]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: argument {flag}: ") and said.count("\n") == 1 and len(said) < 200
+
+
+@pytest.mark.parametrize("words", [["--path", ""], ["--text", " "], ["--names", ""], ["--names", "a", "", "b"], [""]])
+def test_an_empty_value_is_a_fault_of_every_flag(words):
+    parser = new_parser("test", "")
+    parser.add_argument("--path", type=Path)
+    parser.add_argument("--text", default="usual")
+    parser.add_argument("--names", nargs="+", type=str)
+    parser.add_argument("source", nargs="?")
+    assert parse(parser, ["--path", "x", "--names", "a"]).text == "usual"
+    with pytest.raises(ConfigError, match=r"^argument .*: it is empty; give a value"):
+        parse(parser, words)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "-0.0", "1.5", "few"])
+def test_a_count_is_at_least_one(text):
+    assert count("1") == 1 and count("10k") == 10_000
+    with pytest.raises(argparse.ArgumentTypeError):
+        count(text)
+
+
+SAME = [  # two names of one setting
+    ["train", "--pack", "2", "--micro-batches-per-forward", "4"],
+    ["train", "--strict", "--no-deterministic"],
+    ["train", "--no-deterministic", "--no-strict"],
+    ["train", "--mup", "--parametrization=sp"],
+    ["sweep", "--widths", "32", "--knob", "lr_scale", "--hyperparameter=matrix_lr"],
+    ["transfer", "x.csv", "--base-size", "64", "--base-width", "32"],
+]
+
+
+@pytest.mark.parametrize("words", SAME)
+def test_two_flags_for_one_thing_are_refused(words, capsys):
+    both = [word.split("=")[0] for word in words if word.startswith("--") and word != "--widths"]
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"error: {both[0]} and {both[1]} set the same thing; leave out one of them"]
+
+
+def test_the_same_flag_again_adds_to_a_command_line():
+    read = parse(train_parser(), ["--width", "64", "--compile", "--no-compile", "--width=128", "--mup", "--mup"])
+    assert (read.width, read.compile, read.parametrization) == (128, False, "mup")
 
 
 @pytest.mark.parametrize("words", [["32", "64"], ["32,64"], ["32,", "64"], ["32", "6.4e1"]])

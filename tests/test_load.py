@@ -293,7 +293,7 @@ def test_a_vocabulary_of_another_size_is_one_line(folder, capsys, monkeypatch):
         ("--temperature -1", "temperature=-1.0 must be finite and at least 0"),
         ("--top-p 1.5", r"top_p=1.5 must be in (0, 1]"),
         ("--top-k -3", "top_k=-3 must be at least 0"),
-        ("--n 0", "--n 0 must be at least 1"),
+        ("--n 0", "argument --n: it must be at least 1, not 0"),
         ("--chat --n 2", "leave out --prompt and --n"),
         ("--max-new-tokens 0", "max_new_tokens=0 must be at least 1"),
         ("--temp 1", "use --temperature"),

@@ -637,6 +637,16 @@ def test_missing_runs_are_counted_and_named_and_nothing_passes(finished, arm, ca
     assert measure_sweep(out).verdict is Verdict.PASS
 
 
+@pytest.mark.parametrize("gone", [{"mup"}, {"mup", "adam-sp"}])
+def test_a_sweep_without_a_run_to_judge_says_how_to_get_one(finished, gone, capsys):
+    out = finished[1]
+    assert drop(out, lambda result: result.arm in gone)
+    for command in ("transfer", "report"):
+        assert main([command, str(out)]) == 2
+        said = capsys.readouterr().err
+        assert "no run of mup is finished; run the sweep's own command again" in said and said.count("\n") == 1
+
+
 def test_points_that_the_grid_still_grows_by_are_said(finished):
     """Nobody asked for them; but of those that were begun, all seeds are wanted."""
     _, out, _ = finished
@@ -787,7 +797,7 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
         ("--seed 1", "--seeds"),
         ("--keep-every 5", "has no effect here"),
         ("--init-from x", "unknown argument --init-from"),
-        ("--seeds 0", "name at least one"),
+        ("--seeds 0", "--seeds 0 is no run; give how many, 1 or more, or the seeds themselves"),
         ("--seeds 9007199254740991", "seeds: give at most 100"),
         ("--seeds 1,1", "none twice"),
         ("--octaves=-1,0,1e99", "error: --octaves=1e\\+99 must be from"),

@@ -57,6 +57,9 @@ def test_sigma_replaces_a_second_seed(tmp_path, capsys):
         ([TABLE, "--control", "sp=-1"], "did you mean --controls?"),
         ([TABLE, "--hyperparameter", "dropout"], "no column dropout in the header (arm,width,lr,seed,loss,minutes)"),
         ([TABLE, "--hyperparameter", "Loss"], "hyperparameter loss is a column with another meaning"),
+        ([TABLE, "--size", ""], "argument --size: it is empty; give a value"),
+        ([TABLE, "--columns", ""], "argument --columns: it is empty; give a value"),
+        (["", "--size", "width"], "argument FOLDER|CSV: it is empty; give a value"),
         ([TABLE, "--predict", "0"], "--predict 0: give a width"),
         ([TABLE, "--predict", "9" * 50], "the largest whole number is 2^53"),
         ([TABLE, "--predict", "9" * 15], "give a width, such as 1024"),
@@ -80,6 +83,14 @@ def test_a_wider_run_is_predicted(capsys):
     low, high = values["loss"]["interval_90"]
     assert values["size"] == 1024 and low < values["loss"]["value"] < high
     assert f"loss {values['loss']['value']:.4f} (90 % {low:.4f} to {high:.4f})" in forecast
+
+
+def test_a_size_below_all_that_were_measured_has_no_forecast(capsys):
+    assert main(["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "127"]) == 0
+    told = capsys.readouterr().out.partition("\nforecast\n")[2]
+    assert told == "- mup: none; width 127 is below the smallest measured, 128; ask for one at or above it\n"
+    main(["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "128"])
+    assert "- mup: width 128: loss " in capsys.readouterr().out
 
 
 def test_an_arm_without_a_forecast_does_not_silence_the_others(tmp_path, capsys):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from speedrun_mup.commands.train import config_from_flags
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.flags import count, new_parser, parse
 from speedrun_mup.setting_flags import add_preset, add_settings
 
 STEPS = 28  # of training that are measured, by default
@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> int:
     """Measure a training step: time by phase, tokens/s, MFU and the device's own ceilings, peak memory."""
     began = time.perf_counter()
     parser = new_parser("speedrun-mup bench", run.__doc__ or "")
-    parser.add_argument("--steps", type=int, help=f"steps, over which the window grows fully; {STEPS}")
+    parser.add_argument("--steps", type=count, help=f"steps, over which the window grows fully; {STEPS}")
     parser.add_argument("--profile", action="store_true", help="also list the most expensive ops of one step")
     parser.add_argument(
         "--generate", action="store_true", help="measure writing text instead: tokens/s, time to the first token"
@@ -37,8 +37,6 @@ def run(argv: Sequence[str]) -> int:
             f"{'--profile' if steps is None else '--steps'} is about training steps; leave out --generate"
         )
     steps = STEPS if steps is None else steps
-    if steps < 1:
-        raise ConfigError(f"--steps {steps} must be at least 1")
     cfg = config_from_flags(flags)
 
     if generate:

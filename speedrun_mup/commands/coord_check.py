@@ -8,7 +8,7 @@ from pathlib import Path
 from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable, write_whole
-from speedrun_mup.flags import new_parser, parse, several
+from speedrun_mup.flags import count, new_parser, parse, several
 from speedrun_mup.scaling import SCALING_SETTINGS, rules_in_force
 from speedrun_mup.setting_flags import add_settings
 
@@ -18,10 +18,10 @@ def run(argv: Sequence[str]) -> int:
     parser = new_parser("speedrun-mup coord-check", run.__doc__ or "")
     check_group = parser.add_argument_group("check")
     check_group.add_argument("--widths", **several(int), default=[64, 128, 256, 512], metavar="W", help="%(default)s")
-    check_group.add_argument("--steps", type=int, default=6, help="optimizer steps; %(default)s")
-    check_group.add_argument("--seeds", type=int, default=2, help="runs per width; %(default)s")
+    check_group.add_argument("--steps", type=count, default=6, help="optimizer steps; %(default)s")
+    check_group.add_argument("--seeds", type=count, default=2, help="runs per width; %(default)s")
     check_group.add_argument(
-        "--tokens", type=int, default=512, help="of a step, at least the widest width; %(default)s"
+        "--tokens", type=count, default=512, help="of a step, at least the widest width; %(default)s"
     )
     check_group.add_argument(
         "--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given"

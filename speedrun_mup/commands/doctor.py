@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun_mup.commands.train import config_from_flags, train_parser
+from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable
 from speedrun_mup.flags import parse
 
@@ -14,10 +14,13 @@ from speedrun_mup.flags import parse
 def run(argv: Sequence[str]) -> int:
     """Check what a run with these flags would find here, or a run's folder, and say what to fix. 1: something is."""
     parser = train_parser("speedrun-mup doctor", run.__doc__ or "")
-    parser.add_argument(
-        "resume", nargs="?", metavar="RUN", default=argparse.SUPPRESS, help="a run's folder, as --resume"
-    )
-    cfg = config_from_flags(vars(parse(parser, argv)))
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="a run's folder, as --resume")
+    flags = vars(parse(parser, argv))
+    if folder := flags.pop("folder"):
+        if "resume" in flags:
+            raise ConfigError(f"--resume {flags['resume']} and {folder} are two runs; leave out one of them")
+        flags["resume"] = folder
+    cfg = config_from_flags(flags)
 
     from speedrun_mup.doctor import Level, examine
 

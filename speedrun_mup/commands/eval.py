@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 
 from speedrun_mup.commands.sample import run_parser
-from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import parse
+from speedrun_mup.flags import count, parse
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,14 +18,12 @@ def run(argv: Sequence[str]) -> int:
         help="a corpus as in training, or a text file, a folder of them, or - (the run's own validation split)",
     )
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="at most (all of --data; of the run's own split, its --val-tokens)"
+        "--tokens", type=count, metavar="N", help="at most (all of --data; of the run's own split, its --val-tokens)"
     )
     parser.add_argument("--run-data", help="the corpus that it was trained on, if it has moved")
     parser.add_argument("--json", action="store_true", help="as JSON")
     flags = vars(parse(parser, argv))
     data, tokens, own, as_json = (flags.pop(name) for name in ("data", "tokens", "run_data", "json"))
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"--tokens {tokens} must be at least 1")
 
     from speedrun_mup.training.load import load_run
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speedrun_mup.config import PRESETS, make_config
-from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.flags import count, new_parser, parse
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.setting_flags import add_settings
 
@@ -19,13 +18,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), default="record26", help="preset for all settings not given; %(default)s"
     )
-    parser.add_argument("--vocab", type=int, default=50257, help="of the tokenizer; %(default)s")
+    parser.add_argument("--vocab", type=count, default=50257, help="of the tokenizer; %(default)s")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_settings(parser, groups=("scaling", "techniques", "optimizer"), plus=SIZES)
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
-    if vocab < 1:
-        raise ConfigError(f"--vocab {vocab} must be at least 1")
     cfg = make_config(flags.pop("preset"), flags)
 
     from speedrun_mup.explain import explain, rules_of_run, table, to_json

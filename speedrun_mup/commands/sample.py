@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import Parser, new_parser, parse
+from speedrun_mup.flags import Parser, count, new_parser, parse, verbatim
 from speedrun_mup.sampling import Sampling
 from speedrun_mup.settings import flag_of, settings_of
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> int:
     """Write text with a trained model: it continues a prompt, and ends with the document or after --max-new-tokens."""
     parser = run_parser("speedrun-mup sample", run.__doc__ or "")
-    parser.add_argument("--prompt", default="", help="what the text begins with (a new document)")
-    parser.add_argument("--n", type=int, default=1, help="samples, side by side; %(default)s")
+    parser.add_argument("--prompt", type=verbatim, default="", help="what the text begins with (a new document)")
+    parser.add_argument("--n", type=count, default=1, help="samples, side by side; %(default)s")
     parser.add_argument(
         "--chat", action="store_true", help="read prompts from the terminal, a line each; the text continues with each"
     )
@@ -32,8 +32,6 @@ def run(argv: Sequence[str]) -> int:
     flags = vars(parse(parser, argv))
     loading = {name: flags.pop(name) for name in ("folder", "step", "data", "device")}
     prompt, n, chat = (flags.pop(name) for name in ("prompt", "n", "chat"))
-    if n < 1:
-        raise ConfigError(f"--n {n} must be at least 1")
     if chat and (prompt or n > 1):
         raise ConfigError("--chat reads its prompts from the terminal, for one text; leave out --prompt and --n")
     sampling = Sampling(**flags)

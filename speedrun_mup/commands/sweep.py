@@ -81,6 +81,8 @@ def run(argv: Sequence[str]) -> int:
         cfg = replace(cfg, width=cfg.tuned_width)  # where its rates were tuned
     held = _held_tokens(asked.hold, sizes, cfg)
     _check_free(flags, sizes, held)
+    if seeds == (0,):
+        raise ConfigError("--seeds 0 is no run; give how many, 1 or more, or the seeds themselves, such as 0,1")
     if len(seeds) == 1:  # so many
         seeds = tuple(range(min(seeds[0], 10**4)))
     axes = Axes(next(iter(sizes)), asked.hyperparameter)

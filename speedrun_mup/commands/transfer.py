@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.flags import count, new_parser, parse
 from speedrun_mup.setting_flags import add_renamed_flag
 
 if TYPE_CHECKING:
@@ -110,13 +110,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     add_renamed_flag(parser, "--knob", "--hyperparameter")
     parser.add_argument(
         "--columns",
-        default="",
         metavar="width=NAME,...",
         help="what the table calls its columns: width=n_embd,lr=learning_rate,loss=val/loss; also seed and arm",
     )
     parser.add_argument(
         "--controls",
-        default="",
         metavar="ARM=DRIFT,...",
         help="arms of the table built to fail, with the drift (log2 per doubling of the size) that they must show: sp=-1",
     )
@@ -126,7 +124,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-size",
         "--base-width",
-        type=int,
+        type=count,
         metavar="SIZE",
         help="where the hyperparameter is tuned, for the regret (default: the sweep's; the smallest of a table)",
     )
@@ -159,10 +157,10 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("sigma", "tested", "accept", "initial_loss")}
     if arguments.base_size is not None:
         options["base_size"] = arguments.base_size
-    controls = _controls(arguments.controls)
+    controls = _controls(arguments.controls or "")
     if not source.is_dir():
         named = {name: value.strip().lower() for name in AXES if (value := getattr(arguments, name))}
-        table = read_table(source, Axes(**named), _columns(arguments.columns))
+        table = read_table(source, Axes(**named), _columns(arguments.columns or ""))
         options |= {"doubts": table.doubts, "notes": table.notes}
         return measure_transfer(table.points, controls=controls, axes=table.axes, **options)
     if arguments.columns:

@@ -17,6 +17,7 @@ from typing import Any
 from speedrun_mup.config import computed_settings, known_settings, present_names, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.shards import Corpus
+from speedrun_mup.editions import missing_settings
 from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
 from speedrun_mup.sweep.result import RESULT, RUNS, RunResult, place_of
 from speedrun_mup.sweep.spec import SCHEMA, Place, RunSpec, Sweep, can_be_swept
@@ -57,8 +58,7 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     Raises ConfigError if the runs there have another base, data or arm.
     """
     path = out / SWEEP
-    vary = {*itertools.chain(*(size_axis(name).changes for name in sweep.size_names)), "seed", "parametrization"}
-    vary |= {"iterations"} if sweep.held_tokens else set()
+    vary = _varied(sweep.size_names, sweep.held_tokens)
     settings = {name: value for name, value in computed_settings(sweep.base).items() if name not in vary}
     axes: dict[str, Any] = asdict(sweep.axes) | {"size": sweep.size_names[0]}
     axes |= {"sizes": list(sweep.size_names)} if len(sweep.size_names) > 1 else {}
@@ -83,6 +83,12 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     after = before | {"base": base, "arms": before["arms"] | arms, "asked": requests}
     replace_file(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
     return base["corpus"]
+
+
+def _varied(names: Iterable[str], held_tokens: int | None) -> set[str]:
+    """The settings that differ from run to run, which are in no base of a sweep.json."""
+    varied = {*itertools.chain(*(size_axis(name).changes for name in names)), "seed", "parametrization"}
+    return varied | ({"iterations"} if held_tokens else set())
 
 
 def note_failed(out: Path, specs: Iterable[RunSpec]) -> None:
@@ -116,12 +122,13 @@ def read_definition(out: Path) -> dict[str, Any]:
         drifts = [arm["predicted"] for arm in arms.values()]
         good = isinstance(base["base_width"], int) and can_be_swept(base["hyperparameter"])
         names = size_names(definition)
+        good = good and {*missing_settings(base)} <= _varied(names, base.get("held_tokens"))
         good = good and all(map(_is_request, asked)) and all(name == printable(name, 100) for name in names)
         good = good and all(len(place_in(size)) == len(names) for one in asked for size in one["sizes"])
         good = good and all(drift is None or math.isfinite(drift) for drift in drifts)
         good = good and all(name == printable(name, 100) for name in arms)
         good = good and all(map(_is_place, definition.get("failed", [])))
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, ConfigError):
         good = False
     if not good:
         raise ConfigError(f"{printable(path)} is missing or damaged; give the folder of a sweep")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.files import printable
 from speedrun_mup.sweep.folder import axes_of, place_in, read_definition, read_results, size_names
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.result import RunResult, mean_losses, place_of
@@ -158,6 +159,11 @@ def measure_sweep(
     axes = replace(axes, size=size or axes.size)
     if axes.size not in names:
         raise ConfigError(f"--size {axes.size}: {out} is a sweep over {', '.join(names)}; name one of these")
+    judged = [name for name in known if definition["arms"][name]["predicted"] is None] or known
+    if not any(result.arm in judged for result in results):
+        raise ConfigError(
+            f"{printable(out)}: no run of {', '.join(judged)} is finished; run the sweep's own command again to resume it"
+        )
     absent, notes = not_run(out, results, known)
     doubts = [*made_differently(results, axes), *absent]
     points, whose = points_of(results), {name: name for name in known}

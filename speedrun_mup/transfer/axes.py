@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.transfer.points import TransferError
 
 ROUNDED = 0.01  # numbers as close as this are one setting, and a power law may be off by it
 Sizes = Mapping[str, int]  # name of a size axis -> value
@@ -226,6 +227,7 @@ def with_article(name: str) -> str:
 
 
 RATE = "lr"  # a table's column of learning rates, whichever they are
+ROLES = ("seed", "loss", "arm")  # of a table's other columns
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,24 @@ class Axes:
     Args:
         size: One of `SIZES`, or any other name, which gets plain words.
         hyperparameter: "lr", "lr_scale" or NAME_lr for a learning rate or a factor on some; any other name for itself.
+
+    Raises:
+        TransferError: for no name, one that means something else, or the same for both.
     """
 
     size: str = "width"
     hyperparameter: str = RATE
+
+    def __post_init__(self) -> None:
+        for axis, name, such in (("size", self.size, "n_layer"), ("hyperparameter", self.hyperparameter, RATE)):
+            if not name.strip():
+                raise TransferError(f"the {axis} has no name; name an axis, such as {such}")
+            if name in ROLES:
+                raise TransferError(
+                    f"{axis} {name} is a column with another meaning; name that of an axis, such as {such}"
+                )
+        if self.size == self.hyperparameter:
+            raise TransferError(f"size and hyperparameter are both {self.size}; name a column for each")
 
     @property
     def scale(self) -> SizeAxis:

@@ -66,13 +66,18 @@ def loss_forecast(arm: ArmResult, size: int, seed: int = 0) -> Forecast:
     zero): then that is followed out to `size`, however small, for a PASS allows a little. Its interval holds what the
     drift may be. Optima are those of the narrow window here: loss curves are steeper on the right, which shifts those of
     the wide one to the left, alike at every size; the drift does not mind, their mean does. All intervals are as wide as
-    so few seeds demand (`student_t`). Raises TransferError with fewer than two usable sizes.
+    so few seeds demand (`student_t`). Raises TransferError with fewer than two usable sizes, and for a size below all of
+    them, where the law goes to infinity.
     """
     axes, fits = arm.axes, arm.usable
     if len(fits) < 2 or arm.drift is None:
         why = "".join(f"; {text}" for fit in arm.fits for text in fit.problems)
         raise TransferError(
             f"arm {arm.arm}: a forecast needs two {axes.plural} with an optimum, it has {len(fits)}{why}"
+        )
+    if size < fits[0].size:
+        raise TransferError(
+            f"{axes.at(size)} is below the smallest measured, {fits[0].size}; ask for one at or above it"
         )
     rng = np.random.default_rng([seed, size, *arm.arm.encode()])
     losses = np.array([fit.best_losses for fit in fits]).T  # (R, W)

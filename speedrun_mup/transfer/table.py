@@ -16,7 +16,6 @@ from speedrun_mup.transfer.claims import Doubt
 from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.setting_columns import is_setting, judge_settings
 
-ROLES = ("seed", "loss", "arm")  # and those of the two axes
 OPTIONAL = ("seed", "arm")
 # How other programs call them: a name that is or ends with one of these is a candidate.
 ALIKE = {
@@ -65,8 +64,8 @@ def read_table(
         TransferError: in one line that names row (1 is the file's first line) and column.
     """
     path, axes = Path(path), axes or Axes()
-    for size in (axes.size, *more):
-        _check_names(Axes(size, axes.hyperparameter))
+    for size in more:
+        Axes(size, axes.hyperparameter)  # raises, too
     rows = _rows(path)
     header = next(rows, (1, []))[1]
     place = _find_columns(path, header, axes, columns or {}, more)
@@ -109,15 +108,6 @@ def read_table(
     doubts, notes = judge_settings([(header[number], values) for number, values in settings.items()], axes)
     notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
     return RunTable(axes, [point for point, _ in points.values()], tuple(notes), tuple(doubts))
-
-
-def _check_names(axes: Axes) -> None:
-    """Raises TransferError if an axis is called as another column is."""
-    if axes.size == axes.hyperparameter:
-        raise TransferError(f"size and hyperparameter are both {axes.size}; name a column for each")
-    for axis, name, such in (("size", axes.size, "n_layer"), ("hyperparameter", axes.hyperparameter, RATE)):
-        if name in ROLES:
-            raise TransferError(f"{axis} {name} is a column with another meaning; name that of an axis, such as {such}")
 
 
 class Seeds:

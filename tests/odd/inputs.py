@@ -49,8 +49,8 @@ class Materials:
         text = "\n\n".join(f"Paragraph {n}: " + "the quick brown fox jumps. " * 12 for n in range(400))
         (folder / "text.txt").write_text(text)
         done = {
-            "run": ["train", *TINY, *RUN, "--out", str(folder), "--name", "run"],
             "text": ["data", "text", str(folder / "text.txt"), "--tokenizer", "byte", "--out", str(folder / "corpus")],
+            "run": ["train", *TINY, *RUN, "--data", str(folder / "corpus"), "--out", str(folder), "--name", "run"],
             "sweep": ["sweep", *_without(TINY, "--width"), *SWEEP, "--no-adaptive", "--out", str(folder / "sweep")],
         }
         for name, words in done.items():
@@ -82,18 +82,21 @@ IMPOSSIBLE = {
     "INT": ["-1", "nan", "1e400", "9" * 22, "1.5", "", "0x10", "-0.0001", "ten", "1 000", "--"],
     "FLOAT": ["nan", "", "1,5x", "fast", "0x1p3x", "1e", "--"],
     "CHOICE": ["nonsense", "", "\x1b[31mred", "a\nb"],
+    "STR": ["", " "],
 }
+COUNTS = {"--steps", "--seeds", "--widths", "--workers", "--n", "--vocab", "--predict", "--base-size"}  # 0 is none
+ANY_TEXT = {"--prompt"}  # also none
 DOUBTFUL = {
     "INT": ["0", "1", "3", "٣", "1e1", "1_0"],
     "FLOAT": ["inf", "-1", "1e999", "0", "-0.0", "1e-320", "1e30"],
-    "STR": ["", " ", "\x1b[31mred", "a\nb", "../../x", "x" * 5000, "/dev/zero", "$a$b", "é漢字", "nan", "~", "-"],
+    "STR": ["\x1b[31mred", "a\nb", "../../x", "x" * 5000, "/dev/zero", "$a$b", "é漢字", "nan", "~", "-"],
 }
 BASES = {
     "train": [*TINY, "--iterations", "2", "--out", "runs"],
     "explain": ["--preset", "laptop"],
     "bench": [*TINY, "--steps", "1"],
     "doctor": [*TINY],
-    "plan": [*TINY, "--iterations", "2"],
+    "plan": [*TINY, "--iterations", "2", "--budget", "1h"],
     "sweep": [
         *_without(TINY, "--width"),
         *SWEEP[:4],
@@ -107,23 +110,25 @@ BASES = {
         "s",
     ],
     "coord-check": [
-        *_without(TINY, "--width")[:8],
-        "--widths",
-        "16",
-        "32",
-        "--steps",
-        "1",
-        "--seeds",
-        "1",
-        "--out",
-        "o",
+        *("--data", "synthetic", "--head-dim", "16", "--block-size", "32", "--window-tokens", "96"),
+        *("--widths", "16", "32", "--steps", "1", "--seeds", "1", "--tokens", "32", "--out", "o"),
     ],
+    "sample": ["{run}", "--device", "cpu", "--max-new-tokens", "2"],
+    "eval": ["{run}", "--device", "cpu", "--tokens", "256"],
+    "export": ["{run}", "o", "--to", "pt"],
     "transfer": ["{table}"],
     "report": ["{table}", "--out", "o"],
     "data text": ["{text}", "--out", "o", "--tokenizer", "byte"],
     "data fineweb": ["--tokens", "1M", "--out", "o"],
     "data inspect": ["{corpus}"],
 }
+
+
+_NUMBERS = {
+    "INT": "INT W N STEPS STEP SEEDS TOKENS VOCAB CHARS SIZE MAX_NEW_TOKENS TOP_K SEED",
+    "FLOAT": "FLOAT K SHARE NATS TEMPERATURE TOP_P",
+}
+KINDS = {word: kind for kind, words in _NUMBERS.items() for word in words.split()}  # what --help calls a value
 
 
 def flags_of(command: str) -> Iterator[tuple[str, str]]:
@@ -135,14 +140,10 @@ def flags_of(command: str) -> Iterator[tuple[str, str]]:
     said = io.StringIO()
     with redirect_stdout(said), suppress(SystemExit):
         main([*command.split(), "--help"])
-    for flag, value in re.findall(r"^  (--[a-z0-9-]+)(?:,[^\n]*?)?(?: ([A-Z{][^\s]*))?(?=\s|$)", said.getvalue(), re.M):
+    for flag, value in re.findall(r"^  (--[a-z0-9-]+)(?:, --[a-z0-9-]+)*(?: (\S+))?(?=\s|$)", said.getvalue(), re.M):
         if not value or flag == "--help":
             continue
-        kind = "CHOICE" if value.startswith("{") else value
-        yield (
-            flag,
-            {"W": "INT", "N": "INT", "STEPS": "INT", "SEEDS": "INT", "TOKENS": "INT", "K": "FLOAT"}.get(kind, kind),
-        )
+        yield flag, "CHOICE" if value.startswith("{") else KINDS.get(value.rstrip(","), "STR")
 
 
 def _flags(materials: Materials, dice: random.Random) -> Iterator[Case]:
@@ -150,19 +151,26 @@ def _flags(materials: Materials, dice: random.Random) -> Iterator[Case]:
         "table": str(materials.table),
         "text": str(materials.folder / "text.txt"),
         "corpus": str(materials.folder / "corpus"),
+        "run": str(materials.folder / "run"),
     }
     for command, base in BASES.items():
         words = [word.format(**names) if word.startswith("{") else word for word in base]
         for flag, kind in flags_of(command):
-            for value in IMPOSSIBLE.get(kind, []):
+            impossible = IMPOSSIBLE[kind] + ["0"] * (flag in COUNTS)
+            if flag in ANY_TEXT:
+                impossible = []
+            for value in impossible:
                 yield Case(
                     f"flags of {command}",
                     f"{flag} {value!r:.30}",
                     [*command.split(), *words, flag, value],
                     judge=refused,
                 )
-            for value in DOUBTFUL.get(kind, DOUBTFUL["STR"] if kind not in IMPOSSIBLE else []):
+            for value in DOUBTFUL.get(kind, []):
                 yield Case(f"flags of {command}", f"{flag} {value!r:.30}", [*command.split(), *words, flag, value])
+        for words_ in (["--pack", "1", "--micro-batches-per-forward", "1"], ["--mup", "--parametrization", "mup"]):
+            name = "two names of one flag"
+            yield Case(f"flags of {command}", name, [*command.split(), *words, *words_], judge=refused)
         for word in ("--no-such-flag", "-x", "---", "=", "--width=", "\x1b[2J", "--mup=yes", "--help=me"):
             yield Case(f"flags of {command}", repr(word), [*command.split(), *words, word], judge=refused)
 
@@ -252,17 +260,21 @@ def _run_files(materials: Materials, dice: random.Random) -> Iterator[Case]:
         "resume": ["train", "--resume", "run"],
         "resume auto": ["train", *TINY, *RUN, "--resume", "auto", "--out", "."],
         "extend": ["train", "--resume", "run", "--iterations", "8"],
+        "sample": ["sample", "run", *BASES["sample"][1:]],
+        "eval": ["eval", "run", *BASES["eval"][1:]],
+        "export": ["export", "run", *BASES["export"][1:]],
     }
     judges = {"extend": partial(_same_losses, materials.losses)}
     for name in _files_of(source):
         for damage, seed in _damages(name, dice):
             which = dice.choice(sorted(commands))
+            judge = refused if (name, damage) == ("config.json", "a key fewer") else judges.get(which)
             yield Case(
                 "files of a run",
                 f"{name} is {damage}, {which}",
                 commands[which],
                 partial(_damaged, source=source, name=name, damage=damage, seed=seed),
-                judges.get(which, lambda outcome: ""),
+                judge or (lambda outcome: ""),
             )
 
 
