@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         """The value of an argument. An empty name or path is what an unset variable of a shell leaves."""
         if action.type in (None, str, Path) and any(not word.strip() for word in words):
             raise argparse.ArgumentError(action, "it is empty; give a value, or leave it out if there is a default")
-        return super()._get_values(action, words)  # type: ignore[misc]
+        return super()._get_values(action, words)
 
     def is_unknown(self, word: str) -> bool:
         """Whether `word` looks like a flag and is none of this command's."""

@@ -391,6 +391,20 @@ def test_another_sweep_in_the_folder_is_refused_in_one_line(small, tmp_path, cha
     assert (tmp_path / "s" / "sweep.json").read_text() == before
 
 
+def test_a_setting_that_every_arm_fixes_may_be_given_too(small, tmp_path):
+    """The same runs, whether --matrix-optimizer says again what --arms says, or not."""
+    arms = pick_arms(["normuon-mup", "normuon-sp"])
+    sweep = small(base={"base_width": 64}, arms=arms, seeds=(0,), log2_factors=(0.0,))
+    again = dataclasses.replace(sweep, base=dataclasses.replace(sweep.base, matrix_optimizer="normuon"))
+    quietly(sweep, tmp_path / "s", FakeEngine(bowl()))
+    before = (tmp_path / "s" / "sweep.json").read_text()
+    engine = FakeEngine(bowl())
+    quietly(again, tmp_path / "s", engine)
+    assert (tmp_path / "s" / "sweep.json").read_text() == before and not engine.ran
+    with pytest.raises(ConfigError, match="matrix_lr was 0.05, is 0.1"):
+        quietly(dataclasses.replace(again, base=dataclasses.replace(again.base, matrix_lr=0.1)), tmp_path / "s", engine)
+
+
 def test_two_sweeps_cannot_share_a_folder(small, tmp_path):
     (tmp_path / "s").mkdir()
     with closing(FolderLock(tmp_path / "s")), pytest.raises(ConfigError, match="in use by process"):
@@ -785,7 +799,13 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
         ("--parametrization sp", "or choose among --arms adam-sp"),
         ("--mup --arms mup,adam-sp", "arm adam-sp fixes parametrization at sp; leave --parametrization out"),
         ("--matrix-optimizer adam", "arm mup fixes matrix_optimizer at muon; .* --arms adam-mup adam-sp"),
-        ("--parametrization head-sqrt", "or no arm has parametrization=head-sqrt"),
+        ("--parametrization head-sqrt", "leave --parametrization out, or choose among --arms head-sqrt\n"),
+        (
+            "--matrix-optimizer normuon --arms mup adam-sp",
+            "arm mup fixes matrix_optimizer at muon; leave .*, or choose among --arms normuon-mup normuon-sp\n",
+        ),
+        ("--matrix-optimizer normuon --matrix-lr 0.1 --arms adam-sp", "or choose among --arms normuon-sp\n"),
+        ("--arms muon-mup", "arm 'muon-mup' is called mup here: an arm without an optimizer in its name has Muon"),
         (
             "--matrix-lr 0.02 --arms mup adam-mup",
             "arm adam-mup fixes matrix_lr at 0.008; .* --hyperparameter matrix_lr, or choose .* mup",

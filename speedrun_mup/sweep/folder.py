@@ -72,6 +72,9 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     known = known_settings(before["base"])
     if corpus.is_known_as(known.get("corpus", "")):
         base["corpus"] = known["corpus"]
+    # where every arm, of now and before, has a value of its own, that of the base counts for nothing
+    fixed = set.intersection(*({*arm["settings"]} for arm in (before["arms"] | arms).values()))
+    base |= {key: known[key] for key in fixed & base.keys() & known.keys()}
     told = {key: base.get(key) for key in (*base, "sizes", "held_tokens")}
     differ = [f"{key} was {printable(known.get(key))}, is {told[key]}" for key in told if known.get(key) != told[key]]
     differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]

@@ -16,6 +16,7 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.param_groups import rates_of, without_effect
+from speedrun_mup.settings import flag_of
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import SIZES, Axes
 from speedrun_mup.transfer.axes import Sizes, confounded, size_axis, sized, told_sizes
@@ -75,6 +76,9 @@ def _pick_arm(name: str) -> Arm:
         if name == arm_name(optimizer, table):
             own = ADAM if optimizer == "adam" else {"matrix_optimizer": optimizer}
             return Arm(name, {"parametrization": table, **own})
+    table = name.removeprefix("muon-")
+    if table in PARAMETRIZATIONS:
+        raise ConfigError(f"arm {name!r} is called {table} here: an arm without an optimizer in its name has Muon")
     raise ConfigError(
         f"arm {name!r} is unknown; choose from {', '.join(ARMS)}, or OPTIMIZER-TABLE with an optimizer of "
         f"{', '.join(OPTIMIZERS)} and a rule table of {', '.join(PARAMETRIZATIONS)}"
@@ -84,19 +88,21 @@ def _pick_arm(name: str) -> Arm:
 def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
     """ConfigError if the user gave a setting that an arm fixes otherwise: no arm overrides a user silently."""
 
-    def clashes(arm: Arm, names: Iterable[str]) -> list[str]:
-        return [name for name in names if arm.settings.get(name, given[name]) != given[name]]
+    def clashes(arm: Arm) -> list[str]:
+        return [name for name in given if arm.settings.get(name, given[name]) != given[name]]
 
-    fixed = [name for name in given if any(name in arm.settings for arm in ARMS.values())]
+    def as_given(arm: Arm) -> Arm:
+        """The arm with the optimizer and the rules that were given, where they were."""
+        both = {"matrix_optimizer": "muon", **arm.settings, **given}
+        return _pick_arm(arm_name(both["matrix_optimizer"], both["parametrization"]))
+
     for arm in arms:
-        for name in clashes(arm, fixed):
-            flag = "--" + name.replace("_", "-")
-            fit = [other.name for other in ARMS.values() if not clashes(other, fixed)]
-            together = " ".join(f"{one}={given[one]}" for one in fixed)
-            choice = f"choose among --arms {' '.join(fit)}" if fit else f"no arm has {together}"
+        for name in clashes(arm):
+            fit = dict.fromkeys(one.name for one in (*ARMS.values(), *map(as_given, arms)) if not clashes(one))
+            choice = f"choose among --arms {' '.join(fit)}" if fit else "give fewer settings: no arm has all of these"
             tuned = f", or sweep it with --hyperparameter {name}" if name in swept_settings() else ""
-            why = f"{flag} {given[name]}: arm {arm.name} fixes {name} at {arm.settings[name]}"
-            raise ConfigError(f"{why}; leave {flag} out{tuned}, or {choice}")
+            why = f"{flag_of(name)} {given[name]}: arm {arm.name} fixes {name} at {arm.settings[name]}"
+            raise ConfigError(f"{why}; leave {flag_of(name)} out{tuned}, or {choice}")
 
 
 ALL_RATES = {f"{optimizer}_lr": optimizer for optimizer in OPTIMIZERS}  # one factor on the rates of all its groups
