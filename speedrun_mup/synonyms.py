@@ -25,6 +25,8 @@ FLAGS = (
         "--max-new-tokens",
         "use --max-new-tokens: how many tokens to write",
     ),
+    Meaning("format target-format export-to f", "--to", "use --to: the format to write"),
+    Meaning("dir out output output-dir save-dir", "--to", "the file or folder comes without a flag: --to FORMAT OUT"),
     Meaning("start text input i", "--prompt", "use --prompt: what the text begins with"),
     Meaning("num-samples n-samples samples num-return-sequences", "--n", "use --n: how many samples"),
     Meaning("ckpt step iteration", "--checkpoint", "use --checkpoint: the step of one of the run's checkpoints"),

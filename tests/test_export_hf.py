@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import TINY
@@ -364,6 +365,20 @@ def test_the_command_writes_a_model_card_with_the_numbers_and_code_that_runs(
     with contextlib.redirect_stdout(said):
         exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
     assert said.getvalue() == "The " + run.generate("The ", max_new_tokens=50, temperature=0) + "\n"
+
+
+def test_an_imported_run_is_exported_without_claims(writing, tmp_path, capsys):
+    """What is not known of its training is not in the card; its weights are those of the file."""
+    pt, again, out = tmp_path / "m.pt", tmp_path / "runs" / "b", tmp_path / "m"
+    assert main(["export", str(writing.folder), "--to", "pt", str(pt)]) == 0
+    assert main(["import", str(pt), "--out", str(again)]) == 0
+    assert main(["export", str(again), "--to", "hf", str(out)]) == 0
+    page, capped = (out / "README.md").read_text(), safetensors.torch.load_file(out / "model.safetensors")
+    assert "which imported it from another program's file." in page and "| tokens seen | not known |" in page
+    assert "That is not known here." in page and "json" not in page and "model-index" not in page
+    own = weights_of(load_run(writing.folder, device="cpu", dtype=torch.float32), True)
+    assert capped.keys() == own.keys()
+    assert all(torch.allclose(capped[name], own[name], rtol=2**-8) for name in own)
 
 
 def test_names_from_outside_mean_nothing_in_the_card(writing, tmp_path):

@@ -20,7 +20,7 @@ _PAGE = """\
 
 # {name}
 
-A GPT of {parameters:,} parameters, trained by speedrun-mup {version} on {tokens} tokens of {source}.
+A GPT of {parameters:,} parameters, {origin}.
 Its architecture is record 26 of [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt), by Keller Jordan and
 contributors.
 
@@ -46,15 +46,7 @@ The loss is in nats per token, on the validation split of the data, special toke
 
 ## How it was trained
 
-{steps}. {rules}
-
-<details><summary>All settings that decide what the run computed</summary>
-
-```json
-{settings}
-```
-
-</details>
+{training}
 
 ## What to know
 
@@ -65,6 +57,20 @@ The loss is in nats per token, on the validation split of the data, special toke
   keeps no more than that.
 - {padding} rows of the embeddings and of the head stand for no token. They take part in the softmax, as in training;
   `generate` leaves them out.
+- The scale of the logits, with muP's factor in it, is {scale}.
+"""
+
+
+_TRAINING = """\
+{steps}. Parametrization {table}, hyperparameters tuned at width {tuned}, used at width {width}.
+
+<details><summary>All settings that decide what the run computed</summary>
+
+```json
+{settings}
+```
+
+</details>
 """
 
 
@@ -77,36 +83,44 @@ def model_card(run: LoadedRun, name: str, settings: dict[str, Any], bos: str) ->
         settings: what config.json holds.
         bos: how the tokenizer spells the token that opens a document.
     """
-    cfg, schedule = run.config, Schedule.of(run.config)
-    found = _validation(run)
-    tokens = f"{schedule.tokens_before(run.step):,}" if run.trained_on else "an unknown number of"
+    cfg, found = run.config, _validation(run)
+    tokens = f"{Schedule.of(cfg).tokens_before(run.step):,}"
+    version, source = f"speedrun-mup {speedrun_mup.__version__}", _plain(run.corpus.source, 300)
     numbers = {
         "validation loss": _number(found.get("loss")),
         "bits per byte": _number(found.get("bits_per_byte")),
-        "tokens seen": tokens if run.trained_on else "not known: the model was imported",
+        "tokens seen": tokens if run.trained_on else "not known",
         "step": f"{run.step:,} of {cfg.iterations:,}",
         "parameters": f"{_parameters(run):,}",
         "width, layers, heads": f"{cfg.width}, {cfg.n_layer}, {settings['num_attention_heads']}",
         "tokenizer": f"{_plain(run.corpus.tokenizer, 60)}, {run.corpus.vocab_size:,} tokens",
     }
-    tuned = f"tuned at width {cfg.tuned_width}, used at width {cfg.width}"
-    multipliers = "1: its multipliers are in its weights" if settings["logit_scale"] == 1 else "in config.json"
     return _PAGE.format(
         header=_header(name, run, found),
         name=_plain(name, 200),
         name_in_code=json.dumps(printable(name)),
         parameters=_parameters(run),
-        version=speedrun_mup.__version__,
-        tokens=tokens,
-        source=_plain(run.corpus.source, 300),
+        origin=f"trained by {version} on {tokens} tokens of {source}"
+        if run.trained_on
+        else f"written by {version}, which imported it from another program's file",
         numbers="\n".join(f"| {what} | {number} |" for what, number in numbers.items()),
-        steps=schedule.describe().capitalize(),
-        rules=f"Parametrization {cfg.parametrization}, hyperparameters {tuned}. The scale of its logits is {multipliers}.",
-        settings=json.dumps(computed_settings(cfg), indent=1),
+        training=_training(run) if run.trained_on else "That is not known here.\n",
+        scale="in the head's weights" if settings["logit_scale"] == 1 else "in config.json, as `logit_scale`",
         bos=bos,
         window=f"up to {run.window * cfg.block_size:,}",
         block=f"{cfg.block_size:,}",
         padding=settings["vocab_size"] - run.corpus.vocab_size,
+    )
+
+
+def _training(run: LoadedRun) -> str:
+    cfg = run.config
+    return _TRAINING.format(
+        steps=Schedule.of(cfg).describe().capitalize(),
+        table=cfg.parametrization,
+        tuned=cfg.tuned_width,
+        width=cfg.width,
+        settings=json.dumps(computed_settings(cfg), indent=1),
     )
 
 
