@@ -107,7 +107,7 @@ def test_an_answer_fits_the_command():
             ["coord-check", "--mup=1", "--track", "wandb"],
             "unknown argument --track; it is a flag of speedrun-mup train",
         ),
-        (["explain", "--batch-size=8"], "not in this command; elsewhere: a step takes --micro-batches"),
+        (["eval", "--batch-size=8"], "not in this command; elsewhere: a step takes --micro-batches"),
         (["train", "width=128"], "unknown argument width=128; did you mean --width?"),
         (["train", "--data", "a", "b"], "unknown argument b; flags begin with --"),
         (["plan", "--budget", "-5m"], "--budget -5m: give a time such as 30m"),
