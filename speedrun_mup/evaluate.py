@@ -13,6 +13,7 @@ import torch
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT
+from speedrun_mup.core.model.layers import rotary
 from speedrun_mup.data.documents import Document, DocumentReader
 from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture
 from speedrun_mup.data.sources import find_sources
@@ -22,6 +23,7 @@ from speedrun_mup.data.validation import ValBatches
 PIECE = 1024  # tokens of a unit, where there are too few documents
 ENOUGH_DOCUMENTS = 30
 _ROW_CHARS = 2**21  # of documents that are put into one row
+_SCORED = 1024  # tokens whose logits over the whole vocabulary exist at a time
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,39 @@ def token_losses(model: GPT, window: int, row: np.ndarray, stride: int | None = 
         targets = torch.from_numpy(row[begin + 1 : end + 1].astype(np.int64)).to(device)
         found.append(model.lm_head.losses(x, targets).double().cpu().numpy())
     return np.concatenate(found) if found else np.zeros(0)
+
+
+@torch.inference_mode()
+def ending_scores(model: GPT, window: int, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+    """How likely the last tokens of each text are, side by side in one row: each text begins a block and sees itself only.
+
+    Args:
+        model: on any device.
+        window: the long attention window, in blocks.
+        texts: the ids of each, and how many of them, at the end, are scored.
+
+    Returns:
+        For each the sum of log probabilities, in nats, and whether every one of these tokens is the likeliest in its place.
+    """
+    block, device, bos = model.cfg.block_size, model.embed.weight.device, model.cfg.bos_token
+    inputs = [[*ids[:-1], *[bos] * (-(len(ids) - 1) % block)] for ids, _ in texts]  # what fills up a block is ignored
+    lengths = torch.tensor([len(ids) for ids in inputs])
+    begins = (lengths.cumsum(0) - lengths).tolist()
+    tokens = torch.tensor([id for ids in inputs for id in ids], device=device)
+    document = torch.repeat_interleave(torch.arange(len(texts)), lengths).to(device)
+    positions = torch.cat([torch.arange(len(ids), device=device) for ids in inputs])
+    x = model.read(tokens, model.masks(document, window), rotary(positions, model.cfg.head_dim))
+    ends = [begin + len(ids) - 1 for begin, (ids, _) in zip(begins, texts)]
+    places = torch.cat([torch.arange(end - count, end) for end, (_, count) in zip(ends, texts)]).to(device)
+    targets = torch.tensor([id for ids, count in texts for id in ids[len(ids) - count :]], device=device)
+    scores, likeliest = [], []
+    for rows, wanted in zip(x[places].split(_SCORED), targets.split(_SCORED)):
+        logits = model.lm_head.logits(rows)
+        scores.append(logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].double())
+        likeliest.append(logits.argmax(dim=-1) == wanted)
+    counts = [count for _, count in texts]
+    parts = zip(torch.cat(scores).cpu().split(counts), torch.cat(likeliest).cpu().split(counts))
+    return [(float(score.sum()), bool(right.all())) for score, right in parts]
 
 
 def units_of(row: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:

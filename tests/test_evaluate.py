@@ -17,7 +17,7 @@ from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.data.shards import mix, read_shard
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, byte_lengths, gpt2_tokenizer
 from speedrun_mup.data.validation import ValBatches
-from speedrun_mup.evaluate import evaluate, text_rows, token_losses, units_of, validation_rows
+from speedrun_mup.evaluate import ending_scores, evaluate, text_rows, token_losses, units_of, validation_rows
 
 BLOCK = 16
 DOCUMENTS = ["def área(x):\n    return 'naïve 漢字 🎲'\n" * 3, "", "spam and eggs " * 9, "x"]
@@ -104,6 +104,29 @@ def test_context_slides_over_the_whole_row():
         [token_losses(model, window, row[i : i + stride + 1]) for i in range(0, len(row) - 1, stride)]
     )
     assert np.abs(parts - whole).mean() < 0.2 * np.abs(alone - whole).mean()
+
+
+def test_endings_are_scored_as_those_of_each_text_alone(monkeypatch: pytest.MonkeyPatch):
+    """Texts of any lengths in one row: with BOS or cut, over several blocks, ending in what is likeliest or not."""
+    model, window = build(), 3
+    random = np.random.default_rng(2)
+    texts = [
+        ([256, *random.integers(0, 256, n).tolist()], c) for n, c in ((5, 2), (BLOCK, 16), (90, 1), (90, 89), (1, 1))
+    ]
+    texts.append((random.integers(0, 256, 2 * BLOCK + 1).tolist(), 7))  # fills its blocks, without BOS
+    with torch.no_grad():
+        likeliest = model.logits(torch.tensor(texts[0][0], dtype=torch.int32), window)[-1].argmax().item()
+    texts.append(([*texts[0][0], likeliest], 1))
+    for most in (1024, 3):  # tokens whose logits exist at a time
+        monkeypatch.setattr("speedrun_mup.evaluate._SCORED", most)
+        found = ending_scores(model, window, texts)
+        for (ids, count), (score, right) in zip(texts, found, strict=True):
+            with torch.no_grad():
+                logits = model.logits(torch.tensor(ids[:-1], dtype=torch.int32), window)[-count:].double()
+            expected = logits.log_softmax(dim=-1)[range(count), ids[-count:]].sum().item()
+            assert score == pytest.approx(expected, abs=1e-4)
+            assert right == (logits.argmax(dim=-1).tolist() == ids[-count:])
+        assert [right for _, right in found] == [False] * 6 + [True]
 
 
 def test_units_are_documents_and_pieces_of_them():

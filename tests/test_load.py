@@ -305,6 +305,25 @@ def test_flags_out_of_range_are_one_line_before_anything_is_loaded(flags, says, 
     assert says in fails(["sample", "runs/none", *flags.split()], capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--tokens 0", "--tokens 0 must be at least 1"),
+        ("--tasks arc_easy --limit 0", "--limit 0 must be at least 1"),
+        ("--tasks arc_easy --num-fewshot -1", "--num-fewshot -1 must be at least 0"),
+        ("--tasks arc_easy --data embedded", "--tasks have their own text; leave out --data and --tokens"),
+        ("--limit 3", "--limit is about tasks; give --tasks"),
+        ("--tasks-folder here", "--tasks-folder is about tasks; give --tasks"),
+        ("--tasks arc_easy", "--tasks needs lm_eval, which is not installed; pip install 'speedrun-mup[lm-eval]'"),
+    ],
+)
+def test_flags_of_eval_are_judged_before_anything_is_loaded(flags, says, capsys, monkeypatch):
+    for name in ("speedrun_mup.training.load", "lm_eval"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("speedrun_mup.packages._place", lambda package: None)
+    assert says in fails(["eval", "runs/none", *flags.split()], capsys)
+
+
 def test_a_run_is_only_read(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     load_run(folder, device="cpu").generate("a", max_new_tokens=3)
