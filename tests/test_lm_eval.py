@@ -53,7 +53,7 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
-doc_to_target: " "
+doc_to_target: "{{{{written}}}}"
 generation_kwargs: {{until: ["\\n", "e"], max_gen_toks: 12, do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
@@ -81,13 +81,16 @@ def run(tmp_path_factory) -> LoadedRun:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    """A folder of three tasks."""
+def tasks(run, tmp_path_factory) -> Path:
+    """A folder of three tasks. Three of the five texts to write are those that the model writes."""
     folder = tmp_path_factory.mktemp("tasks")
+    stopped = {"until": ["\n", "e"], "max_gen_toks": 12}
+    written = adapter.HarnessModel(run).generate_until([asked(question, stopped) for question in QUESTIONS])
     rows = [
         {"question": q, "choices": ["self", " ", "e" * 40, "\n    return"], "answer": i % 4, "text": TEXTS[i % 3]}
         for i, q in enumerate(QUESTIONS)
     ]
+    rows = [row | {"written": text + "!" * (i > 2)} for i, (row, text) in enumerate(zip(rows, written, strict=True))]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("writing", WRITING)):
         (folder / f"{name}.yaml").write_text(text.format(data=folder / "data.jsonl"))
@@ -205,6 +208,7 @@ def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
     assert main(["export", str(run.folder), "--to", "hf", str(folder)]) == 0
     names = ["mine_choice", "mine_writing"]
     ours = adapter.evaluate_tasks(run, [*names, "mine_rolling"], tasks)["results"]
+    assert ours["mine_writing"]["exact_match,none"] == pytest.approx(0.6)
 
     def theirs(tasks_of: list[str], more: str) -> dict:
         manager = adapter.TaskManager(include_path=str(tasks), include_defaults=False)
