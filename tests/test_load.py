@@ -308,8 +308,8 @@ def test_flags_out_of_range_are_one_line_before_anything_is_loaded(flags, says, 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--tokens 0", "--tokens 0 must be at least 1"),
-        ("--tasks arc_easy --limit 0", "--limit 0 must be at least 1"),
+        ("--tokens 0", "argument --tokens: it must be at least 1, not 0"),
+        ("--tasks arc_easy --limit 0", "argument --limit: it must be at least 1, not 0"),
         ("--tasks arc_easy --num-fewshot -1", "--num-fewshot -1 must be at least 0"),
         ("--tasks arc_easy --data embedded", "--tasks have their own text; leave out --data and --tokens"),
         ("--limit 3", "--limit is about tasks; give --tasks"),
