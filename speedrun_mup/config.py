@@ -17,7 +17,14 @@ from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import ORTHOGONALIZERS
 from speedrun_mup.editions import FIRST_HASHED, first_names, missing_settings, present_names
 from speedrun_mup.flags import LARGEST
-from speedrun_mup.param_groups import Hyperparams, ParamGroup, hyperparams_of, with_param_groups, without_effect
+from speedrun_mup.param_groups import (
+    Hyperparams,
+    ParamGroup,
+    hyperparams_of,
+    with_param_groups,
+    with_rates,
+    without_effect,
+)
 from speedrun_mup.presets import PRESETS
 from speedrun_mup.scaling import switched_on, with_scaling_settings
 from speedrun_mup.settings import (
@@ -435,6 +442,7 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
     muP is on if a rule table or a base width asks for it, under every preset alike: a base width alone means muP, and a
     rule table alone takes the preset's base width. With neither, the rules are the record's own. The same with
     depth, batch and tokens: a base alone means the usual rule, a rule alone takes the preset's size, see scaling.py.
+    Another optimizer than the preset's takes its own learning rate, see RATES in param_groups.py.
 
     Args:
         preset: its name.
@@ -447,15 +455,15 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
     Raises:
         ConfigError: for values that cannot be, and for a hyperparameter, other than the preset's, that nothing reads.
     """
-    values = {**PRESETS[preset].settings, **present_names(overrides)}
+    overrides, usual = present_names(overrides), {**defaults(), **PRESETS[preset].settings}
+    values = {**PRESETS[preset].settings, **with_rates(overrides, usual)}
     if values.get("base_width") is not None:
         values.setdefault("parametrization", "mup")
     elif "parametrization" in values:
         values["base_width"] = PRESETS[preset].base_width
-    usual = {**defaults(), **PRESETS[preset].settings}
     cfg = build(values | switched_on(values, usual))
     made = [dataclasses.replace(cfg, **arm) for arm in arms] or [cfg]
-    for name in present_names(overrides):
+    for name in overrides:
         reasons = [without_effect(each, name) for each in made] if values[name] != usual[name] else [""]
         if all(reasons):
             raise ConfigError(reasons[0])

@@ -22,7 +22,7 @@ from speedrun_mup.training.model_config import Vocabulary, model_config
 
 
 @dataclass(frozen=True)
-class Values:
+class EffectiveValues:
     """What a parameter gets at one size of model and run. None is what its optimizer has none of, or its own default."""
 
     init_std: float
@@ -47,8 +47,8 @@ class ParameterRow:
     role: str
     infshape: tuple[tuple[int, int], ...]
     optimizer: str
-    base: Values
-    here: Values
+    base: EffectiveValues
+    here: EffectiveValues
     depth: str = ""
     lr_factors: tuple[tuple[str, float], ...] = ()
 
@@ -87,7 +87,7 @@ def _lr_factors(
     return tuple((axis, factor) for axis, factor in found.items() if not math.isclose(factor, 1))
 
 
-def _values(here: TrainConfig, vocab_size: int) -> dict[str, tuple[mup.ParamSpec, str, Values]]:
+def _values(here: TrainConfig, vocab_size: int) -> dict[str, tuple[mup.ParamSpec, str, EffectiveValues]]:
     """Spec, optimizer and values of every parameter."""
     model = declarations(model_config(here, Vocabulary(vocab_size)))
     rules = model.cfg.rules
@@ -101,7 +101,9 @@ def _values(here: TrainConfig, vocab_size: int) -> dict[str, tuple[mup.ParamSpec
         optimizer, group = groups[name]
         forward = rules.forward(spec)
         betas = group.get("betas") or (group.get("beta1"), group.get("beta2"))
-        values = Values(spec.init_std(rules), forward, group["lr"], group.get("eps"), group["weight_decay"], *betas)
+        values = EffectiveValues(
+            spec.init_std(rules), forward, group["lr"], group.get("eps"), group["weight_decay"], *betas
+        )
         found[name] = spec, optimizer, values
     return found
 
@@ -150,7 +152,7 @@ def _source(rule: DepthRule | RunRule) -> str:
     return f"from {rule.source} (evidence {rule.grade})"
 
 
-def _of(values: Values, name: str) -> float | None:
+def _of(values: EffectiveValues, name: str) -> float | None:
     return getattr(values, name)
 
 

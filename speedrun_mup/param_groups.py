@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS
@@ -80,6 +80,11 @@ PARAM_GROUPS = {
     # 1e-10 lets their first noisy gradient take a full-size step
     "scalar": ParamGroup("skip weights and mixing coefficients", lr=0.04, eps=1e-10),
 }
+# (group, optimizer) -> its learning rate at base width, where it has another optimizer than its own.
+RATES = {
+    # The best of a sweep of matrix_lr alone, laptop preset at width 64, one seed; record 26 gives Adam multiples of it
+    ("matrix", "adam"): 0.008,
+}
 _COMMON = {  # settings of several groups -> the hyperparameter
     "weight_decay": "weight_decay",
     "adam_eps": "eps",
@@ -105,6 +110,21 @@ class Hyperparams(NamedTuple):
 def with_param_groups(config: T) -> T:
     """Give a class of settings, which is to be a dataclass, those of PARAM_GROUPS."""
     return with_settings(config, (field for name, entry in PARAM_GROUPS.items() for field in entry.fields(name)))
+
+
+def given_to(optimizer: str, group: str = "matrix") -> dict[str, Any]:
+    """The settings that give a group to an optimizer: its name, and its rate where RATES has one."""
+    rate = RATES.get((group, optimizer))
+    return {f"{group}_optimizer": optimizer} | ({f"{group}_lr": rate} if rate else {})
+
+
+def with_rates(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were asked for, and the rate of each group that is to have another optimizer than `usual`, by RATES."""
+    found = dict(asked)
+    for (group, optimizer), rate in RATES.items():
+        if asked.get(f"{group}_optimizer") == optimizer != usual.get(f"{group}_optimizer"):
+            found.setdefault(f"{group}_lr", rate)
+    return found
 
 
 def hyperparams_of(cfg: Any) -> dict[str, Hyperparams]:

@@ -21,8 +21,10 @@ from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.editions import FORMER
 from speedrun_mup.flags import parse
+from speedrun_mup.param_groups import RATES
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.settings import flag_of
+from speedrun_mup.sweep.spec import pick_arms
 
 
 def flags(line: str) -> dict:
@@ -237,7 +239,8 @@ def test_a_config_of_the_edition_before_is_read():
     }
     values = vars(make_config("laptop", {}))
     saved = {name: value for name, value in values.items() if name not in now} | former
-    assert from_json(json.dumps(saved), Path("x")) == make_config("laptop", now) == make_config("laptop", former)
+    assert make_config("laptop", now) == make_config("laptop", former)
+    assert from_json(json.dumps(saved), Path("x")) == make_config("laptop", now | {"matrix_lr": saved["matrix_lr"]})
 
 
 @pytest.mark.parametrize("read", [lambda saved: from_json(json.dumps(saved), Path("x")), config_of])
@@ -299,3 +302,15 @@ def test_help_answers_within_a_second_without_torch(tmp_path):
 def test_no_flag_is_told_twice():
     options = [option for action in train_parser()._actions for option in action.option_strings]
     assert len(options) == len(set(options)) and os.sep not in "".join(options)
+
+
+def test_another_optimizer_takes_its_own_rate_unless_one_is_given():
+    for preset in ("laptop", "record26"):
+        for given in ({}, {"matrix_lr": 0.05}):
+            cfg = make_config(preset, {"matrix_optimizer": "adam", **given})
+            assert cfg.matrix_lr == given.get("matrix_lr", RATES["matrix", "adam"])
+        for other in ("muon", "normuon"):
+            assert make_config(preset, {"matrix_optimizer": other}).matrix_lr == 0.05
+    arms = {arm: pick_arms([arm])[0].settings for arm in ("adam-mup", "adam-adam-constant", "mup", "normuon-mup")}
+    have = {arm: settings.get("matrix_lr") for arm, settings in arms.items()}
+    assert have == {"adam-mup": 0.008, "adam-adam-constant": 0.008, "mup": None, "normuon-mup": None}

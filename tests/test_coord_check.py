@@ -24,7 +24,7 @@ from speedrun_mup.coord_check import (
     gpt_coord_check,
 )
 from speedrun_mup.coord_check.gpt import gpt_controls
-from speedrun_mup.coord_check.observe import Observer, Setting, norms
+from speedrun_mup.coord_check.observe import CheckSetup, Observer, norms
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT
@@ -244,7 +244,7 @@ def test_the_same_cnn_fails_with_an_optimizer_that_knows_no_mup():
 # The GPT
 
 SMALL = {"data": "synthetic", "width": 32, "base_width": 32, "parametrization": "mup", "head_dim": 16, "block_size": 32}
-WITH_ADAM = {"matrix_optimizer": "adam", "matrix_lr": 0.004}
+WITH_ADAM = {"matrix_optimizer": "adam", "matrix_lr": 0.004}  # low, so that few steps stay in the linear regime
 
 
 def check_gpt(changes=None, **options):
@@ -428,7 +428,7 @@ def test_effects_are_those_of_the_plain_formulas(dtype):
     torch.manual_seed(0)
     model, tokens = Zoo(dtype=dtype), torch.randint(0, 5, (2, 7))
     observer = Observer(
-        model, Setting(None, [[]], lambda model, record: None, lambda model: {"turned": 10.0}, SlopeThresholds())
+        model, CheckSetup(None, [[]], lambda model, record: None, lambda model: {"turned": 10.0}, SlopeThresholds())
     )
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     observer.look(0, lambda: model(tokens))

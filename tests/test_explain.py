@@ -38,7 +38,7 @@ def test_the_papers_rules_at_width_2048_from_768():
 def test_adam_s_hidden_rule():
     rows = rows_of(matrix_optimizer="adam", weight_decay=0.1)
     c_fc, m = rows["blocks.3.mlp.c_fc.weight"], 2048 / 768
-    assert c_fc.here.lr == pytest.approx(0.05 / m) and c_fc.here.weight_decay == pytest.approx(0.1 * m)
+    assert c_fc.here.lr == pytest.approx(0.008 / m) and c_fc.here.weight_decay == pytest.approx(0.1 * m)
     assert c_fc.here.eps == pytest.approx(1e-10 / m)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speedrun_mup.data.external_sort import Block, Merge, Piece, write_piece
+from speedrun_mup.data.external_sort import Merge, Piece, SortedBlock, write_piece
 
 
 def make(folder: Path, rows: list[tuple[int, bytes]], cuts: list[int]) -> list[Piece]:
@@ -21,7 +21,7 @@ def make(folder: Path, rows: list[tuple[int, bytes]], cuts: list[int]) -> list[P
     return pieces
 
 
-def unpacked(blocks: list[Block]) -> list[bytes]:
+def unpacked(blocks: list[SortedBlock]) -> list[bytes]:
     records = []
     for block in blocks:
         cuts = [0, *np.cumsum(block.sizes).tolist()]

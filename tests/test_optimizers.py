@@ -608,7 +608,7 @@ def test_where_a_step_is_not_good_nothing_changes(build, shapes, dtype):
 class Apart:
     """Another placement: parameters are stored flat and elsewhere, and their values gathered for an update, as in FSDP2.
 
-    It has the methods of `Shard` and nothing of `Replicated`: an optimizer may need no more.
+    It has the methods of `ParamShard` and nothing of `Replicated`: an optimizer may need no more.
     """
 
     def __init__(self, members: Sequence[Member], unit: tuple[int, ...], world: World):

@@ -6,13 +6,13 @@ import math
 import pytest
 from torch import nn
 
-from speedrun_mup.config import make_config, rules_in_force
+from speedrun_mup.config import make_config
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS, Role, Update
 from speedrun_mup.core.mup.run_rules import BATCH_RULES, NO_RUN_SCALING, TOKENS_RULES, RunFactors, RunScaling
 from speedrun_mup.core.optimizers import Tuned, param_groups
-from speedrun_mup.scaling import SCALING_SETTINGS, run_scaling
+from speedrun_mup.scaling import SCALING_SETTINGS, rules_in_force, run_scaling
 
 ADAM, MUON = Update.ENTRYWISE, Update.SPECTRAL
 RULES = [*BATCH_RULES.values(), *TOKENS_RULES.values()]

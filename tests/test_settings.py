@@ -85,6 +85,7 @@ AT_FIRST = {  # ids of the first edition, for a corpus and a vocabulary that are
                 "micro_batch": "auto",
                 "scalar_eps": 1e-4,
                 "hidden_optimizer": "adam",
+                "matrix_lr": 0.05,
                 "on_nonfinite": "skip",
                 "val_chunk_tokens": 2048,
             },

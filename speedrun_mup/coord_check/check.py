@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from speedrun_mup.coord_check.observe import ArmRecipe, Findings, Loss, Record, Setting, observe
+from speedrun_mup.coord_check.observe import ArmRecipe, CheckSetup, Findings, Loss, Record, observe
 from speedrun_mup.coord_check.results import (
     NORMS,
     PREDICTED,
@@ -99,7 +99,7 @@ def coord_check(
     if not batches:
         raise CoordCheckError("data has no batch; give an iterable of what loss(model, batch) takes")
     per_seed = [batches[seed * (steps + 1) : (seed + 1) * (steps + 1)] for seed in range(seeds)]
-    setting = Setting(loss, per_seed, taps, output_scale, thresholds)
+    setup = CheckSetup(loss, per_seed, taps, output_scale, thresholds)
     if controls is None:
         controls = [Control("lr-sqrt-m", build_model, optimizer, lr_power=0.5)]
     fewer = widths[:-1]  # enough for controls, if it is enough at all
@@ -107,42 +107,42 @@ def coord_check(
         fewer = widths
     runs = len(widths) * seeds + len(fewer) * len(controls)
     with torch.random.fork_rng(devices=[]), tqdm(total=runs, disable=not progress or None, leave=False) as bar:
-        checked = _measure(ArmRecipe(name, build_model, optimizer), widths, seeds, setting, bar)
+        checked = _measure(ArmRecipe(name, build_model, optimizer), widths, seeds, setup, bar)
         results = []
         for control in controls:
-            arm = _measure(control, fewer, 1, setting, bar)
+            arm = _measure(control, fewer, 1, setup, bar)
             slope = arm.update_slope(control.role) - (checked.update_slope(control.role) if control.lr_power else 0.0)
             seen = slope * math.copysign(1.0, control.slope) > thresholds.fail
             results.append(ControlResult(arm, control.role, slope, control.slope, seen))
     return CoordCheck(checked, tuple(results), steps, thresholds)
 
 
-def _measure(arm: ArmRecipe, widths: Sequence[int], seeds: int, setting: Setting, progress: tqdm) -> CheckedArm:
+def _measure(arm: ArmRecipe, widths: Sequence[int], seeds: int, setup: CheckSetup, progress: tqdm) -> CheckedArm:
     """Observe `arm` at all widths and with all seeds, and judge it."""
     found = []
     for seed, width in itertools.product(range(seeds), widths):
         progress.set_postfix_str(f"{arm.name}, width {width}")
-        found.append(observe(arm, width, min(widths), seed, setting))
+        found.append(observe(arm, width, min(widths), seed, setup))
         progress.update()
     series = []
     for quantity, name in dict.fromkeys(key for findings in found for key in findings.values):
         taken = [findings.values.get((quantity, name), {}) for findings in found]
-        values = np.array([[at.get(t, math.nan) for t in range(setting.steps + 1)] for at in taken])
+        values = np.array([[at.get(t, math.nan) for t in range(setup.steps + 1)] for at in taken])
         logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
         series.append(Series(quantity, name, found[0].roles.get(name), np.exp2(logs.mean(axis=0))))
-    rows = tuple(judge(series, widths, setting.thresholds))
-    problems = tuple(_problems(found, rows, setting))
+    rows = tuple(judge(series, widths, setup.thresholds))
+    problems = tuple(_problems(found, rows, setup))
     return CheckedArm(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
 
 
-def _problems(found: Sequence[Findings], rows: Iterable[SlopeRow], setting: Setting) -> Iterator[str]:
+def _problems(found: Sequence[Findings], rows: Iterable[SlopeRow], setup: CheckSetup) -> Iterator[str]:
     """Why the slopes of an arm prove nothing."""
-    if setting.steps <= setting.thresholds.first_step:
-        yield f"{setting.steps} updates are too few; take {setting.thresholds.first_step + 1} or more"
+    if setup.steps <= setup.thresholds.first_step:
+        yield f"{setup.steps} updates are too few; take {setup.thresholds.first_step + 1} or more"
     still = set().union(*(findings.still for findings in found))
     unseen = set().union(*(findings.unseen for findings in found))
     if still:
-        yield f"{', '.join(sorted(still))} did not move in {setting.steps} updates"
+        yield f"{', '.join(sorted(still))} did not move in {setup.steps} updates"
     if unseen:
         yield f"{', '.join(sorted(unseen))} cannot be followed: they multiply nothing that can be observed"
 

@@ -22,10 +22,10 @@ from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import train_batches
 from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.param_groups import given_to
 from speedrun_mup.training.build import build_optimizers
 from speedrun_mup.training.model_config import model_config
 
-ADAM_MATRIX_LR = 0.004  # at base width; what a control gives Adam where the settings' matrix_lr is meant for Muon
 # Rule table, the kind of update whose rule for hidden matrices it breaks, whose updates must be seen to go how.
 _GPT_CONTROLS = (
     ("muon-over-m", Update.SPECTRAL, Role.HIDDEN, -1.0),
@@ -41,7 +41,7 @@ def gpt_controls(cfg: TrainConfig) -> Iterator[tuple[TrainConfig, Role, float]]:
     Where the hidden matrices have a spectral update, Adam's rule is in use too, for the others; its control gives them
     to Adam.
     """
-    given_to_adam: dict[str, Any] = {"matrix_optimizer": "adam", "matrix_lr": ADAM_MATRIX_LR, "orthogonalizer": None}
+    given_to_adam = given_to("adam") | {"orthogonalizer": None}
     kind = OPTIMIZERS[cfg.groups["matrix"].optimizer].kind
     for name, breaks, role, slope in _GPT_CONTROLS:
         wrong = replace(cfg, parametrization=name)

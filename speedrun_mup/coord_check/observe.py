@@ -95,7 +95,7 @@ class ArmRecipe:
 
 
 @dataclass(frozen=True)
-class Setting:
+class CheckSetup:
     """What all arms share; the arguments of coord_check. batches: (S, T + 1)."""
 
     loss: Loss
@@ -123,10 +123,10 @@ class Findings:
 class Observer:
     """Watches one model in forward passes of its own and after backward passes."""
 
-    def __init__(self, model: nn.Module, setting: Setting):
+    def __init__(self, model: nn.Module, setup: CheckSetup):
         self.found = Findings()  # the model itself is not kept: it refers to its observer
         self.parameters = {name: (p, spec) for name, p, spec in named_specs(model) if p.requires_grad}
-        self.scales = setting.output_scale(model)
+        self.scales = setup.output_scale(model)
         self.start = {name: p.detach().clone() for name, (p, _) in self.parameters.items()}
         self.moved: dict[str, Tensor] = {}  # W_t - W_0
         self.moved_before: dict[str, Tensor] = {}  # the same one step earlier
@@ -138,7 +138,7 @@ class Observer:
             if name:
                 module.register_forward_hook(partial(self._see_module, name))
         self.scores = AttentionScores(model, self.record)
-        setting.taps(model, self.record)
+        setup.taps(model, self.record)
 
     def put(self, t: int, quantity: str, name: str, value: float) -> None:
         """Note a value; as inf if it is not finite."""
@@ -242,7 +242,7 @@ def _spectral_norm(matrices: Tensor, iterations: int = 15) -> Tensor:
     return (matrices @ v).norm(dim=(1, 2))
 
 
-def observe(arm: ArmRecipe, width: int, narrowest: int, seed: int, setting: Setting) -> Findings:
+def observe(arm: ArmRecipe, width: int, narrowest: int, seed: int, setup: CheckSetup) -> Findings:
     """Build the model of `arm` and train it for T steps on the batches of `seed`, under observation."""
     torch.manual_seed(seed)
     model = arm.build_model(width).train()
@@ -250,16 +250,16 @@ def observe(arm: ArmRecipe, width: int, narrowest: int, seed: int, setting: Sett
     optimizers = [built] if isinstance(built, Optimizer) else list(built)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["lr"] * (width / narrowest) ** arm.lr_power
-    observer = Observer(model, setting)
-    for t, batch in enumerate(setting.batches[seed]):
-        observer.look(t, partial(setting.loss, model, batch))
-        if t == setting.steps:
+    observer = Observer(model, setup)
+    for t, batch in enumerate(setup.batches[seed]):
+        observer.look(t, partial(setup.loss, model, batch))
+        if t == setup.steps:
             break
-        loss = setting.loss(model, batch)
+        loss = setup.loss(model, batch)
         loss.backward()
         observer.look_back(t, loss)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-    observer.finish(setting.steps)
+    observer.finish(setup.steps)
     return observer.found

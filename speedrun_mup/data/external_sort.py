@@ -133,7 +133,7 @@ def split_piece(piece: Piece, chosen: Set[bytes], others: Path, same: Path) -> t
     return some(others, found[0]) if found[0] else [], some(same, found[1])
 
 
-class Block(NamedTuple):
+class SortedBlock(NamedTuple):
     """Some records in the order of their keys: how long each is, in bytes, and all of them in a row."""
 
     sizes: np.ndarray
@@ -161,7 +161,7 @@ class Merge:
             sizes = [np.diff(piece.bounds(start, stop)) for piece, start, stop in slices]
             yield np.concatenate(sizes)[_order(slices)[left:]]
 
-    def blocks(self, skip: int) -> Iterator[Block]:
+    def blocks(self, skip: int) -> Iterator[SortedBlock]:
         """The records after the first `skip`."""
         for slices, left in self._slices(skip):
             sizes, records = [], []
@@ -170,7 +170,7 @@ class Merge:
                 sizes.append(lengths)
                 records += views
             order = _order(slices)[left:]
-            yield Block(np.concatenate(sizes)[order], b"".join([records[k] for k in order.tolist()]))
+            yield SortedBlock(np.concatenate(sizes)[order], b"".join([records[k] for k in order.tolist()]))
 
     def _slices(self, skip: int) -> Iterator[tuple[list[tuple[Piece, int, int]], int]]:
         """What a block has of each piece, and how many of its records are to be left out."""

@@ -15,7 +15,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
-from speedrun_mup.param_groups import rates_of, without_effect
+from speedrun_mup.param_groups import given_to, rates_of, without_effect
 from speedrun_mup.settings import flag_of
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import SIZES, Axes
@@ -40,21 +40,17 @@ class Arm:
     predicted: float | None = None
 
 
-# Adam's rate for hidden matrices at base width, where all tables agree: the best of a sweep of matrix_lr alone, laptop
-# preset at width 64, one seed. (Record 26 gives its Adam groups multiples of 0.008.)
-ADAM = {"matrix_optimizer": "adam", "matrix_lr": 0.008}
-MUON = {"matrix_optimizer": "muon"}
 # adam-sp is the table "sp", not "adam-constant": what people do without muP. A constant rate is then too fast by m in
 # hidden matrices and readout; both call for half the rate per doubling, which shows even where one factor is on all rates.
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("mup", {"parametrization": "mup", **MUON}),
-        Arm("record26", {"parametrization": "record26", **MUON}),
-        Arm("adam-mup", {"parametrization": "mup", **ADAM}),
-        Arm("adam-sp", {"parametrization": "sp", **ADAM}, predicted=-1.0),
-        Arm("muon-sqrt-m", {"parametrization": "muon-sqrt-m", **MUON}, predicted=-0.5),
-        Arm("muon-over-m", {"parametrization": "muon-over-m", **MUON}, predicted=1.0),
+        Arm("mup", {"parametrization": "mup", **given_to("muon")}),
+        Arm("record26", {"parametrization": "record26", **given_to("muon")}),
+        Arm("adam-mup", {"parametrization": "mup", **given_to("adam")}),
+        Arm("adam-sp", {"parametrization": "sp", **given_to("adam")}, predicted=-1.0),
+        Arm("muon-sqrt-m", {"parametrization": "muon-sqrt-m", **given_to("muon")}, predicted=-0.5),
+        Arm("muon-over-m", {"parametrization": "muon-over-m", **given_to("muon")}, predicted=1.0),
     )
 }
 
@@ -74,8 +70,7 @@ def _pick_arm(name: str) -> Arm:
         return ARMS[name]
     for optimizer, table in itertools.product(OPTIMIZERS, PARAMETRIZATIONS):
         if name == arm_name(optimizer, table):
-            own = ADAM if optimizer == "adam" else {"matrix_optimizer": optimizer}
-            return Arm(name, {"parametrization": table, **own})
+            return Arm(name, {"parametrization": table, **given_to(optimizer)})
     table = name.removeprefix("muon-")
     if table in PARAMETRIZATIONS:
         raise ConfigError(f"arm {name!r} is called {table} here: an arm without an optimizer in its name has Muon")

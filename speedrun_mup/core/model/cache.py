@@ -21,7 +21,7 @@ from speedrun_mup.core.model.gpt import GPT, GPTConfig
 from speedrun_mup.core.model.layers import rotary
 
 
-class Place(NamedTuple):
+class CacheSlots(NamedTuple):
     """Where tokens go in the caches of one window, and what they see there, in place of a backend's mask.
 
     rows: of the cache (n * S, H, C), (n * t,). mask: (n, 1, t, U), over the first U of the S tokens: 0 where attention is
@@ -32,16 +32,16 @@ class Place(NamedTuple):
     rows: Tensor
     mask: Tensor
 
-    def to(self, device: torch.device) -> Place:
+    def to(self, device: torch.device) -> CacheSlots:
         """The same for caches on `device`."""
-        return Place(self.size, self.rows.to(device), self.mask.to(device))
+        return CacheSlots(self.size, self.rows.to(device), self.mask.to(device))
 
-    def next(self, n: int) -> Place:
+    def next(self, n: int) -> CacheSlots:
         """Of the token after one token of each text, in the same block: it sees itself too. Changes this one's mask."""
         rows = self.rows + 1
         first = torch.arange(0, n * self.size, self.size, device=rows.device)
         self.mask.flatten(start_dim=1).scatter_(1, (rows - first)[:, None], 0.0)
-        return Place(self.size, rows, self.mask)
+        return CacheSlots(self.size, rows, self.mask)
 
 
 class Cache:
@@ -54,7 +54,7 @@ class Cache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: CacheSlots, scale: float) -> Tensor:
         """Store k and v, and attend to what is there: q, k, v (n * t, H, C) -> (n * t, H, C)."""
         n, _, t, used = place.mask.shape
         if self.keys is None or self.values is None:
@@ -99,7 +99,7 @@ class Decoder:
         self.device = model.embed.weight.device
         self.lengths = torch.zeros(1, dtype=torch.int64)  # of the n texts so far, on the CPU: nothing waits for a GPU
         self.caches: list[Cache] = []
-        self.places: list[Place] = []  # of the last token of each text, for the short and the long window
+        self.places: list[CacheSlots] = []  # of the last token of each text, for the short and the long window
         for module in self.model.modules():
             if isinstance(module, Attention):
                 self.caches.append(Cache())
@@ -131,7 +131,7 @@ class Decoder:
         self.places = self.places if t == 1 else []
         return x.unflatten(0, (n, t))[:, -1]
 
-    def _place(self, at: Tensor, window: int) -> Place:
+    def _place(self, at: Tensor, window: int) -> CacheSlots:
         """Of tokens at the positions `at` (n, t). What they overwrite is a block that the window has left behind."""
         block = self.model.cfg.block_size
         size, last = window * block, at[:, -1:]
@@ -141,7 +141,7 @@ class Decoder:
         allowed = may_attend(at[:, :, None], k[:, None], document, document, window, block) & (k >= 0)[:, None]
         rows = at % size + torch.arange(len(at))[:, None] * size
         mask = torch.zeros(allowed.shape, dtype=self.model.cfg.embed_dtype).masked_fill(~allowed, float("-inf"))
-        return Place(size, rows.flatten(), mask[:, None])
+        return CacheSlots(size, rows.flatten(), mask[:, None])
 
     def take(self, rows: Sequence[int]) -> None:
         """Continue these of the texts; the same one several times continues in several ways."""

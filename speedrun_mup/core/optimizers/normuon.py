@@ -14,7 +14,7 @@ from torch import Tensor
 from speedrun_mup.core.mup.spec import ParamSpec
 from speedrun_mup.core.optimizers.muon import Muon
 from speedrun_mup.core.optimizers.optimizer import State
-from speedrun_mup.core.optimizers.sharding import Shard
+from speedrun_mup.core.optimizers.sharding import ParamShard
 
 FLOOR = 1e-10  # of second moments and of norms
 
@@ -36,7 +36,7 @@ class NorMuon(Muon):
         side = "out" if spec.base_fan_out >= spec.base_fan_in else "in"
         return {"neuron_dim": -2 if spec.layout[-2] == side else -1}
 
-    def _state_shape(self, name: str, shard: Shard) -> tuple[int, ...]:
+    def _state_shape(self, name: str, shard: ParamShard) -> tuple[int, ...]:
         neurons = shard.unit[shard.members[0].group["neuron_dim"]]
         return (neurons,) if name == "second_moment" else shard.unit
 

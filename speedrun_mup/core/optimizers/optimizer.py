@@ -17,7 +17,7 @@ from torch import Tensor
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.mup.rules import Update
 from speedrun_mup.core.mup.spec import ParamSpec
-from speedrun_mup.core.optimizers.sharding import FetchSlice, Member, Placement, Replicated, Shard, Slice
+from speedrun_mup.core.optimizers.sharding import FetchSlice, Member, ParamShard, Placement, Replicated, Slice
 
 State = Mapping[str, Tensor]
 
@@ -82,19 +82,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 yield Member(name, parameter, group)
 
-    def _partition(self) -> list[Shard]:
+    def _partition(self) -> list[ParamShard]:
         """The parameters as shards."""
         raise NotImplementedError
 
-    def _is_active(self, shard: Shard) -> bool:
+    def _is_active(self, shard: ParamShard) -> bool:
         """Whether there is anything to do for it in this step."""
         return True
 
-    def _new_state(self, shard: Shard) -> dict[str, Tensor]:
+    def _new_state(self, shard: ParamShard) -> dict[str, Tensor]:
         """The state before the first update, by the names in `state_names`."""
         raise NotImplementedError
 
-    def _advance(self, shard: Shard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
+    def _advance(self, shard: ParamShard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
         """Update this rank's units and start publishing; the rest waits for the other ranks."""
         raise NotImplementedError
 
@@ -123,7 +123,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def compile_parts(self) -> None:
         """Compile what gains by it; nothing here unless a subclass says so."""
 
-    def state_of(self, shard: Shard) -> dict[str, Tensor]:
+    def state_of(self, shard: ParamShard) -> dict[str, Tensor]:
         """This rank's state for a shard, made at first use."""
         if not shard.state:
             shard.state = self._new_state(shard)
@@ -178,18 +178,18 @@ class EntryOptimizer(ShardedOptimizer):
         for name, stored in state.items():
             write(stored, new_state[name], is_finite)
 
-    def _partition(self) -> list[Shard]:
+    def _partition(self) -> list[ParamShard]:
         return [self._placement([member], (), self.world) for member in self.named_groups()]
 
-    def _is_active(self, shard: Shard) -> bool:
+    def _is_active(self, shard: ParamShard) -> bool:
         """A parameter without gradient stays as it is."""
         return shard.members[0].parameter.grad is not None
 
-    def _new_state(self, shard: Shard) -> dict[str, Tensor]:
+    def _new_state(self, shard: ParamShard) -> dict[str, Tensor]:
         parameter = shard.members[0].parameter
         return {name: parameter.new_zeros(shard.count) for name in self.state_names}
 
-    def _advance(self, shard: Shard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
+    def _advance(self, shard: ParamShard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
         values = shard.values()
         self.update_in_place(values, gradient, self.state_of(shard), shard.members[0].group, is_finite)
         return shard.publish_values(values).wait
@@ -209,7 +209,7 @@ class MatrixOptimizer(ShardedOptimizer):
         """What -lr is multiplied by, (N, d_out, d_in), and the new state; changes none of its arguments."""
         raise NotImplementedError
 
-    def _partition(self) -> list[Shard]:
+    def _partition(self) -> list[ParamShard]:
         batches: dict[Any, list[Member]] = {}
         for member in self.named_groups():
             shape = tuple(member.parameter.shape)
@@ -219,16 +219,16 @@ class MatrixOptimizer(ShardedOptimizer):
             batches.setdefault((shape[-2:], shared), []).append(member)
         return [self._placement(members, shape, self.world) for (shape, _), members in batches.items()]
 
-    def _state_shape(self, name: str, shard: Shard) -> tuple[int, ...]:
+    def _state_shape(self, name: str, shard: ParamShard) -> tuple[int, ...]:
         """Of the state `name` of one matrix."""
         return shard.unit
 
-    def _new_state(self, shard: Shard) -> dict[str, Tensor]:
+    def _new_state(self, shard: ParamShard) -> dict[str, Tensor]:
         device = shard.members[0].parameter.device
         shapes = {name: (shard.count, *self._state_shape(name, shard)) for name in self.state_names}
         return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
 
-    def _advance(self, shard: Shard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
+    def _advance(self, shard: ParamShard, gradient: Tensor, is_finite: Tensor | None) -> Callable[[], None]:
         state = self.state_of(shard)
         update, new_state = self._update_alike(gradient, state, shard.members[0].group)
         for name, stored in state.items():

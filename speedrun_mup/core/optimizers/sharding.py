@@ -49,7 +49,7 @@ class Owned(NamedTuple):
     offset: int
 
 
-class Shard(Protocol):
+class ParamShard(Protocol):
     """Parameters that are updated as one batch of units, of which this rank updates `count`.
 
     An optimizer knows placement by these methods alone. To add one, such as FSDP2's, write a class like
@@ -80,7 +80,7 @@ class Shard(Protocol):
         """Start handing the updates of this rank's units to where the parameters are: one for each of `stored`."""
 
 
-Placement = Callable[[Sequence[Member], tuple[int, ...], World], Shard]  # of (members, unit, world)
+Placement = Callable[[Sequence[Member], tuple[int, ...], World], ParamShard]  # of (members, unit, world)
 
 
 class Replicated:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data.external_sort import Block, Merge, Piece
+from speedrun_mup.data.external_sort import Merge, Piece, SortedBlock
 from speedrun_mup.data.shards import ShardFacts, shard_header
 from speedrun_mup.data.tokenize_text.job import Job
 from speedrun_mup.data.tokenize_text.progress import Progress
@@ -75,7 +75,7 @@ class ShardWriter:
     def _path(self) -> Path:
         return self._work.directory / f"{self._part}_{len(self._work.shards[self._part]):06d}.bin"
 
-    def add(self, block: Block) -> None:
+    def add(self, block: SortedBlock) -> None:
         """Write some documents."""
         ends, first, begin = np.cumsum(block.sizes), 0, 0
         while first < len(ends):

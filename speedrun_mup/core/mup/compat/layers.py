@@ -76,7 +76,7 @@ def torch_start(module: nn.Module, tensor: str, spec: ParamSpec) -> float | None
 
 
 @dataclass(frozen=True)
-class Source:
+class LayerSource:
     """What a parameter is part of: a `tensor` of a `layer`, and how it is made of it.
 
     how: "" if it is the tensor; "kept" if what makes the tensor leaves its shape and scale; "magnitude" and "direction"
@@ -97,27 +97,27 @@ def _made_by(parametrizations_of_it: nn.Module, local: str) -> str:
     return "kept" if local == "original" else ""
 
 
-def _by_hooks(module: nn.Module) -> Iterator[tuple[str, Source]]:
-    """(local name, Source) of what torch's older functions, weight_norm, spectral_norm and prune, made of parameters."""
+def _by_hooks(module: nn.Module) -> Iterator[tuple[str, LayerSource]]:
+    """(local name, LayerSource) of what torch's older functions, weight_norm, spectral_norm and prune, made of parameters."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
-            yield f"{hook.name}_g", Source(module, hook.name, "magnitude")
-            yield f"{hook.name}_v", Source(module, hook.name, "direction")
+            yield f"{hook.name}_g", LayerSource(module, hook.name, "magnitude")
+            yield f"{hook.name}_v", LayerSource(module, hook.name, "direction")
         elif isinstance(hook, SpectralNorm):
-            yield f"{hook.name}_orig", Source(module, hook.name, "normalised")
+            yield f"{hook.name}_orig", LayerSource(module, hook.name, "normalised")
         elif hasattr(hook, "_tensor_name"):  # prune's, whose import takes its time
-            yield f"{hook._tensor_name}_orig", Source(module, hook._tensor_name, "kept")
+            yield f"{hook._tensor_name}_orig", LayerSource(module, hook._tensor_name, "kept")
 
 
-def sources(model: nn.Module) -> dict[tuple[int, str], Source]:
-    """{(id of a module, local name): Source} of the parameters of `model` that are not themselves what a layer uses."""
-    found: dict[tuple[int, str], Source] = {}
+def sources(model: nn.Module) -> dict[tuple[int, str], LayerSource]:
+    """{(id of a module, local name): LayerSource} of the parameters of `model` that are not themselves what a layer uses."""
+    found: dict[tuple[int, str], LayerSource] = {}
     for module in model.modules():
         found |= {(id(module), local): source for local, source in _by_hooks(module)}
         if parametrize.is_parametrized(module):
             for tensor, made_of in module.parametrizations.items():  # type: ignore[union-attr, operator]
                 for local in made_of._parameters:
                     how = _made_by(made_of, local)
-                    source = Source(module, tensor, how) if how else Source(made_of, local)
+                    source = LayerSource(module, tensor, how) if how else LayerSource(made_of, local)
                     found[id(made_of), local] = source
     return found

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfDim, InfShape, infer_spec, zip_infshape
 from speedrun_mup.core.mup.compat.layer import MuReadout, rescale_start
-from speedrun_mup.core.mup.compat.layers import Source, sources
+from speedrun_mup.core.mup.compat.layers import LayerSource, sources
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Role
 from speedrun_mup.core.mup.spec import ParamSpec, Place, adapter_advice, main_place, named_specs, places
 
@@ -204,9 +204,9 @@ def make_base_shapes(
     return shapes
 
 
-def _resolve(place: Place, infshape: InfShape, made: dict[tuple[int, str], Source]) -> ParamSpec:
+def _resolve(place: Place, infshape: InfShape, made: dict[tuple[int, str], LayerSource]) -> ParamSpec:
     """What the parameter is there: role and layout as declared, else inferred."""
-    source = made.get((id(place.module), place.local), Source(place.module, place.local))
+    source = made.get((id(place.module), place.local), LayerSource(place.module, place.local))
     if source.how and source.tensor == "weight" and isinstance(source.layer, MuReadout):
         raise BaseShapeError(
             "muP has no rule for a readout whose weight is parametrized, which fixes its size: leave the readout plain"
@@ -290,7 +290,7 @@ def _check_ties(specs: Mapping[Place, ParamSpec], where: list[Place]) -> None:
         )
 
 
-def _check_magnitude(specs: Mapping[Place, ParamSpec], made: Mapping[tuple[int, str], Source]) -> None:
+def _check_magnitude(specs: Mapping[Place, ParamSpec], made: Mapping[tuple[int, str], LayerSource]) -> None:
     """Raise BaseShapeError where weight_norm's magnitude, a norm of the weight, would itself grow with width."""
     directions = {}
     for place, spec in specs.items():
