@@ -27,8 +27,8 @@ from speedrun_mup.config import make_config
 from speedrun_mup.core.model import GPT
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.tokenizers import ByteTokenizer
-from speedrun_mup.sample import Writer
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.writer import Writer
 from speedrun_mup.training.model_config import model_config
 
 PROMPT = 32  # tokens

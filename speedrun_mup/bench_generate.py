@@ -18,8 +18,8 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.model.cache import Decoder
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import strict_json
-from speedrun_mup.sample import draw
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.writer import draw
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.model_config import model_config
 

@@ -33,7 +33,7 @@ FLOORS = [
         "synonyms",
         "flags",
         "settings",
-        "sampling",
+        "sample.sampling",
         "editions",
         "param_groups",
         "techniques",

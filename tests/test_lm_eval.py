@@ -17,7 +17,7 @@ from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.evaluate import token_losses
 from speedrun_mup.export import FORMATS
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.training import train
 from speedrun_mup.training.load import LoadedRun, load_run
 

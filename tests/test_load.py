@@ -23,7 +23,7 @@ from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.corpus import embedded_corpus, find_corpus
 from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.files import without_escapes
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.training import load, train
 from speedrun_mup.training.checkpoint_manifest import json_with_digest
 from speedrun_mup.training.load import load_run

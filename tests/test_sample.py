@@ -11,8 +11,9 @@ import torch
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, HfTokenizer
-from speedrun_mup.sample import TextStream, Writer, draw
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.stream import TextStream
+from speedrun_mup.sample.writer import Writer, draw
 
 TEXT = "def área(x):\n    return 'naïve 漢字 🎲', x\n👩‍👩‍👧 é"
 GREEDY = Sampling(temperature=0.0, max_new_tokens=60)

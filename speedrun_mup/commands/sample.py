@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import Parser, count, new_parser, parse, verbatim
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.settings import flag_of, settings_of
 
 if TYPE_CHECKING:
-    from speedrun_mup.sample import Writer
+    from speedrun_mup.sample.writer import Writer
 
 
 def run(argv: Sequence[str]) -> int:

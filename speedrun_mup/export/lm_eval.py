@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.evaluate import ending_scores, token_losses
 from speedrun_mup.files import printable
-from speedrun_mup.sample import TextStream
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.stream import TextStream
 from speedrun_mup.training.load import LoadedRun, load_run
 
 PASS_TOKENS = 8192  # that go through the model at once

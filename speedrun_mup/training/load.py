@@ -23,8 +23,8 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import Tokenizer, byte_lengths, bytes_of_tokens, load_tokenizer
 from speedrun_mup.evaluate import Evaluation, evaluate, text_rows, validation_rows
 from speedrun_mup.files import printable
-from speedrun_mup.sample import Writer
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.writer import Writer
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.model_config import model_config

@@ -26,8 +26,8 @@ from speedrun_mup.core.optimizers import FetchSlice, Slice
 from speedrun_mup.data.batches import Batch
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import load_tokenizer
-from speedrun_mup.sample import Writer
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.writer import Writer
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.training.build import build_optimizers, prepare_corpus, tuned_values
 from speedrun_mup.training.checkpoint import Checkpoints

@@ -1,10 +1,9 @@
-"""Text from a model: tokens drawn one after another, streamed as text, for several samples at a time."""
+"""Text from a model: tokens drawn one after another, for several samples at a time."""
 
 # n samples, V vocabulary, k tokens that may be drawn
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -16,7 +15,8 @@ from speedrun_mup.core.model.cache import Decoder
 from speedrun_mup.core.seeds import generator
 from speedrun_mup.data.tokenizers import Tokenizer
 from speedrun_mup.files import printable
-from speedrun_mup.sampling import Sampling
+from speedrun_mup.sample.sampling import Sampling
+from speedrun_mup.sample.stream import TextStream
 
 
 class Writer:
@@ -142,35 +142,3 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     total = probs.cumsum(dim=-1)
     chosen = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True).clamp(max=total.size(-1) - 1)
     return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
-
-
-class TextStream:
-    """Tokens to text as they come: bytes that are part of a character wait for the rest of it.
-
-    What is no character in the end reads U+FFFD, as in Tokenizer.decode.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._bytes = tokenizer, tokenizer.token_bytes()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._ids: list[int] = []  # where ids do not stand for bytes: what the text shown last was made of, and since
-        self._shown = 0
-
-    def add(self, token: int) -> str:
-        """The text that is complete with one more token, maybe none."""
-        if self._bytes is not None:
-            return self._utf8.decode(self._bytes[token])
-        self._ids.append(token)
-        return self._new_text(final=False)
-
-    def end(self) -> str:
-        """What is left when no more tokens come."""
-        return self._utf8.decode(b"", final=True) if self._bytes is not None else self._new_text(final=True)
-
-    def _new_text(self, final: bool) -> str:
-        """By decoding the last piece again together with what came since: its first space may depend on what is before."""
-        before, now = (self._tokenizer.decode(ids) for ids in (self._ids[: self._shown], self._ids))
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
-            return ""
-        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
-        return now[len(before) :]

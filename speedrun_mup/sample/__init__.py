@@ -1,0 +1,1 @@
+"""Text from a trained model. Keys and values of what was read are kept in core/model/cache.py."""
