@@ -2,19 +2,24 @@
 
 run = speedrun_mup.load_run("runs/NAME")
 run.model, run.tokenizer, run.generate("def main"), run.evaluate("notes.txt"), run.metrics
+
+surface = speedrun_mup.fit_surface("runs.csv", sizes=["width", "n_layer", "tokens"])
+surface["tokens"].drift, surface.predict({"width": 1024, "n_layer": 24, "tokens": 2**31})
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speedrun_mup.training.load import load_run as load_run
+    from speedrun_mup.transfer import fit_surface as fit_surface
 
 __version__ = "0.1.0"
+_HOMES = {"load_run": "speedrun_mup.training.load", "fit_surface": "speedrun_mup.transfer"}
 
 
 def __getattr__(name: str) -> Any:  # what needs torch is imported when it is asked for
-    if name != "load_run":
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from speedrun_mup.training.load import load_run
+    from importlib import import_module
 
-    return load_run
+    return getattr(import_module(_HOMES[name]), name)

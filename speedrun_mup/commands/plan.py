@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.commands.sweep import add_engine, budget_of, take
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import new_parser, parse
+from speedrun_mup.files import printable, read_bytes
+from speedrun_mup.flags import new_parser, parse, several, whole_number
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.setting_flags import TRAINING, add_settings
 
 if TYPE_CHECKING:
     from speedrun_mup.plan import Plan
     from speedrun_mup.sweep import Engine
+
+
+SCALED = ("width", "n_layer", "batch_tokens", "tokens")  # sizes in which proxies may be smaller than the target
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
     group.add_argument("--out", metavar="DIR", help="folder to keep the plan in (with --run: plans/width-WIDTH)")
     group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
     group.add_argument("--json", action="store_true", help="the plan and the designs considered, as JSON")
+    _add_sizes(group)
     add_engine(parser, "; 10%% of the target's FLOPs")
     add_settings(parser, groups=("scaling", *TRAINING, "display"), plus=("seed", "val_every"))
     flags = vars(parse(parser, argv))
@@ -43,6 +48,11 @@ def run(argv: Sequence[str]) -> int:
     carry_out, out, preset, as_json = (flags.pop(name) for name in ("run", "out", "preset", "json"))
     if carry_out and as_json:
         raise ConfigError("--json is for a plan that is not run yet; leave out --run")
+    sizes = take(flags, "axes", "tokens", "batch_tokens", "priors")
+    if names := _axes(flags, **{name: sizes[name] for name in ("axes", "tokens", "batch_tokens")}):
+        if as_json:
+            raise ConfigError("--json is for a plan over width alone; plan.json in --out has all of this one")
+        return _joint(argv, make_config(preset, flags), names, sizes, engine, budget, carry_out, out)
     target = make_config(preset, flags)
     say(*_opening(target))
 
@@ -70,6 +80,106 @@ def run(argv: Sequence[str]) -> int:
     print(f"next  train the target with --lr-scale {prediction.lr_scale:.4g}, then")
     print(f"      speedrun-mup report {folder} --target runs/NAME compares prediction and result")
     return 0
+
+
+def _add_sizes(group: Any) -> None:
+    """The flags of a plan whose proxies are smaller in several sizes."""
+    group.add_argument("--tokens", type=whole_number, metavar="INT", help="of the target run in all, such as 2B")
+    group.add_argument("--batch-tokens", type=whole_number, metavar="INT", help="of one of its steps, such as 512k")
+    group.add_argument(
+        "--axes",
+        **several(str),
+        default=[],
+        metavar="NAME",
+        help="sizes in which proxies are smaller than the target: width, n_layer, batch_tokens, tokens; default: width, and "
+        "with --tokens or --batch-tokens all sizes that are given",
+    )
+    group.add_argument(
+        "--priors",
+        type=Path,
+        metavar="JSON",
+        help='exponents measured elsewhere, mean and standard deviation: {"drift": {"tokens": [-0.33, 0.05]}, "loss": {}}',
+    )
+
+
+def _axes(flags: dict[str, Any], axes: list[str], tokens: int | None, batch_tokens: int | None) -> list[str]:
+    """The sizes of a joint plan; none for one over width alone. Raises ConfigError for what contradicts itself."""
+    for flag, given, same in (("--tokens", tokens, "iterations"), ("--batch-tokens", batch_tokens, "micro_batches")):
+        if given is not None and same in flags:
+            raise ConfigError(f"{flag} and --{same.replace('_', '-')} say the same of the target; give one")
+        if given is not None and given < 1:
+            raise ConfigError(f"{flag} {given}: give a number above zero")
+    named = [name.strip().lower().replace("-", "_") for name in axes]
+    if unknown := [name for name in named if name not in SCALED]:
+        raise ConfigError(f"--axes {unknown[0]}: choose among {', '.join(SCALED)}")
+    if not named and tokens is None and batch_tokens is None:
+        return []
+    is_given = {"width": True, "n_layer": "n_layer" in flags, "batch_tokens": batch_tokens, "tokens": tokens}
+    found = [name for name in SCALED if (name in named if named else is_given[name])]
+    return [] if found == ["width"] and tokens is None and batch_tokens is None else found
+
+
+def _joint(
+    argv: Sequence[str],
+    target: TrainConfig,
+    names: list[str],
+    sizes: dict[str, Any],
+    engine: dict[str, Any],
+    budget: dict[str, float],
+    carry_out: bool,
+    out: str | None,
+) -> int:
+    """A plan over several sizes. Returns the exit code."""
+    say(rules_in_force(target), f"choosing proxies smaller in {', '.join(names)}")
+    from speedrun_mup.plan import (
+        Budget,
+        NoPlanFits,
+        choose_joint_plan,
+        predict_joint,
+        run_joint_plan,
+        save_joint_plan,
+        whole_target,
+    )
+    from speedrun_mup.sweep import open_engine
+
+    target = whole_target(target, sizes["batch_tokens"], sizes["tokens"])
+    limits = Budget(**{name.removeprefix("budget_"): amount for name, amount in budget.items()})
+    priors = _read_priors(sizes["priors"])
+    folder = Path(out or f"plans/{'-'.join(names)}-{target.width}")
+    try:
+        plan = choose_joint_plan(target, names, limits, priors)
+    except NoPlanFits as fault:
+        raise ConfigError(f"{fault}; enough is: {_with_budget(argv, fault.enough)}") from None
+    print(plan.summary())
+    if carry_out or out is not None:
+        save_joint_plan(plan, folder, limits)
+        say(f"plan  {folder / 'plan.json'}")
+    if not carry_out:
+        say("next  the same command with --run trains the proxies and predicts")
+        return 0
+    with closing(open_engine(**engine, device=target.device)) as where:
+        result = run_joint_plan(plan, folder, where, progress=target.progress)
+    print(result.summary())
+    if not result.complete and not result.used_up:
+        return STOPPED_BY_SIGNAL if result.stopped else 1
+    prediction = predict_joint(folder)
+    print(prediction.summary())
+    print(f"next  train the target with --lr-scale {prediction.lr_scale:.4g}, then")
+    print(f"      speedrun-mup report {folder} --target runs/NAME compares prediction and result")
+    return 0
+
+
+def _read_priors(path: Path | None) -> dict[str, Any]:
+    """What --priors holds. Raises ConfigError for a file that cannot be read."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(read_bytes(path))
+    except (OSError, ValueError, RecursionError):
+        raise ConfigError(f"--priors {printable(path)}: cannot be read as JSON; see --help for what it holds") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--priors {printable(path)}: give an object, as --help shows it")
+    return found
 
 
 def say(*lines: str) -> None:

@@ -31,6 +31,8 @@ def run(argv: Sequence[str]) -> int:
     )
     arguments = parse(parser, argv)
 
+    if arguments.source.is_dir() and _is_joint(arguments.source):
+        return _joint(arguments.source, arguments.target)
     from speedrun_mup.report.sections import make_report
     from speedrun_mup.report.write import write_report
 
@@ -55,6 +57,24 @@ def run(argv: Sequence[str]) -> int:
         more = f" ({len(faults) - 1} more of the files have failed, too)" if len(faults) > 1 else ""
         print(f"error: {faults[0]}{more}", file=sys.stderr)
     return int(bool(faults))
+
+
+def _is_joint(folder: Path) -> bool:
+    from speedrun_mup.plan import is_joint
+
+    return is_joint(folder)
+
+
+def _joint(folder: Path, target: Path | None) -> int:
+    """Print a plan over several sizes: what it predicts, and what came of it; no page is written. Returns the exit code."""
+    from speedrun_mup.plan import compare_joint, read_joint_prediction
+
+    print(read_joint_prediction(folder).summary())
+    if target is None:
+        print("measured: nothing yet; train the target, then give its folder with --target")
+    else:
+        print(compare_joint(folder, target))
+    return 0
 
 
 _LABELS = {".png": "picture", ".md": "summary", ".html": "page"}

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.flags import count, new_parser, parse
+from speedrun_mup.files import printable
+from speedrun_mup.flags import count, new_parser, parse, whole_number
 from speedrun_mup.setting_flags import add_renamed_flag
 
 if TYPE_CHECKING:
-    from speedrun_mup.transfer import Axes, Forecast, TransferResult
+    from speedrun_mup.transfer import Axes, Forecast, Known, SurfaceResult, TransferResult
 
-AXES = ("size", "hyperparameter")  # flags that name them
 # Flags of `add_source`.
 _ASKED = ("size", "hyperparameter", "columns", "controls", "tested", "base_size", "sigma", "initial_loss", "accept")
 
@@ -29,13 +29,24 @@ def run(argv: Sequence[str]) -> int:
     parser = new_parser("speedrun-mup transfer", run.__doc__ or "")
     add_source(parser)
     parser.add_argument(
-        "--predict", type=int, metavar="SIZE", help="also the best rate and the loss to expect at this size"
+        "--predict",
+        metavar="SIZE|NAME=SIZE,...",
+        help="also the best rate and the loss to expect at this size, or at width=1024,n_layer=24,tokens=2B",
+    )
+    parser.add_argument(
+        "--predicted",
+        metavar="SIZE=DRIFT,...",
+        help="of several sizes: the drift that the rule in force gives each, tokens=-0.5 (default: 0)",
     )
     parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
     arguments = parse(parser, argv)
-    result = measure(arguments)
-    _check_size(arguments.predict, result.axes)
-    forecasts = _forecasts(result, arguments.predict, arguments.tested) if arguments.predict else None
+    if len(sizes := sizes_of(arguments)) > 1:
+        return _several(arguments, sizes)
+    if arguments.predicted:
+        raise ConfigError(f"--predicted {arguments.predicted}: it is for several sizes; give each with --size")
+    result, target = measure(arguments), arguments.predict and _target(arguments.predict)
+    _check_size(target, result.axes)
+    forecasts = _forecasts(result, target, arguments.tested) if target else None
     if arguments.json:
         told = {name: one if isinstance(one, str) else one.to_dict() for name, one in (forecasts or {}).items()}
         print(result.to_json(told if forecasts is not None else None))
@@ -45,6 +56,55 @@ def run(argv: Sequence[str]) -> int:
         print("\nforecast")
         print("\n".join(f"- {name}: {_told(arguments.source, name, forecast)}" for name, forecast in forecasts.items()))
     return 0 if result.verdict == "PASS" else 1
+
+
+def _several(arguments: argparse.Namespace, sizes: Sequence[str]) -> int:
+    """Runs over several sizes at once: a drift and a verdict for each. Returns the exit code."""
+    from speedrun_mup.transfer import Known
+
+    known = Known(predicted=_drifts("predicted", arguments.predicted or "", "tokens=-0.5", "size"))
+    result = measure_several(arguments, sizes, known)
+    forecasts = result.predict(_place(arguments.predict, sizes)) if arguments.predict else None
+    if arguments.json:
+        print(result.to_json(forecasts))
+    else:
+        print(result.summary())
+        for name, forecast in (forecasts or {}).items():
+            print(f"forecast of arm {name}, {forecast}")
+    return 0 if result.verdict == "PASS" else 1
+
+
+def _target(text: str) -> int:
+    """The size in a --predict for one axis."""
+    try:
+        return whole_number(text.partition("=")[2] or text)
+    except argparse.ArgumentTypeError as fault:
+        raise ConfigError(f"--predict {printable(text, 60)}: {fault}") from None
+
+
+def _place(text: str, sizes: Sequence[str]) -> dict[str, int]:
+    """The place in a --predict for several axes."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    names = [name.strip().lower() for name, _, _ in pairs]
+    if sorted(names) != sorted(sizes):
+        such = ",".join(f"{name}=..." for name in sizes)
+        raise ConfigError(f"--predict {printable(text, 60)}: give every size once, --predict {such}")
+    return {name: _target(value.strip() or "nothing") for name, (_, _, value) in zip(names, pairs, strict=True)}
+
+
+def sizes_of(arguments: argparse.Namespace) -> list[str]:
+    """The sizes that were named, or that the sweep has; none for a table whose size is width."""
+    named = [name.strip().lower() for text in arguments.size or [] for name in text.split(",") if name.strip()]
+    if arguments.source.is_dir():
+        _check_sweep(arguments)
+        from speedrun_mup.sweep import read_definition, size_names  # needs torch, which a table does not
+
+        have = size_names(read_definition(arguments.source))
+        if unknown := [name for name in named if name not in have]:
+            told = f"{printable(arguments.source)} is a sweep over {', '.join(have)}"
+            raise ConfigError(f"--size {printable(unknown[0], 60)}: {told}; name one of these, or leave it out")
+        return named or list(have)
+    return list(dict.fromkeys(named))
 
 
 def _check_size(predict: int | None, axes: Axes) -> None:
@@ -100,7 +160,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="of a sweep; or a table: width,lr,loss and, if any, seed and arm",
     )
     parser.add_argument(
-        "--size", metavar="NAME", help="column of the table that takes width's place: n_layer, tokens or any other"
+        "--size",
+        action="append",
+        metavar="NAME",
+        help="column of the table that takes width's place: n_layer, tokens or any other; again for several at once",
     )
     parser.add_argument(
         "--hyperparameter",
@@ -157,24 +220,20 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("sigma", "tested", "accept", "initial_loss")}
     if arguments.base_size is not None:
         options["base_size"] = arguments.base_size
-    controls = _controls(arguments.controls or "")
+    controls = _drifts("controls", arguments.controls or "", "sp=-1")
     if not source.is_dir():
-        named = {name: value.strip().lower() for name in AXES if (value := getattr(arguments, name))}
+        sizes = sizes_of(arguments)
+        if len(sizes) > 1:
+            raise ConfigError(f"--size {' --size '.join(sizes)}: give one here; speedrun-mup transfer takes several")
+        named = dict(zip(("size",), sizes)) | _hyperparameter(arguments)
         table = read_table(source, Axes(**named), _columns(arguments.columns or ""))
         options |= {"doubts": table.doubts, "notes": table.notes}
         return measure_transfer(table.points, controls=controls, axes=table.axes, **options)
-    if arguments.columns:
-        raise ConfigError(f"--columns {arguments.columns}: {source} is a sweep, which has no columns; leave it out")
-    for name in AXES:
-        if given := getattr(arguments, name):
-            raise ConfigError(f"--{name} {given}: {source} is a sweep, which knows its axes; leave it out")
-    if controls:
-        raise ConfigError(
-            f"--controls {arguments.controls}: {source} is a sweep, which knows its controls; leave it out"
-        )
+    _check_sweep(arguments)
     from speedrun_mup.sweep import measure_sweep  # needs torch, which a table does not
 
-    return measure_sweep(source, **options)
+    sizes = sizes_of(arguments)
+    return measure_sweep(source, size=sizes[0] if len(sizes) == 1 else None, **options)
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -186,13 +245,55 @@ def _columns(text: str) -> dict[str, str]:
     return columns
 
 
-def _controls(text: str) -> dict[str, float]:
-    """arm -> predicted drift, from ARM=DRIFT,ARM=DRIFT."""
+def _drifts(flag: str, text: str, such: str, what: str = "arm") -> dict[str, float]:
+    """Name of an arm, or `what` else -> drift, from NAME=DRIFT,NAME=DRIFT, such as `such`."""
     try:
         pairs = [part.rsplit("=", 1) for part in text.split(",") if part]
         drifts = {name.strip(): float(drift) for name, drift in pairs}
     except ValueError:
-        raise ConfigError(f"--controls {text}: give ARM=DRIFT,..., for instance sp=-1") from None
+        raise ConfigError(f"--{flag} {text}: give {what.upper()}=DRIFT,..., for instance {such}") from None
     if len(drifts) < len(pairs) or not all(map(math.isfinite, drifts.values())):
-        raise ConfigError(f"--controls {text}: give every arm once, with a finite drift")
+        raise ConfigError(f"--{flag} {text}: give every {what} once, with a finite drift")
     return drifts
+
+
+def _hyperparameter(arguments: argparse.Namespace) -> dict[str, str]:
+    given = arguments.hyperparameter
+    return {"hyperparameter": given.strip().lower()} if given else {}
+
+
+def _check_sweep(arguments: argparse.Namespace) -> None:
+    """ConfigError for a flag about what a sweep knows by itself."""
+    about = {"columns": "has no columns", "hyperparameter": "knows its axes"}
+    for name, why in (about | {"controls": "knows its controls"}).items():
+        if given := getattr(arguments, name):
+            raise ConfigError(f"--{name} {given}: {arguments.source} is a sweep, which {why}; leave it out")
+
+
+def measure_several(arguments: argparse.Namespace, sizes: Sequence[str], known: Known) -> SurfaceResult:
+    """What `add_source` names, measured over several sizes. Raises ConfigError, TransferError."""
+    from speedrun_mup.transfer import Axes, measure_surface, read_table
+
+    if arguments.base_size is not None:
+        raise ConfigError(
+            f"--base-size {arguments.base_size}: several sizes count from the smallest of each; leave it out"
+        )
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("sigma", "tested", "accept", "initial_loss")}
+    source = arguments.source
+    if source.is_dir():
+        _check_sweep(arguments)
+        from speedrun_mup.sweep import measure_sweep_surface
+
+        return measure_sweep_surface(source, known=known, **options)
+    axes = Axes(sizes[0], **_hyperparameter(arguments))
+    table = read_table(source, axes, _columns(arguments.columns or ""), sizes[1:])
+    controls: dict[str, dict[str, float]] = {}
+    for name, drift in _drifts("controls", arguments.controls or "", "sp:width=-1").items():
+        arm, colon, size = name.rpartition(":")
+        if not colon:
+            raise ConfigError(
+                f"--controls {arguments.controls}: say on which size, such as {name}:{sizes[0]}={drift:g}"
+            )
+        controls.setdefault(arm, {})[size] = drift
+    options |= {"doubts": table.doubts, "notes": table.notes, "controls": controls}
+    return measure_surface(table.points, sizes, hyperparameter=axes.hyperparameter, known=known, **options)

@@ -5,29 +5,50 @@
     print(predict(out).summary())                               # learning rate and loss, with intervals
     print(compare(out, run_folder).summary())                   # predicted against measured
 
-The proxies train for as many steps on as many tokens as the target: it is width that learning rates transfer over.
+The proxies train for as many steps on as many tokens as the target: it is width that learning rates transfer over. A plan
+over several sizes makes them smaller in depth, batch and tokens too, and measures what that does (`joint`).
 """
 
 from speedrun_mup.plan.design import Budget, NoPlanFits, Plan, choose_plan, design_table, expected_lr_error
 from speedrun_mup.plan.folder import PLAN, Prediction, load_plan, make_plan, read_plan, run_plan, save_plan
+from speedrun_mup.plan.joint import JointPlan, choose_joint_plan, whole_target
+from speedrun_mup.plan.joint_folder import (
+    JointPrediction,
+    compare_joint,
+    is_joint,
+    predict_joint,
+    read_joint_prediction,
+    run_joint_plan,
+    save_joint_plan,
+)
 from speedrun_mup.plan.prediction import Comparison, compare, predict, recommended_config
 
 __all__ = [
     "PLAN",
     "Budget",
     "Comparison",
+    "JointPlan",
+    "JointPrediction",
     "NoPlanFits",
     "Plan",
     "Prediction",
+    "choose_joint_plan",
     "choose_plan",
     "compare",
+    "compare_joint",
     "design_table",
     "expected_lr_error",
+    "is_joint",
     "load_plan",
     "make_plan",
     "predict",
+    "predict_joint",
+    "read_joint_prediction",
     "read_plan",
     "recommended_config",
+    "run_joint_plan",
     "run_plan",
+    "save_joint_plan",
     "save_plan",
+    "whole_target",
 ]

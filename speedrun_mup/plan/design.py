@@ -71,7 +71,7 @@ class Plan:
     @property
     def sweeps(self) -> tuple[Sweep, ...]:
         """What to run, all in one folder: one sweep per number of seeds."""
-        base = _proxy_base(self.target)
+        base = proxy_base(self.target)
         alike = itertools.groupby(zip(self.widths, self.seeds, strict=True), key=lambda pair: pair[1])
         return tuple(
             Sweep(
@@ -116,7 +116,7 @@ class Plan:
         return self.widths[-1] < Thresholds.min_span * self.widths[0]
 
 
-def _proxy_base(target: TrainConfig) -> TrainConfig:
+def proxy_base(target: TrainConfig) -> TrainConfig:
     """The target's settings as the base of a sweep; without a base width, its rates are meant for its own width."""
     return replace(target, base_width=target.tuned_width)
 
@@ -162,9 +162,13 @@ class Budget:
         """A value of --budget that `plan` fits into, in the unit of this budget."""
         if self.minutes is not None and plan.sweep_s > self.most_s:
             return f"{math.ceil(1.1 * plan.sweep_s / 60)}m"  # the next timing differs a little
+        return self.enough_of(plan.flops, plan.target_flops)
+
+    def enough_of(self, flops: float, target_flops: float) -> str:
+        """A value of --budget that `flops` fit into, as a share of the target's or as such."""
         if self.share is not None:
-            return f"{math.ceil(1000 * plan.flops / plan.target_flops) / 10:g}%"
-        return f"{1.01 * plan.flops:.3g}"
+            return f"{math.ceil(1000 * flops / target_flops) / 10:g}%"
+        return f"{1.01 * flops:.3g}"
 
 
 def choose_plan(
@@ -333,7 +337,7 @@ def _probe(
     target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: Corpus, costs: CostModel, tell: Tell
 ) -> None:
     """Teach `costs` how long runs take: a few steps per width, on all workers at once, as a sweep would run them."""
-    base, arm = _proxy_base(target), arm_of(target)
+    base, arm = proxy_base(target), arm_of(target)
     chunk = target.val_chunk_tokens
     val_tokens = min(target.val_tokens, max(chunk, PROBE_VAL_TOKENS // chunk * chunk))
     base = replace(base, iterations=PROBE_STEPS, batch_schedule="constant", val_tokens=val_tokens)

@@ -114,8 +114,17 @@ def compare(out: Path, run: Path) -> Comparison:
     planned; another learning rate or seed is no obstacle.
     """
     planned, prediction = read_prediction(out)
+    done, measured = finished_run(planned, read_content(out)["corpus"], run)
+    return Comparison(prediction, measured, math.log2(done.lr_scale / prediction.lr_scale))
+
+
+def finished_run(planned: TrainConfig, corpus: str, run: Path) -> tuple[TrainConfig, float]:
+    """Settings and last validation loss of the finished run in the folder `run`, which is `planned` but for its rate and seed.
+
+    corpus: fingerprint of its data. Raises ConfigError for another run, and for one that is not at its end.
+    """
     done = saved_config(run)
-    if not find_corpus(done.data, done.tokenizer)[0].is_known_as(read_content(out)["corpus"]):
+    if not find_corpus(done.data, done.tokenizer)[0].is_known_as(corpus):
         raise ConfigError(
             f"{run} is not the planned run: it was trained on other data; compare the run that was planned"
         )
@@ -127,4 +136,4 @@ def compare(out: Path, run: Path) -> Comparison:
     losses = [row["loss"] for row in read_metrics(run) if row["kind"] == "val" and row["step"] == done.iterations]
     if not losses or losses[-1] is None:
         raise ConfigError(f"{run} has no loss at step {done.iterations}; train it to its end first")
-    return Comparison(prediction, losses[-1], math.log2(done.lr_scale / prediction.lr_scale))
+    return done, losses[-1]

@@ -15,7 +15,7 @@ from speedrun_mup.sweep.cost import CostModel
 from speedrun_mup.sweep.engines import RAY_LISTENS, Engine, LocalEngine, RayEngine, cores, open_engine, visible_gpus
 from speedrun_mup.sweep.folder import axes_of, read_definition, read_results, size_names, tuned_flag, write_csv
 from speedrun_mup.sweep.grid import propose_points
-from speedrun_mup.sweep.measure import measure_sweep, points_of, read_along, read_curves
+from speedrun_mup.sweep.measure import measure_sweep, measure_sweep_surface, points_of, read_along, read_curves
 from speedrun_mup.sweep.one_run import run_one, run_safely
 from speedrun_mup.sweep.result import Failure, RunResult
 from speedrun_mup.sweep.run import SweepResult, run_sweep
@@ -40,6 +40,7 @@ __all__ = [
     "cores",
     "grid_of",
     "measure_sweep",
+    "measure_sweep_surface",
     "open_engine",
     "pick_arms",
     "points_of",

@@ -25,8 +25,10 @@ from speedrun_mup.transfer import (
     CurveKey,
     Doubt,
     Point,
+    SurfaceResult,
     TransferResult,
     differing,
+    measure_surface,
     measure_transfer,
     missing,
 )
@@ -150,11 +152,7 @@ def measure_sweep(
         TransferError: See `measure_transfer`.
     """
     definition = read_definition(out)
-    known = [name for name in definition["arms"] if arms is None or name in arms]
-    unknown = set(arms or ()) - set(known)
-    if unknown:
-        raise ConfigError(f"{out} has no arm {', '.join(sorted(unknown))}; it has {', '.join(definition['arms'])}")
-    results = [result for result in read_results(out) if result.arm in known]
+    known, results = _runs_of(out, definition, arms)
     axes, names = axes_of(definition), size_names(definition)
     axes = replace(axes, size=size or axes.size)
     if axes.size not in names:
@@ -200,3 +198,36 @@ def _slices(points: Sequence[Point], size: str, names: Sequence[str]) -> tuple[l
             "leave --size out to fit all axes at once"
         )
     return [part for part in sliced if part.arm in kept], kept
+
+
+def measure_sweep_surface(out: Path, arms: Collection[str] | None = None, **options: Any) -> SurfaceResult:
+    """`measure_surface` on the folder of a sweep over several sizes. Raises ConfigError, TransferError.
+
+    arms: those to look at; default: all, of which those without a predicted drift are under test. options: for
+    `measure_surface`.
+    """
+    definition = read_definition(out)
+    known, results = _runs_of(out, definition, arms)
+    names, axes = size_names(definition), axes_of(definition)
+    predicted = {name: definition["arms"][name]["predicted"] for name in known}
+    controls = {name: {"width": drift} for name, drift in predicted.items() if drift is not None}
+    if not axes.is_rate or "width" not in names:
+        options["tested"] = options.get("tested") or [name for name in known if name not in controls] or known
+        controls = {}
+    absent, notes = not_run(out, results, known)
+    about: dict[str, Any] = {
+        "doubts": [*made_differently(results, axes), *absent],
+        "notes": notes,
+        "controls": controls,
+    }
+    return measure_surface(points_of(results), names, hyperparameter=axes.hyperparameter, **about | options)
+
+
+def _runs_of(
+    out: Path, definition: Mapping[str, Any], arms: Collection[str] | None
+) -> tuple[list[str], list[RunResult]]:
+    """The arms of a folder that are looked at, by default all, and their runs. ConfigError for one that it does not have."""
+    known = [name for name in definition["arms"] if arms is None or name in arms]
+    if unknown := set(arms or ()) - set(known):
+        raise ConfigError(f"{out} has no arm {', '.join(sorted(unknown))}; it has {', '.join(definition['arms'])}")
+    return known, [result for result in read_results(out) if result.arm in known]

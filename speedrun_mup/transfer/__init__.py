@@ -26,6 +26,7 @@ from speedrun_mup.transfer.points import CurveKey, Point, TransferError
 from speedrun_mup.transfer.results import ArmResult, TransferResult
 from speedrun_mup.transfer.surface import Known, fit_surface
 from speedrun_mup.transfer.surface_results import AxisDrift, Surface, SurfaceForecast
+from speedrun_mup.transfer.surface_verdict import SurfaceResult, measure_surface
 from speedrun_mup.transfer.table import RunTable, read_points, read_table
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 
@@ -51,6 +52,7 @@ __all__ = [
     "SizeFit",
     "Surface",
     "SurfaceForecast",
+    "SurfaceResult",
     "Thresholds",
     "TransferError",
     "TransferResult",
@@ -60,6 +62,7 @@ __all__ = [
     "fit_surface",
     "larger_is_better",
     "loss_forecast",
+    "measure_surface",
     "measure_transfer",
     "missing",
     "read_points",

@@ -140,7 +140,7 @@ def _most_probable(doublings: Array, losses: Array, error: Array, centre: Array,
     rest, now = cost(values)
     damping = np.full(len(values), 1e-3)
     for _ in range(STEPS):
-        slope = _derivatives(values, doublings) / error[:, :, None]
+        slope = law_derivatives(values, doublings) / error[:, :, None]
         normal = np.einsum("rpi,rpj->rij", slope, slope) + np.diag(width**-2.0)
         gradient = np.einsum("rpi,rp->ri", slope, rest) + (values - centre) / width**2
         diagonal = np.einsum("rii->ri", normal)
@@ -164,8 +164,8 @@ def _start(doublings: Array, losses: Array, centre: Array) -> Array:
     return np.concatenate([plane, centre[:, 1 + count :]], axis=1)
 
 
-def _derivatives(values: Array, doublings: Array) -> Array:
-    """Of the law by its numbers, (R, P, 2 K + 2)."""
+def law_derivatives(values: Array, doublings: Array) -> Array:
+    """Of the law by its numbers, (R, 2 K + 2) of them, at places (P, K): (R, P, 2 K + 2)."""
     count = doublings.shape[1]
     slopes, exponents = values[:, None, 1 : 1 + count], values[:, None, 1 + count : 1 + 2 * count]
     coupling = values[:, -1][:, None, None]
@@ -183,7 +183,7 @@ def _derivatives(values: Array, doublings: Array) -> Array:
 
 def _misfit(best: Array, doublings: Array, losses: Array, error: Array, width: Array) -> tuple[float, float]:
     """How far places lie from the law beyond their noise, by the method of moments, and the places to spare behind that."""
-    slope = _derivatives(best, doublings)[0] / error[:, None]
+    slope = law_derivatives(best, doublings)[0] / error[:, None]
     inverse = np.linalg.pinv(slope.T @ slope + np.diag(width**-2.0))
     taken = np.einsum("pi,ij,pj->p", slope, inverse, slope)
     spare = len(losses) - float(taken.sum())

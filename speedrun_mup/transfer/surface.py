@@ -13,7 +13,7 @@ follows a law with an exponent for each axis (`law`). Both take priors: exponent
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,8 +35,9 @@ from speedrun_mup.transfer.law import ANY_EXPONENT, Prior, fit_law
 from speedrun_mup.transfer.measure import HUGE, beyond_any_start
 from speedrun_mup.transfer.places import base_of, by_place, refuse_undecidable
 from speedrun_mup.transfer.plane import fit_plane
-from speedrun_mup.transfer.points import Point, TransferError
+from speedrun_mup.transfer.points import TransferError
 from speedrun_mup.transfer.surface_results import AxisDrift, Optima, Surface
+from speedrun_mup.transfer.table import Table, points_in
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
 
 
@@ -48,11 +49,13 @@ class Known:
         predicted: The drift that the rule in force gives it, log2 per doubling; default 0.
         priors: On its drift.
         loss_priors: On its exponent in the loss; where none is given, nearly anything is possible.
+        follow: Axes without a rule: forecasts follow their drift even where it may be what is predicted.
     """
 
     predicted: Mapping[str, float] = field(default_factory=dict)
     priors: Mapping[str, Prior] = field(default_factory=dict)
     loss_priors: Mapping[str, Prior] = field(default_factory=dict)
+    follow: frozenset[str] = frozenset()
 
     def check(self, names: Sequence[str]) -> None:
         """Raises TransferError for what is about none of the sizes `names`."""
@@ -64,10 +67,11 @@ class Known:
 
 
 def fit_surface(
-    points: Iterable[Point],
+    runs: Table,
     sizes: Sequence[str],
     *,
     hyperparameter: str = RATE,
+    arm: str | None = None,
     base: Mapping[str, int] | None = None,
     known: Known | None = None,
     sigma: float | None = None,
@@ -79,9 +83,11 @@ def fit_surface(
     """The surface of one arm's runs over several sizes. The same arguments give the same numbers.
 
     Args:
-        points: The finished runs, of one arm, each with all of `sizes`.
+        runs: The finished runs, each with all of `sizes`: `Point`s; or the path of a CSV, a pandas table, or rows as mappings,
+            with columns for the sizes, the hyperparameter and loss, and, if you like, seed and arm.
         sizes: Names of the axes.
         hyperparameter: What was tuned.
+        arm: Whose runs; needed where there are several.
         base: Where doublings count from; default: the smallest value of each axis.
         known: Rules in force and exponents measured elsewhere.
         sigma: Standard deviation of the loss between seeds; only where no point was run with two.
@@ -93,31 +99,37 @@ def fit_surface(
     Raises:
         TransferError: In one line, for runs that cannot be measured or cannot tell the sizes apart.
     """
-    points, names = list(points), list(dict.fromkeys(sizes))
+    names = list(dict.fromkeys(sizes))
+    points = points_in(runs, names, hyperparameter)
     known, thresholds = known or Known(), thresholds or Thresholds()
     arms = {point.arm for point in points}
+    if arm is not None and arm not in arms:
+        raise TransferError(f"arm {printable(arm, 60)} was not run; there are {', '.join(sorted(arms))}")
+    arms, points = (arms, points) if arm is None else ({arm}, [point for point in points if point.arm == arm])
     if len(arms) > 1 or not names:
         raise TransferError(
-            f"a surface of {len(arms)} arms; give the runs of one" if names else "no sizes: name one or more"
+            f"a surface of {len(arms)} arms; name the one whose runs are meant"
+            if names
+            else "no sizes: name one or more"
         )
     known.check(names)
-    axes, runs = by_place(points, names, hyperparameter)
+    axes, placed = by_place(points, names, hyperparameter)
     refuse_undecidable(names, axes.places)
     limit = beyond_any_start([point.loss for point in points]) if initial_loss is None else initial_loss
-    built = {number: build_loss_table(axes, number, some, min(limit, HUGE)) for number, some in runs.items()}
-    arm, tables = arms.pop(), [table for table in built.values() if isinstance(table, LossTable)]
-    refuse_copies({arm: tables}, sigma is not None or any(len(table.seeds) > 1 for table in tables), thresholds)
+    built = {number: build_loss_table(axes, number, some, min(limit, HUGE)) for number, some in placed.items()}
+    name, tables = arms.pop(), [table for table in built.values() if isinstance(table, LossTable)]
+    refuse_copies({name: tables}, sigma is not None or any(len(table.seeds) > 1 for table in tables), thresholds)
     noise = Noise.of(tables, tables, sigma, thresholds)
-    fits = [fit_size(arm, table, noise, thresholds, resamples, seed) for table in tables]
+    fits = [fit_size(name, table, noise, thresholds, resamples, seed) for table in tables]
     trouble = [table for table in built.values() if isinstance(table, str)]
     trouble += [text for fit in fits for text in fit.problems]
-    usable, place_of = tuple(fit for fit in fits if not fit.problems), dict(zip(runs, axes.places, strict=True))
+    usable, place_of = tuple(fit for fit in fits if not fit.problems), dict(zip(placed, axes.places, strict=True))
     places = tuple(place_of[fit.size] for fit in usable)
     try:
         refuse_undecidable(names, places)
     except TransferError as fault:
         raise TransferError(f"{fault}; places without a best value: {'; '.join(trouble[:4])}") from None
-    optima = Optima(arm, axes, base_of(names, axes.places, base), places, usable, noise, tuple(trouble))
+    optima = Optima(name, axes, base_of(names, axes.places, base), places, usable, noise, tuple(trouble))
     return _surface(optima, known, thresholds, seed)
 
 
@@ -145,7 +157,7 @@ def _surface(found: Optima, known: Known, thresholds: Thresholds, seed: int) -> 
         drifts.append(judge.judged(Estimate(drift), shift, Estimate(law.exponents[:, number]), trouble))
     verdicts = {axis.verdict for axis in drifts}
     verdict = next((v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE) if v in verdicts), Verdict.PASS)
-    return Surface(found, plane, law, tuple(drifts), verdict, seed)
+    return Surface(found, plane, law, tuple(drifts), verdict, seed, known.follow)
 
 
 @dataclass(frozen=True)

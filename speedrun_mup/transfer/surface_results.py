@@ -141,7 +141,7 @@ class Optima:
 
 @dataclass(frozen=True, eq=False)
 class Surface:
-    """The fitted surface of one arm: plane and law through its optima, and a verdict for each axis."""
+    """The fitted surface of one arm: plane and law through its optima, and a verdict for each axis. follow: see `Known`."""
 
     optima: Optima
     plane: Plane
@@ -149,6 +149,7 @@ class Surface:
     drifts: tuple[AxisDrift, ...]
     verdict: Verdict
     seed: int
+    follow: frozenset[str] = frozenset()
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -187,7 +188,7 @@ class Surface:
         parts = plane.shares[:, None] * narrow + follow[:, None] * wide
         value = propagate(parts, self.optima.fits, self.optima.noise, rng) + away @ plane.of_priors
         value = value + plane.departures @ (plane.shares + follow) + plane.departure
-        held = [axis.name for axis in self.drifts if not axis.is_off]
+        held = [axis.name for axis in self.drifts if not axis.is_off and axis.name not in self.follow]
         for number, axis in enumerate(self.drifts):
             if axis.name in held:
                 value[0] -= away[number] * (axis.drift.value - axis.predicted)

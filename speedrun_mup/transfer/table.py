@@ -6,9 +6,10 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speedrun_mup.files import SMALL, printable, read_bytes
 from speedrun_mup.transfer.axes import RATE, SIZES, Axes, told_sizes
@@ -27,6 +28,10 @@ MOST_RUNS, MOST_COLUMNS, MOST_BYTES = 200_000, 10_000, SMALL
 MOST_NAME, MOST_VALUE = 100, 1000  # characters of an arm, and of a setting
 LEAST_VALUE, GREATEST_VALUE = 1e-30, 1e30
 FEW = 8  # values of a column that is left out which are worth telling
+
+
+# Runs in whatever form: a path, a pandas table (which is Any here), or rows.
+Table = str | Path | Iterable[Point | Mapping[str, Any]] | Any
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,39 @@ def read_table(
     doubts, notes = judge_settings([(header[number], values) for number, values in settings.items()], axes)
     notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
     return RunTable(axes, [point for point, _ in points.values()], tuple(notes), tuple(doubts))
+
+
+def points_in(table: Table, sizes: Sequence[str], hyperparameter: str = RATE) -> list[Point]:
+    """The runs in a table in whatever form: a path, rows as mappings, a pandas table, or runs as they are.
+
+    Raises TransferError that names the row, the first is 1, and the column.
+    """
+    if isinstance(table, (str, Path)):
+        return read_table(table, Axes(sizes[0] if sizes else "width", hyperparameter), None, sizes[1:]).points
+    rows = table.to_dict("records") if hasattr(table, "to_dict") else table
+    return [
+        row if isinstance(row, Point) else _of_row(row, sizes, hyperparameter, f"row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _of_row(row: Mapping[str, Any], sizes: Sequence[str], hyperparameter: str, where: str) -> Point:
+    if absent := [name for name in (*sizes, hyperparameter, "loss") if name not in row]:
+        raise TransferError(f"{where}: no {absent[0]}; give {', '.join((*sizes, hyperparameter, 'loss'))}")
+    numbers = {}
+    for name in (*sizes, hyperparameter, "loss", *(["seed"] if "seed" in row else [])):
+        try:
+            numbers[name] = float(row[name])
+        except (TypeError, ValueError):
+            raise TransferError(f"{where}, {name}: {printable(str(row[name]), 40)!r} is no number") from None
+    for name in sizes:
+        if not (numbers[name] >= 1 and numbers[name] == int(numbers[name])):
+            raise TransferError(f"{where}, {name}: {numbers[name]} is no whole number above zero")
+    if not LEAST_VALUE <= numbers[hyperparameter] <= GREATEST_VALUE:
+        raise TransferError(f"{where}, {hyperparameter}: {numbers[hyperparameter]} is not above zero and finite")
+    where_it_lies = {name: int(row[name]) for name in sizes}
+    arm, seed = str(row.get("arm", "runs")), int(numbers.get("seed", 0))
+    return Point(where_it_lies, numbers[hyperparameter], seed, numbers["loss"], arm)
 
 
 class Seeds:

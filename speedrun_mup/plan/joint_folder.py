@@ -1,0 +1,182 @@
+"""The plan.json of a plan over several sizes: running it, what it predicts, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.data.corpus import find_corpus
+from speedrun_mup.files import printable, read_bytes, write_whole
+from speedrun_mup.plan.design import Budget, arm_of
+from speedrun_mup.plan.folder import PLAN, target_in
+from speedrun_mup.plan.joint import JointPlan, known_in
+from speedrun_mup.plan.prediction import finished_run
+from speedrun_mup.sweep import Engine, SweepResult, measure_sweep_surface, read_results, run_sweep
+from speedrun_mup.transfer import Estimate, TransferError
+from speedrun_mup.transfer.axes import size_axis, told_sizes
+
+KIND = "joint"
+
+
+@dataclass(frozen=True)
+class JointPrediction:
+    """What the proxies say about the target; intervals hold 90 %.
+
+    Args:
+        sizes: Of the target.
+        lr_scale: What to give it; lr_scale_interval: where the best may lie.
+        loss: With the scatter of one run.
+        drifts: Size -> drift per doubling, log2, with its interval; loss_exponents: alike.
+        verdicts: Size -> whether the rule in force holds over it.
+        outside: Size -> doublings beyond the largest proxy.
+        method: What the rate follows.
+    """
+
+    sizes: dict[str, int]
+    lr_scale: float
+    lr_scale_interval: tuple[float, float]
+    loss: float
+    loss_interval: tuple[float, float]
+    drifts: dict[str, tuple[float, float, float]]
+    loss_exponents: dict[str, tuple[float, float, float]]
+    verdicts: dict[str, str]
+    outside: dict[str, float]
+    method: str
+
+    def summary(self) -> str:
+        """For a terminal."""
+        (slow, fast), (low, high) = self.lr_scale_interval, self.loss_interval
+        lines = [
+            f"{told_sizes(self.sizes)}: use --lr-scale {self.lr_scale:.4g} (90 % {slow:.4g} to {fast:.4g})",
+            f"expect a validation loss of {self.loss:.4f} (90 % {low:.4f} to {high:.4f})",
+            f"rate: {self.method}",
+        ]
+        for name, (drift, lowest, highest) in self.drifts.items():
+            p, small, large = self.loss_exponents[name]
+            lines.append(
+                f"{name}: drift {drift:+.2f} per doubling (90 % {lowest:+.2f} to {highest:+.2f}), {self.verdicts[name]}; loss "
+                f"exponent {p:.2f} ({small:.2f} to {large:.2f}); {self.outside[name]:.2g} doublings beyond the proxies"
+            )
+        return "\n".join(lines)
+
+
+def save_joint_plan(plan: JointPlan, out: Path, budget: Budget) -> None:
+    """Write plan.json in the folder `out`. Raises ConfigError if it holds runs of another plan."""
+    corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
+    most = budget.most_flops(plan.target_flops)
+    content = asdict(plan) | {"kind": KIND, "corpus": corpus.fingerprint, "budget_flops": most, "prediction": None}
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    if (out / PLAN).exists() and read_results(out):
+        before = json.loads(read_bytes(out / PLAN))
+        if before | {"prediction": None} != json.loads(text):
+            raise ConfigError(f"{printable(out)} holds another plan, and runs of it; choose another --out")
+        return
+    write_whole(out / PLAN, text)
+
+
+def is_joint(out: Path) -> bool:
+    """Whether the folder `out` holds a plan over several sizes."""
+    try:
+        return bool(json.loads(read_bytes(out / PLAN))["kind"] == KIND)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def read_joint_plan(out: Path) -> tuple[JointPlan, dict[str, Any]]:
+    """The plan in `out`, and all of its plan.json. Raises ConfigError for none, or a damaged one."""
+    try:
+        content = json.loads(read_bytes(out / PLAN))
+        values = {name: content[name] for name in JointPlan.__dataclass_fields__}
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        plan = JointPlan(**values | lists | {"target": target_in(content, out)})
+        known_in(plan.priors, list(plan.sizes))
+        if content["kind"] != KIND or {tuple(place) for place in plan.places} != {tuple(plan.sizes)}:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{printable(out / PLAN)} is missing or damaged; make a plan first") from None
+    return plan, content
+
+
+def run_joint_plan(plan: JointPlan, out: Path, engine: Engine, **options: Any) -> SweepResult:
+    """Run the proxies, the base first, within the FLOPs of the plan's budget. options: of `run_sweep`."""
+    most, done = read_joint_plan(out)[1]["budget_flops"], 0
+    ran = 0
+    for sweep in plan.sweeps:
+        part = len(read_results(out)), plan.runs
+        result = run_sweep(sweep, out, engine, budget_flops=most, part=part, **options)
+        ran, done = ran + result.ran, done + 1
+        if not result.complete:
+            break
+    return replace(result, ran=ran)
+
+
+def predict_joint(out: Path) -> JointPrediction:
+    """Rate and loss of the target from the finished proxies in `out`; also written to its plan.json.
+
+    A size for which no rule is in force is followed as measured; one that a rule covers only where its drift is shown to
+    differ from the rule. Raises ConfigError without a plan, TransferError if the runs do not bear a forecast.
+    """
+    plan, content = read_joint_plan(out)
+    target, name = plan.target, arm_of(plan.target).name
+    known = known_in(plan.priors, list(plan.sizes))
+    free = [size for size in plan.sizes if size != "width" and not getattr(target, size_axis(size).base_setting, None)]
+    known = replace(known, follow=frozenset(free))
+    surface = measure_sweep_surface(out, [name], known=known).arms[name]
+    forecast = surface.predict(plan.sizes)
+    if len(forecast.loss.draws) == 1:
+        raise TransferError(f"{out}: with one seed the noise is unknown, and so is every interval; run a second seed")
+    slow, fast = forecast.log2_value.interval()
+    prediction = JointPrediction(
+        sizes=plan.sizes,
+        lr_scale=target.lr_scale * 2**forecast.log2_value.value,
+        lr_scale_interval=(target.lr_scale * 2**slow, target.lr_scale * 2**fast),
+        loss=forecast.loss.value,
+        loss_interval=forecast.loss.interval(),
+        drifts={axis.name: _with_interval(axis.drift) for axis in surface.drifts},
+        loss_exponents={axis.name: _with_interval(axis.loss_exponent) for axis in surface.drifts},
+        verdicts={axis.name: axis.verdict.value for axis in surface.drifts},
+        outside=forecast.outside,
+        method=f"{forecast.advice}; {forecast.distance}",
+    )
+    write_whole(out / PLAN, json.dumps(content | {"prediction": asdict(prediction)}, indent=1, allow_nan=False) + "\n")
+    return prediction
+
+
+def _with_interval(estimate: Estimate) -> tuple[float, float, float]:
+    return (estimate.value, *estimate.interval())
+
+
+def read_joint_prediction(out: Path) -> JointPrediction:
+    """What `predict_joint` wrote. Raises ConfigError before it."""
+    found = read_joint_plan(out)[1]["prediction"]
+    if not found:
+        raise ConfigError(f"{printable(out / PLAN)} holds no prediction yet; finish the proxies with --run first")
+    pairs = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return JointPrediction(**found | pairs)
+
+
+def compare_joint(out: Path, run: Path) -> str:
+    """The prediction in `out` against the finished target run in the folder `run`, in lines for a terminal.
+
+    Raises ConfigError if there is no prediction, or the run is not the target at its end; another rate or seed is none.
+    """
+    plan, content = read_joint_plan(out)
+    prediction = read_joint_prediction(out)
+    done, measured = finished_run(plan.target, content["corpus"], run)
+    low, high = prediction.loss_interval
+    where = "inside" if low <= measured <= high else "outside"
+    slow, fast = prediction.lr_scale_interval
+    used = math.log2(done.lr_scale / prediction.lr_scale)
+    lines = [
+        f"validation loss: predicted {prediction.loss:.4f}, measured {measured:.4f}: missed by "
+        f"{measured - prediction.loss:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})",
+        f"cost of the proxies: {plan.flops / plan.target_flops:.2%} of the run's FLOPs",
+    ]
+    if abs(used) > 0.01:
+        inside = "inside" if slow <= done.lr_scale <= fast else "outside"
+        lines.append(f"the run's learning rate is 2^{used:+.2f} times the predicted one, {inside} its 90 % interval")
+    return "\n".join(lines)
