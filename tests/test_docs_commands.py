@@ -131,7 +131,7 @@ def test_every_command_parses_as_it_is_written(only_parse, capsys):
 # Flags of torchrun, sbatch and the scripts in benchmarks/, which the pages also name.
 FOREIGN = """--nproc_per_node --max-restarts --signals-to-handle --rdzv-id --requeue --signal
 --nnodes --rdzv-backend --rdzv-endpoint --nodes --ntasks-per-node --gpus-per-node --open-mode
---from --count --kills --publish --quick --all --no-deps"""
+--from --count --kills --publish --quick --all --no-deps --model --model_args"""
 
 
 def test_every_flag_that_a_page_names_exists(monkeypatch):
