@@ -15,7 +15,6 @@ from conftest import TINY
 from helpers.small_corpus import BOS, documents, make_corpus
 
 import speedrun_mup
-from speedrun_mup import sample
 from speedrun_mup.cli import main
 from speedrun_mup.commands import demo
 from speedrun_mup.config import make_config
@@ -23,6 +22,7 @@ from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.data.corpus import embedded_corpus, find_corpus
 from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.files import without_escapes
+from speedrun_mup.sample import writer as sample
 from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.training import load, train
 from speedrun_mup.training.checkpoint_manifest import json_with_digest

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from speedrun_mup import coord_check as cc
-from speedrun_mup.coord_check.observe import Observer, Setting
+from speedrun_mup.coord_check.observe import CheckSetup, Observer
 from speedrun_mup.core import mup
 from speedrun_mup.core.mup.compat.coord_check import get_coord_data
 from speedrun_mup.core.mup.compat.scores import AttentionScores
@@ -344,7 +344,7 @@ def test_the_checks_own_products_are_not_taken_for_the_models(mask, dropout):
         torch.manual_seed(0)
         model, x = Prompted(mask, dropout), torch.randn(3, 8)
         no_taps = lambda model, record: None  # noqa: E731
-        observer = Observer(model, Setting(None, [[]], no_taps, lambda model: {}, cc.SlopeThresholds()))
+        observer = Observer(model, CheckSetup(None, [[]], no_taps, lambda model: {}, cc.SlopeThresholds()))
         observer.scores = observer.scores if watched else contextlib.nullcontext()
         observer.look(0, lambda: model(x))
         return {key: at[0] for key, at in observer.found.values.items() if key[0] == "effect"}
