@@ -17,7 +17,15 @@ from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.data.shards import mix, read_shard
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, byte_lengths, gpt2_tokenizer
 from speedrun_mup.data.validation import ValBatches
-from speedrun_mup.evaluate import ending_scores, evaluate, text_rows, token_losses, units_of, validation_rows
+from speedrun_mup.evaluate import (
+    Evaluation,
+    ending_scores,
+    evaluate,
+    text_rows,
+    token_losses,
+    units_of,
+    validation_rows,
+)
 
 BLOCK = 16
 DOCUMENTS = ["def área(x):\n    return 'naïve 漢字 🎲'\n" * 3, "", "spam and eggs " * 9, "x"]
@@ -65,7 +73,7 @@ def test_bits_per_byte_are_those_of_the_definition(name):
     assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
     assert found.bytes == len("".join(DOCUMENTS).encode()) and found.tokens == len(row) - len(DOCUMENTS)
     if name == "byte":
-        assert found.bits_per_byte == pytest.approx(found.loss / math.log(2), rel=1e-15)
+        assert found.bits_per_byte == found.loss / math.log(2)  # exactly
         assert found.bits_per_byte_error == pytest.approx(found.loss_error / math.log(2), rel=1e-12)
 
 
@@ -142,15 +150,16 @@ def test_units_are_documents_and_pieces_of_them():
 def test_the_standard_error_is_that_of_repeated_draws(monkeypatch):
     """Corpora of 40 documents, drawn from many whose losses differ: the error is the spread of their means."""
     random = np.random.default_rng(3)
-    means = random.normal(2.0, 0.5, 200)
+    means, lengths = random.normal(2.0, 0.5, 200), np.pad(random.integers(1, 9, 200), (0, 57))
     monkeypatch.setattr("speedrun_mup.evaluate.token_losses", lambda model, window, row: means[row[1:]])
-    found = []
+    model, found = build(), list[Evaluation]()
     for _ in range(300):
         rows = [np.array([256, *[kind] * length]) for kind, length in zip(random.integers(0, 200, 40), [5, 20] * 20)]
-        found.append(evaluate(build(), 1, rows))
+        found.append(evaluate(model, 1, rows, lengths))
     assert {result.units for result in found} == {40}
-    spread = np.std([result.loss for result in found])
-    assert np.mean([result.loss_error for result in found]) == pytest.approx(spread, rel=0.12)
+    for name in ("loss", "bits_per_byte"):
+        spread = np.std([getattr(result, name) for result in found])
+        assert np.mean([getattr(result, f"{name}_error") for result in found]) == pytest.approx(spread, rel=0.12), name
 
 
 def test_rows_of_a_corpus_are_its_validation_tokens_up_to_a_limit(tmp_path: Path):

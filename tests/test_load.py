@@ -190,10 +190,12 @@ def fails(arguments: list[str], capsys) -> str:
     return said.err
 
 
-@pytest.mark.parametrize("command", ["sample", "eval"])
+@pytest.mark.parametrize("command", ["sample", "eval", "export --to pt", "export --to dcp", "export --to hf"])
 def test_runs_that_cannot_be_used_are_one_line(command, copied, tiny, tmp_path, capsys):
-    own = [command, str(copied), "--device", "cpu"]
-    assert "holds no run" in fails([command, str(tmp_path / "no")], capsys)
+    name, *more = command.split()
+    more = [*more, str(tmp_path / "out")] if more else ["--device", "cpu"]
+    own = [name, str(copied), *more]
+    assert "holds no run" in fails([name, str(tmp_path / "no"), *more], capsys)
     assert "has no checkpoint of step 4; it has 3, 6" in fails([*own, "--checkpoint", "4"], capsys)
     newest = copied / "checkpoints" / "step-00000006"
     whole = (newest / "model.safetensors").read_bytes()
@@ -210,14 +212,17 @@ def test_runs_that_cannot_be_used_are_one_line(command, copied, tiny, tmp_path, 
     assert "is not a valid config" in fails(own, capsys)
     (copied / "config.json").write_text(json.dumps(config)[:50])
     assert "is not a valid config" in fails(own, capsys)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_a_newer_version_is_one_line(copied, capsys):
+@pytest.mark.parametrize("command", ["sample", "eval", "export --to pt", "export --to hf"])
+def test_a_checkpoint_of_a_newer_version_is_one_line(command, copied, tmp_path, capsys):
     path = copied / "checkpoints" / "step-00000006" / "manifest.json"
     body = json.loads(path.read_text())
     del body["sha256"]
     path.write_bytes(json_with_digest(body | {"schema": 99}))
-    assert "in schema 99" in fails(["sample", str(copied), "--device", "cpu"], capsys)
+    name, *more = command.split()
+    assert "in schema 99" in fails([name, str(copied), *more, *[str(tmp_path / "out")] * bool(more)], capsys)
 
 
 def test_tokens_without_text_are_one_line(tiny, capsys):
