@@ -18,6 +18,7 @@ from speedrun_mup.plan.prediction import finished_run
 from speedrun_mup.sweep import Engine, SweepResult, measure_sweep_surface, read_results, run_sweep
 from speedrun_mup.transfer import Estimate, TransferError
 from speedrun_mup.transfer.axes import size_axis, told_sizes
+from speedrun_mup.transfer.published import BY_DATA_ORDER
 
 KIND = "joint"
 
@@ -124,7 +125,9 @@ def predict_joint(out: Path) -> JointPrediction:
     target, name = plan.target, arm_of(plan.target).name
     known = known_in(plan.priors, list(plan.sizes))
     free = [size for size in plan.sizes if size != "width" and not getattr(target, size_axis(size).base_setting, None)]
-    known = replace(known, follow=frozenset(free))
+    earlier = BY_DATA_ORDER[target.data_order]
+    laws = {size: prior for size, prior in earlier.exponents.items() if size in plan.sizes} | dict(known.loss_priors)
+    known = replace(known, follow=frozenset(free), noise=(earlier.noise, earlier.freedom), loss_priors=laws)
     surface = measure_sweep_surface(out, [name], known=known).arms[name]
     forecast = surface.predict(plan.sizes)
     if len(forecast.loss.draws) == 1:

@@ -18,6 +18,7 @@ from speedrun_mup.sweep.result import in_bits_per_byte
 from speedrun_mup.training.run_folder import saved_config
 from speedrun_mup.training.tracking import read_metrics
 from speedrun_mup.transfer import ArmResult, Forecast, TransferError, loss_forecast
+from speedrun_mup.transfer.published import BY_DATA_ORDER
 
 LAW_WIDTHS, FEW_SEEDS = 4, 3  # widths that determine the law of the loss; fewer seeds leave the noise uncertain
 WIDE = 20  # standard deviations of one run; an interval of the loss wider than this is explained
@@ -33,7 +34,7 @@ def predict(out: Path) -> Prediction:
     name = arm_of(target).name
     arm = measure_sweep(out, [name]).arms[name]
     try:
-        forecast = loss_forecast(arm, target.width)
+        forecast = loss_forecast(arm, target.width, known=BY_DATA_ORDER[target.data_order])
     except TransferError as fault:
         raise TransferError(f"{fault}; or plan again with a larger --budget, for more seeds and widths") from None
     slow, fast = forecast.log2_value.interval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -270,6 +270,14 @@ class Noise:
             raise TransferError(f"--sigma {given:g}: runs with several seeds already give the noise; leave it out")
         seeds = sum(len(table.filled) - 1 for table in source)
         return Noise(pooled, max(total, pooled), float(freedom[0]), float(seeds), own, own_total)
+
+    def steadied(self, total: float, freedom: float) -> Noise:
+        """With what is known of `total` from elsewhere, as if `freedom` more degrees of freedom had shown it."""
+        if not math.isfinite(self.total_freedom):
+            return self
+        whole = self.total_freedom + freedom
+        pooled = math.sqrt((self.total_freedom * self.total**2 + freedom * total**2) / whole)
+        return replace(self, total=pooled, total_freedom=whole)
 
     def at(self, size: int) -> float | None:
         """Sigma at one size: its own residuals, steadied by the pooled sigma as if that were 4 more."""

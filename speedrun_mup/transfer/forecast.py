@@ -11,6 +11,7 @@ import numpy as np
 from speedrun_mup.transfer.axes import Axes
 from speedrun_mup.transfer.fits import Array, Estimate, optima, propagate, slope_weights, student_t, variances
 from speedrun_mup.transfer.points import TransferError
+from speedrun_mup.transfer.published import Published
 from speedrun_mup.transfer.results import ArmResult, numbers
 from speedrun_mup.transfer.thresholds import Verdict
 
@@ -51,7 +52,7 @@ class Forecast:
         return f"{self.axes.at(self.size)}: loss {loss}{ranges[0]}, {name} {value}{ranges[1]}; {self.method}"
 
 
-def loss_forecast(arm: ArmResult, size: int, seed: int = 0) -> Forecast:
+def loss_forecast(arm: ArmResult, size: int, seed: int = 0, known: Published | None = None) -> Forecast:
     """Loss and best value of the hyperparameter at `size`, from the sizes of one arm.
 
     The law is loss(w) = a + b w**-p, fitted by least squares with every size counting the same: how far the law holds,
@@ -61,6 +62,10 @@ def loss_forecast(arm: ArmResult, size: int, seed: int = 0) -> Forecast:
     what lies there too. That spans what is published: from small powers of the parameter count (Kaplan et al., arXiv
     2001.08361) to the 1/w of a model near its infinite-width limit (Vyas et al., arXiv 2305.18411). The interval
     therefore grows with ignorance of the law.
+
+    What is `known` of the recipe from other sweeps counts as well: a prior on the exponent takes the place of that guess, and
+    the noise between seeds is steadied by theirs. One pair of seeds leaves it so uncertain that the interval is two to five
+    times as wide as the noise alone would make it.
 
     The value is the mean of the optima, unless their drift is shown to be there (its 90 % interval leaves out
     zero): then that is followed out to `size`, however small, for a PASS allows a little. Its interval holds what the
@@ -82,21 +87,38 @@ def loss_forecast(arm: ArmResult, size: int, seed: int = 0) -> Forecast:
     rng = np.random.default_rng([seed, size, *arm.arm.encode()])
     losses = np.array([fit.best_losses for fit in fits]).T  # (R, W)
     doublings, at = np.log2([fit.size / fits[-1].size for fit in fits]), math.log2(size / fits[-1].size)
-    rows, letter = len(losses), axes.size[0]
+    rows, letter, noise = len(losses), axes.size[0], arm.noise
+    if known and rows > 1:
+        noise = noise.steadied(known.noise * float(losses[0].mean()), known.freedom)
+        errors = np.array([noise.total_at(fit.size) / math.sqrt(len(fit.table.losses)) for fit in fits])
+        losses[1:] = losses[0] + errors * rng.standard_normal((rows - 1, len(fits)))
+    prior = known.exponents.get(axes.size) if known else None
+    drawn = np.full(rows, prior.mean) if prior else np.zeros(0)
+    if prior:
+        drawn[1:] += prior.sd * rng.standard_normal(rows - 1)
     if len(fits) >= 4:
-        trials = [_power_law(doublings, losses, np.full(rows, p), 0.0) for p in np.linspace(0, 1.5, 61)]
-        best = np.array([rest for _, rest in trials]).argmin(axis=0)
-        exponent = np.linspace(0, 1.5, 61)[best]
+        grid = np.linspace(0, 1.5, 61)
+        misses = np.array([_power_law(doublings, losses, np.full(rows, p), 0.0)[1] for p in grid])
+        if prior and rows > 1:
+            error = float(np.mean([noise.total_at(fit.size) ** 2 / len(fit.table.losses) for fit in fits]))
+            misses += error * ((grid[:, None] - drawn) / prior.sd) ** 2
+        exponent = grid[misses.argmin(axis=0)]
         law = f"a + b {letter}^-{exponent[0]:.2f}" if exponent[0] >= 0.005 else f"a straight line in log {axes.size}"
         law += f" through {len(fits)} {axes.plural}"
+    elif prior:
+        exponent = drawn.clip(0, 1.5)
+        law = (
+            f"a + b {letter}^-p through {len(fits)} {axes.plural}, p {prior.mean:g} +- {prior.sd:g} from earlier sweeps"
+        )
     else:
         exponent = np.concatenate([[0.5], rng.uniform(-0.5, 1.5, rows - 1).clip(0, 1)])
         law = f"a + b {letter}^-p through {len(fits)} {axes.plural}, p between 0 and 1 unknown"
     by_law, _ = _power_law(doublings, np.tile(losses[0], (rows, 1)), exponent, at)
     loss, _ = _power_law(doublings, losses, exponent, at)
     by_seed = loss - by_law
-    by_seed[1:] += arm.noise.total * rng.standard_normal(rows - 1)
-    loss = by_law + student_t(by_seed, _freedom(arm, doublings, losses, exponent[:1], at), rng)
+    by_seed[1:] += noise.total * rng.standard_normal(rows - 1)
+    freedom = noise.total_freedom if known else _freedom(arm, doublings, losses, exponent[:1], at)
+    loss = by_law + student_t(by_seed, freedom, rng)
 
     weights = np.array([fit.weight for fit in fits])
     shares = weights / weights.sum()

@@ -49,12 +49,14 @@ class Known:
         predicted: The drift that the rule in force gives it, log2 per doubling; default 0.
         priors: On its drift.
         loss_priors: On its exponent in the loss; where none is given, nearly anything is possible.
+        noise: Standard deviation of the loss between seeds, relative to the loss, and the degrees of freedom it counts for.
         follow: Axes without a rule: forecasts follow their drift even where it may be what is predicted.
     """
 
     predicted: Mapping[str, float] = field(default_factory=dict)
     priors: Mapping[str, Prior] = field(default_factory=dict)
     loss_priors: Mapping[str, Prior] = field(default_factory=dict)
+    noise: tuple[float, float] | None = None
     follow: frozenset[str] = frozenset()
 
     def check(self, names: Sequence[str]) -> None:
@@ -120,6 +122,8 @@ def fit_surface(
     name, tables = arms.pop(), [table for table in built.values() if isinstance(table, LossTable)]
     refuse_copies({name: tables}, sigma is not None or any(len(table.seeds) > 1 for table in tables), thresholds)
     noise = Noise.of(tables, tables, sigma, thresholds)
+    if known.noise:
+        noise = noise.steadied(known.noise[0] * float(np.mean([table.mean.min() for table in tables])), known.noise[1])
     fits = [fit_size(name, table, noise, thresholds, resamples, seed) for table in tables]
     trouble = [table for table in built.values() if isinstance(table, str)]
     trouble += [text for fit in fits for text in fit.problems]
