@@ -9,7 +9,6 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.core.errors import ConfigError
@@ -379,16 +378,18 @@ def _extend(fields: list[tuple[str, Any, Any]]) -> None:
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
     """The config with these settings. Raises ConfigError for values that cannot be, and for unknown settings."""
-    _check_known(values)
+    check_known(values)
     return _in_force(**values)
 
 
-def _check_known(names: Iterable[str]) -> None:
+def check_known(names: Iterable[str]) -> None:
+    """ConfigError if one of these is no setting here."""
     if unknown := sorted({*names} - settings().keys()):
         raise ConfigError(f"setting {unknown[0]} is unknown here; import what adds it first")
 
 
-def _check_whole(saved: Mapping[str, Any]) -> None:
+def check_whole(saved: Mapping[str, Any]) -> None:
+    """ConfigError if a setting is missing that every run had from the start."""
     if missing := missing_settings(saved):
         raise ConfigError(f"setting {missing[0]} is missing")
 
@@ -432,7 +433,7 @@ def known_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(saved: Mapping[str, Any]) -> TrainConfig:
     """The config of which a checkpoint, maybe of an earlier edition, saved the settings. ConfigError if some are missing."""
-    _check_whole(saved)
+    check_whole(saved)
     return build(known_settings(saved))
 
 
@@ -468,28 +469,3 @@ def make_config(preset: str, overrides: Mapping[str, Any], arms: Sequence[Mappin
         if all(reasons):
             raise ConfigError(reasons[0])
     return cfg
-
-
-def to_json(cfg: TrainConfig) -> str:
-    """The settings as strict JSON."""
-    import json
-
-    return json.dumps({name: getattr(cfg, name) for name in settings()}, indent=1, allow_nan=False)
-
-
-def from_json(text: str, source: Path) -> TrainConfig:
-    """Read back `to_json`. ConfigError naming `source` for anything that is not a TrainConfig."""
-    import json
-
-    try:
-        values = present_names(json.loads(text))
-        _check_known(values)
-        _check_whole(values)
-        for name, value in values.items():
-            kind, optional = types()[name]
-            fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and optional)
-            if not fits:
-                raise TypeError(f"{name}={value!r} should be {kind.__name__}")
-        return _in_force(**values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as fault:
-        raise ConfigError(f"{source} is not a valid config ({fault}); restore it or start a new run") from None

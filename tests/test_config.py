@@ -12,11 +12,10 @@ from speedrun_mup.commands.train import train_parser
 from speedrun_mup.config import (
     PRESETS,
     config_of,
-    from_json,
     make_config,
     settings,
-    to_json,
 )
+from speedrun_mup.config_file import from_json, to_json
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.editions import FORMER

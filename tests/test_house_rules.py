@@ -38,6 +38,7 @@ FLOORS = [
         "param_groups",
         "techniques",
         "config",
+        "config_file",
         "setting_flags",
     ],
     [

@@ -22,7 +22,7 @@ from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.training import train
 
 PACKAGE = "speedrun_mup."
-EACH_ONE = {"settings.problems", "config.to_json"}  # of all settings alike
+EACH_ONE = {"settings.problems", "config_file.to_json"}  # of all settings alike
 NAME_OF_A_RUN = {"training.run_folder._open_folder", "training.run.Run.describe", "scaling.rules_in_force"}
 
 

@@ -19,14 +19,13 @@ from speedrun_mup.config import (
     build,
     computed_settings,
     config_of,
-    from_json,
     hashed_settings,
     known_settings,
     make_config,
     settings,
     swept_settings,
-    to_json,
 )
+from speedrun_mup.config_file import from_json, to_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.editions import FIRST_HASHED
 from speedrun_mup.flags import parse

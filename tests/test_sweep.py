@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from speedrun_mup import config
 from speedrun_mup.cli import main
-from speedrun_mup.config import TrainConfig, make_config, swept_settings, to_json
+from speedrun_mup.config import TrainConfig, make_config, swept_settings
+from speedrun_mup.config_file import to_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.model.attention import may_attend
@@ -1178,7 +1179,7 @@ def test_gpus_are_counted_from_what_is_visible(monkeypatch):
 COMMAND = """
 from contextlib import closing
 from pathlib import Path
-from speedrun_mup.config import from_json
+from speedrun_mup.config_file import from_json
 from speedrun_mup.sweep import LocalEngine, Sweep, run_sweep
 
 sweep = Sweep(from_json({config!r}, Path("config")), (32, 64), log2_factors=(-1, 0, 1), seeds=range(4), adaptive=False)

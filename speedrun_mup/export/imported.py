@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from speedrun_mup.config import TrainConfig, build, from_json, make_config, settings
+from speedrun_mup.config import TrainConfig, build, make_config, settings
+from speedrun_mup.config_file import from_json
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import declarations

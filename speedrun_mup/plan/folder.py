@@ -9,7 +9,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, computed_settings, from_json
+from speedrun_mup.config import TrainConfig, computed_settings
+from speedrun_mup.config_file import from_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable, read_bytes, write_whole

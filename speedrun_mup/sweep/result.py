@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from speedrun_mup.config import TrainConfig, from_json
+from speedrun_mup.config import TrainConfig
+from speedrun_mup.config_file import from_json
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.model import VOCAB_MULTIPLE
 from speedrun_mup.files import printable, strict_json

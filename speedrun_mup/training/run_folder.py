@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, from_json, settings, to_json
+from speedrun_mup.config import TrainConfig, settings
+from speedrun_mup.config_file import from_json, to_json
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.files import FolderLock, open_to_append, printable, read_text, write_whole

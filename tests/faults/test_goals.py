@@ -22,7 +22,8 @@ from test_training import assert_same_state, assert_same_training, curve, state_
 
 from faults.harness import dice, fork_together, repeats, wait
 from faults.torchrun import is_alive
-from speedrun_mup.config import TrainConfig, from_json, make_config, to_json
+from speedrun_mup.config import TrainConfig, make_config
+from speedrun_mup.config_file import from_json, to_json
 from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.checkpoint import MANIFEST, CheckpointError, DamagedCheckpoint, Loaded
