@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from speedrun_mup.cli import main
 from speedrun_mup.config import make_config
 from speedrun_mup.coord_check import (
     CheckVerdict,
@@ -28,7 +29,7 @@ from speedrun_mup.coord_check.observe import CheckSetup, Observer, norms
 from speedrun_mup.core import mup
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT
-from speedrun_mup.core.mup import PARAMETRIZATIONS, Exponents, Role, Update
+from speedrun_mup.core.mup import PARAMETRIZATIONS, DepthRole, Exponents, Role, Update
 from speedrun_mup.core.optimizers import DistAdam, Muon, Tuned, param_groups
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.report.checks import check_section
@@ -677,3 +678,85 @@ def test_the_gpt2_of_the_documentation_passes():
     mlp, _, gpt2 = python_blocks()
     exec(mlp.split("\n\n\n")[0] + "\n" + gpt2.replace("optimizer=", "progress=False, optimizer="), names)
     assert names["result"].verdict is CheckVerdict.PASS
+
+
+# Depth
+
+
+SHALLOW = {"width": 32, "base_width": 32, "head_dim": 16, "block_size": 16, "data": "synthetic", "base_layers": 2}
+
+
+def depth_check(sizes=(2, 4, 8), controls=False, **changes):
+    cfg = make_config("laptop", SHALLOW | changes)
+    return gpt_coord_check(cfg, sizes, axis="n_layer", steps=4, tokens=64, controls=controls, progress=False)
+
+
+def test_along_depth_every_layer_learns_as_much_and_all_together_add_as_much():
+    result = depth_check((4, 8, 16), controls=True, base_layers=4)
+    assert result.verdict is CheckVerdict.PASS, result.summary()
+    assert [(c.arm.name, c.seen) for c in result.controls] == [
+        (name, True) for name in ("no-depth-rule", "branch-per-sqrt", "branch-too-small", "inner-rates-grow")
+    ]
+    for control in result.controls:
+        assert control.slope == pytest.approx(control.predicted, abs=0.2)
+    rows = {(row.quantity, row.kind): row for row in result.arm.rows}
+    writes = rows["update", "blocks.*.mlp.c_proj.weight"]
+    assert (writes.role, writes.predicted) == (DepthRole.WRITES, -1.0) and writes.slope == pytest.approx(-1, abs=0.15)
+    assert rows["update", "blocks.skip_weights"].verdict is None and rows["stream", "stream"].predicted == 0.0
+    told = json.loads(result.to_json())
+    assert told["axis"] == "n_layer" and {"writes", "branch", None} <= {
+        series["role"] for series in told["arm"]["series"]
+    }
+    told = result.summary()
+    assert "numbers of layers 4, 8, 16" in told and "completep from 4 layers" in told and "what all layers add" in told
+
+
+@pytest.mark.parametrize(("rule", "off"), [("none", 1.0), ("hyperp", 0.0)])
+def test_a_wrong_rule_for_depth_fails(rule, off):
+    """Without a rule the stream is changed the more, the more layers there are; HyperP's layers learn less in deeper models."""
+    result = depth_check(depth_rule=rule)
+    assert result.verdict is CheckVerdict.FAIL
+    assert result.arm.update_slope(DepthRole.WRITES) == pytest.approx(off, abs=0.3)
+    assert result.arm.update_slope(DepthRole.BRANCH) == pytest.approx(-0.5 if rule == "hyperp" else 0.0, abs=0.15)
+    stream = next(row for row in result.arm.rows if row.quantity == "stream")
+    assert (stream.verdict is CheckVerdict.FAIL) == (rule == "none") and stream.slope > (
+        0.3 if rule == "none" else -0.3
+    )
+
+
+def test_a_check_of_depth_is_asked_for_by_its_axis(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def check(cfg, sizes, **options):
+        asked.append((cfg.depth_rule, cfg.base_layers, sizes, options["axis"]))
+        raise CoordCheckError("asked")
+
+    monkeypatch.setattr("speedrun_mup.coord_check.gpt_coord_check", check)
+    for words in (["--axis", "n_layer", "--values", "4", "8,16"], ["--axis", "n_layer", "--base-layers", "12"], []):
+        assert main(["coord-check", "--out", str(tmp_path), *words]) == 2
+    assert asked == [
+        ("completep", 6, [4, 8, 16], "n_layer"),
+        ("completep", 12, [6, 12, 24], "n_layer"),
+        ("none", None, [64, 128, 256, 512], "width"),
+    ]
+    capsys.readouterr()
+    for words, fault in (
+        (
+            ["--widths", "64", "--axis", "width"],
+            "--widths is short for --axis width --values; give the one or the other",
+        ),
+        (["--values", "6"], "--values are of an --axis: width or n_layer"),
+        (["--axis", "n_layer", "--n-layer", "6"], "--n-layer is what is scaled; leave it out, or give --values"),
+        (["--axis", "tokens"], "argument --axis: invalid choice: 'tokens'"),
+    ):
+        assert main(["coord-check", "--out", str(tmp_path), *words]) == 2
+        told = capsys.readouterr().err
+        assert fault in told and told.count("\n") == 1
+
+
+def test_a_check_of_depth_without_a_base_or_with_too_few_sizes_is_refused():
+    with pytest.raises(CoordCheckError, match="n_layer has no base: give the layers that the rates were tuned at"):
+        depth_check(base_layers=None, depth_rule="none")
+    says = r"numbers of layers=\[2, 4\].*give at least 3 numbers of layers, the deepest 4 times the shallowest"
+    with pytest.raises(CoordCheckError, match=says):
+        depth_check((2, 4))

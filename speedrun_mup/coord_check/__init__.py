@@ -1,4 +1,4 @@
-"""The coordinate check: does what the updates of a tensor do stay the same as the model gets wider?
+"""The coordinate check: does what the updates of a tensor do scale as it should when the model gets wider, or deeper?
 
     result = coord_check(build_model, widths=[64, 128, 256, 512], data=batches, loss=loss, optimizer=make_optimizer)
     print(result.summary())
@@ -14,7 +14,11 @@ and for what modules put out, and the scores of torch's attention:
 
     activation  its rms, which must not grow
 
-`update` is the heart of it. Activations alone, what coordinate checks usually look at (Yang et al., Tensor Programs V,
+Along depth, update is expected to stay where a layer reads and to go as 1 / layers where it writes into the stream; and
+
+    stream      the share of the stream behind the last layer that the layers added
+
+to stay. `update` is the heart of it. Activations alone, what coordinate checks usually look at (Yang et al., Tensor Programs V,
 arXiv 2203.03466), do not show a wrong learning rate of a matrix whose effect another tensor's update drowns. Controls
 are checked too, each with a rule wrong on purpose: if they are not detected, the check is inconclusive.
 
@@ -25,7 +29,10 @@ from speedrun_mup.coord_check.check import Control, CoordCheckError, coord_check
 from speedrun_mup.coord_check.gpt import gpt_coord_check
 from speedrun_mup.coord_check.observe import ArmRecipe
 from speedrun_mup.coord_check.results import (
+    DEPTH,
+    WIDTH,
     CheckedArm,
+    CheckedAxis,
     CheckVerdict,
     ControlResult,
     CoordCheck,
@@ -35,9 +42,12 @@ from speedrun_mup.coord_check.results import (
 )
 
 __all__ = [
+    "DEPTH",
+    "WIDTH",
     "ArmRecipe",
     "CheckVerdict",
     "CheckedArm",
+    "CheckedAxis",
     "Control",
     "ControlResult",
     "CoordCheck",

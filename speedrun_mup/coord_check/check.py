@@ -17,18 +17,19 @@ from tqdm import tqdm
 from speedrun_mup.coord_check.observe import ArmRecipe, CheckSetup, Findings, Loss, Record, observe
 from speedrun_mup.coord_check.results import (
     NORMS,
-    PREDICTED,
     THRESHOLDS,
     TIED,
+    WIDTH,
     CheckedArm,
+    CheckedAxis,
     ControlResult,
     CoordCheck,
+    Place,
     Series,
     SlopeRow,
     SlopeThresholds,
 )
 from speedrun_mup.core.errors import UserError
-from speedrun_mup.core.mup import Role
 
 
 class CoordCheckError(UserError):
@@ -39,12 +40,12 @@ class CoordCheckError(UserError):
 
 @dataclass(frozen=True)
 class Control(ArmRecipe):
-    """An arm with a rule wrong on purpose: the updates of `role` (None: all) must be seen to go as width**slope.
+    """An arm with a rule wrong on purpose: updates of `role` (None: all) must be seen to go as width**slope times the rule's.
 
     Where an lr_power makes the difference, times whatever the checked arm's go as.
     """
 
-    role: Role | None = None
+    role: Place | None = None
     slope: float = 0.5
 
 
@@ -63,13 +64,14 @@ def coord_check(
     thresholds: SlopeThresholds = THRESHOLDS,
     name: str = "model",
     progress: bool = True,
+    axis: CheckedAxis = WIDTH,
 ) -> CoordCheck:
     """Check the scaling of any model in muP, in float32 on the CPU.
 
     Args:
         build_model: width -> a module whose parameters have roles (mup.declare or mup.set_base_shapes), initialised from
             torch's seed.
-        widths: three or more, the widest at least four times the narrowest.
+        widths: three or more, the widest at least four times the narrowest; or sizes along another axis.
         data: batches; steps + 1 of them are used per seed, the same at every width, from the start again when they run out.
         loss: (model, batch) -> a scalar.
         optimizer: model -> one optimizer or several; only their learning rates are ever changed.
@@ -83,6 +85,7 @@ def coord_check(
         thresholds: what decides a verdict.
         name: of the model, in the results.
         progress: whether to show a progress bar.
+        axis: what is scaled, WIDTH or DEPTH; `build_model` gets a size of it.
 
     Raises:
         CoordCheckError: for widths, steps, seeds or data that cannot give a verdict.
@@ -91,15 +94,16 @@ def coord_check(
     widths = sorted(set(widths))
     fits = thresholds.min_widths <= len(widths) and widths[-1] >= thresholds.min_span * widths[0]
     if not fits or steps < 1 or seeds < 1:
+        several, largest, smallest = axis.words
         raise CoordCheckError(
-            f"widths={widths}, steps={steps}, seeds={seeds}: give at least {thresholds.min_widths} widths, the widest "
-            f"{thresholds.min_span:g} times the narrowest, and at least one step and seed"
+            f"{several}={widths}, steps={steps}, seeds={seeds}: give at least {thresholds.min_widths} {several}, the {largest} "
+            f"{thresholds.min_span:g} times the {smallest}, and at least one step and seed"
         )
     batches = list(itertools.islice(itertools.cycle(data), seeds * (steps + 1)))
     if not batches:
         raise CoordCheckError("data has no batch; give an iterable of what loss(model, batch) takes")
     per_seed = [batches[seed * (steps + 1) : (seed + 1) * (steps + 1)] for seed in range(seeds)]
-    setup = CheckSetup(loss, per_seed, taps, output_scale, thresholds)
+    setup = CheckSetup(loss, per_seed, taps, output_scale, thresholds, axis)
     if controls is None:
         controls = [Control("lr-sqrt-m", build_model, optimizer, lr_power=0.5)]
     fewer = widths[:-1]  # enough for controls, if it is enough at all
@@ -114,23 +118,24 @@ def coord_check(
             slope = arm.update_slope(control.role) - (checked.update_slope(control.role) if control.lr_power else 0.0)
             seen = slope * math.copysign(1.0, control.slope) > thresholds.fail
             results.append(ControlResult(arm, control.role, slope, control.slope, seen))
-    return CoordCheck(checked, tuple(results), steps, thresholds)
+    return CoordCheck(checked, tuple(results), steps, thresholds, axis.name)
 
 
 def _measure(arm: ArmRecipe, widths: Sequence[int], seeds: int, setup: CheckSetup, progress: tqdm) -> CheckedArm:
     """Observe `arm` at all widths and with all seeds, and judge it."""
     found = []
     for seed, width in itertools.product(range(seeds), widths):
-        progress.set_postfix_str(f"{arm.name}, width {width}")
+        progress.set_postfix_str(f"{arm.name}, {setup.axis.name} {width}")
         found.append(observe(arm, width, min(widths), seed, setup))
         progress.update()
     series = []
+    roles = {name: role for findings in found for name, role in findings.roles.items()}
     for quantity, name in dict.fromkeys(key for findings in found for key in findings.values):
         taken = [findings.values.get((quantity, name), {}) for findings in found]
         values = np.array([[at.get(t, math.nan) for t in range(setup.steps + 1)] for at in taken])
         logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
-        series.append(Series(quantity, name, found[0].roles.get(name), np.exp2(logs.mean(axis=0))))
-    rows = tuple(judge(series, widths, setup.thresholds))
+        series.append(Series(quantity, name, roles.get(name), np.exp2(logs.mean(axis=0))))
+    rows = tuple(judge(series, widths, setup.thresholds, setup.axis))
     problems = tuple(_problems(found, rows, setup))
     return CheckedArm(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
 
@@ -147,10 +152,12 @@ def _problems(found: Sequence[Findings], rows: Iterable[SlopeRow], setup: CheckS
         yield f"{', '.join(sorted(unseen))} cannot be followed: they multiply nothing that can be observed"
 
 
-def judge(series: Iterable[Series], widths: Sequence[int], thresholds: SlopeThresholds) -> Iterator[SlopeRow]:
+def judge(
+    series: Iterable[Series], widths: Sequence[int], thresholds: SlopeThresholds, axis: CheckedAxis = WIDTH
+) -> Iterator[SlopeRow]:
     """The rows of an arm: the mean over tensors of one kind of every slope that is judged or shown."""
     late = slice(thresholds.first_step, None)
-    kinds: dict[tuple[str, str, Role | None], list[Series]] = {}
+    kinds: dict[tuple[str, str, Place | None], list[Series]] = {}
     for one in series:
         kinds.setdefault((one.quantity, one.kind, one.role), []).append(one)
     for (quantity, kind, role), alike in kinds.items():
@@ -161,7 +168,7 @@ def judge(series: Iterable[Series], widths: Sequence[int], thresholds: SlopeThre
                 continue
             slope, predicted, verdict = sum(slopes) / len(slopes), None, None
             starts_tied = row == "init" and kind.endswith(TIED)
-            if role and not starts_tied and (predicted := PREDICTED.get(row, {}).get(role)) is not None:
+            if not starts_tied and (predicted := axis.predicted.get(row, {}).get(role)) is not None:
                 verdict = thresholds.judge(slope - predicted)
             elif row == "activation" or starts_tied:
                 verdict = thresholds.judge(max(slope, 0.0))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,15 +14,16 @@ from torch import Tensor
 from speedrun_mup.config import TrainConfig, make_config
 from speedrun_mup.coord_check.check import Control, CoordCheckError, coord_check
 from speedrun_mup.coord_check.observe import Record
-from speedrun_mup.coord_check.results import CoordCheck
+from speedrun_mup.coord_check.results import CHECKED_AXES, CoordCheck
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.model.attention import Dense
-from speedrun_mup.core.mup import Parametrization, Role, Update
+from speedrun_mup.core.mup import DepthRole, Parametrization, Role, Update
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.batches import train_batches
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.param_groups import given_to
+from speedrun_mup.scaling import depth_of
 from speedrun_mup.training.build import build_optimizers
 from speedrun_mup.training.model_config import model_config
 
@@ -51,10 +52,27 @@ def gpt_controls(cfg: TrainConfig) -> Iterator[tuple[TrainConfig, Role, float]]:
             yield replace(wrong, **given_to_adam), role, slope
 
 
+# What is wrong with a depth rule, whose updates must then be off by how much per doubling of the layers.
+_DEPTH_CONTROLS: tuple[tuple[str, dict[str, Any], DepthRole, float], ...] = (
+    ("no-depth-rule", {"depth_rule": "none"}, DepthRole.WRITES, 1.0),
+    ("branch-per-sqrt", {"depth_branch_exponent": -0.5, "depth_lr_exponent": 0.0}, DepthRole.WRITES, 0.5),
+    ("branch-too-small", {"depth_branch_exponent": -1.5, "depth_lr_exponent": 0.0}, DepthRole.WRITES, -0.5),
+    ("inner-rates-grow", {"depth_branch_exponent": -1.5, "depth_lr_exponent": 0.5}, DepthRole.BRANCH, 0.5),
+)
+
+
+def depth_controls(cfg: TrainConfig) -> Iterator[tuple[str, TrainConfig, DepthRole, float]]:
+    """Names and settings with one exponent of the depth rule wrong, whose updates must be seen to go how."""
+    right: dict[str, Any] = {"depth_rule": "completep", "depth_branch_exponent": None, "depth_lr_exponent": None}
+    for name, wrong, role, slope in _DEPTH_CONTROLS:
+        yield name, replace(cfg, **right | wrong), role, slope
+
+
 def gpt_coord_check(
     cfg: TrainConfig | None = None,
     widths: Sequence[int] = (64, 128, 256, 512),
     *,
+    axis: str = "width",
     table: Parametrization | None = None,
     steps: int = 6,
     seeds: int = 1,
@@ -65,11 +83,12 @@ def gpt_coord_check(
     """Check the GPT as `cfg` (default: the laptop preset) trains it, at all `widths` instead of its own.
 
     Learning rates follow the square root of `tokens`, so that the few, small steps of a check stay where the loss is not
-    yet saturated.
+    yet saturated. Along depth the width is the one that they were tuned at, and a depth rule has to be in force.
 
     Args:
         cfg: settings of the model, the optimizers and the data (auto: the embedded corpus).
-        widths: as for coord_check.
+        widths: as for coord_check; numbers of layers along depth.
+        axis: "width" or "n_layer", what is scaled.
         table: a rule table of your own instead of cfg.parametrization.
         steps: updates, at least 4.
         seeds: models per width.
@@ -82,15 +101,20 @@ def gpt_coord_check(
         ConfigError: for data that cannot be read.
     """
     cfg = cfg or make_config("laptop", {"parametrization": "mup"})
-    if tokens < max(widths):
-        raise CoordCheckError(f"tokens={tokens} is less than the widest width, {max(widths)}; take as many or more")
+    widest = max(widths) if axis == "width" else cfg.tuned_width
+    if tokens < widest:
+        raise CoordCheckError(f"tokens={tokens} is less than the widest width, {widest}; take as many or more")
+    depth = depth_of(cfg)
+    if axis == "n_layer" and not depth["base_layers"]:
+        raise CoordCheckError("n_layer has no base: give the layers that the rates were tuned at, --base-layers")
     corpus, _ = find_corpus("embedded" if cfg.data == "auto" else cfg.data, cfg.tokenizer)
     window = min(cfg.window_tokens, tokens) // cfg.block_size
     lr_scale = cfg.lr_scale * math.sqrt(tokens / cfg.schedule.at(0).tokens)
-    cfg = replace(cfg, base_width=cfg.tuned_width, lr_scale=lr_scale, kernel_warmup=0)
+    cfg = replace(cfg, width=widest, base_width=cfg.tuned_width, lr_scale=lr_scale, kernel_warmup=0)
 
     def recipe(cfg: TrainConfig, table: Parametrization | None = None) -> dict[str, Any]:
-        shapes = {width: model_config(replace(cfg, width=width), corpus, "dense", torch.float32) for width in widths}
+        of_size: dict[int, Any] = {size: replace(cfg, **cast(Any, {axis: size})) for size in widths}
+        shapes = {size: model_config(sized, corpus, "dense", torch.float32) for size, sized in of_size.items()}
         if table is not None:
             shapes = {width: replace(shape, parametrization=table) for width, shape in shapes.items()}
         return {
@@ -98,10 +122,9 @@ def gpt_coord_check(
             "optimizer": lambda model: build_optimizers(model, cfg, World()),
         }
 
-    arms = [
-        Control(wrong.parametrization, **recipe(wrong), role=role, slope=slope)
-        for wrong, role, slope in (gpt_controls(cfg) if controls else ())
-    ]
+    wrongs = depth_controls(cfg) if axis == "n_layer" else ((it[0].parametrization, *it) for it in gpt_controls(cfg))
+    arms = [Control(name, **recipe(wrong), role=role, slope=slope) for name, wrong, role, slope in wrongs if controls]
+    based = f", {depth['depth_rule'].name} from {depth['base_layers']} layers" if axis == "n_layer" else ""
     batches = train_batches(corpus, tokens, 1, cfg.seed, order=cfg.data_order)
     return coord_check(
         widths=widths,
@@ -111,10 +134,11 @@ def gpt_coord_check(
         controls=arms,
         steps=steps,
         seeds=seeds,
-        taps=_tap_scores,
+        taps=_tap_scores if axis == "width" else _tap_stream,
         output_scale=_logit_scale,
-        name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.groups['matrix'].optimizer}",
+        name=f"GPT, {table.name if table else cfg.parametrization}, {cfg.groups['matrix'].optimizer}{based}",
         progress=progress,
+        axis=CHECKED_AXES[axis],
     )
 
 
@@ -141,3 +165,15 @@ def _tap_scores(model: Any, record: Record) -> None:
     for layer, block in enumerate(model.blocks):
         if block.attn is not None:
             block.attn.backend = _TappedAttention(f"blocks.{layer}.attn.scores", record)
+
+
+def _tap_stream(model: Any, record: Record) -> None:
+    """Have a GPT record the share of the stream behind its last layer that is not along x0: what the layers added."""
+
+    def look(blocks: Any, inputs: Any, stream: Tensor) -> None:
+        x0 = inputs[0]
+        along = (stream * x0).sum(-1, keepdim=True) / x0.square().sum(-1, keepdim=True) * x0
+        record("stream", (stream - along) / stream.square().mean(-1, keepdim=True).sqrt(), "stream")
+
+    model.blocks.register_forward_hook(look)
+    _tap_scores(model, record)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrun_mup.coord_check.results import NORMS, TIED, SlopeThresholds, kind_of
+from speedrun_mup.coord_check.results import NORMS, TIED, WIDTH, CheckedAxis, Place, SlopeThresholds, kind_of
 from speedrun_mup.core.mup import ParamSpec, Role, named_specs
 from speedrun_mup.core.mup.compat.scores import AttentionScores
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Record = Callable[[str, Tensor], None]
+Record = Callable[..., None]  # (name, tensor), and the quantity if it is no activation
 
 _aten = torch.ops.aten
 
@@ -103,6 +103,7 @@ class CheckSetup:
     taps: Callable[[nn.Module, Record], None]
     output_scale: Callable[[nn.Module], Mapping[str, float]]
     thresholds: SlopeThresholds
+    axis: CheckedAxis = WIDTH
 
     @property
     def steps(self) -> int:
@@ -115,7 +116,7 @@ class Findings:
     """What was found in one model. values: by quantity and name, a number per t. still, unseen: kinds of parameters."""
 
     values: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
-    roles: dict[str, Role | None] = field(default_factory=dict)
+    roles: dict[str, Place | None] = field(default_factory=dict)
     still: set[str] = field(default_factory=set)  # did not move
     unseen: set[str] = field(default_factory=set)  # matrices that multiplied nothing observable
 
@@ -126,7 +127,7 @@ class Observer:
     def __init__(self, model: nn.Module, setup: CheckSetup):
         self.found = Findings()  # the model itself is not kept: it refers to its observer
         self.parameters = {name: (p, spec) for name, p, spec in named_specs(model) if p.requires_grad}
-        self.scales = setup.output_scale(model)
+        self.scales, self.axis = setup.output_scale(model), setup.axis
         self.start = {name: p.detach().clone() for name, (p, _) in self.parameters.items()}
         self.moved: dict[str, Tensor] = {}  # W_t - W_0
         self.moved_before: dict[str, Tensor] = {}  # the same one step earlier
@@ -144,10 +145,10 @@ class Observer:
         """Note a value; as inf if it is not finite."""
         self.found.values.setdefault((quantity, name), {})[t] = value if math.isfinite(value) else math.inf
 
-    def record(self, name: str, x: Tensor) -> None:
-        """Note an activation, if this forward pass is a look."""
+    def record(self, name: str, x: Tensor, quantity: str = "activation") -> None:
+        """Note an activation, or another quantity, if this forward pass is a look."""
         if self._looking:
-            self._seen.setdefault(("activation", name), []).append(_mean_square(x))
+            self._seen.setdefault((quantity, name), []).append(_mean_square(x))
 
     def _see_module(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """A forward hook: note the first tensor that comes out, unless _see_product has noted it."""
@@ -160,11 +161,11 @@ class Observer:
         """Called by _Products. Matrices stacked along the output are kept apart: q, k and v of a (3, D, D)."""
         spec, scale = self.parameters[name][1], self.scales.get(name, 1.0)
         self._multiplied.add(name)
-        role = spec.role
+        role = self.axis.place(spec)
         if is_lookup:
             self._looked_up.add(name)
         elif name in self._looked_up:  # the embedding is the readout too
-            name, role = name + TIED, Role.OUTPUT
+            name, role = name + TIED, self.axis.place(spec, tied=True)
         leading = itertools.takewhile(lambda dim: dim[0] not in ("in", "out"), zip(spec.layout, spec.shape))
         stack = math.prod(size for _, size in leading)
         parts = stack if output.size(-1) == stack * spec.fan_out else 1
@@ -203,7 +204,7 @@ class Observer:
     def finish(self, t: int) -> None:
         """After the last look: take norms, and note what cannot be judged."""
         for name, (p, spec) in self.parameters.items():
-            self.found.roles[name] = spec.role
+            self.found.roles[name] = self.axis.place(spec)
             if not self.moved[name].any():
                 self.found.still.add(kind_of(name))
             if spec.role in (Role.HIDDEN, Role.OUTPUT) and name not in self._multiplied:

@@ -6,17 +6,19 @@ import enum
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speedrun_mup.core.mup import Role
+from speedrun_mup.core.mup import DepthRole, ParamSpec, Role
 from speedrun_mup.files import strict_json
 
 Array = NDArray[np.float64]
+Place = Role | DepthRole  # of a parameter: which sides grow with width, or where it stands to the residual stream
 
 
 class CheckVerdict(enum.StrEnum):
@@ -38,11 +40,11 @@ def worst(verdicts: Iterable[CheckVerdict | None]) -> CheckVerdict:
 class SlopeThresholds:
     """Every number that decides a verdict. Wrong rules are off by a multiple of 1/2, right ones measure below 0.15."""
 
-    warn: float = 0.15  # log2 per doubling of width, between the measured and the predicted slope
+    warn: float = 0.15  # log2 per doubling of the size, between the measured and the predicted slope
     fail: float = 0.30
     first_step: int = 3  # from here on t is judged; before, layers that start at zero hide what lies behind them
     min_widths: int = 3
-    min_span: float = 4.0  # widest width over narrowest
+    min_span: float = 4.0  # largest size over smallest
 
     def judge(self, deviation: float) -> CheckVerdict:
         """The verdict on a slope that is off by `deviation`. What is not finite is a FAIL."""
@@ -61,6 +63,40 @@ PREDICTED: dict[str, dict[Role, float]] = {
     "init": {Role.INPUT: 0.0, Role.HIDDEN: 0.0, Role.OUTPUT: -0.5},
     "gradient": {Role.INPUT: -1.0, Role.HIDDEN: -1.0, Role.OUTPUT: -1.0},
 }
+# And those of depth, if every layer is to learn as much whatever their number, and all of them together to change the stream as
+# much: each adds 1 / layers of it (Dey et al., CompleteP, arXiv 2505.01618). Coefficients of the stream are scalars.
+PREDICTED_IN_DEPTH: dict[str, dict[DepthRole | None, float]] = {
+    "update": {DepthRole.OUTSIDE: 0.0, DepthRole.BRANCH: 0.0, DepthRole.WRITES: -1.0},
+    "init": {},
+    "gradient": {},
+    "stream": {None: 0.0},  # share of the stream after the last layer that is not along x0: what the layers added
+}
+
+
+@dataclass(frozen=True)
+class CheckedAxis:
+    """The size that a check scales, and what is expected along it.
+
+    Args:
+        name: of the size.
+        words: several of them; what has most and least of it.
+        predicted: quantity -> place of a parameter, or None for what is none -> slope.
+    """
+
+    name: str
+    words: tuple[str, str, str]
+    predicted: Mapping[str, Mapping[Any, float]]
+
+    def place(self, spec: ParamSpec, tied: bool = False) -> Place:
+        """That of a parameter; tied: as the readout that it is too."""
+        if self.name == "width":
+            return Role.OUTPUT if tied else spec.role
+        return DepthRole.OUTSIDE if tied else spec.depth_role
+
+
+WIDTH = CheckedAxis("width", ("widths", "widest", "narrowest"), PREDICTED)
+DEPTH = CheckedAxis("n_layer", ("numbers of layers", "deepest", "shallowest"), PREDICTED_IN_DEPTH)
+CHECKED_AXES = {axis.name: axis for axis in (WIDTH, DEPTH)}
 TIED = " (readout)"  # follows the name of an embedding where that is the readout too
 NORMS = ("norm", "update norm", "flatness")  # of HIDDEN matrices after the last update, not judged: see observe.norms
 
@@ -74,13 +110,13 @@ def kind_of(name: str) -> str:
 class Series:
     """One quantity of one tensor. values (W, T + 1): geometric mean over seeds; nan where it is zero or not taken.
 
-    quantity: effect (init at t = 0, update from then on), gradient, activation, loss or one of NORMS. role: None for
-    what is no parameter.
+    quantity: effect (init at t = 0, update from then on), gradient, activation, stream, loss or one of NORMS. role: None
+    for what is no parameter.
     """
 
     quantity: str
     name: str
-    role: Role | None
+    role: Place | None
     values: Array
 
     @property
@@ -106,7 +142,7 @@ class SlopeRow:
 
     quantity: str
     kind: str
-    role: Role | None
+    role: Place | None
     tensors: int
     slope: float
     predicted: float | None
@@ -115,7 +151,7 @@ class SlopeRow:
 
 @dataclass(frozen=True)
 class CheckedArm:
-    """What one arm measured. problems: why its slopes prove nothing."""
+    """What one arm measured. widths: the sizes, along whichever axis. problems: why its slopes prove nothing."""
 
     name: str
     widths: tuple[int, ...]
@@ -129,10 +165,14 @@ class CheckedArm:
         """INCONCLUSIVE if there are problems, else the worst of the rows."""
         return CheckVerdict.INCONCLUSIVE if self.problems else worst(row.verdict for row in self.rows)
 
-    def update_slope(self, role: Role | None) -> float:
-        """The mean update slope of all tensors of `role` (None: of all that are judged); nan if there are none."""
+    def update_slope(self, role: Place | None) -> float:
+        """The mean update slope of all tensors of `role` (None: of all that are judged), over what it should be.
+
+        nan if there are none.
+        """
         rows = [row for row in self.rows if row.quantity == "update" and row.verdict and role in (None, row.role)]
-        return sum(row.slope * row.tensors for row in rows) / sum(row.tensors for row in rows) if rows else math.nan
+        off = sum((row.slope - (row.predicted or 0.0)) * row.tensors for row in rows)
+        return off / sum(row.tensors for row in rows) if rows else math.nan
 
 
 @dataclass(frozen=True)
@@ -140,7 +180,7 @@ class ControlResult:
     """What a control measured. slope: of the updates of `role`, `predicted` to be so far off. seen: it is, by a FAIL."""
 
     arm: CheckedArm
-    role: Role | None
+    role: Place | None
     slope: float
     predicted: float
     seen: bool
@@ -159,6 +199,7 @@ class CoordCheck:
     controls: tuple[ControlResult, ...]
     steps: int
     thresholds: SlopeThresholds
+    axis: str = "width"
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -196,7 +237,8 @@ class CoordCheck:
 
 def _summary_lines(check: CoordCheck) -> Iterator[str]:
     arm = check.arm
-    by_kind: dict[tuple[str, Role | None], dict[str, SlopeRow]] = {}
+    by_kind: dict[tuple[str, Place | None], dict[str, SlopeRow]] = {}
+    words, predicted = CHECKED_AXES[check.axis].words, CHECKED_AXES[check.axis].predicted
     for row in arm.rows:
         by_kind.setdefault((row.kind, row.role), {})[row.quantity] = row
     pad = 2 + max(20, *(len(kind) for kind, _ in by_kind), *(len("control " + c.arm.name) for c in check.controls))
@@ -211,8 +253,11 @@ def _summary_lines(check: CoordCheck) -> Iterator[str]:
                 verdict = worst(row.verdict for row in shown) if any(row.verdict for row in shown) else ""
                 yield f"{kind:<{pad}}{role.value if role else '':<8}{cells}{verdict}".rstrip()
 
-    yield f"coordinate check of {arm.name}: widths {', '.join(map(str, arm.widths))}; {check.steps} updates; seeds: {arm.seeds}"
+    sizes = f"{words[0]} {', '.join(map(str, arm.widths))}"
+    yield f"coordinate check of {arm.name}: {sizes}; {check.steps} updates; seeds: {arm.seeds}"
     yield from table("slope (predicted)", tuple(PREDICTED))
+    if "stream" in predicted:
+        yield from table("what all layers add", ("stream",))
     yield from table("must not grow", ("activation",))
     yield from table("not judged", NORMS)
     yield ""

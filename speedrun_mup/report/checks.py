@@ -13,8 +13,20 @@ from speedrun_mup.report.figures import signed
 
 ROLE_COLORS: dict[str | None, Color] = {
     **dict(zip(("input", "hidden", "output", "scalar"), ARM_COLORS)),
+    **dict(zip(("outside", "branch", "writes", "skip", "stream"), ARM_COLORS)),
     None: GREY,
 }
+
+
+_EXPECTED = {
+    "widths": "Flat means that the rule scales as muP says.",
+    "layers": "Flat means that each layer learns as much at any depth; what it writes into the stream is to fall as 1 / layers.",
+}
+
+
+def _axis(check: dict[str, Any]) -> str:
+    """What sizes are called; checks of earlier editions are of widths."""
+    return "layers" if check.get("axis") == "n_layer" else "widths"
 
 
 def check_section(path: Path, number: int) -> Section:
@@ -24,7 +36,7 @@ def check_section(path: Path, number: int) -> Section:
         figure, tables = check_figure(check, number), [_slopes(check), _controls(check)]
         arm, verdict = check["arm"], check["verdict"]
         text = [
-            f"{path.parent.name}: {verdict}. Model {arm['name']}, widths {', '.join(map(str, arm['widths']))}; "
+            f"{path.parent.name}: {verdict}. Model {arm['name']}, {_axis(check)} {', '.join(map(str, arm['widths']))}; "
             f"{check['steps']} updates; seeds: {arm['seeds']}.",
             *check["reasons"],
         ]
@@ -53,11 +65,11 @@ def check_figure(check: dict[str, Any], number: int = 0) -> Figure:
     roles = {series["role"] for series in check["arm"]["series"] if series["quantity"] in ("effect", "activation")}
     keys = [Key(role or "modules", "line", color, marked=True) for role, color in ROLE_COLORS.items() if role in roles]
     caption = (
-        "Coordinate check: what all updates so far do to the present input, a line per parameter. Flat means that the rule "
-        "scales as muP says. Next to it the controls, each with one rule wrong on purpose and the slope that this gives."
+        f"Coordinate check: what all updates so far do to the present input, a line per parameter. {_EXPECTED[_axis(check)]} "
+        "Next to it the controls, each with one rule wrong on purpose and the slope that this gives."
     )
     name = "coord-check" if number == 0 else f"coord-check-{number + 1}"
-    x = Axis("width", "log2", ticks=check["arm"]["widths"])
+    x = Axis(_axis(check).replace("widths", "width"), "log2", ticks=check["arm"]["widths"])
     options = [label for label, _, _ in shown]
     choice = Choice("what", "shown", options, printed=[options[0], *options[-2:]])
     return Figure(name, caption, x, Axis("rms", "log"), panels, keys, choice, size=(1.9, 2.1))
