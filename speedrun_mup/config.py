@@ -34,6 +34,7 @@ from speedrun_mup.settings import (
     Setting,
     at_least,
     at_most,
+    fault_of_new,
     problems,
     setting,
     settings_of,
@@ -371,8 +372,8 @@ def add_technique(name: str, technique: Technique) -> None:
 def _extend(fields: list[tuple[str, Any, Any]]) -> None:
     global _in_force
     for name, _, declared in fields:
-        if name in settings() or declared.metadata["setting"].group not in GROUPS:
-            raise ConfigError(f"setting {name} cannot be added: its name is taken, or its group is not one of GROUPS")
+        if fault := fault_of_new(name, declared, _in_force, GROUPS):
+            raise ConfigError(f"setting {name} cannot be added: {fault}")
     _in_force = dataclasses.make_dataclass("TrainConfig", fields, bases=(_in_force,), frozen=True)
 
 

@@ -16,7 +16,7 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.model.layers import rotary
 from speedrun_mup.data.documents import Document, DocumentReader
 from speedrun_mup.data.shards import MIXTURE_PERIOD, Corpus, Mixture
-from speedrun_mup.data.sources import find_sources
+from speedrun_mup.data.sources import SourceError, find_sources, without_flags
 from speedrun_mup.data.tokenizers import Tokenizer
 from speedrun_mup.data.validation import ValBatches
 
@@ -222,11 +222,14 @@ def text_rows(paths: Sequence[str], tokenizer: Tokenizer, most: int | None = Non
         tokenizer: the model's.
         most: tokens, if not all.
     """
-    for row in map(tokenizer.encode_documents, _many(DocumentReader(find_sources(paths).sources, "text", 0))):
-        yield row[: None if most is None else most + 1]
-        most = None if most is None else most - (len(row) - 1)
-        if most is not None and most <= 0:
-            return
+    try:
+        for row in map(tokenizer.encode_documents, _many(DocumentReader(find_sources(paths).sources, "text", 0))):
+            yield row[: None if most is None else most + 1]
+            most = None if most is None else most - (len(row) - 1)
+            if most is not None and most <= 0:
+                return
+    except SourceError as fault:
+        raise SourceError(without_flags(fault)) from None
 
 
 def _many(documents: Iterable[Document]) -> Iterator[list[str]]:

@@ -17,6 +17,13 @@ from typing import Any
 from speedrun_mup.core.errors import ConfigError
 
 LARGEST = 2**53  # whole numbers up to here survive JSON, CSV and float64 in every reader
+# Flags that a command has next to those of settings.
+_OF_COMMANDS = (
+    "--adaptive --arms --axes --axis --batch-tokens --budget --engine --generate --help --hold --hyperparameter "
+    "--json --knob --octaves --preset --priors --profile --run --seeds --steps --tokens --values --vocab --widths "
+    "--workers"
+)
+OF_COMMANDS = frozenset(flag[2:].replace("-", "_") for flag in _OF_COMMANDS.split())
 _UNITS = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
 
@@ -160,8 +167,10 @@ def _advice(parser: Parser, asked: str) -> str:
     import difflib
 
     longer = [flag for flag in flags if len(asked) > 2 and flag.startswith(f"{asked}-")]
-    near = longer or difflib.get_close_matches(spelled, flags, n=1, cutoff=0.9 if elsewhere else 0.6)
-    return f"; did you mean {near[0]}?" if near else elsewhere or "; see --help"
+    ending = [flag for flag in flags if len(asked) > 2 and flag.endswith(asked[1:])]
+    close = difflib.get_close_matches(spelled, flags, n=1, cutoff=0.9 if elsewhere else 0.6)
+    near = [*ending, *longer][:3] if longer else close or ending[:3]
+    return f"; did you mean {' or '.join(near)}?" if near else elsewhere or "; see --help"
 
 
 def _at_home(value: Any) -> Any:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import keyword
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
+
+from speedrun_mup.editions import FORMER
+from speedrun_mup.flags import OF_COMMANDS
 
 T = TypeVar("T", bound=type)
 Affects = Literal["result", "speed", "storage", "display"]
@@ -135,6 +140,22 @@ def settings_of(kind: Any, order: tuple[str, ...] = ()) -> dict[str, Setting]:
         raise TypeError(f"{kind.__name__}.{bare[0]}: declare it with setting(..., affects=...)")
     found = {field.name: field.metadata["setting"] for field in dataclasses.fields(kind)}
     return dict(sorted(found.items(), key=lambda item: order.index(item[1].group))) if order else found
+
+
+def fault_of_new(name: str, declared: Any, kind: Any, groups: Collection[str]) -> str:
+    """Why `declared` cannot be added as a setting to the dataclass `kind`, "" if it can. groups: of flags that there are."""
+    if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        return "its name must be lower-case letters, digits and _, as that of a variable in Python"
+    if name in settings_of(kind):
+        return "its name is taken"
+    if name in FORMER:
+        return "its name is taken, by a setting of an earlier edition"
+    if name in OF_COMMANDS or hasattr(kind, name):
+        return f"its name is taken, by {'a flag of some commands' if name in OF_COMMANDS else f'cfg.{name}'}"
+    meta = getattr(declared, "metadata", {}).get("setting")
+    if meta is None:
+        return f"{declared!r:.60} is no declaration; give what setting(...) returns"
+    return "" if meta.group in groups else f"its group {meta.group!r} is not one of {', '.join(groups)}"
 
 
 def problems(values: Any) -> list[str]:

@@ -15,6 +15,7 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.data.shards import mix, read_shard
+from speedrun_mup.data.sources import SourceError
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, byte_lengths, gpt2_tokenizer
 from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.evaluate import (
@@ -205,3 +206,20 @@ def test_rows_of_text_hold_every_document_after_its_bos(tmp_path: Path, monkeypa
     assert rows == [[256, *"é".encode(), 256, *b"one"], [256, *b"two"]]
     rows = [row.tolist() for row in text_rows([str(tmp_path)], ByteTokenizer(), 8)]
     assert rows == [[256, *"é".encode(), 256, *b"one"], [256, *b"tw"]]
+
+
+def test_a_bad_text_is_one_line_without_flags_of_another_command(tmp_path):
+    faults = {
+        "a.txt": (b"text \xe9 text\n", ":1: not UTF-8; fix it"),
+        "a.jsonl": (b'{"txt": "a"}\n', ":1: no field 'text' (found: txt)"),
+        "b.jsonl": (b'{"text": \n', ":1: not a line of JSON; is the file whole? Fix it"),
+    }
+    for name, (content, fault) in faults.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SourceError) as error:
+            list(text_rows([str(tmp_path / name)], ByteTokenizer()))
+        assert str(error.value) == f"{tmp_path / name}{fault}"
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.py").write_text("a = 1")
+    with pytest.raises(SourceError, match="c: no .txt, .md, .jsonl, .parquet file .*; left out: 1 \\*.py$"):
+        list(text_rows([str(tmp_path / "c")], ByteTokenizer()))

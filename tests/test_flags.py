@@ -55,6 +55,7 @@ ANSWERS = {  # what people type -> the flag that the answer names, or that there
     "--vocab-size": "--tokenizer",
     "--n_layer": "did you mean --n-layer?",
     "--widht": "did you mean --width?",
+    "--gate": "did you mean --attention-gate or --gate-lr or --gate-optimizer?",
     "--zzz": "see --help",
 }
 

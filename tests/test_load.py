@@ -299,6 +299,8 @@ def test_a_vocabulary_of_another_size_is_one_line(folder, capsys, monkeypatch):
         ("--top-p 1.5", r"top_p=1.5 must be in (0, 1]"),
         ("--top-k -3", "top_k=-3 must be at least 0"),
         ("--n 0", "argument --n: it must be at least 1, not 0"),
+        ("--n 1e12", "--n 1000000000000 is more than one command writes; give at most 10,000"),
+        ("--temperature 1e-320", "temperature=1e-320 must be 0 or at least 1e-6"),
         ("--chat --n 2", "leave out --prompt and --n"),
         ("--max-new-tokens 0", "max_new_tokens=0 must be at least 1"),
         ("--temp 1", "use --temperature"),

@@ -177,3 +177,17 @@ def test_the_check_has_a_control_for_every_rule_of_the_kinds_in_use(optimizer, c
     for control in given:
         control.optimizer(control.name)
     assert {name: cfg.matrix_optimizer for name, cfg in built.items()} == controls
+
+
+@pytest.mark.parametrize(
+    ("name", "thing", "fault"),
+    [
+        ("x", None, "optimizer 'x' is None; register a class or a function"),
+        ("a b", Lion, "optimizer 'a b' needs a name of letters, digits"),
+        ("", Lion, "optimizer '' needs a name"),
+    ],
+)
+def test_what_cannot_be_registered_is_one_line(name, thing, fault):
+    with pytest.raises(ConfigError, match=fault):
+        OPTIMIZERS.register(name, thing)
+    assert name not in OPTIMIZERS

@@ -75,6 +75,7 @@ def test_temperature_zero_is_the_likeliest_and_so_is_one_of_one():
     [
         ({"temperature": -0.1}, "temperature=-0.1 must be finite and at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be"),
+        ({"temperature": 1e-320}, "temperature=1e-320 must be 0 or at least 1e-6"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1.1 must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from helpers.commands import parsers
 
 from speedrun_mup import config
 from speedrun_mup.cli import COMMANDS, main
@@ -27,8 +28,8 @@ from speedrun_mup.config import (
 )
 from speedrun_mup.config_file import from_json, to_json
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.editions import FIRST_HASHED
-from speedrun_mup.flags import parse
+from speedrun_mup.editions import FIRST_HASHED, FORMER
+from speedrun_mup.flags import OF_COMMANDS, parse
 from speedrun_mup.param_groups import ParamGroup
 from speedrun_mup.settings import FRACTION, flag_of, setting, settings_of
 from speedrun_mup.sweep.spec import RunSpec
@@ -326,3 +327,49 @@ def test_a_process_without_the_addition_says_so(plug_in, tiny, monkeypatch):
 @pytest.mark.parametrize("value", [{}, [], None, 1e400, "?"])
 def test_a_damaged_value_is_kept_for_the_check_that_refuses_it(value):
     assert known_settings({"attention": value, "micro_batch": value})["attention"] == value
+
+
+OWN = setting("training", "of our own", 0.5, affects="result")
+IMPOSSIBLE = {  # names -> why
+    "width": "its name is taken",
+    "strict": "its name is taken, by a setting of an earlier edition",
+    "pack": "its name is taken, by a setting of an earlier edition",
+    "preset": "its name is taken, by a flag of some commands",
+    "schedule": "its name is taken, by cfg.schedule",
+    "groups": "its name is taken, by cfg.groups",
+    "tuned_width": "its name is taken, by cfg.tuned_width",
+    "a-b": "its name must be lower-case letters",
+    "lambda": "its name must be lower-case letters",
+    "": "its name must be lower-case letters",
+    "_in": "its name must be lower-case letters",
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_name_that_no_setting_can_have_is_refused_when_it_is_added(name):
+    before = config._in_force
+    with pytest.raises(ConfigError, match=f"^setting {name} cannot be added: {IMPOSSIBLE[name]}"):
+        add_setting(name, float, OWN)
+    assert config._in_force is before
+
+
+def test_only_a_declaration_is_added_and_a_group_as_a_whole():
+    before = config._in_force
+    for wrong in (0.5, None, dataclasses.field(default=1)):
+        with pytest.raises(ConfigError, match=r"setting own cannot be added: .* is no declaration; give what setting"):
+            add_setting("own", float, wrong)
+    with pytest.raises(ConfigError, match="its group 'nowhere' is not one of scaling, model"):
+        add_setting("own", float, setting("nowhere", "x", 0.5, affects="result"))
+    with pytest.raises(ConfigError, match="setting a-b_lr cannot be added"):
+        add_param_group("a-b", ParamGroup("x", lr=0.1))
+    assert config._in_force is before
+
+
+def test_the_flags_of_commands_are_names_that_no_setting_can_have(monkeypatch):
+    own = {flag_of(name) for name in [*settings(), *FORMER]}
+    own |= {flag for meta in settings().values() for flag in meta.shorthand}
+    found = set()
+    for parser in parsers(monkeypatch):
+        flags = {flag.replace("--no-", "--") for action in parser._actions for flag in action.option_strings}
+        found |= flags - own - {"-h"} if "--n-layer" in flags else set()
+    assert {flag.strip("-").replace("-", "_") for flag in found} == OF_COMMANDS

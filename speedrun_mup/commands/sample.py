@@ -12,6 +12,8 @@ from speedrun_mup.flags import Parser, count, new_parser, parse, verbatim
 from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.settings import flag_of, settings_of
 
+MOST = 10_000  # samples, each with a cache of its own
+
 if TYPE_CHECKING:
     from speedrun_mup.sample.writer import Writer
 
@@ -32,6 +34,10 @@ def run(argv: Sequence[str]) -> int:
     flags = vars(parse(parser, argv))
     loading = {name: flags.pop(name) for name in ("folder", "step", "data", "device")}
     prompt, n, chat = (flags.pop(name) for name in ("prompt", "n", "chat"))
+    if n > MOST:
+        raise ConfigError(
+            f"--n {n} is more than one command writes; give at most {MOST:,}, and another --seed for more"
+        )
     if chat and (prompt or n > 1):
         raise ConfigError("--chat reads its prompts from the terminal, for one text; leave out --prompt and --n")
     sampling = Sampling(**flags)

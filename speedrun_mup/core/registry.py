@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +31,11 @@ class Registry(Mapping[str, T], Generic[T]):
         self._things: dict[str, T] = {}
 
     def register(self, name: str, thing: T) -> None:
-        """Add a thing of your own. Raises ConfigError if the name is taken."""
+        """Add a thing of your own. Raises ConfigError if the name is taken or cannot be typed, or the thing is none."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ConfigError(f"{self.what} {name!r} needs a name of letters, digits, _, - and dots")
+        if not callable(thing):
+            raise ConfigError(f"{self.what} {name!r} is {thing!r:.60}; register a class or a function")
         if name in self and self._things.get(name) is not thing:
             raise ConfigError(f"{self.what} {name!r} is registered already; choose another name")
         self._things[name] = thing

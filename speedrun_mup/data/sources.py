@@ -22,6 +22,14 @@ LARGEST_PASSAGE = 2**20  # characters
 SKIP = "or leave such documents out with --on-bad-document skip"
 
 
+_FLAG_OF_TEXT = re.compile(r"[;,] [^;,]*--(?:on-bad-document|field|passage|suffix)\b[^;,]*")
+
+
+def without_flags(fault: Exception) -> str:
+    """What a fault of a source says in a command that has none of the flags of `data text`."""
+    return _FLAG_OF_TEXT.sub("", str(fault))
+
+
 class SourceError(UserError):
     """Text that cannot be read: a missing or damaged file, a record without the field, a dataset out of reach."""
 

@@ -192,7 +192,7 @@ class Parametrization:
         kind, rule = Update(update), self.rules[role]
         scaling = rule.scaling(kind)
         if scaling is None:
-            raise NoRuleError(f"a {kind.value} update must not own {role.value} parameters: use adam or sgd for them")
+            raise NoRuleError(f"a {kind.value} update must not own {role.value} parameters: use adam for them")
         if kind is Update.GRADIENT and m_depth != 1:
             raise NoRuleError("a gradient update has no depth rule (it is not scale-invariant); use adam or muon")
         depth = self.depth.exponents(depth_role or USUAL_DEPTH_ROLES[role])

@@ -59,7 +59,7 @@ def param_groups(
         try:
             factors = spec.factors(table, optimizer.kind)
         except mup.NoRuleError as fault:
-            raise mup.NoRuleError(f"{base.optimizer} for {name}: {fault}") from None
+            raise mup.NoRuleError(f"{base.optimizer} for {name}, in group {spec.group}: {fault}") from None
         of_run = run.factors(optimizer.kind)
         lr = base.lr * optimizer.shape_factor(spec) * factors.lr * of_run.lr
         group = {
