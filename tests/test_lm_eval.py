@@ -199,6 +199,7 @@ def test_the_command_prints_the_tasks_numbers(run, tasks, capsys):
     assert "|mine_choice" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -229,6 +230,7 @@ def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
         assert numbers and numbers == pytest.approx({name: found[task][name] for name in numbers}, rel=1e-4), task
 
 
+@pytest.mark.slow
 def test_what_the_harness_cannot_do_is_one_line(run, tasks, tmp_path, capsys):
     own = ["eval", str(run.folder), "--device", "cpu"]
     (tmp_path / "bad.yaml").write_text(CHOICE.format(data=tmp_path / "none.jsonl").replace("mine_choice", "mine_bad"))
@@ -243,6 +245,7 @@ def test_what_the_harness_cannot_do_is_one_line(run, tasks, tmp_path, capsys):
         assert len(error) == 1 and says in error[0]
 
 
+@pytest.mark.slow
 def test_a_script_names_the_adapter(run, tasks):
     """`import speedrun_mup.export.lm_eval` is all that another program needs."""
     code = (

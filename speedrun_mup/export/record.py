@@ -57,7 +57,7 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with os_faults(out, CheckpointError), whole_file(out) as file:
-        file.write(buffer.getvalue())
+        file.write(buffer.getbuffer())
     return notes
 
 
