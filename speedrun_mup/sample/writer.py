@@ -131,13 +131,12 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.double() / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
-        ids, probs = None, scaled.softmax(dim=-1)
+        ids, probs = None, (logits.double() / sampling.temperature).softmax(dim=-1)
     else:
-        k = min(sampling.top_k or scaled.size(-1), scaled.size(-1))
-        values, ids = scaled.topk(k)  # the likeliest first
-        probs = values.softmax(dim=-1)
+        k = min(sampling.top_k or logits.size(-1), logits.size(-1))
+        values, ids = logits.topk(k)  # the likeliest first; in double precision only these few
+        probs = (values.double() / sampling.temperature).softmax(dim=-1)
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= sampling.top_p, 0.0)  # never the first
     total = probs.cumsum(dim=-1)
     chosen = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True).clamp(max=total.size(-1) - 1)
