@@ -222,7 +222,9 @@ COMMANDS = {  # what is typed -> what there is
     "example quickstart tutorial hello init": "demo",
     "generate chat inference infer complete write": "sample runs/NAME",
     "serve deploy": "none: sample writes text on this machine",
-    "convert push upload save-pretrained": "export runs/NAME --to FORMAT OUT",
+    "push upload save-pretrained": "export runs/NAME --to FORMAT OUT",
+    "convert": "export runs/NAME --to FORMAT OUT, or import FILE.pt --out runs/NAME",
+    "load restore from-pretrained load-pt": "import FILE.pt --out runs/NAME",
 }
 
 
