@@ -23,7 +23,7 @@ from speedrun_mup.coord_check import gpt_coord_check
 from speedrun_mup.core import mup
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.core.model import GPT, rotary_table
+from speedrun_mup.core.model import GPT, MLP, Block, Head, HeadConfig, UNetConfig, rotary_table
 from speedrun_mup.core.model.cache import Decoder
 from speedrun_mup.core.mup import Role
 from speedrun_mup.core.registry import resolve
@@ -75,6 +75,40 @@ def with_momentum_cooldown(schedule, steps, momentum_end):
     return dataclasses.replace(schedule, options=(*schedule.options, MomentumCooldown(steps, momentum_end)))
 
 
+class Straight(UNetConfig):
+    """Another topology: layers one after the other."""
+
+    def build(self, shape, attention):
+        return StraightLayers(Block(attention(layer), MLP(shape)) for layer in range(shape.n_layer))
+
+
+class StraightLayers(nn.ModuleList):
+    def forward(self, x0, context):
+        for block in self:
+            x0 = block(x0, context)
+        return x0
+
+
+def with_wiring(cfg, name):
+    return dataclasses.replace(cfg, wiring={"straight": Straight()}[name])
+
+
+class PenalizedConfig(HeadConfig):
+    def build(self, shape):
+        return Penalized(shape)
+
+
+class Penalized(Head):
+    """Another loss: large logits cost something in training."""
+
+    def loss(self, x, targets):
+        return super().loss(x, targets) + 0.1 * self.logits(x).square().sum() / targets.numel()
+
+
+def with_penalty(cfg, wanted):
+    return dataclasses.replace(cfg, head=PenalizedConfig())
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setattr(config, "_in_force", config._in_force)  # forget them after the test
@@ -99,6 +133,10 @@ def registered(monkeypatch):
             settings={"momentum_end": setting("schedule", "where it falls to", 0.85, affects="result")},
         ),
     )
+    add_technique(
+        "wiring", Technique("how layers are connected", "unet", model=with_wiring, choices=("unet", "straight"))
+    )
+    add_technique("logit_penalty", Technique("keep logits small", model=with_penalty))
 
 
 NEW = {
@@ -163,6 +201,18 @@ def test_a_schedule_is_a_technique_too(tiny):
     assert [now._replace(momentum=0.95) for now in after] == before
     assert cfg.schedule.tokens == plain.schedule.tokens
     assert train(cfg).val_loss != train(plain).val_loss
+
+
+@pytest.mark.parametrize("changes", [{"wiring": "straight"}, {"logit_penalty": True}])
+def test_another_wiring_or_loss_is_a_technique_too(changes, tiny):
+    still = {"iterations": 2, "val_every": 0}
+    here, plain = tiny(name="with", **still, **changes), tiny(name="plain", **still)
+    assert train(here).val_loss != train(plain).val_loss
+    both = [{row.name for row in explain(cfg, 257)} for cfg in (here, plain)]
+    lacking = {"blocks.skip_weights", "blocks.x0_lambdas"} if "wiring" in changes else set()
+    assert both[1] - both[0] == lacking
+    with pytest.raises(ConfigError, match="wiring='dense' is not one of unet, straight"):
+        tiny(wiring="dense")
 
 
 def test_its_settings_have_no_effect_without_it_and_say_so():
