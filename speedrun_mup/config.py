@@ -237,9 +237,7 @@ class TrainConfig:
     )
 
     out: str = setting("run", "folder that holds run folders", "runs", affects="storage")
-    name: str | None = setting(
-        "run", "run folder's name (default: made from the settings and the time)", None, affects="storage"
-    )
+    name: str | None = setting("run", "run folder's name (default: RULES-wWIDTH-sSEED-TIME)", None, affects="storage")
     resume: str | None = setting(
         "run", "resume a run: its folder, or auto for the newest unfinished one", None, affects="storage"
     )

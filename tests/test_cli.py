@@ -17,6 +17,7 @@ from speedrun_mup.commands import demo, train
 from speedrun_mup.commands.sweep import budget_of
 from speedrun_mup.commands.train import config_from_flags
 from speedrun_mup.config import make_config
+from speedrun_mup.config_file import to_json
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.utils import World
 from speedrun_mup.training.run import Run
@@ -106,6 +107,21 @@ def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny,
 def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
     fresh = config_from_flags({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
     assert fresh.resume is None and "no unfinished run" in capsys.readouterr().out
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.json").write_text(to_json(fresh))
+    (tmp_path / "done" / "status.json").write_text('{"status": "finished", "why": null}')
+    assert config_from_flags({"preset": "laptop", "resume": "auto", "out": str(tmp_path)}).resume is None
+    told = capsys.readouterr().out
+    assert f"the newest run there is finished: --resume {tmp_path / 'done'} --iterations N makes it longer\n" in told
+
+
+def test_another_base_width_than_the_presets_is_told(capsys):
+    config_from_flags({"preset": "laptop", "base_width": 768, "width": 1536})
+    told = "note: the learning rates of preset laptop were tuned at width 64, not at --base-width 768\n"
+    assert capsys.readouterr().out == told
+    for flags in ({"base_width": 64}, {"parametrization": "mup"}, {"base_width": 768, "matrix_lr": 0.1}):
+        config_from_flags({"preset": "laptop", **flags})
+        assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run_id", ["6f1c", "none"])  # torchrun's word for no id

@@ -101,7 +101,17 @@ def test_which_rule_did_what_is_told_per_parameter_and_per_run(capsys):
 
 def test_the_command(capsys):
     assert main(["explain", "--width", "2048", "--base-width", "768"]) == 0
-    assert "lm_head.weight" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "lm_head.weight" in told
+        and told.startswith("preset: record26 (train without --preset takes")
+        and "note" not in told
+    )
+    assert main(["explain", "--preset", "laptop", "--base-width", "768"]) == 0
+    note = "note: the learning rates of preset laptop were tuned at width 64, not at --base-width 768"
+    assert note in capsys.readouterr().out.splitlines()
+    assert main(["explain", "--preset", "laptop", "--base-width", "768", "--lr-scale", "0.1"]) == 0
+    assert "note" not in capsys.readouterr().out
     assert main(["explain", "--width", "2048", "--base-width", "768", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows[0].keys() == {field.name for field in dataclasses.fields(explain(make_config("record26", {}))[0])}

@@ -108,6 +108,8 @@ def test_a_run_from_weights_that_is_stopped_before_its_first_save_begins_with_th
     "changes, said",
     [
         ({"width": 96}, "another model, 27 of its parameters do not fit"),
+        ({"width": 96}, "that run has --width 64 (here 96)"),
+        ({"attention_gate": 12}, "that run has --attention-gate 0 (here 12)"),
         (
             {"base_width": 64},
             "the same weights give other predictions with these settings; keep its --parametrization mup",

@@ -208,3 +208,17 @@ def test_longer_runs_agree_while_they_are_in_the_same_stage():
     assert all(
         scheduled([Stage(Fraction(1), 2)], n).agrees(scheduled([Stage(Fraction(1), 2)], 30), 30) for n in (40, 60)
     )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"window": 0}, "a stage's window=0 must be a whole number, at least 1$"),
+        ({"micro_batches": 8 / 2}, "a stage's micro_batches=4.0 must be a whole number, at least 1; divide with //"),
+        ({"micro_batches": None}, "micro_batches=None"),
+        ({"sequence_tokens": -64}, "sequence_tokens=-64"),
+    ],
+)
+def test_a_stage_is_checked_where_it_is_made(numbers, said):
+    with pytest.raises(ConfigError, match=said):
+        Stage(**{"fraction": Fraction(1), "micro_batches": 1} | numbers)

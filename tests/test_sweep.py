@@ -1287,3 +1287,24 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'speedrun-mup\[ray\]'"):
         RayEngine()
+
+
+@pytest.mark.slow
+def test_a_script_that_starts_its_sweep_when_it_is_imported_is_told_so(tiny, tmp_path):
+    """One line after Python's own message, instead of a failure of every run."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+from pathlib import Path
+from speedrun_mup.config_file import from_json
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.sweep import Sweep, open_engine, run_sweep
+sweep = Sweep(from_json({to_json(tiny(base_width=32))!r}, Path("config")), (32, 64), log2_factors=(0,), adaptive=False)
+try:
+    run_sweep(sweep, Path({str(tmp_path / "s")!r}), open_engine("local", 1, "cpu"), progress=False)
+except ConfigError as fault:
+    sys.exit(f"error: {{fault}}")
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and 'must be under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "s").glob("cells/*/result.json"))

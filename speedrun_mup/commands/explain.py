@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from speedrun_mup.commands.train import other_base
 from speedrun_mup.config import PRESETS, make_config
 from speedrun_mup.flags import count, new_parser, parse
 from speedrun_mup.scaling import rules_in_force
@@ -23,10 +24,13 @@ def run(argv: Sequence[str]) -> int:
     add_settings(parser, groups=("scaling", "techniques", "optimizer"), plus=SIZES)
     flags = vars(parse(parser, argv))
     vocab, as_json = flags.pop("vocab"), flags.pop("json")
-    cfg = make_config(flags.pop("preset"), flags)
+    preset = flags.pop("preset")
+    cfg = make_config(preset, flags)
 
     from speedrun_mup.explain import explain, rules_of_run, table, to_json
 
     rows = explain(cfg, vocab)
-    print(to_json(rows) if as_json else "\n".join([rules_in_force(cfg), *rules_of_run(cfg), table(rows)]))
+    about = [f"preset: {preset} (train without --preset takes the one that fits the device)", rules_in_force(cfg)]
+    about += [note for note in [other_base(preset, cfg, flags)] if note]
+    print(to_json(rows) if as_json else "\n".join([*about, *rules_of_run(cfg), table(rows)]))
     return 0

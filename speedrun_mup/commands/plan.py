@@ -19,6 +19,7 @@ from speedrun_mup.files import printable, read_bytes
 from speedrun_mup.flags import new_parser, parse, several, whole_number
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.setting_flags import TRAINING, add_settings
+from speedrun_mup.settings import flag_of
 
 if TYPE_CHECKING:
     from speedrun_mup.plan import Plan
@@ -77,9 +78,18 @@ def run(argv: Sequence[str]) -> int:
         return STOPPED_BY_SIGNAL if result.stopped else 1
     prediction = predict(folder)
     print(prediction.summary())
-    print(f"next  train the target with --lr-scale {prediction.lr_scale:.4g}, then")
-    print(f"      speedrun-mup report {folder} --target runs/NAME compares prediction and result")
+    name = f"{folder.resolve().name}-target"
+    print(f"next  {_train_command(preset, flags | {'lr_scale': float(f'{prediction.lr_scale:.4g}'), 'name': name})}")
+    print(f"      {shlex.join(['speedrun-mup', 'report', str(folder), '--target', f'runs/{name}'])}")
     return 0
+
+
+def _train_command(preset: str, flags: dict[str, Any]) -> str:
+    """The `speedrun-mup train` with these settings, for a shell."""
+    words = ["speedrun-mup", "train", "--preset", preset]
+    for name, value in flags.items():
+        words += [flag_of(name if value else f"no_{name}")] if isinstance(value, bool) else [flag_of(name), str(value)]
+    return shlex.join(words)
 
 
 def _add_sizes(group: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def config_from_flags(flags: dict[str, object]) -> TrainConfig:
 def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
     """The same; with `--resume auto`, rank 0 also holds the lock of the run that it took, so that no other job takes it."""
     from speedrun_mup.core.utils import pick_device
-    from speedrun_mup.training.run_folder import run_of_launch, saved_config
+    from speedrun_mup.training.run_folder import newest_finished, run_of_launch, saved_config
     from speedrun_mup.training.tracking import CONFIG
 
     preset, lock = str(flags.pop("preset")), None
@@ -59,6 +59,8 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
             del flags["resume"]
             if os.environ.get("RANK", "0") == "0":
                 print(f"--resume auto: no unfinished run {f'{name} ' if name else ''}in {out}; starting a new one")
+                if done := newest_finished(out):
+                    print(f"the newest run there is finished: --resume {done} --iterations N makes it longer")
     elif "resume" in flags:
         other = ["--name"] * ("name" in flags) + ["--preset"] * (preset != "auto")
         if other:
@@ -73,7 +75,20 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
     if preset == "auto":
         device = pick_device(str(flags.get("device", "auto")))
         preset = "record26" if device.type == "cuda" else "laptop"
-    return make_config(preset, flags), None
+    cfg = make_config(preset, flags)
+    if os.environ.get("RANK", "0") == "0" and (note := other_base(preset, cfg, flags)):
+        print(note)
+    return cfg, None
+
+
+def other_base(preset: str, cfg: TrainConfig, flags: Collection[str]) -> str:
+    """A line where the preset's learning rates are taken for those of another base width than they were tuned at."""
+    tuned, rates = PRESETS[preset].base_width, [name for name in flags if name.endswith("_lr") or name == "lr_scale"]
+    if cfg.base_width in (None, tuned) or rates:
+        return ""
+    return (
+        f"note: the learning rates of preset {preset} were tuned at width {tuned}, not at --base-width {cfg.base_width}"
+    )
 
 
 def _claim(out: Path, flags: Mapping[str, object]) -> tuple[Path | None, FolderLock | None]:

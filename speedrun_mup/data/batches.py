@@ -112,7 +112,10 @@ class Batches(ABC):
         """ConfigError unless `size` ranks can share every step's micro-batches evenly: N must be a multiple of it."""
         if self.N % size:
             fits = ", ".join(str(n) for n in range(1, self.N + 1) if self.N % n == 0)
-            raise ConfigError(f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}")
+            raise ConfigError(
+                f"{self.N} micro-batches cannot be shared by {size} processes; start one of {fits}, or give --micro-batches of "
+                f"which every stage of --batch-schedule makes a multiple of {size}"
+            )
 
     def indices(self, step: int, rank: int, size: int, skipped: int = 0) -> range:
         """Which micro-batches of the whole run `rank` of `size` takes at `step`."""

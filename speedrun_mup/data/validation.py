@@ -158,8 +158,9 @@ _VERSION = 1  # of what is kept about overlaps
 def trained_elsewhere(mixture: Mixture) -> list[list[Span]]:
     """For each part, the documents of its validation that stand in the training text of another part.
 
-    Documents are compared as a whole, by hash. All training text is read for it once; the answer is kept in the cache
-    folder, by the fingerprints.
+    Documents are compared as a whole, by hash; one that goes on in the next shard counts as two, and is found only if the
+    other part cuts it at the same place. That is one document at most for each end of a shard. All training text is read
+    for it once; the answer is kept in the cache folder, by the fingerprints.
     """
     key = hashlib.sha256(repr((_VERSION, [part.fingerprint for part in mixture.parts])).encode()).hexdigest()
     try:

@@ -110,20 +110,33 @@ class _Worker:
             self.close()
             context = multiprocessing.get_context("spawn")
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+            self.begun, begin = context.Pipe(duplex=False)
+            self.process = context.Process(target=_work, args=(theirs, begin), daemon=True)
             with _environment(self.environment):  # torch reads it when the process imports it
                 self.process.start()
             theirs.close()  # so that its death is the end of the file
+            begin.close()
         with contextlib.suppress(OSError):  # it died just now, and `receive` will notice
             self.connection.send((spec, scratch))
 
     def receive(self) -> RunResult | Failure:
-        """Its answer, or a Failure if it died over it."""
+        """Its answer, or a Failure if it died over it. ConfigError if Python could not even start it."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
+            if self.process.exitcode == 1 and not self._has_begun():
+                raise ConfigError(
+                    "a worker process ended before it began, as its own message says: it imports the script that starts the "
+                    'sweep; there, what is to run once must be under `if __name__ == "__main__":`'
+                ) from None
             return Failure(f"its process died (exit code {self.process.exitcode})")
+
+    def _has_begun(self) -> bool:
+        try:
+            return bool(self.begun.recv())
+        except (EOFError, OSError):
+            return False
 
     def close(self) -> None:
         """Kill it."""
@@ -131,6 +144,7 @@ class _Worker:
             self.process.kill()
             self.process.join()
             self.connection.close()
+            self.begun.close()
             self.process = None
 
 
@@ -146,8 +160,9 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _work(tasks: Any) -> None:
-    """The life of a worker: until its parent closes the connection or dies."""
+def _work(tasks: Any, begin: Any) -> None:
+    """The life of a worker: until its parent closes the connection or dies. begin: gets a word at its start."""
+    begin.send(True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
     tqdm.set_lock(threading.RLock())  # the default is a semaphore, which a killed process leaves behind
     threading.Thread(target=_die_with_parent, daemon=True).start()

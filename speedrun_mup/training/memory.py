@@ -65,8 +65,9 @@ def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
     if cfg.deterministic:
         if world_size > 1 and (odd := next((share for share in shares if share & (share - 1)), 0)):
             raise ConfigError(
-                f"{odd} micro-batches per process do not fit the tree that --deterministic sums in; start 1 process, or "
-                "so many that each has 1, 2, 4, 8, ... of them"
+                f"{odd} micro-batches per process do not fit the tree that --deterministic sums in; start 1 process, leave "
+                "--deterministic out, or choose processes, --micro-batches and --batch-schedule so that each process has 1, 2, "
+                "4, 8, ... of them in every stage"
             )
         return 1
     if cfg.micro_batches_per_forward:

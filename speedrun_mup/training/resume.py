@@ -21,6 +21,7 @@ from speedrun_mup.core.model import GPT
 from speedrun_mup.core.optimizers import ShardedOptimizer
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable
+from speedrun_mup.settings import flag_of
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded, check_match
 from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.tracking import lives, source_sha256
@@ -188,8 +189,8 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
         first = differ[0]
         raise CheckpointError(
             f"--init-from {path}: another model, {len(differ)} of its parameters do not fit; {first} is "
-            f"{shapes.get(first) or 'missing or unexpected'}, not {tuple(own[first].shape) if first in own else 'known'};"
-            " give the same --width, --n-layer and tokens"
+            f"{shapes.get(first) or 'missing or unexpected'}, not {tuple(own[first].shape) if first in own else 'known'}; "
+            f"{_other_shape(loaded.cfg, cfg)}"
         )
     theirs = loaded.cfg
     with torch.device("meta"):
@@ -200,6 +201,14 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
             f"{theirs.parametrization} --base-width {theirs.tuned_width} --head-dim {theirs.head_dim}"
         )
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in loaded.model.items()})
+
+
+def _other_shape(theirs: TrainConfig, cfg: TrainConfig) -> str:
+    """What to give so that a model gets the parameters of another run's."""
+    sizes = [name for name, meta in settings().items() if name in ("width", "n_layer") or meta.group == "techniques"]
+    differ = [name for name in sizes if getattr(theirs, name) != getattr(cfg, name)]
+    told = [f"{flag_of(name)} {getattr(theirs, name)} (here {getattr(cfg, name)})" for name in differ]
+    return f"that run has {', '.join(told)}" if told else "its settings are these; give data with the same tokens"
 
 
 def _other_type(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -210,6 +210,12 @@ def claim_unfinished(
     return None
 
 
+def newest_finished(out: Path) -> Path | None:
+    """The newest run in `out`, if it is finished."""
+    newest = next(iter(_runs(out)), None)
+    return newest if newest and is_finished(newest) else None
+
+
 def _claim(folder: Path, wanted: Mapping[str, Any]) -> FolderLock | None:
     """The lock of `folder`, or None if its run is at its end. UserError or OSError if it cannot be gone on with."""
     if is_finished(folder):

@@ -50,6 +50,9 @@ class Stage:
         sequence_tokens: a micro-batch is cut into sequences of so many tokens; None: it is one.
         window: the long attention window, in blocks; None: it grows with the run, as in record 26.
         loss_weights: of predicting the next token, the one after it, ...; GPT predicts the next one only.
+
+    Raises:
+        ConfigError: for a number that no stage can have.
     """
 
     fraction: Fraction
@@ -58,6 +61,17 @@ class Stage:
     sequence_tokens: int | None = None
     window: int | None = None
     loss_weights: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "micro_batches",
+            "sequence_tokens",
+            "window",
+        ):  # how many micro-batches: `Schedule` knows the stage
+            value, counted = getattr(self, name), name == "micro_batches"
+            if not (value is None and not counted) and not (type(value) is int and (counted or value >= 1)):
+                half = "; divide with //" if isinstance(value, float) else ""
+                raise ConfigError(f"a stage's {name}={value!r} must be a whole number, at least 1{half}")
 
 
 class AtStep(NamedTuple):
