@@ -17,6 +17,7 @@ from speedrun_mup.core.model import GPT, GPTConfig
 from speedrun_mup.core.model.record import strip_compiled
 from speedrun_mup.data.tokenizers import BpeTokenizer
 from speedrun_mup.export.dcp import import_dcp
+from speedrun_mup.export.record import NAMES
 from speedrun_mup.training import train
 from speedrun_mup.training.checkpoint import CheckpointError
 from speedrun_mup.training.checkpoint_manifest import json_with_digest
@@ -76,6 +77,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def test_a_file_of_upstream_is_a_run_and_comes_back_bit_for_bit(upstream, imported, tmp_path):
     state = strip_compiled(of_upstream())
+    assert all(NAMES.fullmatch(name) for name in state)
     assert same(exported(imported, tmp_path / "b.pt"), state)
     assert main(["import", str(tmp_path / "b.pt"), "--out", str(tmp_path / "b")]) == 0  # which says its settings
     assert same(exported(tmp_path / "b", tmp_path / "c.pt"), state)
@@ -128,6 +130,20 @@ def test_a_run_with_mup_predicts_the_same_with_its_multiplier_in_the_head_and_in
         torch.testing.assert_close(back.model.logits(tokens, back.window), expected, atol=0.05, rtol=0)
         exact = own.model.state_dict()["lm_head.weight"] * own.model.logit_scale
         assert torch.allclose(back.model.state_dict()["lm_head.weight"] * back.model.logit_scale, exact, rtol=1e-6)
+
+
+def test_a_technique_goes_there_and_back_and_is_no_part_of_the_record(tiny, tmp_path, capsys):
+    folder, out = train(tiny(name="a", data="embedded", width=32, attention_gate=4)).folder, tmp_path / "a.pt"
+    assert main(["export", str(folder), "--to", "pt", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "blocks.0.attn.options.0.weight is not in record 26" in said and "multiplied" not in said
+    assert main(["import", str(out), "--out", str(tmp_path / "b")]) == 0
+    own, back = load_run(folder, device="cpu"), load_run(tmp_path / "b", device="cpu")
+    assert back.config.attention_gate == 4
+    tokens = torch.arange(70, dtype=torch.int32)
+    torch.testing.assert_close(
+        back.model.logits(tokens, 3), own.model.logits(tokens, 3), atol=0.05, rtol=0
+    )  # embeddings were rounded
 
 
 def test_the_tokenizer_comes_with_the_run(upstream, tmp_path, capsys):

@@ -26,6 +26,8 @@ from speedrun_mup.training.load import find_checkpoint
 from speedrun_mup.training.model_config import Vocabulary, model_config
 
 RANKS = 8  # of the record, which pads its scalars to a multiple of them
+_PARTS = r"attn\.qkv_w|attn\.c_proj\.weight|mlp\.c_fc\.weight|mlp\.c_proj\.weight"
+NAMES = re.compile(rf"scalars|(embed|lm_head|value_embeds\.\d+)\.weight|blocks\.\d+\.({_PARTS})")  # the record's
 UNUSED = "record_scalars"  # in the state of an imported checkpoint: the file's scalars, also those that no layer uses
 
 
@@ -53,6 +55,8 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
     saved = _as_the_record(model, loaded.state.get(UNUSED), path)
     if any(saved[name].dtype != tensor.dtype for name, tensor in model.items() if name in saved):
         notes.append("embeddings are rounded to bfloat16, the type that they have in the record")
+    if foreign := [name for name in saved if not NAMES.fullmatch(name)]:
+        notes.append(f"{foreign[0]} is not in record 26, whose own program refuses this file")
     content = {"step": loaded.step, "model": saved} | ({"settings": dataclasses.asdict(cfg)} if cfg else {})
     buffer = io.BytesIO()
     torch.save(content, buffer)
