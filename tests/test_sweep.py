@@ -1283,6 +1283,35 @@ def test_ray_of_our_own_listens_on_the_loopback_only(monkeypatch):
     assert RayEngine(2).workers == 2 and deaf.calls[-1] == {"log_to_driver": False} and RAY_LISTENS not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            "RayTaskError",
+            r"lacks a setting that another process added \(ConfigError: setting x is unknown here\); install",
+        ),
+        ("WorkerCrashedError", "WorkerCrashedError: its process or node died"),
+    ],
+)
+def test_a_ray_worker_that_cannot_read_a_run_says_why(small, corpus, tmp_path, fault, said):
+    errors = SimpleNamespace(
+        RayError=type("RayError", (Exception,), {"cause": ConfigError("setting x is unknown here")})
+    )
+    errors.RayTaskError = type("RayTaskError", (errors.RayError,), {})
+    errors.WorkerCrashedError = type("WorkerCrashedError", (errors.RayError,), {})
+
+    def get(task):
+        raise getattr(errors, fault)
+
+    engine = RayEngine.__new__(RayEngine)
+    engine.workers, engine._task = 1, SimpleNamespace(remote=lambda *_: "task")
+    engine._ray = SimpleNamespace(
+        exceptions=errors, get=get, wait=lambda tasks: (tasks, []), cancel=lambda *_, **__: None
+    )
+    ((_, failure),) = engine.run(iter([cell_of(small(), corpus, "mup")]), tmp_path)
+    assert re.search(said, failure.why)
+
+
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'speedrun-mup\[ray\]'"):

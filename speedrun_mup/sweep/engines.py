@@ -178,10 +178,14 @@ def _answer(tasks: Any) -> RunResult | Failure:
     except (EOFError, OSError):  # there is none
         raise
     except Exception as fault:
-        why = "a worker process cannot read the run, perhaps because it lacks a setting that another process added"
         advice = 'register it when the module is imported, not under `if __name__ == "__main__"`'
-        return Failure(f"{why} ({in_a_line(fault)}); {advice}")
+        return _cannot_read(fault, advice)
     return run_safely(spec, scratch)
+
+
+def _cannot_read(fault: BaseException, advice: str) -> Failure:
+    why = "a worker process cannot read the run, perhaps because it lacks a setting that another process added"
+    return Failure(f"{why} ({in_a_line(fault)}); {advice}")
 
 
 def _die_with_parent() -> None:
@@ -245,6 +249,9 @@ class RayEngine:
                 (task, *_), _ = ray.wait(list(busy))
                 try:
                     outcome = ray.get(task)
+                except ray.exceptions.RayTaskError as fault:  # `run_safely` raises nothing: it could not be called
+                    advice = "install the module that adds it on every node, and import it in `sitecustomize`"
+                    outcome = _cannot_read(getattr(fault, "cause", None) or fault, advice)
                 except ray.exceptions.RayError as fault:
                     outcome = Failure(f"{type(fault).__name__}: its process or node died")
                 yield busy.pop(task), outcome
