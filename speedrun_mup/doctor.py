@@ -36,7 +36,7 @@ from speedrun_mup.training.tracking import (
     METRICS,
     PROVENANCE,
     STATUS,
-    lives,
+    attempts,
     missing_steps,
     read_metrics,
     read_status,
@@ -237,7 +237,7 @@ def _metrics(folder: Path) -> Iterator[Finding]:
 
 
 def _code(folder: Path) -> Iterator[Finding]:
-    last = (lives(folder) or [{}])[-1]
+    last = (attempts(folder) or [{}])[-1]
     before = last.get("torch", torch.__version__)
     if before != torch.__version__:
         text = f"the run used torch {before}, this is {torch.__version__}"

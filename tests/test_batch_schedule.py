@@ -124,9 +124,9 @@ def test_strict_sums_need_a_branch_of_the_tree_in_every_stage(tiny):
 
 
 def run_ranks_pack(cfg) -> int:
-    from speedrun_mup.training.memory import pick_pack
+    from speedrun_mup.training.memory import micro_batches_at_once
 
-    return pick_pack(cfg, 2, torch.device("cpu"))
+    return micro_batches_at_once(cfg, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

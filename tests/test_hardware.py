@@ -26,7 +26,7 @@ from speedrun_mup.training.hardware import (
     pick_dtype,
     pick_fp8,
 )
-from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack
+from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, micro_batches_at_once
 from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.schedules import BATCH_SCHEDULES, Stage
@@ -153,9 +153,9 @@ def test_8_bits_that_cannot_work_are_an_error(monkeypatch, changes, device, dtyp
 
 def test_a_pass_takes_as_many_micro_batches_as_the_device_likes():
     small = TrainConfig(micro_batch_tokens=2048, micro_batches=8, val_chunk_tokens=2048)
-    assert [pick_pack(small, ranks, CPU) for ranks in (1, 2, 4, 8)] == [4, 4, 2, 1]
-    assert pick_pack(small, 1, CUDA) == 8 and pick_pack(TrainConfig(), 1, CUDA) == 1
-    assert pick_pack(dataclasses.replace(small, micro_batches_per_forward=3), 1, CPU) == 3
+    assert [micro_batches_at_once(small, ranks, CPU) for ranks in (1, 2, 4, 8)] == [4, 4, 2, 1]
+    assert micro_batches_at_once(small, 1, CUDA) == 8 and micro_batches_at_once(TrainConfig(), 1, CUDA) == 1
+    assert micro_batches_at_once(dataclasses.replace(small, micro_batches_per_forward=3), 1, CPU) == 3
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def no_memory_above(most: int, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has ...")
 
     def limited(run, micro_batches, step):
-        fill(run.pack * run.cfg.micro_batch_tokens)
+        fill(run.at_once * run.cfg.micro_batch_tokens)
         return passes(run, micro_batches, step)
 
     def limited_chunk(run, number, step):

@@ -22,10 +22,10 @@ from speedrun_mup.core.errors import ConfigError, UserError
 from speedrun_mup.core.utils import World
 from speedrun_mup.data.corpus import write_synthetic
 from speedrun_mup.training.checkpoint import CheckpointError, Loaded
-from speedrun_mup.training.resume import told_of_extension
+from speedrun_mup.training.resume import describe_extension
 from speedrun_mup.training.run import Run, train
 from speedrun_mup.training.run_folder import FolderLock, claim_unfinished, saved_config
-from speedrun_mup.training.tracking import lives, read_metrics
+from speedrun_mup.training.tracking import attempts, read_metrics
 
 
 def settings(tiny, folder, **changes):
@@ -41,7 +41,10 @@ def test_a_finished_run_can_be_extended(tiny):
     longer = train(settings(tiny, first.folder, iterations=12))
     assert longer.finished and longer.steps == 12 and [step for step, _ in curve(longer.folder)] == list(range(12))
     assert saved_config(longer.folder).iterations == 12
-    assert lives(longer.folder)[-1]["changed"] == {"iterations": [6, 12]} and lives(longer.folder)[-1]["from_step"] == 6
+    assert (
+        attempts(longer.folder)[-1]["changed"] == {"iterations": [6, 12]}
+        and attempts(longer.folder)[-1]["from_step"] == 6
+    )
     said = (longer.folder / "log.txt").read_text()
     assert "extended from 6 to 12 steps: " in said and "step 6 lies in the old cooldown" in said
     rates = [r["lr"] / 0.05 for r in read_metrics(longer.folder) if r["kind"] == "train"]
@@ -66,8 +69,8 @@ def test_an_extended_run_that_is_interrupted_goes_on_to_the_bit(tiny):
 
 def test_extending_before_the_cooldown_says_that_the_rate_stays(tiny):
     cfg = tiny(iterations=200, cooldown=0.5)
-    assert "up to step 40 the learning rate was that of the longer run too" in told_of_extension(100, cfg, 40)
-    late = told_of_extension(100, cfg, 90)
+    assert "up to step 40 the learning rate was that of the longer run too" in describe_extension(100, cfg, 40)
+    late = describe_extension(100, cfg, 90)
     assert "fallen to 0.28 of its peak, and it continues at 1.00" in late and "start again" in late
 
 

@@ -27,7 +27,7 @@ from speedrun_mup.data.shards import ShardError, read_shard
 from speedrun_mup.report import plot_loss_curve
 from speedrun_mup.training.checkpoint import CheckpointError
 from speedrun_mup.training.divergence import FiniteCheck, LossSpikeDetector
-from speedrun_mup.training.memory import pick_pack
+from speedrun_mup.training.memory import micro_batches_at_once
 from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.resume import check_resumable
 from speedrun_mup.training.run import Run, train
@@ -601,10 +601,14 @@ def test_without_strict_the_bits_depend_on_the_number_of_ranks_but_little_else_d
 
 def test_strict_needs_branches_of_the_tree():
     with pytest.raises(ConfigError, match="3 micro-batches per process do not fit the tree"):
-        pick_pack(make_config("laptop", {"deterministic": True, "micro_batches": 6}), 2, torch.device("cpu"))
+        micro_batches_at_once(
+            make_config("laptop", {"deterministic": True, "micro_batches": 6}), 2, torch.device("cpu")
+        )
     for size in (1, 3, 6):
         assert (
-            pick_pack(make_config("laptop", {"deterministic": True, "micro_batches": 6}), size, torch.device("cpu"))
+            micro_batches_at_once(
+                make_config("laptop", {"deterministic": True, "micro_batches": 6}), size, torch.device("cpu")
+            )
             == 1
         )
 

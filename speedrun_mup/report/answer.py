@@ -20,7 +20,7 @@ from speedrun_mup.report.words import arm_words, within
 from speedrun_mup.sweep import RunResult, read_definition, size_names, times, tuned_flag
 from speedrun_mup.sweep.folder import place_in
 from speedrun_mup.sweep.result import RESULT, RUNS, in_bits_per_byte
-from speedrun_mup.training.tracking import CONFIG, lives
+from speedrun_mup.training.tracking import CONFIG, attempts
 from speedrun_mup.transfer import ArmResult, SizeFit, TransferError, TransferResult, loss_forecast, with_article
 
 FEW_LENGTHS = 6  # of runs, that are told one by one
@@ -256,7 +256,7 @@ def _short(version: object) -> str:
 
 def _target(run: Path) -> str:
     """A finished run: its folder's name, its day, and its command as far as it is known."""
-    made = (lives(run) or [{}])[-1]
+    made = (attempts(run) or [{}])[-1]
     command, commit = made.get("command", "not known"), _short(made.get("revision", "not known"))
     return f"{run.resolve().name}, {_day((run / CONFIG).stat().st_mtime)}, by `{command}`, commit {commit}"
 

@@ -17,14 +17,14 @@ TOKENS_AT_ONCE = {"cpu": 8192, "mps": 16_384, "cuda": 65_536}  # what one forwar
 
 
 @contextmanager
-def translate_oom(cfg: TrainConfig, step: int, work: str = "passes", pack: int = 1) -> Iterator[None]:
+def translate_oom(cfg: TrainConfig, step: int, work: str = "passes", at_once: int = 1) -> Iterator[None]:
     """Turn running out of memory into an OutOfMemory that says what took how much, and what would take less.
 
     Args:
         cfg: the settings in force.
         step: that the run is at.
         work: model, passes, update or validation.
-        pack: micro-batches in one forward pass.
+        at_once: micro-batches in one forward pass.
     """
     try:
         yield
@@ -33,11 +33,11 @@ def translate_oom(cfg: TrainConfig, step: int, work: str = "passes", pack: int =
             raise
         text = (str(fault).splitlines() or ["MemoryError"])[0]
         said = text.partition(". GPU ")[0].rpartition("] ")[2]
-        needed, advice = memory_advice(cfg, work, pack)
+        needed, advice = memory_advice(cfg, work, at_once)
         raise OutOfMemory(f"step {step}: no memory for {needed} ({said}); try {advice}") from None
 
 
-def memory_advice(cfg: TrainConfig, work: str, pack: int) -> tuple[str, str]:
+def memory_advice(cfg: TrainConfig, work: str, at_once: int) -> tuple[str, str]:
     """What `work` takes at once, and settings that let it take less."""
     if work == "model":
         return "the weights", "a smaller --width"
@@ -54,12 +54,12 @@ def memory_advice(cfg: TrainConfig, work: str, pack: int) -> tuple[str, str]:
         advice = (
             f"--micro-batch-tokens {smaller} --micro-batches {cfg.micro_batches * cfg.micro_batch_tokens // smaller}"
         )
-    if not validation and pack > 1:
-        advice = f"--micro-batches-per-forward {pack // 2}, or {advice}"
-    return f"{f'validation on {size:,}' if validation else f'{pack} x {size:,}'} tokens at once", advice
+    if not validation and at_once > 1:
+        advice = f"--micro-batches-per-forward {at_once // 2}, or {advice}"
+    return f"{f'validation on {size:,}' if validation else f'{at_once} x {size:,}'} tokens at once", advice
 
 
-def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
+def micro_batches_at_once(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
     """How many of a rank's micro-batches one forward pass takes side by side. ConfigError if --deterministic cannot be kept."""
     shares = [max(stage.micro_batches // world_size, 1) for stage in cfg.schedule.stages]
     if cfg.deterministic:
@@ -76,13 +76,13 @@ def pick_pack(cfg: TrainConfig, world_size: int, device: torch.device) -> int:
     return max((n for n in range(1, common + 1) if common % n == 0 and n <= fits), default=1)
 
 
-def fit_micro_batch(cfg: TrainConfig, pack: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
+def fit_micro_batch(cfg: TrainConfig, at_once: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig:
     """`cfg` with as many tokens in one forward pass as `fits` says do fit, for the same tokens in a step.
 
     At first fewer micro-batches go side by side, which changes nothing but rounding; then they get half as long and twice
     as many, which puts other tokens into a step. ConfigError if not even one block fits.
     """
-    cfg = replace(cfg, fit_memory=False, micro_batches_per_forward=pack)
+    cfg = replace(cfg, fit_memory=False, micro_batches_per_forward=at_once)
     while not fits(cfg):
         if cfg.micro_batches_per_forward > 1:
             cfg = replace(cfg, micro_batches_per_forward=cfg.micro_batches_per_forward // 2)

@@ -22,7 +22,7 @@ from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import bytes_of_tokens
 from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.training.build import build_model
-from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, pick_pack, translate_oom
+from speedrun_mup.training.memory import fit_micro_batch, fit_val_chunk, micro_batches_at_once, translate_oom
 
 
 class Passes:
@@ -46,23 +46,23 @@ class Passes:
     def fit(self) -> TrainConfig:
         """Choose how many micro-batches go side by side, and with --fit-memory all sizes; the settings in force."""
         cfg = self.cfg
-        self.pack = pick_pack(cfg, self.world.size, self.world.device)
+        self.at_once = micro_batches_at_once(cfg, self.world.size, self.world.device)
         if cfg.fit_memory:
-            self.configure_batches(fit_val_chunk(fit_micro_batch(cfg, self.pack, self.fits), self.val_fits))
+            self.configure_batches(fit_val_chunk(fit_micro_batch(cfg, self.at_once, self.fits), self.val_fits))
         return self.cfg
 
     def describe(self) -> str:
         """What was chosen for this device, and why."""
         cfg, steps = self.cfg, [stage.micro_batches for stage in self.schedule.stages]
-        packs = ", ".join(dict.fromkeys(f"{min(self.pack, n // self.world.size)} of {n}" for n in steps))
+        shares = ", ".join(dict.fromkeys(f"{min(self.at_once, n // self.world.size)} of {n}" for n in steps))
         return (
-            f"{self._choices}; {packs} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
+            f"{self._choices}; {shares} micro-batches of {cfg.micro_batch_tokens:,} tokens a pass, "
             f"{cfg.val_chunk_tokens:,} in validation"
         )
 
     def configure_batches(self, cfg: TrainConfig) -> None:
         """Divide steps into micro-batches, and those into passes, as `cfg` says; validation into chunks."""
-        self.cfg, self.schedule, self.pack = cfg, cfg.schedule, cfg.micro_batches_per_forward
+        self.cfg, self.schedule, self.at_once = cfg, cfg.schedule, cfg.micro_batches_per_forward
         self.batches = batches_of(cfg, self.corpus)
         self.batches.check_ranks(self.world.size)  # raises now, before there is a folder
         if cfg.epochs:
@@ -78,7 +78,7 @@ class Passes:
         self.configure_batches(cfg)
         largest, widest = self.schedule.largest_step, self.schedule.widest_step(cfg.iterations - 1)
         with closing(self.batches.stream(largest, self.world.rank, self.world.size)) as stream:
-            micro_batches = next(stream)[: None if cfg.deterministic else 2 * self.pack]
+            micro_batches = next(stream)[: None if cfg.deterministic else 2 * self.at_once]
             return self._has_memory_for(lambda: self.accumulate_gradients(micro_batches, widest))
 
     def val_fits(self, cfg: TrainConfig) -> bool:
@@ -146,8 +146,8 @@ class Passes:
         if self.cfg.deterministic:
             return self._accumulate_as_tree(micro_batches, step)
         window, scale, total = self.window(step), self.loss_scale(step), torch.zeros((), device=self.world.device)
-        for first in range(0, len(micro_batches), self.pack):
-            group = [self.sequences(batch, step) for batch in micro_batches[first : first + self.pack]]
+        for first in range(0, len(micro_batches), self.at_once):
+            group = [self.sequences(batch, step) for batch in micro_batches[first : first + self.at_once]]
             inputs, targets = self.to_device((torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])))
             with self.phase("forward"):
                 loss = self.model(inputs, targets, window)

@@ -24,7 +24,7 @@ from speedrun_mup.files import printable
 from speedrun_mup.settings import flag_of
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded, check_match
 from speedrun_mup.training.model_config import model_config
-from speedrun_mup.training.tracking import lives, source_sha256
+from speedrun_mup.training.tracking import attempts, source_sha256
 
 # What earlier checkpoints lack. Those before schedules counted skipped data in steps, as data_offset.
 DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data_offset": 0, "skipped_micro_batches": 0, "losses": []}
@@ -65,7 +65,7 @@ def checked_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
 def check_resumable(cfg: TrainConfig, corpus: Corpus, state: dict[str, Any], path: Path) -> None:
     """Raise CheckpointError listing every setting that differs from those that `path` was made with.
 
-    A run may get longer; `told_of_extension` says what that means.
+    A run may get longer; `describe_extension` says what that means.
     """
     if not state["corpus"]:
         raise CheckpointError(
@@ -93,7 +93,7 @@ def is_longer(before: Any, now: int) -> bool:
     return isinstance(before, int) and before < now
 
 
-def told_of_extension(before: int, cfg: TrainConfig, start: int) -> str:
+def describe_extension(before: int, cfg: TrainConfig, start: int) -> str:
     """What it does to the schedules that a run of `before` steps continues to `cfg.iterations` from step `start`."""
     now, cooled = cfg.iterations, math.ceil(before * (1 - cfg.cooldown))
     said = (
@@ -146,7 +146,7 @@ def restore(
         optimizer.load_slices(loaded.slice, state["optimizer_steps"][type(optimizer).__name__])
     before = state["config"]["iterations"]
     if is_longer(before, cfg.iterations):
-        notes = [*notes, told_of_extension(before, cfg, state["step"])]
+        notes = [*notes, describe_extension(before, cfg, state["step"])]
     return state, notes
 
 
@@ -220,9 +220,9 @@ def _other_type(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     return ""
 
 
-def told_of_other_code(folder: Path) -> list[str]:
-    """A line if the last life of the run in `folder` had other code than this one."""
-    before, now = next((life.get("source_sha256") for life in lives(folder)[-1:]), None), source_sha256()
+def describe_other_code(folder: Path) -> list[str]:
+    """A line if the last attempt of the run in `folder` had other code than this one."""
+    before, now = next((attempt.get("source_sha256") for attempt in attempts(folder)[-1:]), None), source_sha256()
     if before in (None, now):
         return []
     return [

@@ -36,7 +36,7 @@ from speedrun_mup.training.hardware import short_waits
 from speedrun_mup.training.memory import translate_oom
 from speedrun_mup.training.passes import Passes
 from speedrun_mup.training.recovery import Recovery, RollBack
-from speedrun_mup.training.resume import check_resumable, restore, take_weights, told_of_other_code
+from speedrun_mup.training.resume import check_resumable, describe_other_code, restore, take_weights
 from speedrun_mup.training.run_folder import FolderLock, RunFolder, saved_config
 from speedrun_mup.training.signals import StoppedEarly, StopSignals, stop_signals
 from speedrun_mup.training.tracking import source_sha256
@@ -217,7 +217,7 @@ class Run:
 
     def take_step(self, micro_batches: list[Batch], step: int, stop: bool = False) -> None:
         """Gradients, a check of them on all ranks, and the update. stop: whether this rank was asked to."""
-        with translate_oom(self.cfg, step, "passes", min(self.passes.pack, len(micro_batches))):
+        with translate_oom(self.cfg, step, "passes", min(self.passes.at_once, len(micro_batches))):
             loss_sum = self.passes.accumulate_gradients(micro_batches, step)
         check = self.recovery.check(step, loss_sum, stop)
         self.set_schedule(step)
@@ -329,7 +329,7 @@ class Run:
         stream = self.passes.batches.stream(0, self.world.rank, self.world.size)
         for _ in range(self.cfg.kernel_warmup):
             micro_batches = next(stream)
-            with translate_oom(self.cfg, self.start, "passes", min(self.passes.pack, len(micro_batches))):
+            with translate_oom(self.cfg, self.start, "passes", min(self.passes.at_once, len(micro_batches))):
                 self.passes.accumulate_gradients(micro_batches, step=0)
             with translate_oom(self.cfg, self.start, "update"):
                 for optimizer in self.optimizers:
@@ -384,7 +384,7 @@ class Run:
     def resume(self) -> list[str]:
         """Continue from the newest intact checkpoint, if the folder has one; returns what there is to say about it."""
         folder = self.folder
-        notes = told_of_other_code(folder) if self.world.is_main else []
+        notes = describe_other_code(folder) if self.world.is_main else []
         path = self.checkpoints.newest(notes.append)
         if path is None:
             saved = saved_config(folder)

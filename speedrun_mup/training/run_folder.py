@@ -27,8 +27,8 @@ from speedrun_mup.training.tracking import (
     METRICS,
     PROVENANCE,
     RunLog,
+    attempts,
     launch,
-    lives,
     provenance,
     read_metrics,
     read_status,
@@ -138,10 +138,10 @@ def _note_start(cfg: TrainConfig, folder: Path, start: int) -> None:
     now = dataclasses.replace(before, **{name: getattr(cfg, name) for name in lasting}) if before else cfg
     both = {name: [getattr(before, name), getattr(now, name)] for name in lasting if before}
     changed = {name: values for name, values in both.items() if values[0] != values[1]}
-    life = provenance(sys.argv) | {"from_step": start, "changed": changed}
+    attempt = provenance(sys.argv) | {"from_step": start, "changed": changed}
     try:
         with open_to_append(folder / PROVENANCE) as file:
-            file.write(json.dumps(life) + "\n")
+            file.write(json.dumps(attempt) + "\n")
     except OSError as fault:
         raise _cannot_write(cfg, folder, fault) from None
     if changed or not before:
@@ -257,7 +257,8 @@ def _why(fault: Exception) -> str:
 def run_of_launch(out: Path) -> Path | None:
     """The run folder in `out` that this torchrun was the last to work in; what its ranks resume after a restart."""
     return next(
-        (folder for folder in _runs(out) if [life.get("launch") for life in lives(folder)[-1:]] == [launch()]), None
+        (folder for folder in _runs(out) if [attempt.get("launch") for attempt in attempts(folder)[-1:]] == [launch()]),
+        None,
     )
 
 

@@ -83,8 +83,8 @@ def provenance(command: list[str]) -> dict[str, str | None]:
     }
 
 
-def lives(folder: Path) -> list[dict[str, Any]]:
-    """What each life of a run noted in provenance.json, the first one first; a line that is damaged is left out."""
+def attempts(folder: Path) -> list[dict[str, Any]]:
+    """What each attempt of a run noted in provenance.json, the first one first; a line that is damaged is left out."""
     try:
         lines = read_bytes(folder / PROVENANCE).splitlines()
     except OSError:
@@ -92,11 +92,11 @@ def lives(folder: Path) -> list[dict[str, Any]]:
     noted = []
     for line in lines:
         try:
-            life = json.loads(line)
+            attempt = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(life, dict):
-            noted.append(life)
+        if isinstance(attempt, dict):
+            noted.append(attempt)
     return noted
 
 
