@@ -35,6 +35,9 @@ COUPLING = Prior(0.75, 0.5)  # t in units of 1 / loss at the base: 0 adds, 1 mul
 EXPONENTS, COUPLINGS = (-0.5, 2.0), (1e-3, 1.6)  # what is believed at all
 STEPS = 30  # of the minimisation
 FLAT = 1e-4  # exponents nearer to 0 than this are a straight line in log size
+# A law of the loss is hardly ever off by nothing, and few places to spare show so little of it that Student's t would have
+# the interval: as if so many further places had shown so much of the loss.
+USUAL_MISFIT, MISFIT_FREEDOM = 0.001, 3.0
 UNKNOWN_NOISE = 0.003  # of the loss: what it is taken for where it is unknown
 
 
@@ -182,13 +185,15 @@ def law_derivatives(values: Array, doublings: Array) -> Array:
 
 
 def _misfit(best: Array, doublings: Array, losses: Array, error: Array, width: Array) -> tuple[float, float]:
-    """How far places lie from the law beyond their noise, by the method of moments, and the places to spare behind that."""
+    """How far places lie from the law beyond their noise, by the method of moments, steadied by what is usual; and the
+    degrees of freedom behind that."""
     slope = law_derivatives(best, doublings)[0] / error[:, None]
     inverse = np.linalg.pinv(slope.T @ slope + np.diag(width**-2.0))
     taken = np.einsum("pi,ij,pj->p", slope, inverse, slope)
-    spare = len(losses) - float(taken.sum())
-    if spare < 1:
-        return 0.0, math.inf
+    spare = max(len(losses) - float(taken.sum()), 0.0)
     rest = losses - law_at(best, doublings)[0]
-    excess = float((rest**2).sum() - (error**2 * (1 - taken)).sum()) / spare
-    return math.sqrt(max(excess, 0.0)), spare
+    squares = max(float((rest**2).sum() - (error**2 * (1 - taken)).sum()), 0.0) if spare >= 1 else 0.0
+    spare = spare if squares else 0.0  # what noise explains says nothing of how small the misfit is
+    usual = USUAL_MISFIT * float(np.abs(losses).max())
+    freedom = spare + MISFIT_FREEDOM
+    return math.sqrt((squares + MISFIT_FREEDOM * usual**2) / freedom), freedom
