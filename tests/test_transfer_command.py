@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from speedrun_mup.cli import main
+from speedrun_mup.report.figures import loss_curves
+from speedrun_mup.transfer import measure_transfer
+from speedrun_mup.transfer.table import read_table
 
 TABLE = str(Path(__file__).parent / "data" / "transfer_sweep.csv")
 
@@ -144,3 +147,16 @@ def test_two_tables_in_one_folder_have_a_report_each(tmp_path):
         (tmp_path / f"{name}.csv").write_text(Path(TABLE).read_text())
         assert main(["report", str(tmp_path / f"{name}.csv"), "--controls", "adam-const=-1"]) == 0
     assert {path.parent.name for path in tmp_path.rglob("report.md")} == {"a-report", "b-report"}
+
+
+def test_the_legend_of_loss_curves_explains_every_mark():
+    """The pale fit behind a line, the diamond on it, and hollow ones."""
+    table = read_table(TABLE)
+    for found, hollow in ((table.points, False), ([point for point in table.points if point.value < 0.03], True)):
+        result = measure_transfer(found, controls={"adam-const": -1.0})
+        some = [fit for arm in result.arms.values() for fit in arm.fits]
+        assert any(fit.problems for fit in some) is hollow
+        for figure in loss_curves(result):
+            labels = [key.label for key in figure.keys]
+            assert {"quadratic fit to its points", "best of a width, by the fit"} <= {*labels}
+            assert ("does not count" in labels) is any(mark.hollow for panel in figure.panels for mark in panel.marks)

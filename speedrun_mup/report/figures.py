@@ -80,7 +80,10 @@ def _loss_curves(name: str, arms: Sequence[ArmResult], result: TransferResult, l
         panels.append(Panel(f"{arm_words(arm.arm)}\n{_movement(arm)}", marks, tags))
     here = {fit.size for arm in arms for fit in arm.fits}
     keys = [Key(axes.at(size), "line", colors[size], symbols[size], marked=True) for size in sorted(here)]
-    keys.append(Key(f"best of {with_article(axes.size)}", "points", symbol="D"))
+    keys.append(Key("quadratic fit to its points", "band", BAND))
+    keys.append(Key(f"best of {with_article(axes.size)}, by the fit", "points", symbol="D"))
+    if any(fit.problems for arm in arms for fit in arm.fits):
+        keys.append(Key("does not count", "points", symbol="D", hollow=True))
     if any(mark.kind == "rule" for panel in panels for mark in panel.marks):
         keys.append(Key(f"best of the base {axes.size}", "line", dotted=True))
     if any(fit.table.diverged for arm in arms for fit in arm.fits):
