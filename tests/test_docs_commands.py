@@ -7,7 +7,9 @@ A mark stands right before the block and names how the command begins:
 
 import gzip
 import importlib
+import itertools
 import json
+import random
 import re
 import shlex
 import subprocess
@@ -39,6 +41,7 @@ SHORT = (
     (r"^train .*--resume ", ""),
     (r"^train", f"--preset laptop --device cpu --data synthetic --width 64 {SMALL}"),
     (r"^plan .*--preset record26", "--data synthetic --iterations 3"),
+    (r"^plan .*--tokens", "--data synthetic"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
     (r"^coord-check", CHECK),
@@ -165,14 +168,18 @@ def workspace(tmp_path, monkeypatch, texts):
     return tmp_path
 
 
-def write_table(path: Path, size: str, hyperparameter: str) -> None:
-    """The reader's own runs: an arm that transfers and one that drifts by an octave per doubling."""
-    rows = [f"arm,{size},{hyperparameter},seed,loss"]
+def write_table(path: Path, sizes: list[str], hyperparameter: str) -> None:
+    """The reader's own runs: an arm that transfers and one that drifts by an octave per doubling, along each size alone."""
+    rows = [f"arm,{','.join(sizes)},{hyperparameter},seed,loss"]
+    places, luck = {(0, *[64] * len(sizes))}, random.Random(0)
+    for axis in range(len(sizes)):
+        places |= {(j, *(64 * 2**j if axis == other else 64 for other in range(len(sizes)))) for j in range(3)}
     for arm, drift in (("mup", 0.0), ("sp", -1.0)):
-        for doubling, width in enumerate((64, 128, 256)):
+        for doubling, *values in sorted(places):
+            width = ",".join(map(str, values))
             for octave in range(-4, 4):
                 for seed in range(3):
-                    noise = 0.001 * ((7 * seed + 3 * octave + doubling) % 5 - 2)
+                    noise = luck.gauss(0, 0.002)
                     loss = 3 - 0.2 * doubling + 0.05 * (octave - drift * doubling) ** 2 + noise
                     rows.append(f"{arm},{width},{0.01 * 2.0**octave:.8g},{seed},{loss:.6f}")
     path.write_text("\n".join(rows) + "\n")
@@ -194,9 +201,9 @@ def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd)
         if reason:
             continue
         for name in (word for word in words if word.endswith(".csv")):
-            axes = {"--size": "width", "--hyperparameter": "lr"}
-            axes |= {flag: words[words.index(flag) + 1] for flag in axes if flag in words}
-            write_table(workspace / name, *axes.values())
+            sizes = [after for word, after in itertools.pairwise(words) if word == "--size"] or ["width"]
+            tuned = words[words.index("--hyperparameter") + 1] if "--hyperparameter" in words else "lr"
+            write_table(workspace / name, sizes, tuned)
             for pair in words[words.index("--columns") + 1].split(",") if "--columns" in words else ():
                 ours, theirs = pair.split("=")
                 header, rest = (workspace / name).read_text().split("\n", 1)
