@@ -116,6 +116,7 @@ BASES = {
     "sample": ["{run}", "--device", "cpu", "--max-new-tokens", "2"],
     "eval": ["{run}", "--device", "cpu", "--tokens", "256"],
     "export": ["{run}", "o", "--to", "pt"],
+    "import": ["{text}", "--out", "o"],
     "transfer": ["{table}"],
     "report": ["{table}", "--out", "o"],
     "data text": ["{text}", "--out", "o", "--tokenizer", "byte"],
