@@ -238,7 +238,7 @@ def test_plan_runs_the_proxies_and_predicts(tmp_path, capsys, monkeypatch):
     assert main([*words, "--budget", "0.1%"]) == 2 and "of the target run" in capsys.readouterr().err
     assert main([*words, "--budget", "160%", "--run"]) == 0
     told = capsys.readouterr().out
-    assert "target: width 128" in told and "use --lr-scale" in told and "--target runs/NAME" in told
+    assert "target: width 128" in told and "use --lr-scale" in told and "--target runs/p-target" in told
     assert main(words) == 0 and "proxies: " in capsys.readouterr().out  # found again, without a budget
 
 

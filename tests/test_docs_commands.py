@@ -44,6 +44,7 @@ SHORT = (
     (r"^plan .*--tokens", "--data synthetic"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
+    (r"^coord-check .*--axis ", CHECK.replace("--widths 16 32 64", "--base-width 32")),
     (r"^coord-check", CHECK),
     (r"^bench", f"--preset laptop --device cpu --data synthetic --width 64 {SHAPE} --micro-batches 1 --steps 2"),
     (r"^doctor( -|$)", "--preset laptop --data synthetic --device cpu"),

@@ -89,9 +89,10 @@ def test_priors_make_the_forecast_of_one_pair_of_seeds_sharper():
 
 @pytest.mark.slow
 def test_ninety_percent_intervals_with_priors_hold():
-    for seeds in ((2, 1, 1), (4, 2, 1)):
+    # With more seeds of its own a design holds 86 % alone, which is too few, and 96 % with priors, about as wide.
+    for seeds, as_wide in (((2, 1, 1), 0.8), ((4, 2, 1), 1.2)):
         hits, widths = forecasts(150, seeds)
-        assert 0.85 <= hits[1] <= 0.98 and widths[1] < widths[0]
+        assert 0.85 <= hits[1] <= 0.98 and widths[1] < as_wide * widths[0]
 
 
 def test_own_seeds_outvote_what_is_known():

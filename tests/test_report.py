@@ -126,7 +126,7 @@ def test_losses_are_told_in_bits_per_byte_too_where_the_runs_have_them(swept, wh
     out, run = swept
     assert not any("bits per byte" in line for line in whole.answer)
     known = [dataclasses.replace(each, bits_per_byte=1.4 * each.loss) for each in read_results(out)]
-    monkeypatch.setattr("speedrun_mup.report.sections.read_results", lambda folder: known)
+    monkeypatch.setattr("speedrun_mup.sweep.measure.read_results", lambda folder: known)
     planned = make_report(out, measure_sweep(out), target=run).answer
     main(["transfer", str(out), "--predict", "128", "--tested", "mup"])
     assert "bits per byte" not in capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_of_a_strangers_table_only_what_it_tells_is_said(tmp_path, swept):
     doubt = Doubt("depth", "depth has 2 values in these runs")
     unknown = make_report(CSV, measure_transfer(sweep(), doubts=[doubt])).answer[-1]
     assert unknown == (
-        "What to expect of wider models is not known: there are doubts about these runs (depth), see below."
+        "What to expect of a wider model is not known: there are doubts about these runs (depth), see below."
     )
 
 

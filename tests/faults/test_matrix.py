@@ -248,7 +248,10 @@ def test_row_19_changing_the_number_of_ranks(tiny):
         work = partial(train, resumed, partial(leave_at, last))
         assert run_ranks(size, lambda world, work=work: work().finished) == [size == 1] * size
     assert_same_run(whole, cut)
-    refused = "4 micro-batches cannot be shared by 3 processes; start one of 1, 2, 4"
+    refused = (
+        "4 micro-batches cannot be shared by 3 processes; start one of 1, 2, 4, or give --micro-batches of which every stage "
+        "of --batch-schedule makes a multiple of 3"
+    )
 
     def start_3(world: World) -> str:
         with pytest.raises(ConfigError) as fault:
