@@ -26,6 +26,7 @@ Shapes: S seeds, W widths, T + 1 points in time t = 0 ... T; W_t is the paramete
 """
 
 from speedrun_mup.coord_check.check import Control, CoordCheckError, coord_check
+from speedrun_mup.coord_check.foreign import Subject, foreign_coord_check, load_subject
 from speedrun_mup.coord_check.gpt import gpt_coord_check
 from speedrun_mup.coord_check.observe import ArmRecipe
 from speedrun_mup.coord_check.results import (
@@ -55,6 +56,9 @@ __all__ = [
     "Series",
     "SlopeRow",
     "SlopeThresholds",
+    "Subject",
     "coord_check",
+    "foreign_coord_check",
     "gpt_coord_check",
+    "load_subject",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,16 +128,32 @@ def _measure(arm: ArmRecipe, widths: Sequence[int], seeds: int, setup: CheckSetu
         progress.set_postfix_str(f"{arm.name}, {setup.axis.name} {width}")
         found.append(observe(arm, width, min(widths), seed, setup))
         progress.update()
-    series = []
+    series: list[Series] = []
+    by_seed: list[list[Series]] = [[] for _ in range(seeds)]
     roles = {name: role for findings in found for name, role in findings.roles.items()}
     for quantity, name in dict.fromkeys(key for findings in found for key in findings.values):
         taken = [findings.values.get((quantity, name), {}) for findings in found]
         values = np.array([[at.get(t, math.nan) for t in range(setup.steps + 1)] for at in taken])
         logs = np.log2(np.where(values == 0, math.nan, values)).reshape(seeds, len(widths), -1)
-        series.append(Series(quantity, name, roles.get(name), np.exp2(logs.mean(axis=0))))
+        role = roles.get(name)
+        series.append(Series(quantity, name, role, np.exp2(logs.mean(axis=0))))
+        for of_seed, own in zip(by_seed, np.exp2(logs)):
+            of_seed.append(Series(quantity, name, role, own))
     rows = tuple(judge(series, widths, setup.thresholds, setup.axis))
+    rows = tuple(_with_errors(rows, [judge(own, widths, setup.thresholds, setup.axis) for own in by_seed]))
     problems = tuple(_problems(found, rows, setup))
     return CheckedArm(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
+
+
+def _with_errors(rows: Iterable[SlopeRow], by_seed: Sequence[Iterable[SlopeRow]]) -> Iterator[SlopeRow]:
+    """The rows with the standard error of their slope, from the slopes of each seed alone."""
+    slopes: dict[tuple[str, str, Place | None], list[float]] = {}
+    for row in itertools.chain(*by_seed):
+        slopes.setdefault((row.quantity, row.kind, row.role), []).append(row.slope)
+    for row in rows:
+        own = slopes.get((row.quantity, row.kind, row.role), [])
+        usable = len(own) > 1 and np.isfinite(own).all()
+        yield replace(row, error=float(np.std(own, ddof=1) / math.sqrt(len(own)))) if usable else row
 
 
 def _problems(found: Sequence[Findings], rows: Iterable[SlopeRow], setup: CheckSetup) -> Iterator[str]:
@@ -152,6 +168,9 @@ def _problems(found: Sequence[Findings], rows: Iterable[SlopeRow], setup: CheckS
         yield f"{', '.join(sorted(unseen))} cannot be followed: they multiply nothing that can be observed"
 
 
+_ROWS = {"effect": ("init", "update"), "size": ("update",), "gradient": ("gradient",)}
+
+
 def judge(
     series: Iterable[Series], widths: Sequence[int], thresholds: SlopeThresholds, axis: CheckedAxis = WIDTH
 ) -> Iterator[SlopeRow]:
@@ -161,14 +180,18 @@ def judge(
     for one in series:
         kinds.setdefault((one.quantity, one.kind, one.role), []).append(one)
     for (quantity, kind, role), alike in kinds.items():
-        parts = {"effect": {"init": slice(0, 1), "update": late}, "gradient": {"gradient": late}}.get(quantity)
-        for row, times in (parts or {quantity: slice(-1, None) if quantity in NORMS else late}).items():
+        names = _ROWS.get(quantity, (quantity,))
+        if quantity == "effect" and ("size", kind, role) in kinds:  # the update is told by that
+            names = ("init",)
+        for row in names:
+            times = slice(0, 1) if row == "init" else slice(-1, None) if row in NORMS else late
             slopes = [slope for one in alike if (slope := one.slope(widths, times)) is not None]
             if not slopes:
                 continue
             slope, predicted, verdict = sum(slopes) / len(slopes), None, None
             starts_tied = row == "init" and kind.endswith(TIED)
-            if not starts_tied and (predicted := axis.predicted.get(row, {}).get(role)) is not None:
+            judged = row != "gradient" or thresholds.gradients
+            if judged and not starts_tied and (predicted := axis.predicted.get(row, {}).get(role)) is not None:
                 verdict = thresholds.judge(slope - predicted)
             elif row == "activation" or starts_tied:
                 verdict = thresholds.judge(max(slope, 0.0))

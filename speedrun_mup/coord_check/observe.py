@@ -5,9 +5,10 @@ Shapes: S seeds, T + 1 points in time t = 0 ... T; W_t is the parameter after t 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,10 +49,13 @@ class _Products(TorchDispatchMode):
     """Inside it, every product of a parameter is taken once more with the parameter's stand-in, on the same input.
 
     A parameter is known by its memory: views, copies, casts and functional use are seen too. standins: name of a
-    parameter -> the parameter and a tensor of its shape. see(name, product of the stand-in, product, is a lookup).
+    parameter -> the parameter and a tensor of its shape. see(name, product of the stand-in, product, what the
+    parameter is multiplied with: None if it is looked up).
     """
 
-    def __init__(self, standins: Mapping[str, tuple[Tensor, Tensor]], see: Callable[[str, Tensor, Tensor, bool], None]):
+    def __init__(
+        self, standins: Mapping[str, tuple[Tensor, Tensor]], see: Callable[[str, Tensor, Tensor, Tensor | None], None]
+    ):
         super().__init__()
         self.see = see
         self.known = {p.untyped_storage().data_ptr(): (name, p, standin) for name, (p, standin) in standins.items()}
@@ -75,7 +79,8 @@ class _Products(TorchDispatchMode):
             for place in places:
                 if found := self.standin(operands[place]):
                     name, operands[place] = found
-                    self.see(name, product(*operands), out, func is _aten.embedding.default)
+                    x = None if func is _aten.embedding.default else operands[1 if place == 0 else 0]
+                    self.see(name, product(*operands), out, x)
                     break
         return out
 
@@ -134,11 +139,12 @@ class Observer:
         self._multiplied: set[str] = set()
         self._looked_up: set[str] = set()
         self._looking = False
+        self._sizes = setup.thresholds.bounds
         self._seen: dict[tuple[str, str], list[float]] = {}  # mean squares of the present look
         for name, module in model.named_modules():
             if name:
                 module.register_forward_hook(partial(self._see_module, name))
-        self.scores = AttentionScores(model, self.record)
+        self.scores = AttentionScores(model, self.record, setup.thresholds.bounds)
         setup.taps(model, self.record)
 
     def put(self, t: int, quantity: str, name: str, value: float) -> None:
@@ -157,15 +163,17 @@ class Observer:
         if isinstance(output, Tensor) and output.is_floating_point() and ("activation", name) not in self._seen:
             self.record(name, output)
 
-    def _see_product(self, name: str, effect: Tensor, output: Tensor, is_lookup: bool) -> None:
+    def _see_product(self, name: str, effect: Tensor, output: Tensor, x: Tensor | None) -> None:
         """Called by _Products. Matrices stacked along the output are kept apart: q, k and v of a (3, D, D)."""
         spec, scale = self.parameters[name][1], self.scales.get(name, 1.0)
         self._multiplied.add(name)
         role = self.axis.place(spec)
-        if is_lookup:
+        if x is None:
             self._looked_up.add(name)
         elif name in self._looked_up:  # the embedding is the readout too
             name, role = name + TIED, self.axis.place(spec, tied=True)
+        elif self._sizes:
+            self._seen.setdefault(("input", name), []).append(scale**2 * _mean_square(x))
         leading = itertools.takewhile(lambda dim: dim[0] not in ("in", "out"), zip(spec.layout, spec.shape))
         stack = math.prod(size for _, size in leading)
         parts = stack if output.size(-1) == stack * spec.fan_out else 1
@@ -184,12 +192,17 @@ class Observer:
         standins = self.moved if t else self.start
         pairs = {name: (p, standins[name]) for name, (p, _) in self.parameters.items()}
         self._looking = True
-        with torch.random.fork_rng(devices=[]), _Products(pairs, self._see_product), self.scores:
+        with torch.random.fork_rng(devices=[]), _unfused(), _Products(pairs, self._see_product), self.scores:
             forward()
         self._looking = False
         for name, standin in standins.items():
             if name not in self._multiplied:  # gains, biases, scalars: element by element
                 self._seen["effect", name] = [_mean_square(standin)]
+        for name in [name for quantity, name in self._seen if quantity == "input"]:
+            squares, spec = self._seen.pop(("input", name)), self.parameters[name][1]
+            if t and {"in", "out"} <= set(spec.layout):
+                size = update_norm(spec, self.moved[name])
+                self._seen["size", name] = [size**2 * square for square in squares]
         for (quantity, name), squares in self._seen.items():
             self.put(t, quantity, name, math.sqrt(sum(squares) / len(squares)))
         self._seen.clear()
@@ -215,6 +228,17 @@ class Observer:
                     self.put(t, norm, name, value)
 
 
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Inside it a recurrent layer is matrix products, not one operation of oneDNN's."""
+    enabled = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would warn of other flags
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
 def _mean_square(x: Tensor) -> float:
     return x.detach().float().square().mean().item()
 
@@ -232,6 +256,14 @@ def norms(spec: ParamSpec, weight: Tensor, moved: Tensor, last: Tensor) -> dict[
     level = last.norm(dim=(1, 2)) / (_spectral_norm(last) * math.sqrt(min(spec.fan_out, spec.fan_in)))
     values = scale * _spectral_norm(weight), scale * _spectral_norm(moved), level
     return {name: value.mean().item() for name, value in zip(NORMS, values)}
+
+
+def update_norm(spec: ParamSpec, moved: Tensor) -> float:
+    """sqrt(n_in / n_out) times the spectral norm of a sum of updates; the mean over a stack."""
+    order = [i for i, word in enumerate(spec.layout) if word not in ("in", "out")]
+    order += [i for side in ("out", "in") for i, word in enumerate(spec.layout) if word == side]
+    matrices = moved.float().permute(order).reshape(-1, spec.fan_out, spec.fan_in)
+    return math.sqrt(spec.fan_in / spec.fan_out) * _spectral_norm(matrices).mean().item()
 
 
 def _spectral_norm(matrices: Tensor, iterations: int = 15) -> Tensor:

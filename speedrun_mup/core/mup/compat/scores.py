@@ -57,6 +57,16 @@ def dot_product_scores(
     return _unmasked(scores, attn_mask)
 
 
+def score_bound(query: Tensor, key: Tensor, *args: Any, scale: float | None = None, **kwargs: Any) -> Tensor:
+    """The score of a query and a key that agree in every entry, each of the rms that they have here: what training may reach.
+
+    With a scale of 1 / sqrt(head size) it grows with the size of a head, also where random queries hide it.
+    """
+    size = query.size(-1)
+    rms = [x.detach().float().square().mean().sqrt() for x in (query, key)]
+    return rms[0] * rms[1] * size * (size**-0.5 if scale is None else scale)
+
+
 class _IntoSoftmax(TorchDispatchMode):
     """Keeps what goes into a softmax."""
 
@@ -99,12 +109,13 @@ class AttentionScores(TorchFunctionMode):
 
     Seen are F.scaled_dot_product_attention and nn.MultiheadAttention, not attention that is made otherwise, and no nested
     tensors. name: of the innermost module that runs, and ".scores"; with [1], [2] ... for further ones in one call of
-    it. scores (N,): see dot_product_scores; without gradient. hooks: on the modules; remove them to be rid of it.
+    it. scores (N,): see dot_product_scores; without gradient. bounds: whether to see NAME.scores.bound too, a number, of
+    F.scaled_dot_product_attention. hooks: on the modules; remove them to be rid of it.
     """
 
-    def __init__(self, model: nn.Module, see: Callable[[str, Tensor], None]):
+    def __init__(self, model: nn.Module, see: Callable[[str, Tensor], None], bounds: bool = False):
         super().__init__()
-        self.see = see
+        self.see, self.bounds = see, bounds
         # What looks into torch's own products cannot be compiled. Only what compiles has imported the compiler, which takes
         # seconds and fixes where its cache is.
         compiles = "torch._dynamo" in sys.modules
@@ -137,5 +148,8 @@ class AttentionScores(TorchFunctionMode):
             name, numbers = self.running[-1]
             number = next(numbers)
             if scores.numel():
-                self.see((f"{name}." if name else "") + "scores" + (f"[{number}]" if number else ""), scores)
+                seen = (f"{name}." if name else "") + "scores" + (f"[{number}]" if number else "")
+                self.see(seen, scores)
+                if self.bounds and func is F.scaled_dot_product_attention:
+                    self.see(f"{seen}.bound", score_bound(*args, **(kwargs or {})))
         return out
