@@ -19,7 +19,7 @@ def parsers(monkeypatch):
     for name in COMMANDS:
         module = importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}")
         monkeypatch.setattr(module, "parse", remember)
-        parts = ("run_text", "run_fineweb", "run_inspect") if name == "data" else ()
+        parts = {"data": ("run_text", "run_fineweb", "run_inspect"), "coord-check": ("_check_model",)}.get(name, ())
         for command in (module.run, *(getattr(module, part) for part in parts)):
             with pytest.raises(ConfigError):
                 command([])
