@@ -13,8 +13,10 @@ from test_sweep import FakeEngine
 from speedrun_mup.cli import main
 from speedrun_mup.config import computed_settings
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.mup import Update
 from speedrun_mup.report.markdown import to_markdown
 from speedrun_mup.report.sections import make_report
+from speedrun_mup.scaling import run_scaling
 from speedrun_mup.sweep import (
     Sweep,
     grid_of,
@@ -567,3 +569,83 @@ def test_drift_is_counted_from_what_a_rule_predicts(tmp_path):
 def test_axes_that_cannot_be_are_refused_where_they_are_made(names, fault):
     with pytest.raises(TransferError, match=fault):
         Axes(*names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules along an axis, and controls that must fail
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "tuned", "rule", "variant", "drift"),
+    [
+        ("n_layer", (6, 12), "lr_scale", {"base_layers": 6, "depth_rule": "completep"}, "depth_rule=none", -1.0),
+        ("n_layer", (6, 12), "lr_scale", {"base_layers": 6, "depth_rule": "completep"}, "depth_lr_exponent=-0.5", 0.5),
+        (
+            "batch_tokens",
+            (256, 512),
+            "adam_lr",
+            {"base_batch_tokens": 256, "batch_rule": "marin"},
+            "batch_rule=none",
+            0.5,
+        ),
+        (
+            "batch_tokens",
+            (256, 512),
+            "adam_lr",
+            {"base_batch_tokens": 256, "batch_rule": "marin"},
+            "batch_lr_exponent=-0.5",
+            1.0,
+        ),
+        ("tokens", (4096, 8192), "muon_lr", {"base_tokens": 4096, "tokens_rule": "bjorck"}, "base_tokens=none", -0.32),
+        ("width", (32, 64), "muon_lr", {}, "parametrization=muon-over-m", 1.0),
+        ("width", (32, 64), "muon_lr", {}, "embed_lr=0.3", None),
+    ],
+)
+def test_a_variant_of_an_arm_must_drift_by_what_its_rates_do_otherwise(tiny, axis, values, tuned, rule, variant, drift):
+    arms = pick_arms(["mup", f"mup+{variant}"])
+    base = tiny(micro_batches=2, iterations=16, micro_batch_tokens=128, **rule)
+    predicted = Sweep(base, values, arms, axes=Axes(axis, tuned)).predicted
+    assert predicted == {f"mup+{variant}": {} if drift is None else {axis: pytest.approx(drift, abs=1e-3)}}
+    assert not Sweep(base, values, arms[1:], axes=Axes(axis, tuned)).predicted  # alone it is what is tested
+
+
+@pytest.mark.parametrize(("right", "verdict"), [(True, Verdict.PASS), (False, Verdict.FAIL)])
+def test_a_rule_along_the_batch_is_judged_beside_its_controls(tiny, tmp_path, right, verdict):
+    """The truth is 0.5 per doubling: a rule of 0.5 passes, none fails, and either control drifts as its name says."""
+    base = tiny(micro_batches=2, iterations=16, micro_batch_tokens=128, base_batch_tokens=256, batch_rule="marin")
+    if not right:
+        base = dataclasses.replace(base, batch_lr_exponent=0.0)
+
+    def loss_of(spec):
+        doublings = math.log2(SIZES["batch_tokens"].of(spec.cfg) / 256)
+        by_rule = math.log2(dict(run_scaling(spec.cfg).lr_factors(Update.ENTRYWISE)).get("batch", 1.0))
+        luck = random.Random(spec.id).gauss(0, 0.001) + 0.01 * spec.seed
+        return 3 - 0.1 * doublings + 0.03 * (spec.log2_factor + by_rule - doublings / 2) ** 2 + luck
+
+    names = ["mup", "mup+batch_lr_exponent=-0.5", "mup+adam_beta2=0.9"]
+    grid = {"seeds": (0, 1), "axes": Axes("batch_tokens", "adam_lr"), "log2_factors": (-1, 0, 1)}
+    sweep = Sweep(base, (256, 512, 1024), pick_arms(names), **grid)
+    assert "beside: mup+adam_beta2=0.9, no drift predicted" in "; ".join(sweep.told())
+    run_sweep(sweep, tmp_path / "s", PlantedEngine(loss_of), progress=False)
+    result = measure_sweep(tmp_path / "s")
+    assert result.verdict is verdict, result.reasons
+    assert result.arms[names[1]].predicted == (1.0 if right else 0.5)
+    assert result.arms[names[0]].drift.value == pytest.approx(0 if right else 0.5, abs=0.04)
+    assert f"control {names[1]} failed as predicted" in " ".join(result.reasons)
+    assert result.arms[names[2]].predicted is None and names[2] not in " ".join(result.reasons)
+
+
+@pytest.mark.parametrize(
+    ("arm", "told"),
+    [
+        ("mup+depth=3", "no setting 'depth' changes what a run computes"),
+        ("mup+out=x", "no setting 'out' changes what a run computes"),
+        ("mup+batch_lr_exponent=x", "batch_lr_exponent=x should be float"),
+        ("mup+n_layer=six", "n_layer=six should be int"),
+        ("mupp+n_layer=6", "arm 'mupp' is unknown"),
+    ],
+)
+def test_a_variant_that_no_run_has_is_one_line(arm, told):
+    with pytest.raises(ConfigError, match=told):
+        pick_arms([arm])

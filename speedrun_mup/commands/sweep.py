@@ -13,7 +13,7 @@ from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, TrainConfig, make_config, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.flags import new_parser, parse, several, whole_number
-from speedrun_mup.scaling import SCALING_SETTINGS
+from speedrun_mup.scaling import SCALING_SETTINGS, scaling_in_force
 from speedrun_mup.setting_flags import TRAINING, add_renamed_flag, add_settings
 from speedrun_mup.settings import flag_of
 
@@ -88,7 +88,7 @@ def run(argv: Sequence[str]) -> int:
     axes = Axes(next(iter(sizes)), asked.hyperparameter)
     places: tuple[Any, ...] = tuple(sizes[axes.size]) if len(sizes) == 1 else grid_of(sizes)
     sweep = Sweep(cfg, places, arms, tuple(asked.octaves), seeds, axes, asked.adaptive, held_tokens=held)
-    print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}")
+    print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}{scaling_in_force(cfg)}")
     print("\n".join(sweep.told()))
     with closing(open_engine(**engine, device=cfg.device)) as where:
         limits: dict[str, Any] = dict(budget)
@@ -103,7 +103,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _add_grid(group: Any) -> None:
     """The flags that say which runs are made at every size, and where."""
-    group.add_argument("--arms", **several(str), default=["mup"], metavar="ARM", help="parametrizations; %(default)s")
+    group.add_argument(
+        "--arms",
+        **several(str),
+        default=["mup"],
+        metavar="ARM",
+        help="parametrizations, %(default)s; ARM+SETTING=VALUE is one with settings of its own, "
+        "a control if its rates follow another rule",
+    )
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
     group.add_argument("--octaves", **several(float), default=grid, metavar="K", help="the hyperparameter times 2^K")
     group.add_argument(

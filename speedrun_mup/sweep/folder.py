@@ -64,7 +64,11 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     axes |= {"sizes": list(sweep.size_names)} if len(sweep.size_names) > 1 else {}
     axes |= {"held_tokens": sweep.held_tokens} if sweep.held_tokens else {}
     base = {"schema": SCHEMA, **axes, "corpus": corpus.fingerprint, **settings}
-    arms = {arm.name: {"settings": dict(arm.settings), "predicted": arm.predicted} for arm in sweep.arms}
+    arms: dict[str, dict[str, Any]] = {
+        arm.name: {"settings": dict(arm.settings), "predicted": arm.predicted} for arm in sweep.arms
+    }
+    for name, drifts in sweep.predicted.items():
+        arms[name]["predicted_over"] = drifts
     asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("log2_factors", "seeds")}
     asked |= {"sizes": list(map(_entry, sweep.places))}
     asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
@@ -123,6 +127,7 @@ def read_definition(out: Path) -> dict[str, Any]:
         for arm in arms.values():
             arm["settings"] = present_names(arm["settings"])
         drifts = [arm["predicted"] for arm in arms.values()]
+        drifts += [drift for arm in arms.values() for drift in arm.get("predicted_over", {}).values()]
         good = isinstance(base["base_width"], int) and can_be_swept(base["hyperparameter"])
         names = size_names(definition)
         good = good and {*missing_settings(base)} <= _varied(names, base.get("held_tokens"))

@@ -17,7 +17,7 @@ from speedrun_mup.files import printable
 from speedrun_mup.sweep.folder import axes_of, place_in, read_definition, read_results, size_names
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.result import RunResult, mean_losses, place_of
-from speedrun_mup.sweep.spec import Place
+from speedrun_mup.sweep.spec import Place, is_variant
 from speedrun_mup.transfer import (
     MADE_WITH,
     Array,
@@ -142,7 +142,7 @@ def measure_sweep(
         out: The folder.
         arms: Those to look at (default: all). An arm without a predicted drift is under test, and the verdict is over all of
             these. A prediction of `ARMS` is about learning rates over width: on other axes that arm is neither tested nor a
-            control.
+            control. A variant of another arm (`is_variant`) is a control where its rates go another way, else beside.
         size: Of a sweep over several axes the one to measure along, by default its first: each place of the others is an arm
             of its own.
         options: For `measure_transfer`.
@@ -170,11 +170,16 @@ def measure_sweep(
         doubts = [replace(doubt, arm=None) for doubt in doubts]
     several = [name for name in whose if len({point.sizes[axes.size] for point in points if point.arm == name}) > 1]
     curves = {key: curve for key, curve in read_curves(out, axes.size).items() if key[0] in several}
-    predicted = {name: definition["arms"][arm]["predicted"] for name, arm in whose.items()}
-    if not axes.is_rate or axes.size != "width":
-        tested = [name for name in whose if predicted[name] is None] or list(whose)
+    entries = {name: definition["arms"][arm] for name, arm in whose.items()}
+    over = {name: entry.get("predicted_over", {}).get(axes.size) for name, entry in entries.items()}
+    of_width = {name: entry["predicted"] for name, entry in entries.items()}
+    variants = {name for name, arm in whose.items() if is_variant(arm, definition["arms"])}
+    predicted = over if axes.is_rate else {}
+    if axes.is_rate and axes.size == "width":
+        predicted = {name: of_width[name] or over[name] for name in whose}
+    if variants or not axes.is_rate or axes.size != "width":
+        tested = [name for name in whose if of_width[name] is None and name not in variants] or list(whose)
         options["tested"] = options.get("tested") or tested
-        predicted = {}
     base = definition["base"].get(axes.scale.base_setting)
     everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in whose)
     curves = curves if axes.scale.of_model else {}

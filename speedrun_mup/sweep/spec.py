@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, hashed_settings, settings, swept_settings
+from speedrun_mup.config import TrainConfig, hashed_settings, settings, swept_settings, types
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.mup import PARAMETRIZATIONS
 from speedrun_mup.core.optimizers import OPTIMIZERS
 from speedrun_mup.data.shards import Corpus
+from speedrun_mup.explain import explain
+from speedrun_mup.flags import whole_number
 from speedrun_mup.param_groups import given_to, rates_of, without_effect
 from speedrun_mup.settings import flag_of
 from speedrun_mup.training.flops import run_flops
@@ -22,6 +26,7 @@ from speedrun_mup.transfer import SIZES, Axes
 from speedrun_mup.transfer.axes import Sizes, confounded, size_axis, sized, told_sizes
 
 Place = tuple[int, ...]  # values on the size axes of a sweep, in their order
+VOCABULARY = 256  # of models whose rates are compared: they do not depend on it
 SCHEMA = 1  # of result.json; part of every id
 MOST_DOUBLINGS = 32.0  # either way that a grid may go
 MOST_SEEDS = 100
@@ -66,6 +71,10 @@ def pick_arms(names: Iterable[str]) -> tuple[Arm, ...]:
 
 
 def _pick_arm(name: str) -> Arm:
+    if "+" in name:
+        whole, *changes = name.split("+")
+        arm = _pick_arm(whole)
+        return Arm(name, {**arm.settings, **dict(_change(name, text) for text in changes)})
     if name in ARMS:
         return ARMS[name]
     for optimizer, table in itertools.product(OPTIMIZERS, PARAMETRIZATIONS):
@@ -76,8 +85,34 @@ def _pick_arm(name: str) -> Arm:
         raise ConfigError(f"arm {name!r} is called {table} here: an arm without an optimizer in its name has Muon")
     raise ConfigError(
         f"arm {name!r} is unknown; choose from {', '.join(ARMS)}, or OPTIMIZER-TABLE with an optimizer of "
-        f"{', '.join(OPTIMIZERS)} and a rule table of {', '.join(PARAMETRIZATIONS)}"
+        f"{', '.join(OPTIMIZERS)} and a rule table of {', '.join(PARAMETRIZATIONS)}, and any of these with settings of its own: "
+        "mup+depth_rule=none"
     )
+
+
+def _change(arm: str, text: str) -> tuple[str, Any]:
+    """The setting and value of SETTING=VALUE in an arm's name. Raises ConfigError."""
+    name, _, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in settings() or not settings()[name].is_result:
+        raise ConfigError(f"arm {arm}: no setting {name!r} changes what a run computes; give ARM+SETTING=VALUE")
+    kind, optional = types()[name]
+    if optional and value == "none" and kind is not str:
+        return name, None
+    try:
+        read: Callable[[str], Any] = {int: whole_number, bool: _yes_or_no}.get(kind, kind)
+        return name, read(value)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise ConfigError(f"arm {arm}: {name}={value} should be {kind.__name__}") from None
+
+
+def _yes_or_no(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else bool(int(text))
+
+
+def is_variant(arm: str, arms: Collection[str]) -> bool:
+    """Whether an arm is another one of `arms` with settings of its own, which it is then held against."""
+    return "+" in arm and arm.partition("+")[0] in arms
 
 
 def check_given(arms: Sequence[Arm], given: Mapping[str, Any]) -> None:
@@ -268,6 +303,40 @@ class Sweep:
     def _plural(self) -> str:
         return self.axes.plural if len(self.size_names) == 1 else "sizes"
 
+    @functools.cached_property
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """Variant of another arm -> size axis -> the drift that it must show if the rates of that other arm are right.
+
+        It is that of a factor on just the rates that differ, in log2 per doubling; axes without a difference are left out.
+        """
+        names, found = [arm.name for arm in self.arms], {}
+        for arm in self.arms:
+            if is_variant(arm.name, names):
+                (whole,) = (other for other in self.arms if other.name == arm.name.partition("+")[0])
+                drifts = {axis: self._drift_between(arm, whole, axis) for axis in self.size_names}
+                found[arm.name] = {axis: drift for axis, drift in drifts.items() if drift}
+        return found
+
+    def _drift_between(self, arm: Arm, whole: Arm, axis: str) -> float:
+        ends = [pick(sizes[axis] for sizes in self.sized) for pick in (min, max)]
+        doublings = math.log2(ends[1] / ends[0])
+        if not doublings:
+            return 0.0
+        small, large = (self._rates_over(arm, whole, dict(self.sized[0]) | {axis: end}) for end in ends)
+        error = large - small
+        return 0.0 if abs(error) < 1e-6 else round(-error / doublings, 6)
+
+    def _rates_over(self, arm: Arm, whole: Arm, sizes: Sizes) -> float:
+        """Log2 of the learning rates of `arm` over those of `whole`, of the tuned parameters that differ most."""
+        tuned = self.axes.hyperparameter
+        one, other = (self.config_at(each, sizes) for each in (arm, whole))
+        factor = 2.0  # on what is tuned, to see which parameters that is
+        rows = zip(explain(one, VOCABULARY), explain(times(one, tuned, factor), VOCABULARY), explain(other, VOCABULARY))
+        apart = [
+            math.log2(mine.here.lr / theirs.here.lr) for mine, turned, theirs in rows if turned.here.lr != mine.here.lr
+        ]
+        return max(apart, key=abs, default=0.0)
+
     def told(self) -> Iterator[str]:
         """What varies and what stays, for the beginning of a sweep, a line each."""
         for name in self.size_names:
@@ -283,6 +352,9 @@ class Sweep:
             stay.append(f"batch_tokens {size_axis('batch_tokens').of(first)}")
         elif self.held_tokens:
             stay.append(f"tokens {self.held_tokens}")
+        for name, drifts in self.predicted.items():
+            must = ", ".join(f"{drift:+g} per doubling of {axis}" for axis, drift in drifts.items())
+            yield f"control: {name}, predicted drift {must}" if must else f"beside: {name}, no drift predicted"
         shown = ", ".join(tuned_settings(first, self.axes.hyperparameter))
         yield f"held: {', '.join(stay)}, and all other settings; tuned: {shown}"
 

@@ -69,6 +69,7 @@ def read_table(
         TransferError: in one line that names row (1 is the file's first line) and column.
     """
     path, axes = Path(path), axes or Axes()
+    more = [name for name in more if name != axes.size]
     for size in more:
         Axes(size, axes.hyperparameter)  # raises, too
     rows = _rows(path)
