@@ -11,6 +11,7 @@ hyperparameter. A seed draws initialisation and, but in the record's own order, 
 one seed share it (common random numbers) and seeds differ in both.
 """
 
+from speedrun_mup.sweep.arms import ARMS, Arm, arm_name, check_given, pick_arms
 from speedrun_mup.sweep.cost import CostModel
 from speedrun_mup.sweep.engines import RAY_LISTENS, Engine, LocalEngine, RayEngine, cores, open_engine, visible_gpus
 from speedrun_mup.sweep.folder import axes_of, read_definition, read_results, size_names, tuned_flag, write_csv
@@ -19,7 +20,7 @@ from speedrun_mup.sweep.measure import measure_sweep, measure_sweep_surface, poi
 from speedrun_mup.sweep.one_run import run_one, run_safely
 from speedrun_mup.sweep.result import Failure, RunResult
 from speedrun_mup.sweep.run import SweepResult, run_sweep
-from speedrun_mup.sweep.spec import ARMS, Arm, RunSpec, Sweep, arm_name, check_given, grid_of, pick_arms, times
+from speedrun_mup.sweep.spec import RunSpec, Sweep, grid_of, times
 
 __all__ = [
     "ARMS",

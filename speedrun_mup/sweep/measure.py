@@ -14,10 +14,11 @@ import numpy as np
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable
+from speedrun_mup.sweep.arms import is_variant
 from speedrun_mup.sweep.folder import axes_of, place_in, read_definition, read_results, size_names
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.result import RunResult, mean_losses, place_of
-from speedrun_mup.sweep.spec import Place, is_variant
+from speedrun_mup.sweep.spec import Place
 from speedrun_mup.transfer import (
     MADE_WITH,
     Array,
