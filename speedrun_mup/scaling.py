@@ -114,13 +114,18 @@ def run_scaling(cfg: Any) -> RunScaling:
 WITHOUT_BASES: dict[str, Any] = {axis.base: None for axis in AXES.values()}
 
 
-def rules_in_force(cfg: Any) -> str:
-    """How a run with the settings `cfg` scales with width, and with what else it does, as a line for its reader."""
+def scaling_in_force(cfg: Any) -> str:
+    """The rules beyond width of a run with the settings `cfg`, each after a semicolon; nothing if there are none."""
     bases = ((name, axis, getattr(cfg, axis.base)) for name, axis in AXES.items())
     units = {"depth": "layers", "batch": "tokens a step", "tokens": "tokens"}
-    more = "".join(
+    return "".join(
         f"; {name}: {getattr(cfg, axis.rule)} from {base:,} {units[name]}" for name, axis, base in bases if base
     )
+
+
+def rules_in_force(cfg: Any) -> str:
+    """How a run with the settings `cfg` scales with width, and with what else it does, as a line for its reader."""
+    more = scaling_in_force(cfg)
     name = "muP" if cfg.parametrization == "mup" else cfg.parametrization
     if cfg.parametrization == "record26":
         return f"rules: the record's own (no muP; --mup switches it on){more}"
