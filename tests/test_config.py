@@ -23,7 +23,7 @@ from speedrun_mup.flags import parse
 from speedrun_mup.param_groups import RATES
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.settings import flag_of
-from speedrun_mup.sweep.spec import pick_arms
+from speedrun_mup.sweep.arms import pick_arms
 
 
 def flags(line: str) -> dict:
