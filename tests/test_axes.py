@@ -626,7 +626,7 @@ def test_a_rule_along_the_batch_is_judged_beside_its_controls(tiny, tmp_path, ri
     names = ["mup", "mup+batch_lr_exponent=-0.5", "mup+adam_beta2=0.9"]
     grid = {"seeds": (0, 1), "axes": Axes("batch_tokens", "adam_lr"), "log2_factors": (-1, 0, 1)}
     sweep = Sweep(base, (256, 512, 1024), pick_arms(names), **grid)
-    assert "beside: mup+adam_beta2=0.9, no drift predicted" in "; ".join(sweep.told())
+    assert "compared: mup+adam_beta2=0.9, no drift predicted" in "; ".join(sweep.told())
     run_sweep(sweep, tmp_path / "s", PlantedEngine(loss_of), progress=False)
     result = measure_sweep(tmp_path / "s")
     assert result.verdict is verdict, result.reasons

@@ -248,7 +248,7 @@ class Sweep:
             stay.append(f"tokens {self.held_tokens}")
         for name, drifts in self.predicted.items():
             must = ", ".join(f"{drift:+g} per doubling of {axis}" for axis, drift in drifts.items())
-            yield f"control: {name}, predicted drift {must}" if must else f"beside: {name}, no drift predicted"
+            yield f"control: {name}, predicted drift {must}" if must else f"compared: {name}, no drift predicted"
         shown = ", ".join(tuned_settings(first, self.axes.hyperparameter))
         yield f"held: {', '.join(stay)}, and all other settings; tuned: {shown}"
 
