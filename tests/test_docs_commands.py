@@ -44,12 +44,27 @@ SHORT = (
     (r"^plan .*--tokens", "--data synthetic"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
+    (r"^coord-check my_models:", "--widths 16 32 64 --seeds 1 --steps 3 --no-progress"),
     (r"^coord-check .*--axis ", CHECK.replace("--widths 16 32 64", "--base-width 32")),
     (r"^coord-check", CHECK),
     (r"^bench", f"--preset laptop --device cpu --data synthetic --width 64 {SHAPE} --micro-batches 1 --steps 2"),
     (r"^doctor( -|$)", "--preset laptop --data synthetic --device cpu"),
     (r"^data text", "--tokenizer byte --val-share 0.2"),
 )
+MODELS = """
+import torch
+from torch import nn
+
+def build(width):
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4))
+
+def data():
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randn(32, 8, generator=draw), torch.randint(4, (32,), generator=draw)) for _ in range(3)]
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""
 VERDICTS = ("transfer", "coord-check")  # 1 is an answer of theirs
 
 
@@ -165,6 +180,7 @@ def workspace(tmp_path, monkeypatch, texts):
     for name in ("books.jsonl.gz", "more.jsonl.gz"):
         lines = [json.dumps({"text": part}) for part in texts.split("\n\n")]
         (tmp_path / name).write_bytes(gzip.compress("\n".join(lines).encode()))
+    (tmp_path / "my_models.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
