@@ -56,7 +56,7 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
     if any(saved[name].dtype != tensor.dtype for name, tensor in model.items() if name in saved):
         notes.append("embeddings are rounded to bfloat16, the type that they have in the record")
     if foreign := [name for name in saved if not NAMES.fullmatch(name)]:
-        notes.append(f"{foreign[0]} is not in record 26, whose own program refuses this file")
+        notes.append(f"{min(foreign)} is not in record 26, whose own program refuses this file")
     content = {"step": loaded.step, "model": saved} | ({"settings": dataclasses.asdict(cfg)} if cfg else {})
     buffer = io.BytesIO()
     torch.save(content, buffer)
