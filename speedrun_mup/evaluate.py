@@ -89,7 +89,7 @@ def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: 
     if not count or not sum(part[1].sum() for part in found):
         raise ConfigError("there is no text to predict; give at least a few tokens of it")
     nats, tokens, size = (np.concatenate(part) for part in list(zip(*found))[:3])
-    if sum(len(np.unique(documents)) for *_, documents in found) >= ENOUGH_DOCUMENTS:
+    if sum(len(np.unique(documents[part[1] > 0])) for *part, documents in found) >= ENOUGH_DOCUMENTS:  # that have text
         # the documents of one row after those of another
         shifts = np.cumsum([0, *(documents[-1] + 1 for *_, documents in found[:-1])])
         number = np.concatenate([documents + shift for shift, (*_, documents) in zip(shifts, found)])

@@ -148,6 +148,11 @@ def test_units_are_documents_and_pieces_of_them():
     assert documents.tolist() == [0, 0, 1, 2, 2] and np.bincount(pieces).tolist() == [1024, 471, 1, 1024, 474]
 
 
+def test_empty_documents_do_not_make_a_text_too_few_to_judge():
+    found = evaluate(build(), 1, [np.array([*[256] * 40, *np.arange(5000) % 200])], byte_lengths(ByteTokenizer()))
+    assert found.units > 1 and found.loss_error is not None
+
+
 def test_the_standard_error_is_that_of_repeated_draws(monkeypatch):
     """Corpora of 40 documents, drawn from many whose losses differ: the error is the spread of their means."""
     random = np.random.default_rng(3)

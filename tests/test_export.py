@@ -34,8 +34,9 @@ def test_pt_round_trip(tmp_path):
         out.write_bytes(text)
         with pytest.raises(CheckpointError, match=r"not a \.pt file"):
             import_pt(out)
-    with pytest.raises(CheckpointError, match="ENOENT"):
-        export_pt(path, tmp_path / "no such folder" / "model.pt")
+    export_pt(path, tmp_path / "new folder" / "model.pt")
+    with pytest.raises(CheckpointError, match="ENOTDIR|EEXIST"):
+        export_pt(path, out / "no folder" / "model.pt")
 
 
 def test_dcp_round_trip(tmp_path):
@@ -85,3 +86,9 @@ def test_the_command_writes_what_it_is_asked_for_and_nothing_over_it(tiny, tmp_p
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1, said
     assert not (tmp_path / "x").exists()
+
+
+def test_a_flag_that_a_format_does_not_read_is_refused(tmp_path, capsys):
+    for to, flag in (("dcp", "--multipliers fold"), ("dcp", "--data x"), ("pt", "--data x")):
+        assert main(["export", str(tmp_path), str(tmp_path / "out"), "--to", to, *flag.split()]) == 2
+        assert f"{flag.split()[0]} changes nothing with --to {to}; leave it out" in capsys.readouterr().err

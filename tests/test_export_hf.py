@@ -27,6 +27,7 @@ from speedrun_mup.core.model import GPT, GPTConfig, ModelShape
 from speedrun_mup.core.model.options.gates import add_attention_gate
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, HfTokenizer, gpt2_tokenizer
 from speedrun_mup.export.hf import write
+from speedrun_mup.export.hf.model_card import model_card
 from speedrun_mup.export.hf.model_files import SHAPE, gate_channels, weights_of, write_weights
 from speedrun_mup.export.hf.tokenizer_files import merges_of, tokenizer_files
 from speedrun_mup.export.hf.write import export_hf
@@ -387,7 +388,14 @@ def test_names_from_outside_mean_nothing_in_the_card(writing, tmp_path):
     odd = replace(writing, corpus=replace(writing.corpus, source="a <b>x</b> [y](http://z) | `w`\n# \x1b[1m"))
     export_hf(odd, tmp_path / "m*n*")
     page = (tmp_path / "m*n*" / "README.md").read_text()
-    assert r"a \<b\>x\</b\> \[y\](http://z) \| \`w\`\\x0a\# \\x1b\[1m." in page and r"# m\*n\*" in page
+    assert r"a \<b\>x\</b\> \[y\](http\://z) \| \`w\`\\x0a\# \\x1b\[1m." in page and r"# m\*n\*" in page
+
+
+def test_the_card_has_no_number_of_another_step_nor_a_bos_that_acts(run, tmp_path):
+    settings = {"num_attention_heads": 2, "logit_scale": 1, "vocab_size": 384}
+    assert "| validation loss | not measured |" in model_card(replace(run, step=run.step - 1), "a", settings, "<s>")
+    page = model_card(run, "😀", settings, "`<b>\n# x")
+    assert r"special token \`\<b\>\\x0a\# x, which" in page and 'name = "😀"' in page and "ud83d" not in page
 
 
 def test_the_code_of_the_page_runs(folder, transformers, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,14 @@ def changed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return of_upstream() | {f"_orig_mod.{name}": tensor}
 
 
+def doubling(levels: int = 60) -> list[Any]:
+    """A list that holds the one before it twice, and so on: a file of a kilobyte, a text without end."""
+    inner: list[Any] = [1]
+    for _ in range(levels):
+        inner = [inner, inner]
+    return inner
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "says"),
     [
@@ -217,7 +226,9 @@ def changed(name: str, tensor: Tensor) -> dict[str, Tensor]:
             "views",
         ),
         (lambda: {"weights": of_upstream()}, [], 'has no state dict under "model"'),
-        (lambda: {"model": of_upstream(), "step": "many"}, [], "its step is many, not a count"),
+        (lambda: {"model": of_upstream(), "step": "many"}, [], "its step is of type str, not a count"),
+        (lambda: {"model": of_upstream(), "step": doubling()}, [], "its step is of type list, not a count"),
+        (lambda: {"model": of_upstream(), "settings": {"width": doubling()}}, [], "its settings are none"),
         (lambda: {"model": of_upstream(), "step": 9}, ["--iterations", "8"], "is of step 9, after --iterations 8"),
         (lambda: {"model": of_upstream(), "settings": {"width": "wide"}}, [], "is not a valid config"),
         (lambda: {"model": of_upstream(), "settings": {3: torch.ones(1)}}, [], "its settings are none"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.commands.sample import run_parser
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.files import strict_json
 from speedrun_mup.flags import Parser, count, parse, several
 from speedrun_mup.packages import import_extra
 
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     if tasks:
         return _run_tasks(loaded, tasks, as_json, wanted)
     found = loaded.evaluate(data, tokens)
-    print(json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False) if as_json else found.summary())
+    print(strict_json(dataclasses.asdict(found), indent=1) if as_json else found.summary())
     return 0
 
 
@@ -67,7 +67,6 @@ def eval_parser() -> Parser:
 
 def _run_tasks(loaded: LoadedRun, tasks: Sequence[str], as_json: bool, wanted: dict[str, Any]) -> int:
     from speedrun_mup.export.lm_eval import evaluate_tasks, table
-    from speedrun_mup.files import strict_json
 
     found = evaluate_tasks(
         loaded, tasks, folder=wanted["tasks_folder"], limit=wanted["limit"], num_fewshot=wanted["num_fewshot"]

@@ -12,6 +12,8 @@ from speedrun_mup.export import ABOUT, FORMATS, Request
 from speedrun_mup.files import printable
 from speedrun_mup.flags import parse
 
+WITHOUT = {"pt": ("data",), "dcp": ("multipliers", "data")}  # flags that a format does not read
+
 
 def run(argv: Sequence[str]) -> int:
     """Write a trained model in another program's format."""
@@ -22,13 +24,15 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--multipliers",
         choices=("fold", "keep"),
-        default="fold",
-        help="put muP's multipliers into the weights, or keep the weights as they are; %(default)s",
+        help="put muP's multipliers into the weights, or keep the weights as they are; fold, but dcp keeps them",
     )
     parser.add_argument("--data", help="the corpus that the run was trained on, if it has moved")
     flags = parse(parser, argv)
     if os.path.lexists(flags.out):
         raise ConfigError(f"{printable(flags.out)} exists; name a new one, or remove it")
-    request = Request(Path(flags.folder), flags.out, flags.step, flags.data, flags.multipliers == "fold")
+    for name in WITHOUT.get(flags.to, ()):
+        if getattr(flags, name) is not None:
+            raise ConfigError(f"--{name} changes nothing with --to {flags.to}; leave it out")
+    request = Request(Path(flags.folder), flags.out, flags.step, flags.data, flags.multipliers != "keep")
     print(FORMATS[flags.to](request))
     return 0

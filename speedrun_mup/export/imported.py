@@ -37,6 +37,7 @@ from speedrun_mup.training.run_folder import RunFolder
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHOWN = 3  # names in a message
+MOST_SETTINGS = 1000
 SIZES = ("width", "n_layer")  # that the tensors have
 KNOWN = {
     "gpt2": Vocabulary(GPT2_VOCAB, GPT2_BOS),
@@ -163,6 +164,12 @@ def _settings(
     values = sizes | asked | {"out": str(out.parent), "name": out.name, "progress": False}
     kept: dict[str, Any] = {}
     if found.settings is not None:
+        plain = isinstance(found.settings, dict) and len(found.settings) <= MOST_SETTINGS
+        if not plain or not all(
+            isinstance(name, str) and isinstance(value, str | int | float | None)
+            for name, value in found.settings.items()
+        ):  # a list that holds itself twice doubles at each level
+            raise CheckpointError(f"{printable(file)}: its settings are none; remove them from the file")
         try:
             told = from_json(json.dumps(found.settings), file)
         except (TypeError, ValueError, RecursionError):
@@ -172,7 +179,8 @@ def _settings(
         }
     step = found.step
     if step is not None and (type(step) is not int or not 0 <= step <= LARGEST):
-        raise CheckpointError(f"{printable(file)}: its step is {printable(step, 40)}, not a count; repair the file")
+        shown = f"{step:.6g}" if type(step) is float else f"of type {type(step).__name__}"
+        raise CheckpointError(f"{printable(file)}: its step is {shown}, not a count up to {LARGEST:,}; repair the file")
     if step is not None and "iterations" not in kept | values:
         values["iterations"] = max(step, TrainConfig.iterations)
     if values["width"] % (kept | values).get("head_dim", TrainConfig.head_dim):

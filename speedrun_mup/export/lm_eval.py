@@ -150,7 +150,8 @@ def _sampling(wanted: dict[str, Any]) -> Sampling:
         return Sampling(max_new_tokens=most, temperature=0.0)
     usual: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return Sampling(
-        max_new_tokens=most, **{name: type(value)(wanted.get(name, value)) for name, value in usual.items()}
+        max_new_tokens=most,
+        **{name: value if wanted.get(name) is None else type(value)(wanted[name]) for name, value in usual.items()},
     )
 
 

@@ -60,8 +60,10 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
     content = {"step": loaded.step, "model": saved} | ({"settings": dataclasses.asdict(cfg)} if cfg else {})
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with os_faults(out, CheckpointError), whole_file(out) as file:
-        file.write(buffer.getbuffer())
+    with os_faults(out, CheckpointError):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(out) as file:
+            file.write(buffer.getbuffer())
     return notes
 
 

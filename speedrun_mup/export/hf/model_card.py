@@ -51,7 +51,7 @@ The loss is in nats per token, on the validation split of the data, special toke
 ## What to know
 
 - It continues text; it was not trained on conversations or instructions.
-- A text begins with the special token `{bos}`, which the tokenizer writes. The same token ends a text, and it fills up the
+- A text begins with the special token {bos}, which the tokenizer writes. The same token ends a text, and it fills up the
   shorter texts of a batch, on the left.
 - Attention is local: a token sees {window} tokens back in the layers with the long window, counted in blocks of {block}. A cache
   keeps no more than that.
@@ -98,7 +98,7 @@ def model_card(run: LoadedRun, name: str, settings: dict[str, Any], bos: str) ->
     return _PAGE.format(
         header=_header(name, run, found),
         name=_plain(name, 200),
-        name_in_code=json.dumps(printable(name)),
+        name_in_code=json.dumps(printable(name), ensure_ascii=False),
         parameters=_parameters(run),
         origin=f"trained by {version} on {tokens} tokens of {source}"
         if run.trained_on
@@ -106,7 +106,7 @@ def model_card(run: LoadedRun, name: str, settings: dict[str, Any], bos: str) ->
         numbers="\n".join(f"| {what} | {number} |" for what, number in numbers.items()),
         training=_training(run) if run.trained_on else "That is not known here.\n",
         scale="in the head's weights" if settings["logit_scale"] == 1 else "in config.json, as `logit_scale`",
-        bos=bos,
+        bos=_plain(bos, 60),
         window=f"up to {run.window * cfg.block_size:,}",
         block=f"{cfg.block_size:,}",
         padding=settings["vocab_size"] - run.corpus.vocab_size,
@@ -125,16 +125,16 @@ def _training(run: LoadedRun) -> str:
 
 
 def _validation(run: LoadedRun) -> dict[str, Any]:
-    """The last validation up to the step of the checkpoint; nothing without one."""
+    """The validation at the step of the checkpoint; nothing without one."""
     if not (run.folder / METRICS).exists():  # of an imported run
         return {}
-    records = [r for r in read_metrics(run.folder) if r["kind"] == "val" and r["step"] <= run.step]
+    records = [r for r in read_metrics(run.folder) if r["kind"] == "val" and r["step"] == run.step]
     return records[-1] if records else {}
 
 
 def _plain(text: str, most: int) -> str:
     """Text that may come from anybody, without a meaning in Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#&!])", r"\\\1", printable(text, most))
+    return re.sub(r"([\\`*_~:\[\]<>|#&!])", r"\\\1", printable(text, most))
 
 
 def _parameters(run: LoadedRun) -> int:
@@ -164,4 +164,4 @@ def _header(name: str, run: LoadedRun, found: dict[str, Any]) -> str:
         "metrics": [each["type"] for each in results],
         "model-index": [index] if results else [],
     }
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items() if value)
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in lines.items() if value)

@@ -14,7 +14,7 @@ from speedrun_mup.export import Request
 from speedrun_mup.export.hf.model_card import model_card
 from speedrun_mup.export.hf.model_files import CODE, generation_settings, model_settings, weights_of, write_weights
 from speedrun_mup.export.hf.tokenizer_files import tokenizer_files
-from speedrun_mup.files import printable, sync_folder
+from speedrun_mup.files import printable, sync_folder, write_whole
 from speedrun_mup.training.checkpoint_manifest import CheckpointError, os_faults
 from speedrun_mup.training.load import LoadedRun, load_run
 
@@ -60,7 +60,7 @@ def export_hf(run: LoadedRun, out: Path, fold: bool = True) -> None:
         try:
             part.mkdir(parents=True)
             for name, text in texts.items():
-                (part / name).write_text(text, encoding="utf-8")
+                write_whole(part / name, text, error=CheckpointError)
             write_weights(part, weights_of(run, fold))
             sync_folder(part)
             os.rename(part, out)
