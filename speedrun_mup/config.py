@@ -335,6 +335,11 @@ class TrainConfig:
         return hyperparams_of(self)
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step, before --batch-schedule multiplies them."""
+        return self.micro_batches * self.micro_batch_tokens
+
+    @property
     def tuned_width(self) -> int:
         """The width that the learning rates are meant for: base_width, else the run's own."""
         return self.base_width or self.width

@@ -121,12 +121,14 @@ def table(rows: Sequence[ParameterRow]) -> str:
     """
     merged = _merged(rows)
     beyond = any({axis for axis, _ in row.lr_factors} - {"width"} for _, row in merged)
-    changed = [beta for beta in ("beta1", "beta2") if any(_of(row.base, beta) != _of(row.here, beta) for row in rows)]
+    changed = [
+        beta for beta in ("beta1", "beta2") if any(getattr(row.base, beta) != getattr(row.here, beta) for row in rows)
+    ]
     names = ["init_std", "forward", "lr", "eps", "weight_decay", *changed]
     titles = ["init std", "forward", "optimizer", "LR", "eps", "weight decay", *changed]
     lines = [["parameter", "shape", "role", "InfShape", *titles, *(["LR times"] if beyond else [])]]
     for name, row in merged:
-        cells = [_arrow(_of(row.base, each), _of(row.here, each)) for each in names]
+        cells = [_arrow(getattr(row.base, each), getattr(row.here, each)) for each in names]
         grows = ", ".join(str(here) if base == here else f"{base}->{here}" for base, here in row.infshape)
         why = ", ".join(f"{axis} {factor:.4g}" for axis, factor in row.lr_factors) or "1"
         line = [name, str(row.shape), row.role, f"({grows})", *cells[:2], row.optimizer, *cells[2:]]
@@ -150,10 +152,6 @@ def rules_of_run(cfg: TrainConfig) -> list[str]:
 
 def _source(rule: DepthRule | RunRule) -> str:
     return f"from {rule.source} (evidence {rule.grade})"
-
-
-def _of(values: EffectiveValues, name: str) -> float | None:
-    return getattr(values, name)
 
 
 def _arrow(base: float | None, here: float | None) -> str:

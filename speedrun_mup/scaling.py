@@ -105,7 +105,7 @@ def run_scaling(cfg: Any) -> RunScaling:
     """The rules of a run with the settings `cfg` for batch and tokens, and how far it is from their bases."""
     batch = BATCH_RULES[cfg.batch_rule].changed(cfg.batch_lr_exponent, cfg.batch_muon_lr_exponent)
     tokens = TOKENS_RULES[cfg.tokens_rule].changed(cfg.tokens_lr_exponent, cfg.tokens_muon_lr_exponent)
-    m_batch = cfg.micro_batches * cfg.micro_batch_tokens / cfg.base_batch_tokens if cfg.base_batch_tokens else 1.0
+    m_batch = cfg.batch_tokens / cfg.base_batch_tokens if cfg.base_batch_tokens else 1.0
     m_tokens = cfg.schedule.tokens / cfg.base_tokens if cfg.base_tokens else 1.0
     return RunScaling(batch, tokens, m_batch, m_tokens)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from speedrun_mup.setting_flags import TRAINING, add_settings
 from speedrun_mup.settings import flag_of
 
 if TYPE_CHECKING:
-    from speedrun_mup.plan import Plan
-    from speedrun_mup.sweep import Engine
+    from speedrun_mup.plan import Budget, Plan
+    from speedrun_mup.sweep import Engine, SweepResult
 
 
 SCALED = ("width", "n_layer", "batch_tokens", "tokens")  # sizes in which proxies may be smaller than the target
@@ -57,25 +57,21 @@ def run(argv: Sequence[str]) -> int:
     target = make_config(preset, flags)
     say(*_opening(target))
 
-    from speedrun_mup.plan import NoPlanFits, predict, run_plan
+    from speedrun_mup.plan import predict, run_plan
     from speedrun_mup.sweep import open_engine
 
-    folder = Path(out or f"plans/width-{target.width}")
+    folder, keep = Path(out or f"plans/width-{target.width}"), carry_out or out is not None
     with closing(open_engine(**engine, device=target.device)) as where:
-        try:
-            plan, designs = _choose(target, folder, where, budget, keep=carry_out or out is not None)
-        except NoPlanFits as fault:
-            raise ConfigError(f"{fault}; enough is: {_with_budget(argv, fault.enough)}") from None
+        with _saying_what_is_enough(argv):
+            plan, designs = _choose(target, folder, where, budget, keep)
         print(_as_json(plan, designs) if as_json else _as_text(plan, designs))
-        if carry_out or out is not None:
-            say(f"plan  {folder / 'plan.json'}")
+        _say_what_is_next(folder if keep else None, carry_out)
         if not carry_out:
-            say("next  the same command with --run trains the proxies and predicts")
             return 0
         result = run_plan(plan, folder, where, progress=target.progress)
     print(result.summary())
-    if not result.complete and not result.used_up:
-        return STOPPED_BY_SIGNAL if result.stopped else 1
+    if unfinished := _exit_code(result):
+        return unfinished
     prediction = predict(folder)
     print(prediction.summary())
     name = f"{folder.resolve().name}-target"
@@ -141,37 +137,25 @@ def _joint(
 ) -> int:
     """A plan over several sizes. Returns the exit code."""
     say(rules_in_force(target), f"choosing proxies smaller in {', '.join(names)}")
-    from speedrun_mup.plan import (
-        Budget,
-        NoPlanFits,
-        choose_joint_plan,
-        predict_joint,
-        run_joint_plan,
-        save_joint_plan,
-        whole_target,
-    )
+    from speedrun_mup.plan import choose_joint_plan, predict_joint, run_joint_plan, save_joint_plan, whole_target
     from speedrun_mup.sweep import open_engine
 
     target = whole_target(target, sizes["batch_tokens"], sizes["tokens"])
-    limits = Budget(**{name.removeprefix("budget_"): amount for name, amount in budget.items()})
-    priors = _read_priors(sizes["priors"])
-    folder = Path(out or f"plans/{'-'.join(names)}-{target.width}")
-    try:
+    limits, priors = _limits(budget), _read_priors(sizes["priors"])
+    folder, keep = Path(out or f"plans/{'-'.join(names)}-{target.width}"), carry_out or out is not None
+    with _saying_what_is_enough(argv):
         plan = choose_joint_plan(target, names, limits, priors)
-    except NoPlanFits as fault:
-        raise ConfigError(f"{fault}; enough is: {_with_budget(argv, fault.enough)}") from None
     print(plan.summary())
-    if carry_out or out is not None:
+    if keep:
         save_joint_plan(plan, folder, limits)
-        say(f"plan  {folder / 'plan.json'}")
+    _say_what_is_next(folder if keep else None, carry_out)
     if not carry_out:
-        say("next  the same command with --run trains the proxies and predicts")
         return 0
     with closing(open_engine(**engine, device=target.device)) as where:
         result = run_joint_plan(plan, folder, where, progress=target.progress)
     print(result.summary())
-    if not result.complete and not result.used_up:
-        return STOPPED_BY_SIGNAL if result.stopped else 1
+    if unfinished := _exit_code(result):
+        return unfinished
     prediction = predict_joint(folder)
     print(prediction.summary())
     print(f"next  train the target with --lr-scale {prediction.lr_scale:.4g}, then")
@@ -192,6 +176,38 @@ def _read_priors(path: Path | None) -> dict[str, Any]:
     return found
 
 
+def _limits(budget: dict[str, float]) -> Budget:
+    from speedrun_mup.plan import Budget
+
+    return Budget(**{name.removeprefix("budget_"): amount for name, amount in budget.items()})
+
+
+@contextmanager
+def _saying_what_is_enough(argv: Sequence[str]) -> Iterator[None]:
+    """Where no plan fits the budget, add the command line with one that is enough."""
+    from speedrun_mup.plan import NoPlanFits
+
+    try:
+        yield
+    except NoPlanFits as fault:
+        raise ConfigError(f"{fault}; enough is: {_with_budget(argv, fault.enough)}") from None
+
+
+def _say_what_is_next(kept_in: Path | None, carry_out: bool) -> None:
+    """Where the plan is, if it is kept, and what runs it, if that is not done now."""
+    if kept_in:
+        say(f"plan  {kept_in / 'plan.json'}")
+    if not carry_out:
+        say("next  the same command with --run trains the proxies and predicts")
+
+
+def _exit_code(result: SweepResult) -> int:
+    """0 for proxies that are finished, or as far as the budget goes."""
+    if result.complete or result.used_up:
+        return 0
+    return STOPPED_BY_SIGNAL if result.stopped else 1
+
+
 def say(*lines: str) -> None:
     """What is not the result goes to stderr, at once."""
     print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -210,13 +226,13 @@ def _choose(
     target: TrainConfig, folder: Path, engine: Engine, budget: dict[str, float], keep: bool
 ) -> tuple[Plan, list[Plan]]:
     """The plan in `folder` if it answers, else a new one, written there if it is to be kept; and what else there is."""
-    from speedrun_mup.plan import Budget, choose_plan, load_plan, save_plan
+    from speedrun_mup.plan import choose_plan, load_plan, save_plan
 
     if keep or not budget:
         plan = load_plan(target, folder, budget)
         if plan:
             return plan, []
-    limits = Budget(**{name.removeprefix("budget_"): amount for name, amount in budget.items()})
+    limits = _limits(budget)
     plan, designs = choose_plan(target, folder, engine, limits, say)
     if keep:
         save_plan(plan, folder, limits)

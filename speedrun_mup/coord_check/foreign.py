@@ -72,7 +72,7 @@ def _of_hugging_face(named: str, build: Callable[[int], Any], data: Any, loss: A
     """Data and loss of a language model that computes its own loss from labels."""
     with torch.random.fork_rng(devices=[]):
         built = build(64)
-    model = built[0] if isinstance(built, tuple) else built
+    model = _only_model(built)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int) or "labels" not in inspect.signature(model.forward).parameters:
         raise CoordCheckError(

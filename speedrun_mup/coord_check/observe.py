@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrun_mup.coord_check.results import NORMS, TIED, WIDTH, CheckedAxis, Place, SlopeThresholds, kind_of
+from speedrun_mup.coord_check.results import NORMS, TIED, WIDTH, CheckedAxis, Place, SlopeThresholds
 from speedrun_mup.core.mup import ParamSpec, Role, named_specs
 from speedrun_mup.core.mup.compat.scores import AttentionScores
+from speedrun_mup.core.mup.spec import starred
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Record = Callable[..., None]  # (name, tensor), and the quantity if it is no activation
@@ -219,9 +220,9 @@ class Observer:
         for name, (p, spec) in self.parameters.items():
             self.found.roles[name] = self.axis.place(spec)
             if not self.moved[name].any():
-                self.found.still.add(kind_of(name))
+                self.found.still.add(starred(name))
             if spec.role in (Role.HIDDEN, Role.OUTPUT) and name not in self._multiplied:
-                self.found.unseen.add(kind_of(name))
+                self.found.unseen.add(starred(name))
             if spec.role is Role.HIDDEN and self.moved_before:
                 moved = self.moved[name]
                 for norm, value in norms(spec, p.detach(), moved, moved - self.moved_before[name]).items():

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speedrun_mup.core.mup import DepthRole, ParamSpec, Role
+from speedrun_mup.core.mup.spec import starred
 from speedrun_mup.files import strict_json
 
 Array = NDArray[np.float64]
@@ -108,11 +109,6 @@ TIED = " (readout)"  # follows the name of an embedding where that is the readou
 NORMS = ("norm", "update norm", "flatness")  # of HIDDEN matrices after the last update, not judged: see observe.norms
 
 
-def kind_of(name: str) -> str:
-    """`name` with stars for the numbers in it, but for a leading one: the layers of a bare nn.Sequential are not alike."""
-    return re.sub(r"(?<=\.)\d+(?![^.])", "*", name)
-
-
 @dataclass(frozen=True)
 class Series:
     """One quantity of one tensor. values (W, T + 1): geometric mean over seeds; nan where it is zero or not taken.
@@ -129,7 +125,7 @@ class Series:
     @property
     def kind(self) -> str:
         """What the same tensors of all layers share: the name with stars for numbers, without the place in a stack."""
-        kind = kind_of(self.name)
+        kind = starred(self.name)
         return kind if self.quantity == "activation" else re.sub(r"\[\d+\]$", "", kind)
 
     def slope(self, widths: Sequence[int], times: slice) -> float | None:

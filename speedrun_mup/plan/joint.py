@@ -176,7 +176,6 @@ def _score(plan: JointPlan) -> tuple[float, float]:
 def _bases(target: TrainConfig, sizes: Sizes) -> Iterator[dict[str, int]]:
     """Places that the design may start from: three doublings of each size fit under the target, counting the base."""
     ladders: dict[str, list[int]] = {}
-    batch = target.micro_batches * target.micro_batch_tokens
     for name, least in (
         ("width", target.head_dim),
         ("n_layer", FEWEST_LAYERS),
@@ -189,7 +188,7 @@ def _bases(target: TrainConfig, sizes: Sizes) -> Iterator[dict[str, int]]:
         if "tokens" not in sizes:
             yield {name: base[name] for name in sizes}
             continue
-        most = 4 * base["batch_tokens"] if "batch_tokens" in base else batch
+        most = 4 * base["batch_tokens"] if "batch_tokens" in base else target.batch_tokens
         if 4 * most * FEWEST_STEPS <= sizes["tokens"]:
             for tokens in _ladder("tokens", most * FEWEST_STEPS, sizes["tokens"]):
                 yield {name: (base | {"tokens": tokens})[name] for name in sizes}

@@ -14,7 +14,7 @@ from speedrun_mup.files import printable, read_bytes, write_whole
 from speedrun_mup.plan.design import Budget, arm_of
 from speedrun_mup.plan.folder import PLAN, target_in
 from speedrun_mup.plan.joint import JointPlan, known_in
-from speedrun_mup.plan.prediction import finished_run
+from speedrun_mup.plan.prediction import finished_run, miss
 from speedrun_mup.sweep import Engine, SweepResult, measure_sweep_surface, read_results, run_sweep
 from speedrun_mup.transfer import Estimate, TransferError
 from speedrun_mup.transfer.axes import size_axis, told_sizes
@@ -104,12 +104,11 @@ def read_joint_plan(out: Path) -> tuple[JointPlan, dict[str, Any]]:
 
 def run_joint_plan(plan: JointPlan, out: Path, engine: Engine, **options: Any) -> SweepResult:
     """Run the proxies, the base first, within the FLOPs of the plan's budget. options: of `run_sweep`."""
-    most, done = read_joint_plan(out)[1]["budget_flops"], 0
-    ran = 0
+    most, ran = read_joint_plan(out)[1]["budget_flops"], 0
     for sweep in plan.sweeps:
         part = len(read_results(out)), plan.runs
         result = run_sweep(sweep, out, engine, budget_flops=most, part=part, **options)
-        ran, done = ran + result.ran, done + 1
+        ran += result.ran
         if not result.complete:
             break
     return replace(result, ran=ran)
@@ -170,13 +169,11 @@ def compare_joint(out: Path, run: Path) -> str:
     plan, content = read_joint_plan(out)
     prediction = read_joint_prediction(out)
     done, measured = finished_run(plan.target, content["corpus"], run)
-    low, high = prediction.loss_interval
-    where = "inside" if low <= measured <= high else "outside"
     slow, fast = prediction.lr_scale_interval
     used = math.log2(done.lr_scale / prediction.lr_scale)
     lines = [
-        f"validation loss: predicted {prediction.loss:.4f}, measured {measured:.4f}: missed by "
-        f"{measured - prediction.loss:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})",
+        f"validation loss: predicted {prediction.loss:.4f}, measured {measured:.4f}: "
+        f"{miss(prediction.loss, prediction.loss_interval, measured)}",
         f"cost of the proxies: {plan.flops / plan.target_flops:.2%} of the run's FLOPs",
     ]
     if abs(used) > 0.01:

@@ -95,9 +95,7 @@ class Comparison:
     @property
     def miss(self) -> str:
         """How far off the prediction was, as a sentence."""
-        low, high = self.prediction.loss_interval
-        apart, where = self.measured - self.prediction.loss, "inside" if self.inside else "outside"
-        return f"missed by {apart:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})"
+        return miss(self.prediction.loss, self.prediction.loss_interval, self.measured)
 
     def summary(self) -> str:
         """For a terminal."""
@@ -106,6 +104,13 @@ class Comparison:
         if abs(self.log2_factor) > 0.01:
             lines.append(f"the run's learning rate is 2^{self.log2_factor:+.2f} times the predicted one")
         return "\n".join(lines)
+
+
+def miss(predicted: float, interval: tuple[float, float], measured: float) -> str:
+    """How far off a predicted loss was, as a sentence. interval: its 90 %."""
+    low, high = interval
+    where = "inside" if low <= measured <= high else "outside"
+    return f"missed by {measured - predicted:+.4f} nats; {where} the 90 % interval ({low:.4f} to {high:.4f})"
 
 
 def compare(out: Path, run: Path) -> Comparison:

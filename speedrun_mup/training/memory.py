@@ -51,9 +51,7 @@ def memory_advice(cfg: TrainConfig, work: str, at_once: int) -> tuple[str, str]:
     elif validation:
         advice = f"--val-chunk-tokens {smaller}"
     else:
-        advice = (
-            f"--micro-batch-tokens {smaller} --micro-batches {cfg.micro_batches * cfg.micro_batch_tokens // smaller}"
-        )
+        advice = f"--micro-batch-tokens {smaller} --micro-batches {cfg.batch_tokens // smaller}"
     if not validation and at_once > 1:
         advice = f"--micro-batches-per-forward {at_once // 2}, or {advice}"
     return f"{f'validation on {size:,}' if validation else f'{at_once} x {size:,}'} tokens at once", advice

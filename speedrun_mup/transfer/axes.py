@@ -101,8 +101,7 @@ def _steps(cfg: Any, tokens: int) -> dict[str, Any]:
     schedule = cfg.schedule
     steps = max(1, round(tokens * schedule.iterations / schedule.tokens))
     if (found := _tokens_in(cfg, steps)) != tokens:
-        batch = cfg.micro_batches * cfg.micro_batch_tokens
-        raise ConfigError(f"tokens={tokens} is no whole number of steps of {batch} tokens; try {found}")
+        raise ConfigError(f"tokens={tokens} is no whole number of steps of {cfg.batch_tokens} tokens; try {found}")
     return {"iterations": steps}
 
 
@@ -142,7 +141,6 @@ SIZES: dict[str, SizeAxis] = {
             most=2**53,
             settings=("micro_batches",),
             change=_micro_batches,
-            read=lambda cfg: cfg.micro_batches * cfg.micro_batch_tokens,
             follow={"tokens": 1, "iterations": -1},
             noun="batch",
         ),

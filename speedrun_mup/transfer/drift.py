@@ -117,7 +117,7 @@ def _judge_arm(
         return Verdict.INCONCLUSIVE, [*blocked, f"{measured} over {len(usable)} {axes.plural}"]
 
     largest = usable[-1]
-    allowed = max(thresholds.max_regret, thresholds.regret_sigmas * (largest.sigma or 0.0))
+    allowed = thresholds.allowed_regret(largest.sigma)
     cost = f"regret {regret.value:.4f} nats at {largest.place}, allowed {allowed:.4f}" if regret else ""
     if regret and math.isinf(regret.value):
         cost = f"{largest.place} diverges at the base {axes.size}'s optimum"

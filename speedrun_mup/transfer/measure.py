@@ -16,7 +16,7 @@ from speedrun_mup.transfer.drift import measure_arm
 from speedrun_mup.transfer.fits import Array, LossTable, Noise, build_loss_table, fit_size
 from speedrun_mup.transfer.points import CurveKey, Point, TransferError
 from speedrun_mup.transfer.results import ArmResult, TransferResult
-from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+from speedrun_mup.transfer.thresholds import Thresholds, Verdict, worst
 
 MOST_SIZES = 600  # curves of one size and one arm, of all arms together
 # Of a table that does not say where its runs began: a loss that lies further above the lowest than this many times that, or
@@ -228,8 +228,7 @@ def _overall(
     tested = [result for result in arms.values() if result.arm in names and result.predicted is None]
     if not tested:
         raise TransferError(f"every arm ({', '.join(arms)}) is a control or left out; nothing is left to judge")
-    verdicts = {result.verdict for result in tested}
-    verdict = next(v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS) if v in verdicts)
+    verdict = worst(result.verdict for result in tested)
     reasons = [f"arm {result.arm}: {result.verdict}, {text}" for result in tested for text in result.reasons]
     reasons += [text for result in tested for text in _beaten(result, arms.values())]
     if not controls:

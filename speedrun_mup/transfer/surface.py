@@ -38,7 +38,7 @@ from speedrun_mup.transfer.plane import fit_plane
 from speedrun_mup.transfer.points import TransferError
 from speedrun_mup.transfer.surface_results import AxisDrift, Optima, Surface
 from speedrun_mup.transfer.table import Table, points_in
-from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+from speedrun_mup.transfer.thresholds import Thresholds, Verdict, worst
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ def _surface(found: Optima, known: Known, thresholds: Thresholds, seed: int) -> 
         )
         shift = Estimate((parts * (narrow - wide)).sum(axis=0))
         drifts.append(judge.judged(Estimate(drift), shift, Estimate(law.exponents[:, number]), trouble))
-    verdicts = {axis.verdict for axis in drifts}
-    verdict = next((v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE) if v in verdicts), Verdict.PASS)
+    verdict = worst(axis.verdict for axis in drifts)
     return Surface(found, plane, law, tuple(drifts), verdict, seed, known.follow)
 
 
@@ -198,7 +197,7 @@ class _Judge:
             blocked.append("the noise is unknown: run some points with a second seed, or give its standard deviation")
         if blocked:
             return Verdict.INCONCLUSIVE, [*blocked, measured]
-        allowed = max(bounds.max_regret, bounds.regret_sigmas * (self.sigma or 0.0))
+        allowed = bounds.allowed_regret(self.sigma)
         cost = f"regret {regret.value:.4f} nats at {self.axes.at(values[-1])}, allowed {allowed:.4f}"
         failed = []
         if low > bounds.max_drift or high < -bounds.max_drift:

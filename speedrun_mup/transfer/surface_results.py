@@ -154,10 +154,8 @@ class Surface:
     @property
     def reasons(self) -> tuple[str, ...]:
         """For the verdict; what is said of several axes is said once."""
-        told = [f"{axis.name}: {axis.verdict}, {text}" for axis in self.drifts for text in axis.reasons]
-        shared = [text for text in self.drifts[0].reasons if all(text in axis.reasons for axis in self.drifts[1:])]
-        if len(self.drifts) == 1:
-            return tuple(told)
+        first, *others = self.drifts
+        shared = [text for text in first.reasons if others and all(text in axis.reasons for axis in others)]
         own = [
             f"{axis.name}: {axis.verdict}, {text}"
             for axis in self.drifts

@@ -15,7 +15,7 @@ from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.setting_columns import ROUNDED
 from speedrun_mup.transfer.surface import fit_surface
 from speedrun_mup.transfer.surface_results import Surface, SurfaceForecast
-from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+from speedrun_mup.transfer.thresholds import Thresholds, Verdict, worst
 
 Controls = Mapping[str, Mapping[str, float]]  # arm -> size -> the drift off the rule that its error predicts
 
@@ -145,8 +145,7 @@ def _overall(
     arms: Mapping[str, Surface], tested: Sequence[str], controls: Controls, thresholds: Thresholds
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The worst verdict of the arms under test; nothing counts unless every control failed the way its error predicts."""
-    verdicts = {arms[name].verdict for name in tested}
-    verdict = next((v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE) if v in verdicts), Verdict.PASS)
+    verdict = worst(arms[name].verdict for name in tested)
     reasons = [f"arm {name}: {arms[name].verdict}" for name in tested]
     if not controls:
         reasons.append("no control arm: nothing shows that this sweep would have noticed a wrong rule")

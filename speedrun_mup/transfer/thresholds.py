@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -12,6 +13,11 @@ class Verdict(enum.StrEnum):
     PASS = "PASS"
     FAIL = "FAIL"
     INCONCLUSIVE = "INCONCLUSIVE"
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """One for all: FAIL counts more than INCONCLUSIVE, and that more than PASS, which is that of none."""
+    return max(verdicts, key=(Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.FAIL).index, default=Verdict.PASS)
 
 
 @dataclass(frozen=True)
@@ -39,3 +45,7 @@ class Thresholds:
     larger_skip: float = 0.02  # fraction of training that "larger is better" leaves out
     larger_sigmas: float = 2.0
     max_violations: float = 0.05  # share of logged steps at which a larger model may be worse; noise alone makes 0.023
+
+    def allowed_regret(self, sigma: float | None) -> float:
+        """Nats. sigma: standard deviation of one run, None where it is unknown."""
+        return max(self.max_regret, self.regret_sigmas * (sigma or 0.0))

@@ -7,6 +7,7 @@ keep theirs. So a spec lives in its module's `mup_specs`, under the parameter's 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -217,6 +218,11 @@ def places(model: nn.Module) -> dict[int, list[Place]]:
         for local, parameter in module.named_parameters("", recurse=False, remove_duplicate=False):
             found.setdefault(id(parameter), []).append(Place(path, module, local))
     return found
+
+
+def starred(name: str) -> str:
+    """`name` with stars for the numbers in it, but for a leading one: the layers of a bare nn.Sequential are not alike."""
+    return re.sub(r"(?<=\.)\d+(?![^.])", "*", name)
 
 
 def main_place(where: list[Place]) -> Place | None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import SOFTCAP, GPTConfig, Head, ModelShape
 from speedrun_mup.core.model.options.gates import SparseGate
+from speedrun_mup.files import write_whole
+from speedrun_mup.training.checkpoint_manifest import CheckpointError
 from speedrun_mup.training.load import LoadedRun
 from speedrun_mup.training.safetensors_writer import write_file
 
@@ -97,9 +99,9 @@ def weights_of(run: LoadedRun, fold: bool) -> dict[str, Tensor]:
     return weights | ({"lm_head.weight": weights["lm_head.weight"] * head.scale} if fold else {})
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], most: int | None = None) -> None:
+def write_weights(folder: Path, weights: Mapping[str, Tensor], most: int = SHARD_BYTES) -> None:
     """model.safetensors, or several of at most `most` bytes each and an index, as transformers names them."""
-    shards = list(_shards(weights, SHARD_BYTES if most is None else most))
+    shards = list(_shards(weights, most))
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0])
         return
@@ -109,7 +111,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], most: int | None 
     place = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": place}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n", error=CheckpointError)
 
 
 def _shards(weights: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:

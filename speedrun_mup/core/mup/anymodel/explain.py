@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 from speedrun_mup.core.mup.compat.layer import MuReadout
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, NoRuleError, Parametrization, Update
-from speedrun_mup.core.mup.spec import ParamSpec, main_place, named_specs, places
+from speedrun_mup.core.mup.spec import ParamSpec, main_place, named_specs, places, starred
 
 _COLUMNS = ("parameter", "role", "at base", "here", "start", "forward", "adam lr", "adam eps", "muon lr", "sgd lr")
 
@@ -26,16 +24,12 @@ def explain(model: nn.Module, parametrization: Parametrization = PARAMETRIZATION
     for name, p, spec in named_specs(model):
         place = main_place(owners[id(p)])
         readout = isinstance(place.module, MuReadout) if place else False
-        row = (_kind(name), *_row(spec, readout, parametrization))
+        row = (starred(name), *_row(spec, readout, parametrization))
         rows[row] = rows.get(row, 0) + 1
     shown = [(f"{row[0]} ({count})" if count > 1 else row[0], *row[1:]) for row, count in rows.items()]
     widths = [max(len(row[i]) for row in [_COLUMNS, *shown]) for i in range(len(_COLUMNS))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in [_COLUMNS, *shown]]
     return "\n".join([*lines, *_forward(model)])
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?![^.])", "*", name)
 
 
 def _row(spec: ParamSpec, readout: bool, table: Parametrization) -> tuple[str, ...]:
@@ -60,12 +54,12 @@ def _forward(model: nn.Module) -> list[str]:
         own = vars(module)
         if "mup_scale" in own:
             attribute, before, _ = own["mup_scale"]
-            lines[f"{_kind(name)}.{attribute} is {own[attribute]:.4g} instead of {before:.4g}: heads widen"] = None
+            lines[f"{starred(name)}.{attribute} is {own[attribute]:.4g} instead of {before:.4g}: heads widen"] = None
         if "mup_factor" in own:
             factor = own["mup_factor"][0]
             part = f" (the first {factor.first} entries: queries of heads that widen)" if factor.first else ""
             what = "reads" if factor.reads else "puts out"
-            lines[f"what {_kind(name)} {what} is multiplied by {factor.factor:.4g}{part}"] = None
+            lines[f"what {starred(name)} {what} is multiplied by {factor.factor:.4g}{part}"] = None
         if isinstance(module, MuReadout):
-            lines[f"what {_kind(name)} reads is multiplied by {module.multiplier:.4g}: the readout"] = None
+            lines[f"what {starred(name)} reads is multiplied by {module.multiplier:.4g}: the readout"] = None
     return list(lines)

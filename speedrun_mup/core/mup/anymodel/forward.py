@@ -7,6 +7,7 @@ dict holds: it is a matter of the base, and comes back with it. `fold` bakes it 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +79,17 @@ def drop_factors(module: nn.Module) -> Factor | None:
     return factor
 
 
+def _number(module: nn.Module, names: Iterable[str]) -> int | None:
+    """The first of these attributes of a module's own that is a whole number."""
+    own = vars(module)
+    return next((own[name] for name in names if isinstance(own.get(name), int)), None)
+
+
 def head_size(module: nn.Module) -> int | None:
     """The size of a head of an attention module; None for what is none."""
-    own = vars(module)
-    for name in _HEAD_SIZES:
-        if isinstance(own.get(name), int):
-            return own[name]
-    heads = next((own[name] for name in _HEADS if isinstance(own.get(name), int)), None)
-    width = next((own[name] for name in _WIDTHS if isinstance(own.get(name), int)), None)
+    if (size := _number(module, _HEAD_SIZES)) is not None:
+        return size
+    heads, width = _number(module, _HEADS), _number(module, _WIDTHS)
     return width // heads if heads and width else None
 
 
@@ -179,14 +183,15 @@ def _bake(path: str, module: nn.Module, factor: Factor) -> None:
     if factor.reads or gain or isinstance(module, nn.Embedding):
         times = torch.tensor(factor.factor)
     else:
-        times = factor.of(weight.size(1 if _stores_in_out(module) else 0))
+        times = factor.of(weight.size(1 if stores_in_out(module) else 0))
         if bias is not None:
             module.bias = nn.Parameter(bias * times.to(bias))
-        times = times if _stores_in_out(module) else times.view(-1, *[1] * (weight.ndim - 1))
+        times = times if stores_in_out(module) else times.view(-1, *[1] * (weight.ndim - 1))
     module.weight = nn.Parameter(weight * times.to(weight))
 
 
-def _stores_in_out(module: nn.Module) -> bool:
+def stores_in_out(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D, a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
 
 
@@ -202,9 +207,7 @@ def _is_proportional(module: nn.Module, gain: nn.Parameter) -> bool:
 
 def _query_entries(module: nn.Module) -> int:
     """How many of the entries of a fused projection are queries, which come first."""
-    own = vars(module)
-    heads = next(own[name] for name in _HEADS if isinstance(own.get(name), int))
-    return heads * (head_size(module) or 0)
+    return (_number(module, _HEADS) or 0) * (head_size(module) or 0)
 
 
 def scale_embedding(model: nn.Module, base: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from speedrun_mup.core.mup.anymodel.forward import stores_in_out
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfShape
 from speedrun_mup.core.mup.compat.layer import MuReadout
 from speedrun_mup.core.mup.compat.layers import layout_of, sources
@@ -60,7 +61,7 @@ def declare_roles(model: nn.Module, infshapes: Mapping[str, InfShape], roles: Ro
     """
     by_name = dict(model.named_parameters())
     found, made = places(model), sources(model)
-    _declare_by_user(model, infshapes, roles, by_name)
+    _declare_by_user(found, infshapes, roles, by_name)
     open_places: list[tuple[Place, InfShape]] = []
     for name, p in by_name.items():
         for place in found[id(p)]:
@@ -72,14 +73,14 @@ def declare_roles(model: nn.Module, infshapes: Mapping[str, InfShape], roles: Ro
                 _declare_by_name(place, infshapes[name], grown[0])
             elif words is not None and {words[i] for i in grown} == {"in"}:
                 open_places.append((place, infshapes[name]))
-            elif words is not None and type(place.module).__name__ == "Conv1D" and grown:
+            elif words is not None and stores_in_out(place.module) and grown:
                 _declare(place, infshapes[name], Role.HIDDEN if len(grown) == 2 else Role.INPUT, words)
     return list(_sort_open(model, open_places, found))
 
 
 def _layout(place: Place, ndim: int) -> list[str] | None:
     """One word per dimension where the class shows it: torch's, and Hugging Face's Conv1D, which stores (in, out)."""
-    if type(place.module).__name__ == "Conv1D" and not isinstance(place.module, nn.Conv1d) and place.local == "weight":
+    if stores_in_out(place.module) and place.local == "weight":
         return ["in", "out"]
     return layout_of(place.module, place.local, ndim)
 
@@ -90,9 +91,11 @@ def _declare(place: Place, infshape: InfShape, role: Role, words: Iterable[str])
 
 
 def _declare_by_user(
-    model: nn.Module, infshapes: Mapping[str, InfShape], roles: Roles, by_name: Mapping[str, nn.Parameter]
+    found: Mapping[int, list[Place]],
+    infshapes: Mapping[str, InfShape],
+    roles: Roles,
+    by_name: Mapping[str, nn.Parameter],
 ) -> None:
-    found = places(model)
     for pattern, said in roles.items():
         word, _, layout = (part.strip() for part in said.partition(":"))
         fits = [name for name in by_name if fnmatchcase(name, pattern)]

@@ -18,7 +18,7 @@ from speedrun_mup.core.mup.compat.infshape import BaseShapeError
 from speedrun_mup.core.mup.compat.layer import _rescale
 from speedrun_mup.core.mup.compat.layers import torch_start
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS
-from speedrun_mup.core.mup.spec import ParamSpec, Place, main_place, places
+from speedrun_mup.core.mup.spec import ParamSpec, Place, main_place, places, starred
 
 _SURE = 4.0  # standard errors of a root mean square
 _SLACK = 0.03  # in log2: what a truncated normal or a clamp may add
@@ -59,17 +59,13 @@ def _kinds(model: nn.Module, base: nn.Module) -> dict[str, _Kind]:
         if place is None or place.spec is None or p.is_meta or name not in at_base:
             continue
         done: Mapping[str, float] = vars(place.module).get("mup_rescaled", {})
-        kind = kinds.setdefault(_kind(name), _Kind())
+        kind = kinds.setdefault(starred(name), _Kind())
         kind.members.append((place, place.spec))
         kind.here += _squares(p) / done.get(place.local, 1.0) ** 2
         kind.entries += p.numel()
         kind.base += _squares(at_base[name])
         kind.base_entries += p.numel() and at_base[name].numel()
     return kinds
-
-
-def _kind(name: str) -> str:
-    return ".".join("*" if part.isdigit() and i else part for i, part in enumerate(name.split(".")))
 
 
 @torch.no_grad()
