@@ -35,7 +35,7 @@ from speedrun_mup.plan import (
     run_plan,
 )
 from speedrun_mup.plan.folder import read_prediction
-from speedrun_mup.plan.prediction import _why_wide
+from speedrun_mup.plan.prediction import _why_wide, miss
 from speedrun_mup.sweep import Failure, LocalEngine, RunResult, read_results, run_sweep
 from speedrun_mup.training import train
 from speedrun_mup.training.flops import run_flops
@@ -498,3 +498,8 @@ def test_from_plan_to_comparison_with_real_runs(tiny, out):
     comparison = compare(out, train(dataclasses.replace(target, lr_scale=prediction.lr_scale, name="t")).folder)
     low, high = prediction.loss_interval
     assert abs(comparison.measured - prediction.loss) < max(2 * (high - low), 0.2)
+
+
+def test_a_miss_has_the_sign_of_what_was_measured():
+    assert miss(2.0, (1.9, 2.1), 2.15) == "missed by +0.1500 nats; outside the 90 % interval (1.9000 to 2.1000)"
+    assert miss(2.0, (1.9, 2.1), 1.95) == "missed by -0.0500 nats; inside the 90 % interval (1.9000 to 2.1000)"
