@@ -149,18 +149,20 @@ def foreign_coord_check(
             return subject.optimizer(model)
         return mup.optimizer(model, lr=lr, optimizer=optimizer, muon_lr=muon_lr)
 
-    return coord_check(
-        build,
-        widths,
-        subject.data,
-        subject.loss,
-        train,
-        steps=steps,
-        seeds=seeds,
-        thresholds=FOREIGN,
-        name=subject.name,
-        progress=progress,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mup.PlainOptimizerWarning)  # the verdict says it
+        return coord_check(
+            build,
+            widths,
+            subject.data,
+            subject.loss,
+            train,
+            steps=steps,
+            seeds=seeds,
+            thresholds=FOREIGN,
+            name=subject.name,
+            progress=progress,
+        )
 
 
 def _only_model(built: Any) -> nn.Module:

@@ -437,3 +437,48 @@ def test_muon_and_adam_under_autocast_and_a_grad_scaler():
             scaler.step(optimizer)
             scaler.update()
     assert not torch.equal(model.wte.weight, before) and loss.isfinite()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers that know nothing of muP
+
+
+def step_of(optimizer, model):
+    optimizer.zero_grad()
+    loss_of(model, tokens()).backward()
+    optimizer.step()
+
+
+def test_an_optimizer_with_one_rate_for_all_is_warned_of_once():
+    model = wide_gpt()
+    with pytest.warns(mup.PlainOptimizerWarning, match="AdamW trains a GPT .* 4 times that of .*c_attn.weight") as said:
+        step_of(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    step_of(torch.optim.SGD(model.parameters(), lr=1e-3), model)
+    with pytest.warns(mup.PlainOptimizerWarning, match="SGD"):
+        again = wide_gpt()
+        step_of(torch.optim.SGD(nn.Sequential(again).parameters(), lr=1e-3), again)
+
+
+def test_right_rates_base_size_and_folded_models_are_not_warned_of():
+    groups = wide_gpt()
+    step_of(torch.optim.AdamW(mup.param_groups(groups, lr=1e-3)), groups)
+    for options in ({"lr": 1e-3}, MUON, {"lr": 1e-3, "optimizer": "sgd"}):
+        ours = wide_gpt()
+        step_of(mup.optimizer(ours, **options), ours)
+    folded = mup.fold(wide_gpt())
+    step_of(torch.optim.AdamW(folded.parameters(), lr=1e-3), folded)
+    base = mup.adapt(gpt(16), {"n_embd": 16, "n_head": 4})
+    step_of(torch.optim.AdamW(base.parameters(), lr=1e-3), base)
+
+
+def test_a_warning_keeps_no_model_alive():
+    import gc
+    import weakref
+
+    model = wide_gpt()
+    left = weakref.ref(model)
+    copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert left() is None

@@ -2,6 +2,7 @@
 
 from speedrun_mup.core.mup.anymodel.adapt import adapt
 from speedrun_mup.core.mup.anymodel.explain import explain
+from speedrun_mup.core.mup.anymodel.guard import PlainOptimizerWarning
 from speedrun_mup.core.mup.anymodel.optimizer import optimizer, param_groups
 from speedrun_mup.core.mup.compat import coord_check, infshape, init, layer, optim, shape
 from speedrun_mup.core.mup.compat.combined import Combined
@@ -82,6 +83,7 @@ __all__ = [
     "NoRuleError",
     "ParamSpec",
     "Parametrization",
+    "PlainOptimizerWarning",
     "Power",
     "Role",
     "Rule",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from speedrun_mup.core.mup.anymodel.forward import Factor, scale_attention, scale_embedding, set_factor
+from speedrun_mup.core.mup.anymodel.guard import watch
 from speedrun_mup.core.mup.anymodel.roles import Roles, declare_roles
 from speedrun_mup.core.mup.anymodel.sizes import STORED, Base, Build, Sizes, sizes_of
 from speedrun_mup.core.mup.anymodel.start import turn_start
@@ -66,6 +67,7 @@ def adapt(
     _start(model, sizes, init)
     if sizes.fields is not None:
         setattr(model.config, STORED, dict(sizes.fields))
+    watch(model)
     return model
 
 
