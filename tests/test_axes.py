@@ -153,7 +153,7 @@ def test_a_size_axis_is_one_entry(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SIZES, experts.name, experts)
     source = table(tmp_path / "runs.csv", "config.num_experts", "lr")
     words = ["transfer", str(source), "--size", "experts", "--controls", "sp=-1"]
-    assert main(words) == 3 and "give --columns experts=config.num_experts" in capsys.readouterr().err
+    assert main(words) == 0 and "note: experts is the column config.num_experts; --columns" in capsys.readouterr().out
     words += ["--columns", "experts=config.num_experts"]
     assert main(words) == 0 and re.search("^ experts seeds", capsys.readouterr().out, re.M)
     assert main([*words, "--predict", "5000"]) == 2 and "--predict 5000: give an experts" in capsys.readouterr().err

@@ -65,6 +65,15 @@ def data():
 def loss(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 """
+LOGS = {  # the reader's logs -> tests/data/logs
+    "wandb": "wandb",
+    "lightning_logs": "lightning",
+    "ray_results": "ray",
+    "tb_logs": "tensorboard",
+    "hf_runs": "trainer",
+    "optuna.db": "optuna.db.gz",
+    "trackio.db": "trackio-widths.db.gz",
+}
 VERDICTS = ("transfer", "coord-check")  # 1 is an answer of theirs
 
 
@@ -181,6 +190,11 @@ def workspace(tmp_path, monkeypatch, texts):
         lines = [json.dumps({"text": part}) for part in texts.split("\n\n")]
         (tmp_path / name).write_bytes(gzip.compress("\n".join(lines).encode()))
     (tmp_path / "my_models.py").write_text(MODELS)
+    for name, logs in LOGS.items():
+        if logs.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.decompress((ROOT / "tests" / "data" / "logs" / logs).read_bytes()))
+        else:
+            (tmp_path / name).symlink_to(ROOT / "tests" / "data" / "logs" / logs)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -561,7 +561,7 @@ def test_a_sweep_from_a_file_end_to_end():
     [
         ("", "no column width, lr, seed, loss in the header"),
         ("width,lr,seed\n64,1,0\n", "no column loss in the header \\(width,lr,seed\\); name each once"),
-        ("width;lr;seed;loss\n64;1;0;3\n", "no column width, lr, seed, loss .*; separate columns with commas"),
+        ("width:lr:seed:loss\n64:1:0:3\n", "no column width, lr, seed, loss .*; separate columns with commas"),
         ("arm,arm,width,lr,seed,loss\n", "more than one column 'arm'"),
         ("width,lr,seed,loss\n64,0,5,1,3\n", "row 2: 5 values below a header of 4; quote a value with a comma"),
         ("width,lr,seed,loss,arm\n64,1,0,3\n", "row 2: 4 values below a header of 5"),

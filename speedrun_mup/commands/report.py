@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun_mup.commands.transfer import add_source, command_for, measure
+from speedrun_mup.commands.transfer import add_source, command_for, is_sweep, measure
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import own_folder, printable
 from speedrun_mup.flags import new_parser, parse
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
 
     result = measure(arguments)
     source = arguments.source
-    beside = source / "report" if source.is_dir() else source.with_name(f"{source.stem}-report")
+    beside = source / "report" if is_sweep(source) else source.with_name(f"{source.resolve().stem}-report")
     out = arguments.out or own_output_folder(beside)
     command = ["speedrun-mup", "report", *argv]
     again = command_for(arguments, "--predict", result.axes.size.upper())

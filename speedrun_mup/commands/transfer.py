@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from speedrun_mup.transfer import Axes, Forecast, Known, SurfaceResult, TransferResult
 
 # Flags of `add_source`.
-_ASKED = ("size", "hyperparameter", "columns", "controls", "tested", "base_size", "sigma", "initial_loss", "accept")
+_OF_TABLES = ("columns", "loss", "names", "format")  # how a table or logs are read
+_ASKED = ("size", "hyperparameter", *_OF_TABLES, "controls", "tested", "base_size", "sigma", "initial_loss", "accept")
 
 
 def run(argv: Sequence[str]) -> int:
     """Judge whether the best learning rate, or another hyperparameter, stays put with width, or another size.
 
-    It reads a sweep or a table of yours. The exit code is 0 for PASS.
+    It reads a sweep, a table of yours, or a folder of logs of other programs. The exit code is 0 for PASS.
     """
     parser = new_parser("speedrun-mup transfer", run.__doc__ or "")
     add_source(parser)
@@ -74,6 +75,13 @@ def _several(arguments: argparse.Namespace, sizes: Sequence[str]) -> int:
     return 0 if result.verdict == "PASS" else 1
 
 
+def is_sweep(source: Path) -> bool:
+    """Whether a source is a sweep's folder, and no table and no logs of other programs."""
+    from speedrun_mup.transfer.sources import is_sweep  # needs numpy, which --help does not
+
+    return is_sweep(source)
+
+
 def _target(text: str) -> int:
     """The size in a --predict for one axis."""
     try:
@@ -95,7 +103,7 @@ def _place(text: str, sizes: Sequence[str]) -> dict[str, int]:
 def sizes_of(arguments: argparse.Namespace) -> list[str]:
     """The sizes that were named, or that the sweep has; none for a table whose size is width."""
     named = [name.strip().lower() for text in arguments.size or [] for name in text.split(",") if name.strip()]
-    if arguments.source.is_dir():
+    if is_sweep(arguments.source):
         _check_sweep(arguments)
         from speedrun_mup.sweep import read_definition, size_names  # needs torch, which a table does not
 
@@ -131,7 +139,7 @@ def _forecasts(result: TransferResult, size: int, tested: Collection[str] | None
 
 def _told(source: Path, arm: str, forecast: Forecast | str) -> str:
     """A forecast for a terminal; of a sweep it gives the setting as a flag to paste."""
-    if isinstance(forecast, str) or not source.is_dir():
+    if isinstance(forecast, str) or not is_sweep(source):
         return str(forecast)
     from speedrun_mup.sweep import read_definition, read_results, tuned_flag
     from speedrun_mup.sweep.result import in_bits_per_byte
@@ -157,7 +165,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="FOLDER|CSV",
-        help="of a sweep; or a table: width,lr,loss and, if any, seed and arm",
+        help="of a sweep; a table: width,lr,loss and, if any, seed and arm; or logs of W&B, TensorBoard and others",
     )
     parser.add_argument(
         "--size",
@@ -171,11 +179,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="column of the table that takes lr's place, above zero",
     )
     add_renamed_flag(parser, "--knob", "--hyperparameter")
-    parser.add_argument(
-        "--columns",
-        metavar="width=NAME,...",
-        help="what the table calls its columns: width=n_embd,lr=learning_rate,loss=val/loss; also seed and arm",
-    )
+    _add_reading(parser)
     parser.add_argument(
         "--controls",
         metavar="ARM=DRIFT,...",
@@ -212,6 +216,28 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a table or logs are read."""
+    parser.add_argument(
+        "--columns",
+        metavar="width=NAME,...",
+        help="what the table calls its columns: width=n_embd,lr=learning_rate,loss=val/loss; also seed and arm",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("last", "min"),
+        help="of a run that logged several: the last (default for logs), or the lowest; for a table with a row for each step",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="PATTERN",
+        help="settings that are in the names of logged runs: w{width}-lr{lr}-s{seed}",
+    )
+    parser.add_argument(
+        "--format", metavar="NAME", help="which logs of a folder to read, if it has several: wandb, tensorboard, ..."
+    )
+
+
 def measure(arguments: argparse.Namespace) -> TransferResult:
     """What `add_source` names, measured. Raises ConfigError, TransferError."""
     from speedrun_mup.transfer import Axes, measure_transfer, read_table
@@ -221,12 +247,12 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
     if arguments.base_size is not None:
         options["base_size"] = arguments.base_size
     controls = _drifts("controls", arguments.controls or "", "sp=-1")
-    if not source.is_dir():
+    if not is_sweep(source):
         sizes = sizes_of(arguments)
         if len(sizes) > 1:
             raise ConfigError(f"--size {' --size '.join(sizes)}: give one here; speedrun-mup transfer takes several")
         named = dict(zip(("size",), sizes)) | _hyperparameter(arguments)
-        table = read_table(source, Axes(**named), _columns(arguments.columns or ""))
+        table = read_table(source, Axes(**named), **_reading(arguments))
         options |= {"doubts": table.doubts, "notes": table.notes}
         return measure_transfer(table.points, controls=controls, axes=table.axes, **options)
     _check_sweep(arguments)
@@ -234,6 +260,12 @@ def measure(arguments: argparse.Namespace) -> TransferResult:
 
     sizes = sizes_of(arguments)
     return measure_sweep(source, size=sizes[0] if len(sizes) == 1 else None, **options)
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How `read_table` is to read a table or logs."""
+    of_logs = {"loss": arguments.loss or "", "names": arguments.names or "", "form": arguments.format or ""}
+    return {"columns": _columns(arguments.columns or ""), **of_logs}
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -264,7 +296,7 @@ def _hyperparameter(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _check_sweep(arguments: argparse.Namespace) -> None:
     """ConfigError for a flag about what a sweep knows by itself."""
-    about = {"columns": "has no columns", "hyperparameter": "knows its axes"}
+    about = dict.fromkeys(_OF_TABLES, "is no table") | {"hyperparameter": "knows its axes"}
     for name, why in (about | {"controls": "knows its controls"}).items():
         if given := getattr(arguments, name):
             raise ConfigError(f"--{name} {given}: {arguments.source} is a sweep, which {why}; leave it out")
@@ -280,13 +312,13 @@ def measure_several(arguments: argparse.Namespace, sizes: Sequence[str], known: 
         )
     options: dict[str, Any] = {name: getattr(arguments, name) for name in ("sigma", "tested", "accept", "initial_loss")}
     source = arguments.source
-    if source.is_dir():
+    if is_sweep(source):
         _check_sweep(arguments)
         from speedrun_mup.sweep import measure_sweep_surface
 
         return measure_sweep_surface(source, known=known, **options)
     axes = Axes(sizes[0], **_hyperparameter(arguments))
-    table = read_table(source, axes, _columns(arguments.columns or ""), sizes[1:])
+    table = read_table(source, axes, more=sizes[1:], **_reading(arguments))
     controls: dict[str, dict[str, float]] = {}
     for name, drift in _drifts("controls", arguments.controls or "", "sp:width=-1").items():
         arm, colon, size = name.rpartition(":")

@@ -27,6 +27,7 @@ from speedrun_mup.report.figures import (
 from speedrun_mup.report.words import arm_words, larger_words, terms, verdict_words
 from speedrun_mup.sweep import read_along, read_curves
 from speedrun_mup.transfer import Axes, TransferResult
+from speedrun_mup.transfer.sources import is_sweep
 
 
 def make_report(
@@ -56,7 +57,7 @@ def make_report(
     main = main_arm(result).arm
     tested_first = sorted(result.arms.items(), key=lambda item: (item[0] != main, item[1].predicted is not None))
     result = replace(result, arms=dict(tested_first))
-    swept = source.is_dir()
+    swept = is_sweep(source)
     planned, prediction = read_plan(source) if (source / PLAN).exists() else (None, None)
     comparison = compare(source, target) if target else None
     axes = result.axes
@@ -111,6 +112,8 @@ def _axis_label(axes: Axes, factors: bool) -> str:
 
 def _is_of_sweep(table: Path) -> bool:
     """Whether `speedrun-mup sweep` wrote this table, of whatever version, so that its rates are factors."""
+    if table.is_dir():  # logs of another program
+        return False
     with open(table, encoding="utf-8", errors="replace") as file:
         return {"lr", "log2_lr", "train_loss", "flops"} <= set(file.readline(400).strip().split(","))
 
@@ -174,7 +177,7 @@ def _drift_section(result: TransferResult) -> Section:
 def _predict(source: Path, result: TransferResult) -> str:
     """The command that predicts from this table or sweep, as far as the result says how it was read."""
     axes, named = result.axes, list[str]()
-    if not source.is_dir():
+    if not is_sweep(source):
         named += ["--size", axes.size] if axes.size != Axes().size else []
         named += ["--hyperparameter", axes.hyperparameter] if axes.hyperparameter != Axes().hyperparameter else []
     return shlex.join(["speedrun-mup", "transfer", str(source), *named, "--predict", axes.size.upper()])

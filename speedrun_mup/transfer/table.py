@@ -1,32 +1,32 @@
-"""Runs from a foreign CSV: which column means what, what is left out, and bounds on all of it."""
+"""Runs from tables and logs of any program: from cells to points, what is left out, and bounds on all of it."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from speedrun_mup.files import SMALL, printable, read_bytes
+from speedrun_mup.files import SMALL, printable
 from speedrun_mup.transfer.axes import RATE, SIZES, Axes, told_sizes
-from speedrun_mup.transfer.claims import Doubt
+from speedrun_mup.transfer.claims import NAMED, Doubt
+from speedrun_mup.transfer.columns import find_columns, step_column, units
 from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.setting_columns import is_setting, judge_settings
+from speedrun_mup.transfer.sources import read_source
+from speedrun_mup.transfer.sources.logs import MIN, Curve, Rows, text_of
 
-OPTIONAL = ("seed", "arm")
-# How other programs call them: a name that is or ends with one of these is a candidate.
-ALIKE = {
-    RATE: ("lr", "learning_rate", "max_lr", "peak_lr", "base_lr", "lr_scale"),
-    "loss": ("loss", "nll", "cross_entropy", "perplexity", "ppl", "bpb", "bpc", "bits_per_byte"),
-    "arm": ("arm", "parametrization", "parameterization", "method"),
-}
-MOST_RUNS, MOST_COLUMNS, MOST_BYTES = 200_000, 10_000, SMALL
+MOST_RUNS, MOST_BYTES = 200_000, SMALL
 MOST_NAME, MOST_VALUE = 100, 1000  # characters of an arm, and of a setting
 LEAST_VALUE, GREATEST_VALUE = 1e-30, 1e30
+STATES = ("state", "status")  # columns that say how a run ended
+UNFINISHED = frozenset(
+    ("running", "pending", "queued", "waiting", "crashed", "failed", "fail", "failure", "error", "killed", "stopped")
+    + ("pruned", "preempted", "preempting", "canceled", "cancelled", "aborted")
+)
+DIVERGED = ("nan", "inf", "-inf", "infinity", "-infinity", "diverged")
 FEW = 8  # values of a column that is left out which are worth telling
 
 
@@ -52,68 +52,167 @@ def read_points(
 
 
 def read_table(
-    path: str | Path, axes: Axes | None = None, columns: Mapping[str, str] | None = None, more: Sequence[str] = ()
+    path: str | Path,
+    axes: Axes | None = None,
+    columns: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
+    *,
+    loss: str = "",
+    names: str = "",
+    form: str = "",
 ) -> RunTable:
-    """Runs from a CSV with a column for each of `axes`, loss and, if you like, seed (else one run at every point) and arm
-    (else the name of the file).
+    """Runs from a table, or from logs of other programs (`sources.FORMATS`), with a column for each of `axes`, loss and, if
+    you like, seed (else one run at every point) and arm (else the name of the file).
 
-    Case and empty lines do not matter. A loss of nan, inf or "diverged" marks a diverged run.
+    Case and empty lines do not matter. A loss of nan, inf or "diverged" marks a diverged run. Notes say which columns were
+    taken that are called otherwise. Runs that have not ended, and logged ones without a loss, are a doubt.
 
     Args:
-        path: of the file.
+        path: of the file or folder.
         axes: what was scaled and what was tuned, which is above zero; by default the columns width and lr.
         columns: what the columns are called in the file, for instance {"width": "n_embd", "loss": "val/loss"}.
         more: further sizes that were scaled, each a column: ["n_layer", "tokens"].
+        loss: what stands for a run, "last" or "min" of its curve; a table with a row for each step needs it.
+        names: pattern of the names of logged runs, such as w{width}-lr{lr}.
+        form: one of `sources.FORMATS`, where a folder has several.
 
     Raises:
-        TransferError: in one line that names row (1 is the file's first line) and column.
+        TransferError: in one line that names row (1 is the file's first line) or run, and column.
     """
-    path, axes = Path(path), axes or Axes()
+    rows = read_source(Path(path), loss, names, form, MOST_BYTES)
+    return read_rows(rows, Path(path), axes, columns, more, loss)
+
+
+def read_rows(
+    rows: Rows,
+    path: Path,
+    axes: Axes | None = None,
+    columns: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
+    loss: str = "",
+) -> RunTable:
+    """The same for rows wherever they are from. path: what messages call them, and where the arm has its name from."""
+    axes = axes or Axes()
     more = [name for name in more if name != axes.size]
     for size in more:
         Axes(size, axes.hyperparameter)  # raises, too
-    rows = _rows(path)
-    header = next(rows, (1, []))[1]
-    place = _find_columns(path, header, axes, columns or {}, more)
-    left_out = [number for number in range(len(header)) if number not in place.values()]
-    names = [header[number].strip() for number in left_out]
-    seen: list[set[str]] = [set() for _ in left_out]
-    settings: dict[int, list[tuple[str, Point]]] = {
-        number: [] for number in left_out if is_setting(header[number], axes)
-    }
-    sizes = {name.lower(): number for name, number in zip(names, left_out) if name.lower() in SIZES}
-    seeds = Seeds()
-    points: dict[tuple[str, tuple[int, ...], float, int], tuple[Point, int]] = {}
-    for line, cells in rows:
-        where = f"{printable(path)} row {line}"
+    reader = _Reader(rows, path, axes, columns or {}, more, loss)
+    for where, cells in rows.rows:
+        reader.take(where, cells)
+    return reader.table()
+
+
+_Key = tuple[str, tuple[int, ...], float, int]  # arm, sizes, log2 of the hyperparameter, seed
+
+
+class _Reader:
+    """A table while it is read, row by row."""
+
+    def __init__(self, rows: Rows, path: Path, axes: Axes, columns: Mapping[str, str], more: Sequence[str], loss: str):
+        self.rows, self.path, self.axes, self.more, self.which = rows, path, axes, more, loss
+        found = find_columns(path, rows, axes, columns, more)
+        self.place = {role: number for role, number in found.place.items() if role != "step"}
+        self.step = step_column(rows, columns) if rows.curves is None else None
+        if loss and rows.curves is None and self.step is None:
+            raise TransferError(f"--loss {loss}: {printable(path)} has no column of steps, so no curves; leave it out")
+        by_step = {self.step} if loss else set()
+        unused = [n for n in range(len(rows.header)) if n not in {*self.place.values()} | by_step]
+        self.left_out = [n for n in unused if rows.curves is None or n not in rows.curves]
+        self.state = next((n for n in self.left_out if rows.header[n].strip().lower() in STATES), None)
+        self.settings: dict[int, list[tuple[str, Point]]] = {
+            n: [] for n in self.left_out if is_setting(rows.header[n], axes)
+        }
+        names = {n: rows.header[n].strip().lower() for n in self.left_out}
+        self.sizes = {name: n for n, name in names.items() if name in SIZES}
+        self.seen: dict[int, set[str]] = {n: set() for n in self.left_out}
+        numbers = {role: n for role, n in self.place.items() if role not in ("seed", "arm")}
+        self.notes = [*rows.notes, *found.notes, *rows.settle(numbers)]
+        self.seeds, self.points = Seeds(), dict[_Key, tuple[Point, str]]()
+        self.curves: dict[_Key, dict[float, float]] = {}
+        self.absent: dict[str, None] = {}  # what is known of runs that do not count
+
+    def take(self, where: str, cells: list[str]) -> None:
+        """Add a row."""
+        header = self.rows.header
         if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
             raise TransferError(
                 f"{where}: {len(cells)} values below a header of {len(header)}; quote a value with a comma"
             )
-        told = {role: cells[number].strip() for role, number in place.items()}
-        others = {name: int(cells[at]) for name, at in sizes.items() if re.fullmatch(r"\s*[0-9]{1,18}\s*", cells[at])}
-        others |= {name: _size(told[name], Axes(name), f"{where}, column {name}") for name in more}
-        point = _point(told, others, axes, seeds, where, path.stem)
-        key = (point.arm, tuple(point.sizes[name] for name in (axes.size, *more)), point.log2_value, point.seed)
-        if key in points:
-            same = f"arm {point.arm}, {told_sizes(dict(zip((axes.size, *more), key[1])))}, {axes.hyperparameter} {point.value:g}"
-            same += f", seed {point.seed}" * ("seed" in place)
-            first = next(cells for number, cells in _rows(path) if number == points[key][1])
-            differ = [name for name, number in zip(names, left_out) if first[number].strip() != cells[number].strip()]
-            raise TransferError(f"{where}: {same} is there twice{_twice(differ, 'seed' in place)}")
-        if len(points) == MOST_RUNS:
+        told = {role: cells[number].strip() for role, number in self.place.items()}
+        state = cells[self.state].strip().lower() if self.state is not None else ""
+        by_step = bool(self.which) and self.step is not None
+        if (by_step or self.rows.curves is not None) and not told["loss"]:
+            if not by_step:
+                self.absent[f"{self._short(where)} has no {header[self.place['loss']]}"] = None
+            return
+        if state in UNFINISHED and told["loss"].lower() not in DIVERGED:
+            self.absent[f"{self._short(where)} is {state}"] = None
+            return
+        others = {name: int(cells[n]) for name, n in self.sizes.items() if re.fullmatch(r"\s*[0-9]{1,18}\s*", cells[n])}
+        others |= {name: _size(told[name], Axes(name), f"{where}, column {name}") for name in self.more}
+        point = _point(told, others, self.axes, self.seeds, where, self.path.stem)
+        sizes = tuple(point.sizes[name] for name in (self.axes.size, *self.more))
+        key = (point.arm, sizes, point.log2_value, point.seed)
+        if by_step and self.step is not None:
+            at = _to_number(cells[self.step].strip(), f"{where}, column {header[self.step]}", "a number")
+            if at in self.curves.setdefault(key, {}):
+                self._refuse(key, point, where, cells)
+            self.curves[key][at] = point.loss
+            if key in self.points:
+                return
+        elif key in self.points:
+            self._refuse(key, point, where, cells)
+        if len(self.points) == MOST_RUNS:
             raise TransferError(f"{where}: more than {MOST_RUNS:,} runs; split the table")
-        points[key] = point, line
-        for values_seen, number in zip(seen, left_out):
+        self.points[key] = point, where
+        for number, values_seen in self.seen.items():
             if len(values_seen) <= FEW:
                 values_seen.add(cells[number].strip()[:MOST_NAME])
-        for number, values in settings.items():
+        for number, values in self.settings.items():
             values.append((cells[number].strip()[:MOST_VALUE], point))
-    if not points:
-        raise TransferError(f"{printable(path)}: a header but no rows; give one row per finished run")
-    doubts, notes = judge_settings([(header[number], values) for number, values in settings.items()], axes)
-    notes = [*_left_out(names, seen), *notes, *seeds.notes(), *_units(header[place["loss"]])]
-    return RunTable(axes, [point for point, _ in points.values()], tuple(notes), tuple(doubts))
+
+    def _short(self, where: str) -> str:
+        """Where a row is, without the file."""
+        return where.removeprefix(printable(self.path)).lstrip(": ")
+
+    def _refuse(self, key: _Key, point: Point, where: str, cells: list[str]) -> NoReturn:
+        """Raises TransferError for a second run at one place."""
+        names = told_sizes(dict(zip((self.axes.size, *self.more), key[1])))
+        same = f"arm {point.arm}, {names}, {self.axes.hyperparameter} {point.value:g}"
+        same += f", seed {point.seed}" * ("seed" in self.place)
+        first = next(other for at, other in self.rows.rows if at == self.points[key][1])
+        differ = [self.rows.header[n].strip() for n in self.left_out if first[n].strip() != cells[n].strip()]
+        steps = self.rows.header[self.step].strip() if self.step is not None and not self.which else ""
+        what = _twice(differ, "seed" in self.place, steps)
+        if not differ and self.rows.curves is not None and "seed" not in self.place:
+            what = "; if their names hold the seed, give the pattern of these, such as --names w{width}-lr{lr}-s{seed}"
+        raise TransferError(f"{where}: {same} is there twice{what}")
+
+    def table(self) -> RunTable:
+        """All that was read, with what is doubtful about it."""
+        if not self.points and self.absent:
+            raise TransferError(f"{printable(self.path)}: no run counts; {_some(self.absent)}")
+        if not self.points:
+            raise TransferError(f"{printable(self.path)}: a header but no rows; give one row per finished run")
+        points = [point for point, _ in self.points.values()]
+        columns = [(self.rows.header[number], values) for number, values in self.settings.items()]
+        if self.curves:
+            ends = {key: Curve.of(sorted(curve.items())) for key, curve in self.curves.items()}
+            points = [replace(point, loss=ends[key].loss(self.which)) for key, (point, _) in self.points.items()]
+            columns.append(("steps", [(text_of(end.step), point) for end, point in zip(ends.values(), points)]))
+            self.notes.append(f"the loss of a run is its {'lowest' if self.which == MIN else 'last'} value")
+        doubts, notes = judge_settings(columns, self.axes)
+        if self.absent:
+            count = f"{len(self.absent)} of {len(self.absent) + len(points)} runs do not count"
+            doubts.insert(0, Doubt("missing", f"{count}: {_some(self.absent)}; finish them, or --accept missing"))
+        left_out = [*_left_out([self.rows.header[n].strip() for n in self.left_out], [*self.seen.values()])]
+        notes = [*self.notes, *left_out, *notes, *self.seeds.notes(), *units(self.rows.header[self.place["loss"]])]
+        return RunTable(self.axes, points, tuple(notes), tuple(doubts))
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(printable(name, 100) for name in [*names][:NAMED])
+    return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def points_in(table: Table, sizes: Sequence[str], hyperparameter: str = RATE) -> list[Point]:
@@ -182,13 +281,6 @@ def _is_name(text: str) -> bool:
     return False
 
 
-def _units(column: str) -> Iterator[str]:
-    """A line where the name of the loss says that it is not in nats."""
-    if re.search(r"perplexity|ppl|bpb|bpc|bits", column.lower()):
-        name = printable(column.strip(), 40)
-        yield f"the loss is {name}: what is said in nats, bounds and sigma too, is in its unit; better give its logarithm in nats"
-
-
 def _point(
     cells: Mapping[str, str], others: Mapping[str, int], axes: Axes, seeds: Seeds, where: str, default_arm: str
 ) -> Point:
@@ -240,102 +332,11 @@ def _whole(text: str, where: str, positive: bool = False) -> int:
     return int(number)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every row that is not empty, the header first. What is ambiguous is an error: a quote
-    that is not closed swallows rows."""
-    try:
-        content = read_bytes(path, MOST_BYTES)
-    except OSError as fault:
-        raise TransferError(f"{printable(path)}: cannot be read ({fault.strerror}); give a CSV file in UTF-8") from None
-    if b"\0" in content:
-        raise TransferError(f"{printable(path)}: holds NUL bytes; give a CSV file in UTF-8")
-    lines = csv.reader(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig"), strict=True)
-    try:
-        for cells in lines:
-            if any(cell.strip() for cell in cells):
-                yield lines.line_num, cells
-    except UnicodeDecodeError as fault:
-        raise TransferError(f"{printable(path)}: cannot be read ({fault}); give a CSV file in UTF-8") from None
-    except csv.Error as fault:
-        where = f"{printable(path)} row {lines.line_num}"
-        raise TransferError(f"{where}: {fault}; look for a quote that is not closed") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Columns
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _find_columns(
-    path: Path, header: Sequence[str], axes: Axes, columns: Mapping[str, str], more: Sequence[str]
-) -> dict[str, int]:
-    """role -> number of its column; an axis's role is its name. TransferError for what is missing or ambiguous."""
-    if len(header) > MOST_COLUMNS:
-        raise TransferError(f"{printable(path)}: {len(header):,} columns; give a table of at most {MOST_COLUMNS:,}")
-    names = [name.strip().lower() for name in header]
-    shown = printable(",".join(names), 120)
-    roles = (axes.size, *more, axes.hyperparameter, "seed", "loss", "arm")
-    called = {(axes.hyperparameter if role == RATE else role): name for role, name in columns.items()}
-    if unknown := [role for role in called if role not in roles]:
-        raise TransferError(
-            f"columns {printable(unknown[0], 40)}=...: give {', '.join(roles)}, each the name of a column"
-        )
-    place, absent = {}, []
-    for role in roles:
-        name = called.get(role, role).strip().lower()
-        found = [number for number, other in enumerate(names) if other == name]
-        if len(found) > 1:
-            raise TransferError(f"{printable(path)}: more than one column {name!r} in the header ({shown}); drop one")
-        if found:
-            place[role] = found[0]
-        elif role in called:
-            raise TransferError(f"{printable(path)}: no column {printable(name, 60)} in the header ({shown})")
-        elif role not in OPTIONAL:
-            absent.append(role)
-    if absent:
-        missing = absent if len(names) > 1 else roles[:-1]
-        raise TransferError(
-            f"{printable(path)}: no column {', '.join(missing)} in the header ({shown}); {_advice(absent, names)}"
-        )
-    if len(set(place.values())) < len(place):
-        raise TransferError(f"{printable(path)}: one column for two meanings; give each of {', '.join(place)} its own")
-    return place
-
-
-def _advice(absent: Sequence[str], names: Sequence[str]) -> str:
-    """Which --columns to give instead, as far as names show it."""
-    if len(names) <= 1:
-        return "separate columns with commas"
-    found = {role: _candidates(role, names) for role in absent}
-    if not any(found.values()):
-        return (
-            "name each once, or say what they are called, such as --columns width=n_embd,lr=learning_rate,loss=val/loss"
-        )
-    given = ",".join(f"{role}={printable(some[0], 60) if some else '...'}" for role, some in found.items())
-    choices = [
-        f"; {role} may be any of {', '.join(printable(name, 60) for name in some[:6])}"
-        for role, some in found.items()
-        if len(some) > 1
-    ]
-    return f"give --columns {given}" + "".join(choices)
-
-
-def _candidates(role: str, names: Sequence[str]) -> list[str]:
-    """Names that may be meant by a role, the likeliest first: validation before training, the shortest before longer ones."""
-
-    def worth(name: str) -> tuple[bool, int]:
-        return not re.search("val|eval|test", name), len(name)
-
-    kinds = (role, *SIZES[role].also) if role in SIZES else ALIKE.get(role, (role,))
-    plain = {name: re.sub("[^a-z0-9]+", "_", name).strip("_") for name in names if "," not in name and "=" not in name}
-    return sorted(
-        (name for name, bare in plain.items() if any(bare == kind or bare.endswith(f"_{kind}") for kind in kinds)),
-        key=worth,
-    )
-
-
-def _twice(differ: Sequence[str], seeds: bool) -> str:
-    """What to do about a second run of one place: the columns that it differs in may be meant for something."""
+def _twice(differ: Sequence[str], seeds: bool, steps: str = "") -> str:
+    """What to do about a second run of one place: the columns that it differs in may be meant for something. steps: the
+    column that may count the steps of one run."""
+    if steps in differ:
+        return f", and differs in {printable(steps, 40)}: if these are steps of one run, say what counts with --loss last or min"
     if not differ:
         return "; drop one, as all other settings must be the same"
     names = ", ".join(printable(name, 40) for name in differ[:6]) + (" and others" if len(differ) > 6 else "")
