@@ -89,6 +89,12 @@ def test_the_command_writes_what_it_is_asked_for_and_nothing_over_it(tiny, tmp_p
 
 
 def test_a_flag_that_a_format_does_not_read_is_refused(tmp_path, capsys):
-    for to, flag in (("dcp", "--multipliers fold"), ("dcp", "--data x"), ("pt", "--data x")):
+    for to, flag in (
+        ("dcp", "--multipliers fold"),
+        ("dcp", "--run-data x"),
+        ("pt", "--run-data x"),
+        ("pt", "--data x"),
+    ):
         assert main(["export", str(tmp_path), str(tmp_path / "out"), "--to", to, *flag.split()]) == 2
-        assert f"{flag.split()[0]} changes nothing with --to {to}; leave it out" in capsys.readouterr().err
+        shown = flag.split()[0].replace("--data", "--run-data")  # its former name
+        assert f"{shown} changes nothing with --to {to}; leave it out" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on a run, through the adapter and through the export, offline, on task files made here."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -16,7 +17,6 @@ from speedrun_mup.cli import main
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.evaluate import token_losses
-from speedrun_mup.export import FORMATS
 from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.training import train
 from speedrun_mup.training.load import LoadedRun, load_run
@@ -65,6 +65,7 @@ QUESTIONS = [
     "return self.value if self.value is not None else ",
 ]
 TEXTS = ["def área(x):\n    return x\n", "spam and eggs " * 5, "x"]
+LONG = "".join(f"def f{i}(x):\n    return x ** {i}\n" for i in range(30))  # longer than three training sequences
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,12 @@ def tasks(run, tmp_path_factory) -> Path:
     stopped = {"until": ["\n", "e"], "max_gen_toks": 12}
     written = adapter.HarnessModel(run).generate_until([asked(question, stopped) for question in QUESTIONS])
     rows = [
-        {"question": q, "choices": ["self", " ", "e" * 40, "\n    return"], "answer": i % 4, "text": TEXTS[i % 3]}
+        {
+            "question": q,
+            "choices": ["self", " ", "e" * 40, "\n    return"],
+            "answer": i % 4,
+            "text": [*TEXTS, LONG][i % 4],
+        }
         for i, q in enumerate(QUESTIONS)
     ]
     rows = [row | {"written": text + "!" * (i > 2)} for i, (row, text) in enumerate(zip(rows, written, strict=True))]
@@ -149,9 +155,26 @@ def test_a_context_is_cut_from_the_left_and_an_ending_never(run):
 def test_a_whole_text_is_what_eval_makes_of_it(run, tmp_path):
     text = "def main():\n    pass\n" * 30
     (tmp_path / "a.txt").write_text(text)
-    (found,) = adapter.HarnessModel(run).loglikelihood_rolling([asked(text)])
-    assert -found / len(text) / math.log(2) == pytest.approx(run.evaluate(tmp_path / "a.txt").bits_per_byte, rel=1e-12)
-    assert found == -token_losses(run.model, run.window, np.array([256, *text.encode()])).sum()
+    (found,) = adapter.HarnessModel(run, max_length=len(text)).loglikelihood_rolling([asked(text)])
+    assert -found / len(text) / math.log(2) == pytest.approx(run.evaluate(tmp_path / "a.txt").bits_per_byte, rel=1e-6)
+    assert found == pytest.approx(-token_losses(run.model, run.window, np.array([256, *text.encode()])).sum(), rel=1e-6)
+
+
+def test_a_longer_text_is_cut_into_windows(run):
+    """The first begins with BOS, others with the last token of the one before; the last one is as long as the others."""
+    ids, most = [256, *LONG.encode()], 200
+    edges = [*range(0, len(ids) - 1, most), len(ids) - 1]
+    expected = 0.0
+    for begin, end in itertools.pairwise(edges):
+        seen = ids[max(end - most, 0) : end + 1]
+        with torch.no_grad():
+            logits = run.model.logits(torch.tensor(seen[:-1], dtype=torch.int32), run.window)[begin - end :]
+        expected += logits.double().log_softmax(dim=-1)[range(end - begin), ids[begin + 1 : end + 1]].sum().item()
+    model = adapter.HarnessModel(run, max_length=most)
+    assert (len(ids) - 1) % most and len(edges) > 4
+    found = model.loglikelihood_rolling([asked("x"), asked(LONG), asked("")])
+    assert found == pytest.approx([alone(run, "", "x")[0], expected, 0.0], abs=1e-3)
+    assert abs(expected - alone(run, "", LONG)[0]) > 0.1
 
 
 def test_answers_are_the_models_greedy_text_up_to_a_stop(run):
@@ -203,8 +226,7 @@ def test_the_command_prints_the_tasks_numbers(run, tasks, capsys):
 def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    if "hf" not in FORMATS:
-        pytest.skip("there is no export to hf")
+    assert len(LONG) > 3 * run.config.micro_batch_tokens
     folder = tmp_path / "hf"
     assert main(["export", str(run.folder), "--to", "hf", str(folder)]) == 0
     names = ["mine_choice", "mine_writing"]
@@ -252,7 +274,8 @@ def test_a_script_names_the_adapter(run, tasks):
         "import lm_eval, speedrun_mup.export.lm_eval as a\n"
         f"m = a.TaskManager(include_path={str(tasks)!r}, include_defaults=False)\n"
         f"r = lm_eval.simple_evaluate('speedrun-mup', model_args='run={run.folder}', tasks=['mine_choice'], task_manager=m, "
-        "device='cpu', limit=2, log_samples=False)\nprint(r['results']['mine_choice']['acc,none'])\n"
+        "device='cpu', limit=2, log_samples=False)\nprint(r['results']['mine_choice']['brier_score,none'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] in ("0.0", "0.5", "1.0")
+    expected = adapter.evaluate_tasks(run, ["mine_choice"], tasks, limit=2)["results"]["mine_choice"]
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected["brier_score,none"], rel=1e-5)

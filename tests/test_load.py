@@ -242,10 +242,15 @@ def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     folder = train(tiny(name="c", data=str(place), width=32)).folder
     assert load_run(folder, device="cpu").tokenizer.name == "bpe:300"
     place.rename(tmp_path / "moved")
-    assert "give their new place: sample --data" in fails(["sample", str(folder)], capsys)
+    assert "give their new place with --run-data" in fails(["sample", str(folder)], capsys)
     moved = ["sample", str(folder), "--data", str(tmp_path / "moved"), "--max-new-tokens", "2", "--device", "cpu"]
-    assert main(moved) == 0
+    assert main(moved) == 0  # the former name
+    written = capsys.readouterr().out
+    assert main([*moved[:2], "--run-data", *moved[3:]]) == 0 and capsys.readouterr().out == written
     assert main(["eval", str(folder), "--run-data", moved[3], "--device", "cpu"]) == 0
+    for flag, out in (("--run-data", "new"), ("--data", "former")):
+        assert main(["export", str(folder), "--to", "hf", str(tmp_path / out), flag, moved[3]]) == 0
+    assert "--data and --run-data set the same thing" in fails([*moved, "--run-data", "x"], capsys)
     capsys.readouterr()
     other = find_corpus("embedded", "bpe:301")[0].directory
     assert "is not the data that the run was trained on" in fails([*moved[:3], str(other)], capsys)

@@ -53,7 +53,6 @@ def eval_parser() -> Parser:
     parser.add_argument(
         "--tokens", type=count, metavar="N", help="at most (all of --data; of the run's own split, its --val-tokens)"
     )
-    parser.add_argument("--run-data", help="the corpus that it was trained on, if it has moved")
     parser.add_argument("--json", action="store_true", help="as JSON")
     group = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'speedrun-mup[lm-eval]')")
     group.add_argument(

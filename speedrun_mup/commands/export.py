@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.export import ABOUT, FORMATS, Request
 from speedrun_mup.files import printable
 from speedrun_mup.flags import parse
+from speedrun_mup.settings import flag_of
 
-WITHOUT = {"pt": ("data",), "dcp": ("multipliers", "data")}  # flags that a format does not read
+WITHOUT = {"pt": ("run_data",), "dcp": ("multipliers", "run_data")}  # flags that a format does not read
 
 
 def run(argv: Sequence[str]) -> int:
@@ -26,13 +28,13 @@ def run(argv: Sequence[str]) -> int:
         choices=("fold", "keep"),
         help="put muP's multipliers into the weights, or keep the weights as they are; fold, but dcp keeps them",
     )
-    parser.add_argument("--data", help="the corpus that the run was trained on, if it has moved")
+    parser.add_argument("--data", dest="run_data", help=argparse.SUPPRESS)  # its former name
     flags = parse(parser, argv)
     if os.path.lexists(flags.out):
         raise ConfigError(f"{printable(flags.out)} exists; name a new one, or remove it")
     for name in WITHOUT.get(flags.to, ()):
         if getattr(flags, name) is not None:
-            raise ConfigError(f"--{name} changes nothing with --to {flags.to}; leave it out")
-    request = Request(Path(flags.folder), flags.out, flags.step, flags.data, flags.multipliers != "keep")
+            raise ConfigError(f"{flag_of(name)} changes nothing with --to {flags.to}; leave it out")
+    request = Request(Path(flags.folder), flags.out, flags.step, flags.run_data, flags.multipliers != "keep")
     print(FORMATS[flags.to](request))
     return 0

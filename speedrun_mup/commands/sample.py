@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,9 +31,9 @@ def run(argv: Sequence[str]) -> int:
     for field in dataclasses.fields(Sampling):
         about = f"{settings_of(Sampling)[field.name].help}; %(default)s"
         group.add_argument(flag_of(field.name), type=type(field.default), default=field.default, help=about)
-    parser.add_argument("--data", help="the corpus that the run was trained on, if it has moved")
+    parser.add_argument("--data", dest="run_data", help=argparse.SUPPRESS)  # its former name
     flags = vars(parse(parser, argv))
-    loading = {name: flags.pop(name) for name in ("folder", "step", "data", "device")}
+    loading = {name: flags.pop(name) for name in ("folder", "step", "device")} | {"data": flags.pop("run_data")}
     prompt, n, chat = (flags.pop(name) for name in ("prompt", "n", "chat"))
     if n > MOST:
         raise ConfigError(
@@ -59,6 +60,7 @@ def run_parser(prog: str, about: str, device: bool = True) -> Parser:
     parser = new_parser(prog, about)
     parser.add_argument("folder", metavar="RUN", help="a run's folder, or that of one of its checkpoints")
     parser.add_argument("--checkpoint", dest="step", type=int, metavar="STEP", help="of this step (the newest)")
+    parser.add_argument("--run-data", metavar="DIR", help="the corpus that it was trained on, if it has moved")
     if device:
         parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="%(default)s")
     return parser

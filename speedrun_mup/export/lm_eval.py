@@ -1,6 +1,7 @@
 """EleutherAI's lm-evaluation-harness on a run: an adapter that it knows as "speedrun-mup", and the tasks of one call.
 
-The adapter is the reference for the way through `export --to hf`: both give the same numbers. Needs the extra `lm-eval`.
+The adapter is the reference for the way through `export --to hf`: both cut what is too long alike, and give the same
+numbers. Needs the extra `lm-eval`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 import lm_eval
 import lm_eval.models  # registers the harness's own, which no longer happens once there is another
-import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
-from speedrun_mup.evaluate import ending_scores, token_losses
+from speedrun_mup.evaluate import ending_scores
 from speedrun_mup.files import printable
 from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.sample.stream import TextStream
@@ -79,7 +80,8 @@ class HarnessModel(TemplateLM):
             scores = ending_scores(self.run.model, self.run.window, [texts[row] for row in rows])
             for row, score in zip(rows, scores, strict=True):
                 found[row] = score
-                self.cache_hook.add_partial("loglikelihood", requests[row][0], score)
+                if requests[row][0] is not None:  # None: a part of a whole text
+                    self.cache_hook.add_partial("loglikelihood", requests[row][0], score)
         return found
 
     def _cut(self, ids: list[int], count: int) -> tuple[list[int], int]:
@@ -102,14 +104,20 @@ class HarnessModel(TemplateLM):
             yield rows
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of each whole text. Its context slides: every token sees its whole window."""
-        self.was_asked = True
-        found = []
-        for (text,) in (request.args for request in requests):
-            losses = token_losses(self.run.model, self.run.window, np.array(self.tok_encode(text)))
-            found.append(-float(losses.sum()))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+        """The log probability of each whole text, a window of `max_length` tokens after another, as the harness cuts them."""
+        found = [0.0] * len(requests)
+        windows = [(number, pair) for number, request in enumerate(requests) for pair in self._windows(request.args[0])]
+        scores = self._loglikelihood_tokens([(None, *pair) for _, pair in windows])
+        for (number, _), (score, _) in zip(windows, scores, strict=True):
+            found[number] += score
+        for request, score in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
         return found
+
+    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        """The parts of a text: what is seen before each, and what is scored."""
+        opening, *ids = self.tok_encode(text)
+        yield from map(make_disjoint_window, get_rolling_token_windows(ids, opening, self.max_length, context_len=1))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt, up to the first of its stops or the end of the document."""
@@ -215,7 +223,5 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
 
 def table(found: dict[str, Any]) -> str:
     """The results for a terminal, as the harness prints them."""
-    from lm_eval.utils import make_table
-
     groups = [make_table(found, "groups")] if found.get("groups") else []
     return "\n".join([make_table(found), *groups]).rstrip("\n")

@@ -169,7 +169,9 @@ def load_run(
     cfg = loaded.cfg
     if VOCABULARY in state:
         if data is not None:
-            raise ConfigError(f"{printable(folder)} was imported, with its tokenizer; leave out data={printable(data)}")
+            raise ConfigError(
+                f"{printable(folder)} was imported, with its tokenizer; leave out --run-data {printable(data)}"
+            )
         corpus = _vocabulary_of(folder, state, path)
     else:
         corpus = _corpus_of(cfg, data, state["corpus"])
@@ -229,12 +231,12 @@ def _corpus_of(cfg: TrainConfig, data: str | None, fingerprint: str) -> Corpus:
         corpus = find_corpus(cfg.data if data is None else data, cfg.tokenizer)[0]
     except UserError as fault:
         raise type(fault)(
-            f"{fault}; if the run's data moved, give their new place: sample --data, export --data, eval --run-data"
+            f"{fault}; if the run's data moved, give their new place with --run-data (in Python data=)"
         ) from None
     if not corpus.is_known_as(fingerprint) and corpus.tokenizer.startswith(("bpe:", "hf:", "synthetic")):
         raise ConfigError(
             f"{printable(corpus.directory)} is not the data that the run was trained on, and its {printable(corpus.tokenizer)} "
-            "tokens may be others; give the place of the run's own: sample --data, export --data, eval --run-data"
+            "tokens may be others; give the place of the run's own with --run-data (in Python data=)"
         )
     return corpus
 

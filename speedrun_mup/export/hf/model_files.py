@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ from speedrun_mup.training.load import LoadedRun
 from speedrun_mup.training.safetensors_writer import write_file
 
 SHARD_BYTES = 5 * 10**9  # of a file of weights, as transformers has it
-# What of a model's shape the exported code knows: any other field has to keep its default.
-SHAPE = """vocab_size bos_token n_layer width base_width head_dim block_size parametrization embed_dtype attention fp8
-widest_window base_layers depth_rule"""
 CODE = ("configuration_speedrun", "modeling_speedrun")
 
 
@@ -71,9 +68,6 @@ def gate_channels(cfg: GPTConfig) -> int:
     if replace(cfg.attn, scale=plain.attn.scale, options=()) != plain.attn:
         changed.append(cfg.attn)
     named = [str(each) for each in [*changed, *others]]
-    for field in fields(ModelShape):
-        if field.name not in SHAPE.split() and getattr(cfg, field.name) != getattr(plain, field.name):
-            named.append(f"{field.name}={getattr(cfg, field.name)}")
     if named:
         raise ConfigError(
             f"this model cannot be exported to hf: the code that is written has nothing like {', '.join(named)}; "
@@ -99,9 +93,9 @@ def weights_of(run: LoadedRun, fold: bool) -> dict[str, Tensor]:
     return weights | ({"lm_head.weight": weights["lm_head.weight"] * head.scale} if fold else {})
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], most: int = SHARD_BYTES) -> None:
-    """model.safetensors, or several of at most `most` bytes each and an index, as transformers names them."""
-    shards = list(_shards(weights, most))
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """model.safetensors, or several of at most SHARD_BYTES each and an index, as transformers names them."""
+    shards = list(_shards(weights))
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0])
         return
@@ -114,11 +108,11 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], most: int = SHARD
     write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n", error=CheckpointError)
 
 
-def _shards(weights: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+def _shards(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Tensors in their order, as many as fit, at least one."""
     shard: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > most:
+        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = {}
         shard[name] = tensor
