@@ -92,6 +92,14 @@ def test_roles_of_a_decoder_with_a_tied_head():
     assert model.lm_head.weight is model.wte.weight
 
 
+@pytest.mark.parametrize("base", [{"n_embd": 16}, {"n_embd": 16, "n_head": 2}])
+def test_roles_at_base_size_are_those_of_any_size(base):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, other = (mup.adapt(gpt(width, heads=2), base, init="keep") for width in (16, 32))
+    assert roles_of(one) == roles_of(other) and roles_of(one)["h.0.mlp.c_proj.weight"] == "hidden"
+
+
 def test_keys_values_and_routers_stay_inside_and_only_the_head_is_a_readout():
     few = partial(llama_like, head_dim=8, experts=True)
     model = mup.adapt(few(64), 16, build=few)

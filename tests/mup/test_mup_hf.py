@@ -85,6 +85,16 @@ def test_one_call_adapts_and_base_size_is_the_same_model_bit_for_bit(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_roles_at_base_size_are_those_of_any_size(family):
+    """So that Muon has the same matrices there: a rate is tuned at base size for what trains the wide model."""
+    roles = [
+        {name: spec.role.value for name, _, spec in mup.named_specs(adapted(family, width, init="keep"))}
+        for width in (32, 64)
+    ]
+    assert roles[0] == roles[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_folded_model_is_hugging_faces_own(family, tmp_path):
     model = adapted(family, 64)
     optimizer = mup.optimizer(model, lr=1e-3)

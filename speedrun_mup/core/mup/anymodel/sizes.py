@@ -106,7 +106,7 @@ def _by_fields(model: nn.Module, base: Any, build: Build | None, delta: Any, sto
             raise BaseShapeError(
                 f"the model's config says that it was trained over the base {dict(stored)}, not {fields}: leave base= out"
             )
-    other = _doubled(fields, here) if delta is None else delta
+    other = _doubled(fields, here, config) if delta is None else delta
     if _are_fields(other):
         other = _complete(config, other)[0] if build is None and delta is not None else other
         other = _on_meta(make, other)
@@ -188,13 +188,17 @@ def _known(config: Any) -> str:
     return ", ".join(known[:6]) or "its own names"
 
 
-def _doubled(base: Any, here: Fields) -> Any:
-    """Another size of the base: twice what differs from the model, or all of it where the model is the base."""
+def _doubled(base: Any, here: Fields, config: Any) -> Any:
+    """Another size of the base: twice what differs from the model. At base size, where nothing does, twice all of it, and
+    of what follows the width: so that the same grows there as at any other size.
+    """
     if isinstance(base, int):
         return 2 * base
     sizes = {name: value for name, value in base.items() if type(value) is int}
-    grow = [name for name, value in sizes.items() if here.get(name) != value] or list(sizes)
-    return base | {name: 2 * sizes[name] for name in grow}
+    grown = {name: 2 * value for name, value in sizes.items() if here.get(name) != value}
+    if not grown and any(name in _WIDTHS for name in sizes):
+        sizes |= {name: size for name in _FOLLOWERS if type(size := getattr(config, name, None)) is int}
+    return base | (grown or {name: 2 * value for name, value in sizes.items()})
 
 
 def _on_meta(make: Callable[[Any], nn.Module], fields: Any) -> nn.Module:
