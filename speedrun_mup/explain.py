@@ -81,7 +81,7 @@ def _lr_factors(
     """What each axis multiplies a learning rate by; those by 1 are left out."""
     found = {
         "width": replace(spec, m_depth=1.0).factors(table, kind).lr,
-        "depth": spec.m_depth ** table.depth.exponents(spec.depth_role).lr,
+        "depth": spec.m_depth ** table.depth.exponents(spec.depth_role).rate(kind.is_relative),
         **run.lr_factors(kind),
     }
     return tuple((axis, factor) for axis, factor in found.items() if not math.isclose(factor, 1))

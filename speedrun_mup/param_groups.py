@@ -84,7 +84,12 @@ PARAM_GROUPS = {
 RATES = {
     # The best of a sweep of matrix_lr alone, laptop preset at width 64, one seed; record 26 gives Adam multiples of it
     ("matrix", "adam"): 0.008,
+    # As published for track 3
+    ("matrix", "muonh"): 0.018,
+    ("matrix", "adamh"): 0.018,
 }
+# Settings that the hidden matrices' optimizer needs; each is its default there.
+NEEDS: dict[str, dict[str, Any]] = {name: {"hidden_init": "track3"} for name in ("muonh", "adamh")}
 _COMMON = {  # settings of several groups -> the hyperparameter
     "weight_decay": "weight_decay",
     "adam_eps": "eps",
@@ -113,14 +118,14 @@ def with_param_groups(config: T) -> T:
 
 
 def given_to(optimizer: str, group: str = "matrix") -> dict[str, Any]:
-    """The settings that give a group to an optimizer: its name, and its rate where RATES has one."""
+    """The settings that give a group to an optimizer: its name, what it needs, and its rate where RATES has one."""
     rate = RATES.get((group, optimizer))
-    return {f"{group}_optimizer": optimizer} | ({f"{group}_lr": rate} if rate else {})
+    return {f"{group}_optimizer": optimizer} | NEEDS.get(optimizer, {}) | ({f"{group}_lr": rate} if rate else {})
 
 
 def with_rates(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that were asked for, and the rate of each group that is to have another optimizer than `usual`, by RATES."""
-    found = dict(asked)
+    """Settings that were asked for, and what groups that are to have another optimizer than `usual` take by RATES and NEEDS."""
+    found = NEEDS.get(asked.get("matrix_optimizer", ""), {}) | dict(asked)
     for (group, optimizer), rate in RATES.items():
         if asked.get(f"{group}_optimizer") == optimizer != usual.get(f"{group}_optimizer"):
             found.setdefault(f"{group}_lr", rate)

@@ -21,6 +21,8 @@ C = TypeVar("C", bound=type)
 Adds = str | Callable[..., Any]
 COUNT = (at_most(LARGEST), at_least(0))
 _OPTIONS = "speedrun_mup.core.model.options"
+_OPTIMIZERS = "speedrun_mup.core.optimizers.options"
+_SCHEDULE = "speedrun_mup.training.schedule_options"
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class Technique:
         off: the default of its setting, with which it is absent. It has the setting's type.
         model: (GPTConfig, value of the setting) -> GPTConfig, or the place of such a function, "module:function".
         schedule: (Schedule, value) -> Schedule, likewise.
+        optimizers: (hyperparameters by parameter group, value) -> the same, likewise.
         valid: conditions on a value.
         choices: the values that a text may have.
         param_groups: groups of parameters of its own, by the names that its modules declare.
-        settings: more of them, by name; `model` and `schedule` get their values by these names.
+        settings: more of them, by name; these functions get their values by these names.
     """
 
     about: str
@@ -43,6 +46,7 @@ class Technique:
     _: KW_ONLY
     model: Adds = ""
     schedule: Adds = ""
+    optimizers: Adds = ""
     valid: Sequence[Valid] = ()
     choices: Collection[str] = ()
     param_groups: Mapping[str, ParamGroup] = dataclasses.field(default_factory=dict)
@@ -75,6 +79,22 @@ TECHNIQUES: dict[str, Technique] = {
             "gate": ParamGroup("gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99)
         },
     ),
+    "cautious_decay": Technique(
+        "weight decay of those entries alone that the step moves towards zero (records 43 and 50)",
+        optimizers=f"{_OPTIMIZERS}:add_cautious_decay",
+    ),
+    "hidden_init": Technique(
+        "how hidden matrices begin: the last of each branch at zero as in record 26, or none (track 3), which MuonH needs",
+        "record26",
+        model=f"{_OPTIONS}.starts:set_hidden_init",
+        choices=("record26", "track3"),
+    ),
+    "decay_schedule": Technique(
+        "what weight decay follows from step to step: the learning rate, its square (record 43), or nothing",
+        "rate",
+        schedule=f"{_SCHEDULE}:set_decay_schedule",
+        choices=("rate", "squared", "constant"),
+    ),
 }
 
 
@@ -83,8 +103,8 @@ def with_technique_settings(config: C) -> C:
     return with_settings(config, (field for name, entry in TECHNIQUES.items() for field in entry.fields(name)))
 
 
-def with_techniques(part: Literal["model", "schedule"], of_run: T, cfg: Any) -> T:
-    """`of_run`, the model's config or the schedule, with what the techniques add that the settings `cfg` ask for."""
+def with_techniques(part: Literal["model", "schedule", "optimizers"], of_run: T, cfg: Any) -> T:
+    """`of_run`, a run's `part`, with what the techniques add that the settings `cfg` ask for."""
     for name, technique in TECHNIQUES.items():
         add, value = getattr(technique, part), getattr(cfg, name, technique.off)
         if add and value != technique.off:

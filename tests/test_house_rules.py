@@ -23,6 +23,7 @@ FLOORS = [
         "pictures",
         "terminal",
         "training.schedules",
+        "training.schedule_options",
         "training.signals",
     ],
     ["core.kernels.fp8", "core.optimizers"],

@@ -397,7 +397,8 @@ def test_at_base_width_every_table_gives_the_tuned_values_exactly(hidden, parame
     for name, _, spec in mup.named_specs(model):
         base = tuned(hidden)[spec.group]
         lr = base.lr * 2 if base.optimizer == "muon" and name.endswith("c_fc.weight") else base.lr
-        expected = {"lr": lr, "initial_lr": lr, "weight_decay": base.weight_decay}
+        expected = {"lr": lr, "initial_lr": lr}
+        expected |= dict.fromkeys(("weight_decay", "initial_weight_decay"), base.weight_decay)
         assert values[name] == expected | ({"eps": base.eps} if base.optimizer == "adam" else {}), name
 
 

@@ -132,7 +132,9 @@ def test_the_coordinate_check_sees_that_its_kind_is_right():
 def test_a_sweep_has_an_arm_of_it():
     (arm,) = pick_arms(["lion-constant-rate"])
     assert arm.settings == {"parametrization": "constant-rate", "matrix_optimizer": "lion"}
-    with pytest.raises(ConfigError, match="arm 'lyon-mup' is unknown; .* optimizer of muon, adam, normuon, lion"):
+    with pytest.raises(
+        ConfigError, match="arm 'lyon-mup' is unknown; .* optimizer of muon, adam, normuon, muonh, adamh, lion"
+    ):
         pick_arms(["lyon-mup"])
 
 
@@ -140,7 +142,9 @@ def test_a_name_that_is_taken_or_unknown_is_refused_in_a_line():
     OPTIMIZERS.register("lion", Lion)  # again, by a module that is imported twice
     with pytest.raises(ConfigError, match="optimizer 'adam' is registered already; choose another name"):
         OPTIMIZERS.register("adam", Lion)
-    with pytest.raises(ConfigError, match="optimizer 'lyon' is unknown; choose muon, adam, normuon, lion"):
+    with pytest.raises(
+        ConfigError, match="optimizer 'lyon' is unknown; choose muon, adam, normuon, muonh, adamh, lion"
+    ):
         OPTIMIZERS["lyon"]
     with pytest.raises(TypeError, match="Lion has no eps; it has lr, betas, weight_decay"):
         Lion([torch.nn.Parameter(torch.zeros(2))], eps=1.0)

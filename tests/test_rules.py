@@ -14,10 +14,11 @@ HIDDEN = mup.ParamSpec(Role.HIDDEN, (16, 16), (64, 64), ("out", "in"), m_depth=2
 
 @pytest.mark.parametrize("kind", Update)
 def test_a_kind_of_update_is_also_called_by_its_value_and_by_its_best_known_optimizer(kind):
-    best_known = {Update.GRADIENT: "sgd", Update.ENTRYWISE: "adam", Update.SPECTRAL: "muon"}[kind]
+    best_known = {Update.GRADIENT: "sgd", Update.ENTRYWISE: "adam", Update.SPECTRAL: "muon"}
+    best_known |= {Update.RELATIVE_ENTRYWISE: "adamh", Update.RELATIVE_SPECTRAL: "muonh"}
     flat = dataclasses.replace(HIDDEN, m_depth=1.0)
     table = PARAMETRIZATIONS["mup"]
-    assert flat.factors(table, kind) == flat.factors(table, kind.value) == flat.factors(table, best_known)
+    assert flat.factors(table, kind) == flat.factors(table, kind.value) == flat.factors(table, best_known[kind])
 
 
 @pytest.mark.parametrize("name", ["normuon", "", "Adam", None, 3])

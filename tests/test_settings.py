@@ -248,14 +248,16 @@ def test_a_resume_compares_what_is_added_from_outside(plug_in, tiny, capsys):
 
 NO_EFFECT = {  # flags -> what is said
     "--gate-lr 5": "gate_lr has no effect without attention_gate; leave it out, or give --attention-gate",
-    "--matrix-eps 0.1": "matrix_eps has no effect on muon; leave it out, or choose adam with --matrix-optimizer",
-    "--matrix-beta1 0.3": "matrix_beta1 has no effect on muon; leave it out, or choose adam with --matrix-optimizer",
-    "--matrix-beta2 0.3": "matrix_beta2 has no effect on muon; leave it out, or choose adam or normuon with --matrix-optimizer",
+    "--matrix-eps 0.1": "matrix_eps has no effect on muon; leave it out, or choose adam or adamh with --matrix-optimizer",
+    "--matrix-beta1 0.3": "matrix_beta1 has no effect on muon; leave it out, or choose adam or adamh with --matrix-optimizer",
+    "--matrix-beta2 0.3": (
+        "matrix_beta2 has no effect on muon; leave it out, or choose adam or normuon or adamh with --matrix-optimizer"
+    ),
     "--matrix-optimizer adam --momentum 0.3": (
-        "momentum has no effect on adam; leave it out, or choose muon or normuon with --matrix-optimizer"
+        "momentum has no effect on adam; leave it out, or choose muon or normuon or muonh with --matrix-optimizer"
     ),
     "--matrix-optimizer adam --momentum-warmup 3": (
-        "momentum_warmup has no effect on adam; leave it out, or choose muon or normuon with --matrix-optimizer"
+        "momentum_warmup has no effect on adam; leave it out, or choose muon or normuon or muonh with --matrix-optimizer"
     ),
     "--embed-eps 1e-9 --head-eps 1e-9 --adam-eps 1e-8": (
         "adam_eps has no effect next to embed_eps, head_eps, scalar_eps; leave it out"

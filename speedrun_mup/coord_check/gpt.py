@@ -32,6 +32,8 @@ _GPT_CONTROLS = (
     ("muon-over-m", Update.SPECTRAL, Role.HIDDEN, -1.0),
     ("muon-sqrt-m", Update.SPECTRAL, Role.HIDDEN, 0.5),
     ("adam-constant", Update.ENTRYWISE, Role.HIDDEN, 1.0),
+    ("muonh-sqrt-m", Update.RELATIVE_SPECTRAL, Role.HIDDEN, 0.5),
+    ("adamh-constant", Update.RELATIVE_ENTRYWISE, Role.HIDDEN, 0.5),
     ("head-sqrt", None, Role.OUTPUT, 0.5),
 )
 

@@ -13,6 +13,7 @@ from speedrun_mup.data.corpus import cache_folder, find_corpus
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.param_groups import hyperparams_of
 from speedrun_mup.scaling import run_scaling
+from speedrun_mup.techniques import with_techniques
 from speedrun_mup.training.hardware import pick_attention, pick_compile, pick_dtype, pick_fp8, use_compile_cache
 from speedrun_mup.training.memory import translate_oom
 from speedrun_mup.training.model_config import model_config
@@ -62,7 +63,8 @@ def build_model(cfg: TrainConfig, corpus: Corpus, world: World) -> BuiltModel:
 def tuned_values(cfg: TrainConfig) -> dict[str, GroupHyperparams]:
     """What each parameter group was tuned to at base width."""
     common: dict[str, Any] = {"momentum": cfg.momentum, "orthogonalizer": cfg.orthogonalizer}
-    return {name: GroupHyperparams(**values._asdict(), **common) for name, values in hyperparams_of(cfg).items()}
+    tuned = {name: GroupHyperparams(**values._asdict(), **common) for name, values in hyperparams_of(cfg).items()}
+    return with_techniques("optimizers", tuned, cfg)
 
 
 def build_optimizers(model: GPT, cfg: TrainConfig, world: World, compiled: bool = False) -> list[ShardedOptimizer]:

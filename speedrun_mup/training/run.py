@@ -311,11 +311,12 @@ class Run:
             self.run_folder.log.say(f"step {step}: the data repeats from here, epoch {epoch + 1}")
 
     def set_schedule(self, step: int) -> None:
-        """Learning rates and Muon's momentum for this step."""
+        """Learning rates, weight decay and Muon's momentum for this step."""
         now = self.schedule.at(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * now.lr_factor
+                group["weight_decay"] = group["initial_weight_decay"] * now.decay_factor
                 if "momentum" in group:
                     group["momentum"] = now.momentum
 

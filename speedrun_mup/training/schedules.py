@@ -75,7 +75,10 @@ class Stage:
 
 
 class AtStep(NamedTuple):
-    """What a schedule says about one step. window: in blocks; tokens: of the step, over all ranks."""
+    """What a schedule says about one step.
+
+    window: in blocks; tokens: of the step, over all ranks; decay_factor: on weight decay, next to that of the rate.
+    """
 
     lr_factor: float
     momentum: float
@@ -84,6 +87,7 @@ class AtStep(NamedTuple):
     sequence_tokens: int
     loss_weights: tuple[float, ...]
     tokens: int
+    decay_factor: float = 1.0
 
 
 @dataclass(frozen=True)

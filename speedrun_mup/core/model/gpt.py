@@ -32,13 +32,17 @@ from speedrun_mup.core.model.wiring import UNetConfig
 
 @dataclass(frozen=True)
 class GPTConfig(ModelShape):
-    """A model: its shape, and what each of its five parts is. The defaults are the record's."""
+    """A model: its shape, and what each of its five parts is. The defaults are the record's.
+
+    starts: what names of parameters end in, and how those begin in place of what their modules declare.
+    """
 
     inputs: TokenInputsConfig = TokenInputsConfig()
     values: ValuesConfig = ValuesConfig()
     attn: AttentionConfig = AttentionConfig()
     wiring: UNetConfig = UNetConfig()
     head: HeadConfig = HeadConfig()
+    starts: tuple[tuple[str, mup.Init], ...] = ()
 
 
 class GPT(nn.Module):
@@ -52,6 +56,7 @@ class GPT(nn.Module):
         self.blocks = cfg.wiring.build(cfg, lambda layer: cfg.attn.build(cfg, layer, cfg.values.mixer(cfg, layer)))
         self.lm_head = cfg.head.build(cfg)
         mup.set_depth(self, cfg.m_depth)
+        mup.set_init(self, dict(cfg.starts))
         mup.init_parameters(self, cfg.rules, seed)
 
     @property

@@ -34,6 +34,10 @@ class DepthExponents:
     eps: float = 0.0
     decay: float = 0.0
 
+    def rate(self, is_relative: bool) -> float:
+        """Of the learning rate, which for an update relative to the parameter has the init's factor already."""
+        return self.lr - self.init if is_relative else self.lr
+
 
 @dataclass(frozen=True)
 class DepthRule:

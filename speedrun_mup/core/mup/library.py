@@ -56,6 +56,7 @@ from speedrun_mup.core.mup.spec import (
     init_parameters,
     named_specs,
     set_depth,
+    set_init,
 )
 
 Power, Step, Factors = Exponents, UpdateScaling, Multipliers  # their first names
@@ -125,6 +126,7 @@ __all__ = [
     "save_base_shapes",
     "set_base_shapes",
     "set_depth",
+    "set_init",
     "shape",
     "trunc_normal_",
     "uniform_",

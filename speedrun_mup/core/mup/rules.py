@@ -39,10 +39,19 @@ class Update(enum.Enum):
     GRADIENT = "gradient"  # proportional to it: SGD
     ENTRYWISE = "entrywise"  # each entry about 1, whatever its gradient: Adam, Lion, signSGD
     SPECTRAL = "spectral"  # all singular values about 1: Muon, NorMuon, Scion
+    # Directions of the two, of a length that is a share of the parameter's own norm
+    RELATIVE_ENTRYWISE = "relative entrywise"  # AdamH
+    RELATIVE_SPECTRAL = "relative spectral"  # MuonH
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether its size follows the parameter's, so that what scales the init scales it too."""
+        return self in (Update.RELATIVE_ENTRYWISE, Update.RELATIVE_SPECTRAL)
 
     @classmethod
     def _missing_(cls, value: object) -> Update:
         best_known = {"sgd": cls.GRADIENT, "adam": cls.ENTRYWISE, "muon": cls.SPECTRAL}
+        best_known |= {"adamh": cls.RELATIVE_ENTRYWISE, "muonh": cls.RELATIVE_SPECTRAL}
         if not isinstance(value, str) or value not in best_known:
             raise NoRuleError(f"{value!r} is not a kind of update; choose {', '.join(kind.value for kind in cls)}")
         return best_known[value]
@@ -88,14 +97,16 @@ class Rule:
     gradient: UpdateScaling = UpdateScaling()
     entrywise: UpdateScaling = UpdateScaling()
     spectral: UpdateScaling | None = None  # None: an orthogonalized update makes no sense for this role
+    relative_entrywise: UpdateScaling | None = None  # None: what may begin at zero has no norm to take a share of
+    relative_spectral: UpdateScaling | None = None
 
     def __post_init__(self) -> None:
-        if self.gradient.eps != ONE or (self.spectral or self.gradient).eps != ONE:
+        if any(scaling and scaling.eps != ONE for scaling in (self.gradient, self.spectral, self.relative_spectral)):
             raise NoRuleError("only an entrywise update has an eps")
 
     def scaling(self, update: Update) -> UpdateScaling | None:
         """The column of this kind of update."""
-        return getattr(self, update.value)
+        return getattr(self, update.name.lower())
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,7 @@ class Parametrization:
         if kind is Update.GRADIENT and m_depth != 1:
             raise NoRuleError("a gradient update has no depth rule (it is not scale-invariant); use adam or muon")
         depth = self.depth.exponents(depth_role or USUAL_DEPTH_ROLES[role])
-        lr = scaling.lr * self.lr_by_group.get(group, ONE) * of_depth(depth.lr)
+        lr = scaling.lr * self.lr_by_group.get(group, ONE) * of_depth(depth.rate(kind.is_relative))
         init, eps = rule.init * of_depth(depth.init), scaling.eps * of_depth(depth.eps)
         columns = (init, rule.forward, lr, eps, self._decay(role, lr, kind, depth))
         return Multipliers(*(exponents(m_in, m_out, m_depth) for exponents in columns))
@@ -240,7 +251,12 @@ PER_WIDTH = {Role.INPUT: PER_OUT, Role.HIDDEN: PER_IN, Role.OUTPUT: PER_IN, Role
 
 _SP = {
     Role.INPUT: Rule(),
-    Role.HIDDEN: Rule(init=ROOT_PER_IN, spectral=UpdateScaling()),
+    Role.HIDDEN: Rule(
+        init=ROOT_PER_IN,
+        spectral=UpdateScaling(),
+        relative_entrywise=UpdateScaling(),
+        relative_spectral=UpdateScaling(),
+    ),
     Role.OUTPUT: Rule(init=ROOT_PER_IN),
     Role.SCALAR: Rule(),
 }
@@ -252,6 +268,10 @@ _MUP_BUT_READOUT = {
         entrywise=UpdateScaling(lr=PER_IN, eps=PER_OUT),
         gradient=UpdateScaling(lr=OUT * PER_IN),
         spectral=UpdateScaling(lr=SPECTRAL),
+        # Times the norm, which grows with sqrt(out): entries of 1 / in again, and singular values of sqrt(out / in) where
+        # both sides grow alike
+        relative_entrywise=UpdateScaling(lr=ROOT_PER_IN, eps=PER_OUT),
+        relative_spectral=UpdateScaling(),
     ),
     Role.SCALAR: Rule(),
 }
@@ -295,6 +315,8 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
         _changed("muon-over-m", Role.HIDDEN, spectral=UpdateScaling(lr=PER_IN)),
         _changed("muon-sqrt-m", Role.HIDDEN, spectral=UpdateScaling(lr=ROOT_IN)),
         _changed("adam-constant", Role.HIDDEN, entrywise=UpdateScaling(eps=PER_OUT)),
+        _changed("muonh-sqrt-m", Role.HIDDEN, relative_spectral=UpdateScaling(lr=ROOT_IN)),
+        _changed("adamh-constant", Role.HIDDEN, relative_entrywise=UpdateScaling(eps=PER_OUT)),
         _changed("head-sqrt", Role.OUTPUT, forward=ROOT_PER_IN),
     )
 }

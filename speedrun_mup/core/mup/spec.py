@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -270,6 +270,15 @@ def set_depth(model: nn.Module, m_depth: float) -> None:
     for module in model.modules():
         specs = vars(module).get("mup_specs", {})
         specs |= {name: replace(spec, m_depth=m_depth) for name, spec in specs.items()}
+
+
+def set_init(model: nn.Module, starts: Mapping[str, Init]) -> None:
+    """Have parameters begin otherwise than their modules declared, by what their names end in."""
+    for path, module in model.named_modules():
+        specs = vars(module).get("mup_specs", {})
+        for local, spec in specs.items():
+            found = [init for ending, init in starts.items() if f"{path}.{local}".endswith(f".{ending}")]
+            specs[local] = replace(spec, init=found[-1]) if found else spec
 
 
 def adapter_advice(model: nn.Module, name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.core.mup.rules import Update
+from speedrun_mup.core.optimizers.cautious import cautiously_decayed
 from speedrun_mup.core.optimizers.optimizer import EntryOptimizer, State
 
 SMALL = 1024  # entries: torch keeps the code of 8 sizes of a function, and scalars come in many
@@ -19,12 +20,12 @@ class DistAdam(EntryOptimizer):
     """Adam with decoupled weight decay (lr * weight_decay), any parameter shape, state sharded by flat ranges.
 
     As in the record, eps stays outside the bias correction: p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
-    Moments have the parameter's dtype; arithmetic is float32.
+    Moments have the parameter's dtype; arithmetic is float32. cautious: decay is, see cautious.py.
     """
 
     label = "Adam"
     kind = Update.ENTRYWISE
-    defaults = {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    defaults = {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0, "cautious": False}
     state_names = ("exp_avg", "exp_avg_sq")
 
     formula: Callable[..., None] | None = None
@@ -43,7 +44,9 @@ class DistAdam(EntryOptimizer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of `adam_update`."""
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        p, m, v = adam_update(values, gradient, m, v, *self._scalars(group), group["betas"], group["eps"])
+        p, m, v = adam_update(
+            values, gradient, m, v, *self._scalars(group), group["betas"], group["eps"], group["cautious"]
+        )
         return p, {"exp_avg": m, "exp_avg_sq": v}
 
     def update_in_place(
@@ -55,7 +58,9 @@ class DistAdam(EntryOptimizer):
             return
         is_finite = torch.ones((), dtype=torch.bool, device=values.device) if is_finite is None else is_finite
         scalars = [torch.full_like(is_finite, value, dtype=torch.float32) for value in self._scalars(group)]
-        self.formula(values, gradient, *state.values(), *scalars, group["betas"], group["eps"], is_finite)
+        self.formula(
+            values, gradient, *state.values(), *scalars, group["betas"], group["eps"], is_finite, group["cautious"]
+        )
 
 
 def adam_update(
@@ -67,6 +72,7 @@ def adam_update(
     step_size: float,
     betas: tuple[float, float],
     eps: float,
+    cautious: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One Adam step on flat tensors, in float32: the new p, exp_avg and exp_avg_sq.
 
@@ -75,11 +81,16 @@ def adam_update(
         decay: what weight decay leaves of p.
         step_size: the learning rate with the bias corrections of both moments.
         betas, eps: Adam's.
+        cautious: decay only those entries of p that the step moves towards zero.
     """
     g = g.float()
     m = exp_avg.float().lerp(g, 1 - betas[0])
     v = (exp_avg_sq.float() * betas[1]).addcmul_(g, g, value=1 - betas[1])
-    w = p.float() if decay == 1 else p.float() * decay
+    w = p.float()
+    if cautious:
+        w = cautiously_decayed(w, 1 - decay, m * w > 0)
+    elif decay != 1:
+        w = w * decay
     return torch.addcdiv(w, m, v.sqrt().add_(eps), value=-step_size), m, v
 
 
@@ -93,6 +104,7 @@ def adam_formula(
     betas: tuple[float, float],
     eps: float,
     is_finite: Tensor,
+    cautious: bool = False,
 ) -> None:
     """`adam_update` for a compiler, in place where `is_finite`, rounded once each.
 
@@ -101,6 +113,8 @@ def adam_formula(
     g = g.float()
     m = exp_avg.float().lerp(g, 1 - betas[0])
     v = exp_avg_sq.float() * betas[1] + g * g * (1 - betas[1])
-    w = p.float() * decay - step_size * m / (v.sqrt() + eps)
+    w = p.float()
+    w = cautiously_decayed(w, 1 - decay, m * w > 0) if cautious else w * decay
+    w = w - step_size * m / (v.sqrt() + eps)
     for stored, new in ((exp_avg, m), (exp_avg_sq, v), (p, w)):
         stored.copy_(torch.where(is_finite, new, stored))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ class GroupHyperparams:
     """Hyperparameters of one parameter group, as tuned at base width. None is the optimizer's own default.
 
     Each goes to optimizers that have one of that name; of `betas` also one to an optimizer that has a beta1 or beta2 alone.
-    optimizer: its name in OPTIMIZERS.
+    optimizer: its name in OPTIMIZERS. options: what techniques add, by name.
     """
 
     optimizer: str
@@ -28,6 +28,7 @@ class GroupHyperparams:
     betas: tuple[float | None, float | None] | None = None
     momentum: float | None = None
     orthogonalizer: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def param_groups(
@@ -62,11 +63,13 @@ def param_groups(
             raise mup.NoRuleError(f"{base.optimizer} for {name}, in group {spec.group}: {fault}") from None
         of_run = run.factors(optimizer.kind)
         lr = base.lr * optimizer.shape_factor(spec) * factors.lr * of_run.lr
+        decay = base.weight_decay * factors.weight_decay * of_run.weight_decay
         group = {
             "params": [(name, parameter)],
             "lr": lr,
             "initial_lr": lr,
-            "weight_decay": base.weight_decay * factors.weight_decay * of_run.weight_decay,
+            "weight_decay": decay,
+            "initial_weight_decay": decay,
         }
         group |= _others(base, optimizer.defaults, factors.eps, of_run)
         group |= optimizer.options_for(spec)
@@ -91,5 +94,6 @@ def _others(
         "beta2": None if own[1] is None and betas == given else betas[1],
         "momentum": base.momentum,
         "orthogonalizer": base.orthogonalizer,
+        **base.options,
     }
     return {key: value for key, value in others.items() if key in defaults and value is not None}

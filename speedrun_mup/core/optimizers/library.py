@@ -4,7 +4,7 @@ from speedrun_mup.core.optimizers.adam import DistAdam, adam_formula, adam_updat
 from speedrun_mup.core.optimizers.groups import GroupHyperparams, param_groups
 from speedrun_mup.core.optimizers.muon import Muon, muon_update
 from speedrun_mup.core.optimizers.optimizer import EntryOptimizer, MatrixOptimizer, ShardedOptimizer
-from speedrun_mup.core.optimizers.orthogonalization import newton_schulz, orthogonalize
+from speedrun_mup.core.optimizers.orthogonalization import newton_schulz, newton_schulz_12, orthogonalize
 from speedrun_mup.core.optimizers.registry import OPTIMIZERS, ORTHOGONALIZERS
 from speedrun_mup.core.optimizers.sharding import FetchSlice, Slice
 
@@ -26,6 +26,7 @@ __all__ = [
     "adam_update",
     "muon_update",
     "newton_schulz",
+    "newton_schulz_12",
     "orthogonalize",
     "param_groups",
 ]

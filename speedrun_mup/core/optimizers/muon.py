@@ -19,12 +19,12 @@ class Muon(MatrixOptimizer):
 
     lr: length of one update in spectral norm; the shape factor is in it already (see `param_groups`). Momentum is the
     exponential-average form with a Nesterov look-ahead. orthogonalizer: a name in ORTHOGONALIZERS, or a function
-    (N, d_out, d_in) -> the same shape; it gets float32 on CPU, bfloat16 on CUDA.
+    (N, d_out, d_in) -> the same shape; it gets float32 on CPU, bfloat16 on CUDA. cautious: decay is, see cautious.py.
     """
 
     label = "Muon"
     kind = Update.SPECTRAL
-    defaults = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0, "orthogonalizer": "newton-schulz"}
+    defaults = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.0, "orthogonalizer": "newton-schulz", "cautious": False}
     state_names: tuple[str, ...] = ("momentum_buffer",)
 
     @classmethod

@@ -17,6 +17,7 @@ from torch import Tensor
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.mup.rules import Update
 from speedrun_mup.core.mup.spec import ParamSpec
+from speedrun_mup.core.optimizers.cautious import cautiously_decayed
 from speedrun_mup.core.optimizers.sharding import FetchSlice, Member, ParamShard, Placement, Replicated, Slice
 
 State = Mapping[str, Tensor]
@@ -195,7 +196,7 @@ class EntryOptimizer(ShardedOptimizer):
         return shard.publish_values(values).wait
 
 
-OF_EACH_PARAMETER = {"params", "param_names", "lr", "initial_lr", "weight_decay"}
+OF_EACH_PARAMETER = {"params", "param_names", "lr", "initial_lr", "weight_decay", "initial_weight_decay"}
 
 
 class MatrixOptimizer(ShardedOptimizer):
@@ -238,11 +239,18 @@ class MatrixOptimizer(ShardedOptimizer):
         def finish() -> None:
             gathering.wait()
             for stored, member, update in zip(shard.stored(), shard.members, updates, strict=True):
-                lr, weight_decay = member.group["lr"], member.group["weight_decay"]
-                decayed = stored * (1 - lr * weight_decay) if weight_decay else stored
-                write(stored, decayed.add(update, alpha=-lr), is_finite)
+                write(stored, self.moved(stored, update, member.group), is_finite)
 
         return finish
+
+    def moved(self, values: Tensor, update: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """A parameter (d_out, d_in) or (n, d_out, d_in) after the step, from what `update` returned for it."""
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        if weight_decay and group.get("cautious"):
+            values = cautiously_decayed(values, lr * weight_decay, update * values >= 0)
+        elif weight_decay:
+            values = values * (1 - lr * weight_decay)
+        return values.add(update, alpha=-lr)
 
     def _update_alike(
         self, gradient: Tensor, state: State, group: Mapping[str, Any]

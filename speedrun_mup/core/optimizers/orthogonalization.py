@@ -11,6 +11,7 @@ from speedrun_mup.core.device import has_triton
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic: singular values end in about [0.7, 1.2]
 NEWTON_SCHULZ_STEPS = 5
+CONVERGENT = (2.0, -1.5, 0.5)  # a quintic whose fixed point 1 attracts with an error that is squared in every step
 SMALLEST_SYMMETRIC = 512  # rows: from four tiles of 128 on, computing the lower half saves a third of the tiles or more
 
 
@@ -19,6 +20,11 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     return quintic_steps(
         matrices, matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7, [NEWTON_SCHULZ] * NEWTON_SCHULZ_STEPS
     )
+
+
+def newton_schulz_12(matrices: Tensor) -> Tensor:
+    """Orthogonalize each of (N, d_out, d_in) by twelve steps that converge, as modded-nanogpt's track 3 does."""
+    return quintic_steps(matrices, matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7, [CONVERGENT] * 12)
 
 
 def quintic_steps(matrices: Tensor, scale: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:

@@ -20,6 +20,8 @@ OPTIMIZERS: Registry[type[ShardedOptimizer]] = Registry(
         "muon": f"{_HERE}.muon:Muon",
         "adam": f"{_HERE}.adam:DistAdam",
         "normuon": f"{_HERE}.normuon:NorMuon",
+        "muonh": f"{_HERE}.hyperball:MuonH",
+        "adamh": f"{_HERE}.hyperball:AdamH",
     },
 )
 
@@ -27,6 +29,7 @@ ORTHOGONALIZERS: Registry[Callable[[Tensor], Tensor]] = Registry(  # (N, d_out, 
     "orthogonalizer",
     {
         "newton-schulz": f"{_HERE}.orthogonalization:newton_schulz",
+        "newton-schulz-12": f"{_HERE}.orthogonalization:newton_schulz_12",
         "polar-express": f"{_HERE}.polar_express:polar_express",
     },
 )
