@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.model.layers import rotary
 from speedrun_mup.data.documents import Document, DocumentReader
@@ -74,7 +74,7 @@ def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: 
         byte_lengths: bytes that each id stands for, 0 for special ones; None where they do not.
 
     Returns:
-        The means and their errors. ConfigError if there is nothing to predict.
+        The means and their errors. ConfigError if there is nothing to predict, NonFiniteError if the loss is no number.
     """
     bos, total, count = model.cfg.bos_token, 0.0, 0
     found = []
@@ -88,6 +88,8 @@ def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: 
         found.append([np.bincount(pieces, weights) for weights in counted] + [documents])
     if not count or not sum(part[1].sum() for part in found):
         raise ConfigError("there is no text to predict; give at least a few tokens of it")
+    if not math.isfinite(total):
+        raise NonFiniteError("the loss of this text is not finite; take another --checkpoint, or --device cpu")
     nats, tokens, size = (np.concatenate(part) for part in list(zip(*found))[:3])
     if sum(len(np.unique(documents[part[1] > 0])) for *part, documents in found) >= ENOUGH_DOCUMENTS:  # that have text
         # the documents of one row after those of another

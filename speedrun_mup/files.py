@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -177,11 +178,34 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as fault:
         with contextlib.suppress(OSError):
             part.unlink()
+        _rename_fault(fault, part, path)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `path`, which is free, when the block ends, and vanishes if the block raises."""
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        sync_folder(part)
+        os.rename(part, path)
+        sync_folder(path.parent)
+    except BaseException as fault:
+        shutil.rmtree(part, ignore_errors=True)
+        _rename_fault(fault, part, path)
+        raise
+
+
+def _rename_fault(fault: BaseException, part: Path, path: Path) -> None:
+    """Let an OSError about something that has a name for the time of writing speak of what it was to become."""
+    if isinstance(fault, OSError) and str(fault.filename or "").startswith(str(part)):
+        fault.filename = str(path) + str(fault.filename)[len(str(part)) :]
 
 
 def write_whole(

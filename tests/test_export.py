@@ -1,6 +1,9 @@
 """A model in other programs' formats, and back; files that mean harm."""
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -60,9 +63,34 @@ def test_a_pt_file_and_a_dcp_folder_of_any_kind_are_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder of torch.distributed.checkpoint") as caught:
         import_dcp(tmp_path / "dcp", trusted=True)
     assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="is not whole") as caught:
+    with pytest.raises(CheckpointError, match="ENOTDIR|EEXIST") as caught:
         export_dcp(save(tmp_path / "c", 1), tmp_path / "a.pt" / "x")
-    assert "\n" not in str(caught.value) and "Not a directory" in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("make room, or name another place")
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """The disk takes `size` bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tiny, tmp_path, capsys):
+    """The line names what was asked for, not what it is called while it is written."""
+    folder, out = train(tiny(name="a", data="embedded", width=32)).folder, tmp_path / "new" / "out"
+    out.parent.mkdir()
+    for to in ("pt", "dcp", "hf"):
+        capsys.readouterr()
+        with files_up_to(50_000):
+            assert main(["export", str(folder), "--to", to, str(out)]) == 4
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.endswith("; make room, or name another place\n"), said
+        assert str(out) in said and ".tmp" not in said and said.count("\n") == 1
+        assert not list(out.parent.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A run's folder as a model to use, and the commands that use it."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY
 from helpers.small_corpus import BOS, documents, make_corpus
@@ -18,7 +20,7 @@ import speedrun_mup
 from speedrun_mup.cli import main
 from speedrun_mup.commands import demo
 from speedrun_mup.config import make_config
-from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.errors import ConfigError, NonFiniteError, UserError
 from speedrun_mup.data.corpus import embedded_corpus, find_corpus
 from speedrun_mup.data.validation import ValBatches
 from speedrun_mup.files import without_escapes
@@ -203,7 +205,7 @@ def test_runs_that_cannot_be_used_are_one_line(command, copied, tiny, tmp_path, 
     assert "has 100 bytes instead of" in fails([*own, "--checkpoint", "6"], capsys)
     assert load_run(copied, device="cpu").step == 3  # the newest that is intact
     shutil.rmtree(copied / "checkpoints" / "step-00000003")
-    assert "is intact" in fails(own, capsys)
+    assert "is intact (the newest: " in (said := fails(own, capsys)) and "has 100 bytes instead of" in said
     shutil.rmtree(newest)
     (copied / "checkpoints" / ".tmp-step-00000009").mkdir()
     assert "has no checkpoint yet" in fails(own, capsys)
@@ -213,6 +215,68 @@ def test_runs_that_cannot_be_used_are_one_line(command, copied, tiny, tmp_path, 
     (copied / "config.json").write_text(json.dumps(config)[:50])
     assert "is not a valid config" in fails(own, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def change_weights(checkpoint: Path, change) -> None:
+    """Change a checkpoint's weights, as somebody who knows the format could."""
+    path, manifest = checkpoint / "model.safetensors", checkpoint / "manifest.json"
+    weights = safetensors.torch.load_file(path)
+    change(weights)
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    body = json.loads(manifest.read_text())
+    del body["sha256"]
+    content = path.read_bytes()
+    body["files"][path.name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_bytes(json_with_digest(body))
+
+
+NOT_WEIGHTS = {
+    "head with a NaN": (lambda w: w["lm_head.weight"][3].fill_(float("nan")), "lm_head.weight has what is no finite"),
+    "embedding with an infinity": (
+        lambda w: w["embed.weight"][0, 0].fill_(float("inf")),
+        "embed.weight has what is no",
+    ),
+    "truths": (
+        lambda w: w.update({"embed.weight": w["embed.weight"] > 0}),
+        "embed.weight has what is no finite number",
+    ),
+    "one fewer": (
+        lambda w: w.pop("lm_head.weight"),
+        'is of another model: Missing key(s) in state_dict: "lm_head.weight"',
+    ),
+    "no embedding": (lambda w: w.pop("embed.weight"), "is of another model: Missing key(s)"),
+    "one more": (lambda w: w.update(more=torch.ones(2)), 'Unexpected key(s) in state_dict: "more"'),
+    "another shape": (lambda w: w.update({"lm_head.weight": torch.ones(9, 32)}), "size mismatch for lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_WEIGHTS)
+def test_weights_that_are_none_are_one_line(name, copied, tmp_path, capsys):
+    change, says = NOT_WEIGHTS[name]
+    change_weights(copied / "checkpoints" / "step-00000006", change)
+    for command in ("sample", "eval", "export --to pt", "export --to dcp", "export --to hf"):
+        verb, *more = command.split()
+        assert says in fails([verb, str(copied), *more, *[str(tmp_path / "out")] * bool(more)], capsys), command
+        assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_not_finite_are_one_line(folder):
+    """Of weights that are finite: what a type of few digits may make of them."""
+    run = load_run(folder, device="cpu")
+    with torch.no_grad():
+        run.model.lm_head.weight[0] = float("nan")
+    for use in (lambda: run.generate("a", max_new_tokens=2), lambda: run.evaluate(tokens=64)):
+        with pytest.raises(NonFiniteError, match="not finite; take another --checkpoint"):
+            use()
+
+
+def test_a_checkpoints_own_folder_is_enough_wherever_one_stands(folder, monkeypatch):
+    checkpoint = folder / "checkpoints" / "step-00000003"
+    for place, name in ((checkpoint, "."), (checkpoint.parent, "step-00000003"), (folder, "checkpoints/step-00000003")):
+        monkeypatch.chdir(place)
+        assert load_run(name, device="cpu").step == load_run(name, 3, device="cpu").step == 3
+    with pytest.raises(ConfigError, match="is a checkpoint itself; give the run's folder with --checkpoint 6"):
+        load_run(checkpoint, 6)
 
 
 @pytest.mark.parametrize("command", ["sample", "eval", "export --to pt", "export --to hf"])
@@ -300,7 +364,7 @@ def test_a_vocabulary_of_another_size_is_one_line(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--temperature -1", "temperature=-1.0 must be finite and at least 0"),
+        ("--temperature -1", "error: temperature=-1.0 must be finite and at least 0\n"),
         ("--top-p 1.5", r"top_p=1.5 must be in (0, 1]"),
         ("--top-k -3", "top_k=-3 must be at least 0"),
         ("--n 0", "argument --n: it must be at least 1, not 0"),

@@ -34,6 +34,7 @@ FORMATS: Registry[Callable[[Request], str]] = Registry(
         "dcp": f"{__name__}.dcp:write_dcp",
     },
 )
+ROOM = "make room, or name another place"  # what to do where nothing can be written
 ABOUT = {
     "hf": "a folder that Hugging Face's transformers loads without this package",
     "pt": "one file, as modded-nanogpt saves it",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.core.errors import in_a_line
-from speedrun_mup.export import Request
-from speedrun_mup.files import printable
+from speedrun_mup.export import ROOM, Request
+from speedrun_mup.files import printable, whole_folder
 from speedrun_mup.training.checkpoint import Loaded
-from speedrun_mup.training.checkpoint_manifest import CheckpointError
-from speedrun_mup.training.load import find_checkpoint
+from speedrun_mup.training.checkpoint_manifest import CheckpointError, os_faults
+from speedrun_mup.training.load import check_weights, find_checkpoint
 
 
 @contextmanager
@@ -33,12 +33,14 @@ def export_dcp(path: Path, out_dir: Path) -> None:
 
     if os.path.lexists(out_dir):
         raise CheckpointError(f"{printable(out_dir)} exists, and DCP would overwrite it in place; name a new folder")
-    content = {"model": Loaded(path).model}
-    try:
-        with _quiet():
-            dcp.save(content, checkpoint_id=out_dir, no_dist=True)
-    except (Exception, dcp.CheckpointException) as fault:  # the latter is no Exception
-        raise CheckpointError(f"{printable(out_dir)} is not whole: {_why(fault)}; remove it, and make room") from fault
+    loaded = Loaded(path)
+    check_weights(loaded)
+    with os_faults(out_dir, CheckpointError, ROOM), whole_folder(out_dir) as folder:
+        try:
+            with _quiet():
+                dcp.save({"model": loaded.model}, checkpoint_id=folder, no_dist=True)
+        except (Exception, dcp.CheckpointException) as fault:  # the latter is no Exception
+            raise CheckpointError(f"{printable(out_dir)} cannot be written: {_why(fault)}; {ROOM}") from fault
 
 
 def write_dcp(request: Request) -> str:

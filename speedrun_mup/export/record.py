@@ -18,11 +18,11 @@ from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.model import declarations
 from speedrun_mup.core.model.loss import SOFTCAP_SLOPE
 from speedrun_mup.core.model.record import strip_compiled, to_record, unpack_scalars
-from speedrun_mup.export import Request
+from speedrun_mup.export import ROOM, Request
 from speedrun_mup.files import open_regular, printable, whole_file
 from speedrun_mup.training.checkpoint import Loaded
 from speedrun_mup.training.checkpoint_manifest import CheckpointError, DamagedCheckpoint, os_faults
-from speedrun_mup.training.load import find_checkpoint
+from speedrun_mup.training.load import check_weights, find_checkpoint
 from speedrun_mup.training.model_config import Vocabulary, model_config
 
 RANKS = 8  # of the record, which pads its scalars to a multiple of them
@@ -45,6 +45,7 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
         Lines about what is not as in the checkpoint.
     """
     loaded = Loaded(path)
+    check_weights(loaded)
     model, cfg, notes = loaded.model, None, list[str]()
     if "config" in loaded.state:
         cfg = loaded.cfg
@@ -60,7 +61,7 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
     content = {"step": loaded.step, "model": saved} | ({"settings": dataclasses.asdict(cfg)} if cfg else {})
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with os_faults(out, CheckpointError):
+    with os_faults(out, CheckpointError, ROOM):
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as file:
             file.write(buffer.getbuffer())

@@ -21,7 +21,7 @@ class Sampling:
         "divides the logits: below 1 favours likely tokens, 0 always takes the likeliest",
         0.8,
         affects="display",
-        valid=(NOT_NEGATIVE, Valid("0 or at least 1e-6", lambda value: not value < 1e-6 or value == 0)),
+        valid=(NOT_NEGATIVE, Valid("0 or at least 1e-6", lambda value: not 0 < value < 1e-6)),
     )
     top_k: int = setting(
         "sampling",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.core.errors import ConfigError, NonFiniteError
 from speedrun_mup.core.model import GPT
 from speedrun_mup.core.model.cache import Decoder
 from speedrun_mup.core.seeds import generator
@@ -71,7 +71,10 @@ class Writer:
         going = list(range(len(randoms)))
         for step in range(sampling.max_new_tokens):
             uniform = torch.cat([torch.rand(1, generator=randoms[number], dtype=torch.float64) for number in going])
-            drawn = draw(logits[:, : self.tokenizer.vocab_size].cpu(), sampling, uniform).tolist()
+            logits = logits[:, : self.tokenizer.vocab_size].cpu()
+            if not logits.isfinite().all():
+                raise NonFiniteError("the model's logits are not finite; take another --checkpoint, or --device cpu")
+            drawn = draw(logits, sampling, uniform).tolist()
             kept = [row for row, token in enumerate(drawn) if token != self.tokenizer.bos_token]
             if len(kept) < len(going):
                 decoder.take(kept)

@@ -172,19 +172,21 @@ class Checkpoints:
 
     def _choose(self, report: Callable[[str], None]) -> tuple[int, str] | None:
         """The newest intact step and its digest."""
-        steps = _newest_first(self.root)
+        steps, faults = _newest_first(self.root), list[str]()
         for step in steps:
             path = self._folder(step)
             try:
                 manifest = verify(path)
             except DamagedCheckpoint as fault:
+                faults.append(str(fault))
                 report(f"skipping a damaged checkpoint: {fault}")
             else:
                 self._intact.add(path)
                 return step, manifest.digest
         if steps:
             raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {self.root} is intact; move them to start again"
+                f"none of the {len(steps)} checkpoints in {self.root} is intact (the newest: {faults[0]}); "
+                "restore one, or move them to train again"
             )
         return None
 

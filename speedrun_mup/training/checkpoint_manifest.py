@@ -150,13 +150,13 @@ def this_version() -> str:
 
 
 @contextmanager
-def os_faults(path: Path, kind: type[CheckpointError]) -> Iterator[None]:
-    """Turn an OSError into a `kind` that names the file."""
+def os_faults(path: Path, kind: type[CheckpointError], advice: str = "") -> Iterator[None]:
+    """Turn an OSError into a `kind` that names the file, and ends with `advice`."""
     try:
         yield
     except OSError as fault:
         fault.filename = fault.filename or str(path)
-        raise kind(describe_fault(fault)) from fault
+        raise kind(describe_fault(fault) + (f"; {advice}" if advice else "")) from fault
 
 
 def describe_fault(fault: Exception) -> str:

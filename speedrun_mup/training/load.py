@@ -15,8 +15,9 @@ import torch
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.device import pick_device
 from speedrun_mup.core.distributed import World
-from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
-from speedrun_mup.core.model import GPT
+from speedrun_mup.core.errors import ConfigError, UserError
+from speedrun_mup.core.model import GPT, declarations
+from speedrun_mup.core.model.shape import VOCAB_MULTIPLE
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.manifest import MANIFEST
 from speedrun_mup.data.shards import Corpus
@@ -27,7 +28,7 @@ from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.sample.writer import Writer
 from speedrun_mup.training.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Loaded
 from speedrun_mup.training.hardware import pick_dtype
-from speedrun_mup.training.model_config import model_config
+from speedrun_mup.training.model_config import Vocabulary, model_config
 from speedrun_mup.training.resume import DEFAULTS_FOR_OLD_CHECKPOINTS, checked_state
 from speedrun_mup.training.run_folder import saved_config
 from speedrun_mup.training.schedules import Schedule
@@ -178,20 +179,42 @@ def load_run(
     place = pick_device(device)
     with torch.device("meta"):
         model = GPT(model_config(cfg, corpus, "blocked", dtype or pick_dtype(cfg, place)))
-    own = model.state_dict()
-    weights = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in loaded.model.items()}
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as fault:  # names or shapes of another edition's, or another vocabulary
-        raise CheckpointError(f"{printable(path)} is of another model: {printable(in_a_line(fault))}") from None
+    _take_weights(model, loaded)
     window = Schedule.of(cfg).at(loaded.step).window
     return LoadedRun(folder, loaded.step, model.to(place), cfg, corpus, window, state["corpus"])
 
 
+def _take_weights(model: GPT, loaded: Loaded) -> None:
+    """Give `model` the weights of a checkpoint. CheckpointError if they are another model's, or are no finite numbers."""
+    own, shown = model.state_dict(), printable(loaded.path)
+    for name, tensor in loaded.model.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise CheckpointError(f"{shown}: {printable(name)} has what is no finite number; take another --checkpoint")
+    weights = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in loaded.model.items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as fault:  # names or shapes of another edition's, or another vocabulary
+        why = printable(str(fault).partition("\n")[2].strip())
+        raise CheckpointError(f"{shown} is of another model: {why}; restore the run's own settings and data") from None
+
+
+def check_weights(loaded: Loaded) -> None:
+    """CheckpointError unless these are all weights of the model that the checkpoint's settings describe, of finite numbers."""
+    embedding = loaded.model.get("embed.weight")
+    rows = VOCAB_MULTIPLE if embedding is None or embedding.ndim != 2 else len(embedding)
+    if "config" in loaded.state:
+        _take_weights(declarations(model_config(loaded.cfg, Vocabulary(rows))), loaded)
+
+
 def find_checkpoint(folder: Path, step: int | None = None) -> tuple[Path, Path]:
     """A run's folder, and that of one of its checkpoints: of `step`, the one that `folder` is, or the newest intact one."""
-    if step is None and (matched := re.fullmatch(r"step-(\d{8,})", folder.name)):
-        folder, step = folder.parent.parent, int(matched[1])
+    here = Path(os.path.abspath(folder))  # `folder` may be short, such as "."
+    if matched := re.fullmatch(r"step-(\d{8,})", here.name):
+        if step not in (None, int(matched[1])):
+            raise ConfigError(
+                f"{printable(folder)} is a checkpoint itself; give the run's folder with --checkpoint {step}"
+            )
+        folder, step = here.parent.parent, int(matched[1])
     saved_config(folder)  # raises, if there is no run
     root = folder / "checkpoints"
     if step is not None:

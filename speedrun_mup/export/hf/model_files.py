@@ -13,8 +13,6 @@ from torch import Tensor
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import SOFTCAP, GPTConfig, Head, ModelShape
 from speedrun_mup.core.model.options.gates import SparseGate
-from speedrun_mup.files import write_whole
-from speedrun_mup.training.checkpoint_manifest import CheckpointError
 from speedrun_mup.training.load import LoadedRun
 from speedrun_mup.training.safetensors_writer import write_file
 
@@ -105,7 +103,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     place = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": place}
-    write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n", error=CheckpointError)
+    write_file(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _shards(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
-from speedrun_mup.export import Request
+from speedrun_mup.export import ROOM, Request
 from speedrun_mup.export.hf.model_card import model_card
 from speedrun_mup.export.hf.model_files import CODE, generation_settings, model_settings, weights_of, write_weights
 from speedrun_mup.export.hf.tokenizer_files import tokenizer_files
-from speedrun_mup.files import printable, sync_folder, write_whole
+from speedrun_mup.files import printable, whole_folder
 from speedrun_mup.training.checkpoint_manifest import CheckpointError, os_faults
 from speedrun_mup.training.load import LoadedRun, load_run
+from speedrun_mup.training.safetensors_writer import write_file
 
 
 def write_hf(request: Request) -> str:
@@ -55,18 +55,10 @@ def export_hf(run: LoadedRun, out: Path, fold: bool = True) -> None:
     }
     own = importlib.resources.files(__package__)
     texts |= {f"{name}.py": (own / f"{name}.py").read_text(encoding="utf-8") for name in CODE}
-    part = out.with_name(f".{out.name[:100]}.{os.getpid()}.tmp")
-    with os_faults(out, CheckpointError):
-        try:
-            part.mkdir(parents=True)
-            for name, text in texts.items():
-                write_whole(part / name, text, error=CheckpointError)
-            write_weights(part, weights_of(run, fold))
-            sync_folder(part)
-            os.rename(part, out)
-            sync_folder(out.parent)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with os_faults(out, CheckpointError, ROOM), whole_folder(out) as folder:
+        for name, text in texts.items():
+            write_file(folder / name, text.encode())
+        write_weights(folder, weights_of(run, fold))
 
 
 def _json(content: object) -> str:
