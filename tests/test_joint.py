@@ -23,7 +23,8 @@ from speedrun_mup.plan import (
     save_joint_plan,
     whole_target,
 )
-from speedrun_mup.plan.joint import expected_errors, known_in
+from speedrun_mup.plan.joint import expected_errors
+from speedrun_mup.plan.known import known_in, published_priors
 from speedrun_mup.sweep import read_results
 from speedrun_mup.training.flops import run_flops
 from speedrun_mup.transfer import Known, Prior
@@ -42,7 +43,7 @@ WORLD = World(
 
 
 def doublings(sizes, base):
-    return {name: math.log2(sizes[name] / base[name]) for name in WORLD.drifts}
+    return {name: math.log2(sizes[name] / base[name]) for name in WORLD.drifts if name in sizes}
 
 
 class PlantedEngine(FakeEngine):
@@ -91,6 +92,28 @@ def test_priors_make_the_same_budget_sharper():
     alone = choose_joint_plan(TARGET, NAMES, Budget(share=0.05))
     told = choose_joint_plan(TARGET, NAMES, Budget(share=0.05), priors)
     assert told.loss_width < alone.loss_width and told.value_error < alone.value_error
+
+
+def test_a_size_with_a_known_drift_may_do_with_one_doubling():
+    """Next to one doubling of the others: cheaper, and the sizes can still be told apart."""
+    target = whole_target(make_config("laptop", SETTINGS | {"micro_batch_tokens": 256}), 1024, 163840)
+    with pytest.raises(ConfigError, match="tokens=163840 leaves no room for three"):
+        choose_joint_plan(target, ("width", "tokens"), Budget(share=10))
+    priors = published_priors(target, ("width", "tokens"))
+    plan = choose_joint_plan(target, ("width", "tokens"), Budget(share=0.85), priors)
+    base = plan.places[0]
+    assert plan.places[1:] == tuple(
+        {"width": a * base["width"], "tokens": b * base["tokens"]} for a, b in ((2, 1), (4, 1), (2, 2))
+    )
+    assert plan.priors == priors and plan.flops <= 0.85 * plan.target_flops
+
+
+def test_published_drifts_are_those_beyond_the_rule_in_force():
+    mean, sd = published_priors(TARGET, NAMES)["drift"]["tokens"]
+    ruled = make_config("laptop", SETTINGS | {"base_tokens": 65536, "tokens_rule": "completedp"})
+    assert published_priors(ruled, NAMES)["drift"]["tokens"] == [pytest.approx(mean + 0.5), sd]
+    with pytest.raises(ConfigError, match="add tokens to --axes"):
+        published_priors(TARGET, ("width",))
 
 
 def test_expected_errors_are_those_of_the_design():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers.surfaces import World
 
-from speedrun_mup.transfer import Prior, loss_forecast, measure_transfer, read_points
+from speedrun_mup.transfer import Known, Prior, fit_surface, loss_forecast, measure_transfer, read_points
 from speedrun_mup.transfer.law import fit_law
-from speedrun_mup.transfer.published import BY_DATA_ORDER, WIDTH
+from speedrun_mup.transfer.published import BY_DATA_ORDER, LENGTH, LENGTH_DRIFT, WIDTH
 
 EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments"
 TABLES = {  # whose arms are no copies of another table's
@@ -60,6 +60,18 @@ def test_the_exponent_of_width_is_that_of_the_tables(arms):
     assert len(means) == 4 and abs(mean - WIDTH.mean) < WIDTH.sd / 2
     scatter = math.sqrt(max(np.average((np.array(means) - mean) ** 2, weights=weights) - len(means) / weights.sum(), 0))
     assert scatter < 1.3 * WIDTH.sd
+
+
+def test_what_the_length_of_a_run_does_is_that_of_the_table():
+    """And the priors are wider than the one sweep's own intervals."""
+    surface = fit_surface(EXPERIMENTS / "horizon" / "runs.csv", ["iterations"], resamples=200)
+    known = {"iterations": Prior(0.5, 3.0)}
+    wide = fit_surface(
+        EXPERIMENTS / "horizon" / "runs.csv", ["iterations"], known=Known(loss_priors=known), resamples=200
+    )
+    for found, prior in ((surface["iterations"].drift, LENGTH_DRIFT), (wide["iterations"].loss_exponent, LENGTH)):
+        low, high = found.interval()
+        assert abs(found.value - prior.mean) < 0.2 * prior.sd and prior.sd > 0.9 * (high - low) / 3.29
 
 
 def forecasts(repeats, seeds=(2, 1, 1)):

@@ -102,9 +102,9 @@ def _add_sizes(group: Any) -> None:
     )
     group.add_argument(
         "--priors",
-        type=Path,
-        metavar="JSON",
-        help='exponents measured elsewhere, mean and standard deviation: {"drift": {"tokens": [-0.33, 0.05]}, "loss": {}}',
+        metavar="JSON|published",
+        help="exponents measured elsewhere, a file with mean and standard deviation of each: "
+        '{"drift": {"tokens": [-0.33, 0.05]}, "loss": {}}; published: those of docs/experiments',
     )
 
 
@@ -141,7 +141,7 @@ def _joint(
     from speedrun_mup.sweep import open_engine
 
     target = whole_target(target, sizes["batch_tokens"], sizes["tokens"])
-    limits, priors = _limits(budget), _read_priors(sizes["priors"])
+    limits, priors = _limits(budget), _read_priors(sizes["priors"], target, names)
     folder, keep = Path(out or f"plans/{'-'.join(names)}-{target.width}"), carry_out or out is not None
     with _saying_what_is_enough(argv):
         plan = choose_joint_plan(target, names, limits, priors)
@@ -163,10 +163,15 @@ def _joint(
     return 0
 
 
-def _read_priors(path: Path | None) -> dict[str, Any]:
-    """What --priors holds. Raises ConfigError for a file that cannot be read."""
-    if path is None:
+def _read_priors(given: str | None, target: TrainConfig, names: list[str]) -> dict[str, Any]:
+    """What --priors means for this target. Raises ConfigError for a file that cannot be read."""
+    from speedrun_mup.plan import published_priors
+
+    if given is None:
         return {}
+    if given == "published":
+        return published_priors(target, names)
+    path = Path(given)
     try:
         found = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError):

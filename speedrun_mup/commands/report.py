@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speedrun_mup.commands.transfer import add_source, command_for, is_sweep, measure
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import own_folder, printable
 from speedrun_mup.flags import new_parser, parse
+
+if TYPE_CHECKING:
+    from speedrun_mup.report.contents import Report
 
 GUIDE = "docs/transfer.md"
 
@@ -32,9 +37,8 @@ def run(argv: Sequence[str]) -> int:
     arguments = parse(parser, argv)
 
     if arguments.source.is_dir() and _is_joint(arguments.source):
-        return _joint(arguments.source, arguments.target)
+        return _joint(arguments, ["speedrun-mup", "report", *argv])
     from speedrun_mup.report.sections import make_report
-    from speedrun_mup.report.write import write_report
 
     result = measure(arguments)
     source = arguments.source
@@ -43,20 +47,7 @@ def run(argv: Sequence[str]) -> int:
     command = ["speedrun-mup", "report", *argv]
     again = command_for(arguments, "--predict", result.axes.size.upper())
     report = make_report(source, result, arguments.coord_check, arguments.target, command, _guide(out), again)
-    faults: list[str] = []
-    written = write_report(report, out, faults.append)
-    for line in report.answer:
-        print(line.replace("`", ""))
-    print(f"verdict: {result.verdict}")
-    for reason in result.reasons:
-        print(f"- {reason}")
-    for path in sorted(written, key=lambda path: list(_LABELS).index(path.suffix)):
-        browser = f", for any browser: {path.resolve().as_uri()}" if path.suffix == ".html" else ""
-        print(f"{_LABELS[path.suffix]:<8} {printable(path)}{browser}")
-    if faults:
-        more = f" ({len(faults) - 1} more of the files have failed, too)" if len(faults) > 1 else ""
-        print(f"error: {faults[0]}{more}", file=sys.stderr)
-    return int(bool(faults))
+    return _write(report, out, [f"verdict: {result.verdict}", *(f"- {reason}" for reason in result.reasons)])
 
 
 def _is_joint(folder: Path) -> bool:
@@ -65,16 +56,34 @@ def _is_joint(folder: Path) -> bool:
     return is_joint(folder)
 
 
-def _joint(folder: Path, target: Path | None) -> int:
-    """Print a plan over several sizes: what it predicts, and what came of it; no page is written. Returns the exit code."""
+def _joint(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    """The report on a plan over several sizes. Returns the exit code."""
     from speedrun_mup.plan import compare_joint, read_joint_prediction
+    from speedrun_mup.report.several import make_joint_report
 
-    print(read_joint_prediction(folder).summary())
-    if target is None:
-        print("measured: nothing yet; train the target, then give its folder with --target")
-    else:
-        print(compare_joint(folder, target))
-    return 0
+    source = arguments.source
+    told = read_joint_prediction(source).summary().splitlines()
+    told += compare_joint(source, arguments.target).summary().splitlines() if arguments.target else []
+    out = arguments.out or own_output_folder(source / "report")
+    report = make_joint_report(source, arguments.coord_check, arguments.target, command, _guide(out))
+    return _write(report, out, told[2:])
+
+
+def _write(report: Report, out: Path, more: Sequence[str]) -> int:
+    """Write the files, print the answer, `more` and where the files are. Returns the exit code."""
+    from speedrun_mup.report.write import write_report
+
+    faults: list[str] = []
+    written = write_report(report, out, faults.append)
+    for line in (*(line.replace("`", "") for line in report.answer), *more):
+        print(line)
+    for path in sorted(written, key=lambda path: list(_LABELS).index(path.suffix)):
+        browser = f", for any browser: {path.resolve().as_uri()}" if path.suffix == ".html" else ""
+        print(f"{_LABELS[path.suffix]:<8} {printable(path)}{browser}")
+    if faults:
+        more_faults = f" ({len(faults) - 1} more of the files have failed, too)" if len(faults) > 1 else ""
+        print(f"error: {faults[0]}{more_faults}", file=sys.stderr)
+    return int(bool(faults))
 
 
 _LABELS = {".png": "picture", ".md": "summary", ".html": "page"}

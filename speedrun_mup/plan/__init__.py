@@ -13,20 +13,26 @@ from speedrun_mup.plan.design import Budget, NoPlanFits, Plan, choose_plan, desi
 from speedrun_mup.plan.folder import PLAN, Prediction, load_plan, make_plan, read_plan, run_plan, save_plan
 from speedrun_mup.plan.joint import JointPlan, choose_joint_plan, whole_target
 from speedrun_mup.plan.joint_folder import (
+    JointComparison,
     JointPrediction,
     compare_joint,
     is_joint,
+    joint_surface,
     predict_joint,
+    read_joint_plan,
     read_joint_prediction,
+    recommended_config,
     run_joint_plan,
     save_joint_plan,
 )
-from speedrun_mup.plan.prediction import Comparison, compare, predict, recommended_config
+from speedrun_mup.plan.known import published_priors
+from speedrun_mup.plan.prediction import Comparison, compare, predict
 
 __all__ = [
     "PLAN",
     "Budget",
     "Comparison",
+    "JointComparison",
     "JointPlan",
     "JointPrediction",
     "NoPlanFits",
@@ -39,10 +45,13 @@ __all__ = [
     "design_table",
     "expected_lr_error",
     "is_joint",
+    "joint_surface",
     "load_plan",
     "make_plan",
     "predict",
     "predict_joint",
+    "published_priors",
+    "read_joint_plan",
     "read_joint_prediction",
     "read_plan",
     "recommended_config",

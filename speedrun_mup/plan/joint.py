@@ -1,14 +1,15 @@
 """A plan over several sizes: proxies smaller than the target in all of them, what they cost, and how sharp they will be.
 
 The proxies are a designed set, not a grid: a base, one and two doublings along each axis, and one doubling on all axes at
-once, which shows whether the axes add or multiply. Where the base lies and how many runs each place gets is chosen.
+once, which shows whether the axes add or multiply. An axis whose drift is known from elsewhere may do with one doubling. Where
+the base lies and how many runs each place gets is chosen.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.plan.design import FULL, LEAN, NOISE_OVER_CURVATURE, Budget, NoPlanFits, arm_of, proxy_base
+from speedrun_mup.plan.known import what_is_known
 from speedrun_mup.sweep import Sweep
 from speedrun_mup.training.flops import flops_per_token, run_flops
 from speedrun_mup.transfer import Axes, Known, Prior, Thresholds
@@ -50,7 +52,7 @@ class JointPlan:
         flops: Of the proxies; target_flops: of the target.
         value_error: Expected standard error of the target's best rate, log2.
         loss_width: Expected width of the 90 % interval of its loss, nats.
-        priors: Exponents measured elsewhere, as `known_in` reads them.
+        priors: Exponents measured elsewhere, as `known.known_in` reads them.
     """
 
     target: TrainConfig
@@ -84,13 +86,13 @@ class JointPlan:
 
     def summary(self) -> str:
         """For a terminal."""
-        base = self.places[0]
-        far = ", ".join(f"{name} {self.sizes[name] / max(p[name] for p in self.places):.3g}" for name in self.sizes)
+        base, most = self.places[0], {name: max(place[name] for place in self.places) for name in self.sizes}
+        far = ", ".join(f"{name} {size / most[name]:.3g}" for name, size in self.sizes.items())
         return "\n".join(
             [
                 f"target: {told_sizes(self.sizes)}; {self.target_flops:.3g} FLOPs",
-                f"proxies: {len(self.places)} places from {told_sizes(base)} up, one and two doublings along each size and one "
-                f"on all; {min(self.seeds)} to {max(self.seeds)} seeds, about {self.runs} runs",
+                f"proxies: {len(self.places)} places from {told_sizes(base)} up to {told_sizes(most)}, one size at a time; "
+                f"{min(self.seeds)} to {max(self.seeds)} seeds, about {self.runs} runs",
                 f"the target is larger than the largest proxy by a factor of: {far}",
                 f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.2%} of the target run",
                 f"the learning rate will be known within a factor of about {2**self.value_error:.2f} (standard error), the loss "
@@ -119,14 +121,14 @@ def choose_joint_plan(
         target: Settings of the run to plan for.
         names: Sizes in which proxies are smaller: width, n_layer, batch_tokens, tokens.
         budget: FLOPs, or a share of the target's.
-        priors: Exponents measured elsewhere, as `known_in` reads them: the sharper they are, the less needs to be run.
+        priors: Exponents measured elsewhere, as `known.known_in` reads them: the sharper they are, the less needs to be run.
 
     Raises:
         NoPlanFits: Nothing fits the budget; it says what the smallest costs.
         ConfigError: For an axis on which the target leaves no room for three values, and without a budget in FLOPs.
     """
     priors = priors or {}
-    known = known_in(priors, names)
+    known = what_is_known(target, priors, names)
     if budget.minutes is not None or budget == Budget():
         raise ConfigError("a plan over several sizes needs a budget in FLOPs; give --budget, such as 2% or 1e15")
     corpus, _ = find_corpus(target.data, target.tokenizer)
@@ -143,8 +145,7 @@ def choose_joint_plan(
 
     best: JointPlan | None = None
     least: JointPlan | None = None
-    for base in _bases(target, sizes):
-        places = tuple(_places(base))
+    for places in _designs(target, sizes, known):
         costs = [flops(place) for place in places]
         for (factors, added), count in itertools.product((FULL, LEAN), SEEDS):
             seeds = (max(2, 2 * count), *[count] * (len(places) - 1))
@@ -173,8 +174,22 @@ def _score(plan: JointPlan) -> tuple[float, float]:
     return plan.value_error / Thresholds.equivalence + plan.loss_width / SHARP, plan.flops
 
 
-def _bases(target: TrainConfig, sizes: Sizes) -> Iterator[dict[str, int]]:
-    """Places that the design may start from: three doublings of each size fit under the target, counting the base."""
+def _designs(target: TrainConfig, sizes: Sizes, known: Known) -> Iterator[tuple[dict[str, int], ...]]:
+    """Sets of places, the base first: with two doublings of each size, and with one of those whose drift is known."""
+    reaches = [dict.fromkeys(sizes, 4), {name: 2 if name in known.priors else 4 for name in sizes}]
+    faults: list[ConfigError] = []
+    for reach in reaches[: 1 + bool(known.priors)]:
+        try:
+            for base in _bases(target, sizes, reach):
+                yield tuple(_places(base, reach))
+        except ConfigError as fault:
+            faults.append(fault)
+    if len(faults) == 1 + bool(known.priors):
+        raise faults[-1]
+
+
+def _bases(target: TrainConfig, sizes: Sizes, reach: Sizes) -> Iterator[dict[str, int]]:
+    """Places that the design may start from: the base and `reach` times it fit under the target, for each size."""
     ladders: dict[str, list[int]] = {}
     for name, least in (
         ("width", target.head_dim),
@@ -182,39 +197,43 @@ def _bases(target: TrainConfig, sizes: Sizes) -> Iterator[dict[str, int]]:
         ("batch_tokens", target.micro_batch_tokens),
     ):
         if name in sizes:
-            ladders[name] = _ladder(name, least, sizes[name])
+            ladders[name] = _ladder(name, least, sizes[name], reach[name])
     for first in itertools.product(*ladders.values()):
         base = dict(zip(ladders, first, strict=True))
         if "tokens" not in sizes:
             yield {name: base[name] for name in sizes}
             continue
-        most = 4 * base["batch_tokens"] if "batch_tokens" in base else target.batch_tokens
-        if 4 * most * FEWEST_STEPS <= sizes["tokens"]:
-            for tokens in _ladder("tokens", most * FEWEST_STEPS, sizes["tokens"]):
+        most = reach["batch_tokens"] * base["batch_tokens"] if "batch_tokens" in base else target.batch_tokens
+        if reach["tokens"] * most * FEWEST_STEPS <= sizes["tokens"]:
+            for tokens in _ladder("tokens", most * FEWEST_STEPS, sizes["tokens"], reach["tokens"]):
                 yield {name: (base | {"tokens": tokens})[name] for name in sizes}
 
 
-def _ladder(name: str, least: int, target: int) -> list[int]:
-    """Bases on one axis, doublings of the least, each with two more doublings up to the target."""
-    found = list(
-        itertools.takewhile(lambda value: 4 * value <= target, (least * 2**power for power in itertools.count()))
-    )
+def _ladder(name: str, least: int, target: int, reach: int) -> list[int]:
+    """Bases on one axis, doublings of the least, of which `reach` times as much is up to the target."""
+    powers = (least * 2**power for power in itertools.count())
+    found = list(itertools.takewhile(lambda value: reach * value <= target, powers))
     if not found:
-        raise _no_room(name, target, 4 * least)
+        raise _no_room(name, target, reach * least, reach)
     return found
 
 
-def _no_room(name: str, target: int, enough: int) -> ConfigError:
-    what = f"{name}={target} leaves no room for three proxy values, each twice the one before"
+def _no_room(name: str, target: int, enough: int, reach: int = 4) -> ConfigError:
+    values = "three proxy values, each twice the one before" if reach == 4 else "two proxy values, one twice the other"
+    what = f"{name}={target} leaves no room for {values}"
     return ConfigError(f"{what}; plan for {enough} or more, or leave {name} out of --axes")
 
 
-def _places(base: Sizes) -> Iterator[dict[str, int]]:
-    """The designed set: the base, one and two doublings along each size, one on all."""
+def _places(base: Sizes, reach: Sizes) -> Iterator[dict[str, int]]:
+    """The designed set: the base, one and two doublings along each size, one on all; of sizes that go up to twice the base,
+    one doubling, next to one of the others."""
     yield dict(base)
-    for name, factor in itertools.product(base, (2, 4)):
+    whole, known = [[name for name in base if reach[name] == most] for most in (4, 2)]
+    for name, factor in itertools.product(whole, (2, 4)):
         yield {**base, name: base[name] * factor}
-    if len(base) > 1:
+    beside = {**base, **{name: 2 * base[name] for name in whole}}
+    yield from ({**beside, name: 2 * base[name]} for name in known)
+    if len(whole) > 1:
         yield {name: 2 * value for name, value in base.items()}
 
 
@@ -251,25 +270,3 @@ def expected_errors(
 
 def _precision(prior: Prior | None) -> float:
     return 0.0 if prior is None else prior.sd**-2.0
-
-
-def known_in(values: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> Known:
-    """Priors from JSON, mean and standard deviation: {"drift": {"tokens": [-0.33, 0.05]}, "loss": {"width": [0.6, 0.2]}}."""
-    try:
-        kinds = {
-            kind: {name: Prior(float(mean), float(sd)) for name, (mean, sd) in some.items()}
-            for kind, some in values.items()
-        }
-        given = [prior for some in kinds.values() for prior in some.values()]
-        good = set(kinds) <= {"drift", "loss"} and all(
-            0 < prior.sd < math.inf and math.isfinite(prior.mean) for prior in given
-        )
-    except (AttributeError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise ConfigError(
-            'priors: give {"drift": {"tokens": [-0.33, 0.05]}, "loss": {...}}: mean and standard deviation'
-        )
-    known = Known(priors=kinds.get("drift", {}), loss_priors=kinds.get("loss", {}))
-    known.check(names)
-    return known

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable, read_bytes, write_whole
 from speedrun_mup.plan.design import Budget, arm_of
-from speedrun_mup.plan.folder import PLAN, target_in
-from speedrun_mup.plan.joint import JointPlan, known_in
+from speedrun_mup.plan.folder import PLAN, read_prediction, target_in
+from speedrun_mup.plan.joint import JointPlan
+from speedrun_mup.plan.known import known_in, what_is_known, without_rule
 from speedrun_mup.plan.prediction import finished_run, miss
 from speedrun_mup.sweep import Engine, SweepResult, measure_sweep_surface, read_results, run_sweep
-from speedrun_mup.transfer import Estimate, TransferError
-from speedrun_mup.transfer.axes import size_axis, told_sizes
-from speedrun_mup.transfer.published import BY_DATA_ORDER
+from speedrun_mup.transfer import Estimate, Surface, TransferError
+from speedrun_mup.transfer.axes import told_sizes
 
 KIND = "joint"
 
@@ -35,6 +36,7 @@ class JointPrediction:
         verdicts: Size -> whether the rule in force holds over it.
         outside: Size -> doublings beyond the largest proxy.
         method: What the rate follows.
+        followed: Sizes without a rule, whose drift the rate follows as measured.
     """
 
     sizes: dict[str, int]
@@ -47,6 +49,7 @@ class JointPrediction:
     verdicts: dict[str, str]
     outside: dict[str, float]
     method: str
+    followed: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """For a terminal."""
@@ -58,8 +61,9 @@ class JointPrediction:
         ]
         for name, (drift, lowest, highest) in self.drifts.items():
             p, small, large = self.loss_exponents[name]
+            judged = "no rule: followed" if name in self.followed else f"against the rule: {self.verdicts[name]}"
             lines.append(
-                f"{name}: drift {drift:+.2f} per doubling (90 % {lowest:+.2f} to {highest:+.2f}), {self.verdicts[name]}; loss "
+                f"{name}: drift {drift:+.2f} per doubling (90 % {lowest:+.2f} to {highest:+.2f}), {judged}; loss "
                 f"exponent {p:.2f} ({small:.2f} to {large:.2f}); {self.outside[name]:.2g} doublings beyond the proxies"
             )
         return "\n".join(lines)
@@ -114,6 +118,13 @@ def run_joint_plan(plan: JointPlan, out: Path, engine: Engine, **options: Any) -
     return replace(result, ran=ran)
 
 
+def joint_surface(plan: JointPlan, out: Path) -> Surface:
+    """The surface through the finished proxies of `plan` in `out`. Raises TransferError if they do not bear one."""
+    name = arm_of(plan.target).name
+    known = what_is_known(plan.target, plan.priors, list(plan.sizes))
+    return measure_sweep_surface(out, [name], known=known).arms[name]
+
+
 def predict_joint(out: Path) -> JointPrediction:
     """Rate and loss of the target from the finished proxies in `out`; also written to its plan.json.
 
@@ -121,13 +132,7 @@ def predict_joint(out: Path) -> JointPrediction:
     differ from the rule. Raises ConfigError without a plan, TransferError if the runs do not bear a forecast.
     """
     plan, content = read_joint_plan(out)
-    target, name = plan.target, arm_of(plan.target).name
-    known = known_in(plan.priors, list(plan.sizes))
-    free = [size for size in plan.sizes if size != "width" and not getattr(target, size_axis(size).base_setting, None)]
-    earlier = BY_DATA_ORDER[target.data_order]
-    laws = {size: prior for size, prior in earlier.exponents.items() if size in plan.sizes} | dict(known.loss_priors)
-    known = replace(known, follow=frozenset(free), noise=(earlier.noise, earlier.freedom), loss_priors=laws)
-    surface = measure_sweep_surface(out, [name], known=known).arms[name]
+    target, surface = plan.target, joint_surface(plan, out)
     forecast = surface.predict(plan.sizes)
     if len(forecast.loss.draws) == 1:
         raise TransferError(f"{out}: with one seed the noise is unknown, and so is every interval; run a second seed")
@@ -143,6 +148,7 @@ def predict_joint(out: Path) -> JointPrediction:
         verdicts={axis.name: axis.verdict.value for axis in surface.drifts},
         outside=forecast.outside,
         method=f"{forecast.advice}; {forecast.distance}",
+        followed=tuple(without_rule(target, list(plan.sizes))),
     )
     write_whole(out / PLAN, json.dumps(content | {"prediction": asdict(prediction)}, indent=1, allow_nan=False) + "\n")
     return prediction
@@ -161,22 +167,61 @@ def read_joint_prediction(out: Path) -> JointPrediction:
     return JointPrediction(**found | pairs)
 
 
-def compare_joint(out: Path, run: Path) -> str:
-    """The prediction in `out` against the finished target run in the folder `run`, in lines for a terminal.
+def recommended_config(out: Path) -> TrainConfig:
+    """The target of the plan in `out`, with the learning rate that was predicted. Raises ConfigError before that."""
+    if is_joint(out):
+        return replace(read_joint_plan(out)[0].target, lr_scale=read_joint_prediction(out).lr_scale)
+    target, prediction = read_prediction(out)
+    return replace(target, lr_scale=prediction.lr_scale)
+
+
+@dataclass(frozen=True)
+class JointComparison:
+    """Predicted against measured.
+
+    Args:
+        prediction: What the proxies said.
+        measured: The target's loss.
+        lr_scale: What it was trained with.
+        share: FLOPs of all proxies that ran over the target's.
+    """
+
+    prediction: JointPrediction
+    measured: float
+    lr_scale: float
+    share: float
+
+    @property
+    def miss(self) -> str:
+        """How far off the prediction was, as a sentence."""
+        return miss(self.prediction.loss, self.prediction.loss_interval, self.measured)
+
+    @property
+    def rate(self) -> str:
+        """How the run's rate lies to the predicted one, as a sentence; nothing if they are the same."""
+        log2_factor = math.log2(self.lr_scale / self.prediction.lr_scale)
+        if abs(log2_factor) <= 0.01:
+            return ""
+        slow, fast = self.prediction.lr_scale_interval
+        inside = "inside" if slow <= self.lr_scale <= fast else "outside"
+        return f"the run's learning rate is 2^{log2_factor:+.2f} times the predicted one, {inside} its 90 % interval"
+
+    def summary(self) -> str:
+        """For a terminal."""
+        lines = [
+            f"validation loss: predicted {self.prediction.loss:.4f}, measured {self.measured:.4f}: {self.miss}",
+            f"cost of the proxies: {self.share:.2%} of the run's FLOPs",
+        ]
+        return "\n".join([*lines, *([self.rate] if self.rate else [])])
+
+
+def compare_joint(out: Path, run: Path) -> JointComparison:
+    """The prediction in `out` against the finished target run in the folder `run`.
 
     Raises ConfigError if there is no prediction, or the run is not the target at its end; another rate or seed is none.
     """
     plan, content = read_joint_plan(out)
     prediction = read_joint_prediction(out)
     done, measured = finished_run(plan.target, content["corpus"], run)
-    slow, fast = prediction.lr_scale_interval
-    used = math.log2(done.lr_scale / prediction.lr_scale)
-    lines = [
-        f"validation loss: predicted {prediction.loss:.4f}, measured {measured:.4f}: "
-        f"{miss(prediction.loss, prediction.loss_interval, measured)}",
-        f"cost of the proxies: {plan.flops / plan.target_flops:.2%} of the run's FLOPs",
-    ]
-    if abs(used) > 0.01:
-        inside = "inside" if slow <= done.lr_scale <= fast else "outside"
-        lines.append(f"the run's learning rate is 2^{used:+.2f} times the predicted one, {inside} its 90 % interval")
-    return "\n".join(lines)
+    spent = sum(result.flops for result in read_results(out))
+    return JointComparison(prediction, measured, done.lr_scale, spent / plan.target_flops)

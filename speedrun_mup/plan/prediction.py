@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from speedrun_mup.config import TrainConfig, computed_settings
@@ -70,12 +70,6 @@ def _why_wide(arm: ArmResult, forecast: Forecast) -> str:
         )
     why = ", and because ".join(reasons) or f"{forecast.axes.at(forecast.size)} is far from the widths of the sweep"
     return f"the interval is {(high - low) / arm.noise.total:.0f} standard deviations of one run wide because {why}"
-
-
-def recommended_config(out: Path) -> TrainConfig:
-    """The target of the plan in `out`, with the learning rate that was predicted. Raises ConfigError before `predict`."""
-    target, prediction = read_prediction(out)
-    return replace(target, lr_scale=prediction.lr_scale)
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,13 @@ def rates(seen: Measured) -> Table | None:
         return None
     else:
         cfg = times(cfg, seen.result.axes.hyperparameter, 2**base.optimum / largest.factor)
+    return rate_table(cfg, largest.vocabulary)
+
+
+def rate_table(cfg: TrainConfig, vocabulary: int) -> Table:
+    """The learning rates of a run with the settings `cfg`, alike ones in one row, at base width and at its own."""
     alike: dict[tuple[str, float, float], list[str]] = {}
-    for row in explain(cfg, largest.vocabulary):
+    for row in explain(cfg, vocabulary):
         name = [part for part in row.name.split(".") if part != "weight" and not part.isdigit()][-1]
         names = alike.setdefault((row.optimizer, row.base.lr, row.here.lr), [])
         names += [name] if name not in names else []
@@ -189,11 +194,16 @@ def _label(optimizer: str) -> str:
 
 def facts(seen: Measured, command: Sequence[str]) -> list[tuple[str, str]]:
     """What was trained, on what, when and by what; name and value. command: what asked for the report."""
-    told = list(_facts_of_runs(seen)) if seen.runs else list(_facts_of_table(seen))
-    if seen.run:
-        told.append(("Target run", _target(seen.run)))
+    told = _facts_of_runs(seen) if seen.runs else _facts_of_table(seen)
+    return [*told, *target_facts(seen.run, command)]
+
+
+def target_facts(run: Path | None, command: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Which run was compared, if any, and when and by what the report was made."""
+    if run:
+        yield "Target run", _target(run)
     made = time.strftime("%Y-%m-%d")
-    return [*told, ("Report", f"{made}, by `{shlex.join(command)}`" if command else made)]
+    yield "Report", f"{made}, by `{shlex.join(command)}`" if command else made
 
 
 def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
@@ -228,8 +238,8 @@ def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
     yield "Runs", f"{len(seen.runs)}, with {seeds} seeds or fewer; {bad} diverged"
     definition = read_definition(seen.source)
     yield "Asked for", "; ".join(_request(asked, size_names(definition)) for asked in definition["asked"])
-    yield "Trained", _dates(seen)
-    yield "Code", "; ".join(_versions(seen, *pair) for pair in MADE_WITH)
+    yield "Trained", dates_of(seen.source, seen.runs)
+    yield "Code", code_of(seen.runs)
 
 
 def _request(asked: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -241,9 +251,14 @@ def _request(asked: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join([f"arms {', '.join(asked['arms'])}", f"{plural} {sizes}", *told])
 
 
-def _versions(seen: Measured, title: str, key: str) -> str:
-    """What made the runs: one value, or how many runs each of several made."""
-    counts = Counter(_short(run.made_with.get(key, "not known")) for run in seen.runs)
+def code_of(runs: Sequence[RunResult]) -> str:
+    """What made the runs."""
+    return "; ".join(_versions(runs, *pair) for pair in MADE_WITH)
+
+
+def _versions(runs: Sequence[RunResult], title: str, key: str) -> str:
+    """One value, or how many runs each of several made."""
+    counts = Counter(_short(run.made_with.get(key, "not known")) for run in runs)
     if len(counts) == 1:
         return f"{title} {next(iter(counts))}"
     return f"{title} " + " and ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
@@ -270,8 +285,8 @@ def _arm(arm: ArmResult) -> str:
     return told if arm.predicted is None else f"{told} (control)"
 
 
-def _dates(seen: Measured) -> str:
-    """First and last day on which a run of the sweep was finished, by its file."""
-    files = [seen.source / RUNS / run.id / RESULT for run in seen.runs]
+def dates_of(source: Path, runs: Sequence[RunResult]) -> str:
+    """First and last day on which a run of the sweep in the folder `source` was finished, by its file."""
+    files = [source / RUNS / run.id / RESULT for run in runs]
     days = sorted({_day(path.stat().st_mtime) for path in files if path.exists()})
     return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "not known"
