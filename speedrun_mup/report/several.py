@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,9 +174,8 @@ def _rates_by_size(seen: Seen) -> Figure:
         moved = np.array([fit.optimum for fit in optima.fits]) - others @ [a.drift.value for a in seen.surface.drifts]
         error = 1.645 * np.array([fit.optimum_se for fit in optima.fits])
         along_it = [forecast.log2_value for forecast in _along(seen, name)]
-        marks = _marks(
-            seen, name, *(unit * 2**edge for edge in (moved, moved - error, moved + error)), _powers(unit, along_it)
-        )
+        at, low, high = (unit * 2**edge for edge in (moved, moved - error, moved + error))
+        marks = _marks(seen, name, at, low, high, _powers(unit, along_it))
         drift = seen.surface[name]
         judged = "no rule: followed" if name in seen.prediction.followed else drift.verdict.value
         panels.append(Panel(f"{name}: {judged}\ndrift {interval_text(drift.drift)}", marks))
@@ -237,11 +237,11 @@ def _marks(seen: Seen, name: str, at: Array, low: Array, high: Array, line: Sequ
     ends = np.array(_sizes(seen, name)) / optima.base[name]
     edges = np.array([estimate.interval() for estimate in line])
     marks = [Mark("line", ends, [estimate.value for estimate in line], PLACE, size=1.2)]
-    bars: dict[str, Array] = {}
+    bars: dict[str, Any] = {}
     if np.isfinite(edges).all():
         marks.insert(0, Mark("band", ends, color=PLACE, opacity=0.15, low=edges[:, 0], high=edges[:, 1]))
         bars = {"low": edges[-1:, 0], "high": edges[-1:, 1]}
-    errors = {"low": low, "high": high} if np.isfinite(low).all() else {}
+    errors: dict[str, Any] = {"low": low, "high": high} if np.isfinite(low).all() else {}
     marks.append(Mark("points", x, at, PLACE, "proxy", notes=notes, size=5.0, **errors))
     marks.append(
         Mark("points", ends[-1:], [line[-1].value], GREY, "predicted", symbol="s", hollow=True, size=6.0, **bars)
