@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests that start processes mostly wait, so three at a time keep two cores busy.
 QUIET := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: .venv/.ok
 	$(BIN)/speedrun-mup demo
@@ -19,6 +19,12 @@ check: .venv/.ok-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(QUIET) $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not dist"
+
+# The site, into build/site: open index.html there. A broken link or a page without a place in docs/index.md is an error.
+docs: .venv/.ok
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	@echo "build/site/docs/index.html"
 
 bench: .venv/.ok
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[bench]'
