@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
@@ -122,6 +123,22 @@ def test_another_base_width_than_the_presets_is_told(capsys):
     for flags in ({"base_width": 64}, {"parametrization": "mup"}, {"base_width": 768, "matrix_lr": 0.1}):
         config_from_flags({"preset": "laptop", **flags})
         assert not capsys.readouterr().out
+
+
+def test_tokens_that_the_presets_rates_were_not_tuned_on_are_told(capsys, monkeypatch):
+    corpus = SimpleNamespace(tokenizer="bpe:1024", vocab_size=1024)
+    monkeypatch.setattr("speedrun_mup.data.corpus.find_corpus", lambda data, tokenizer: (corpus, None))
+    config_from_flags({"preset": "laptop", "data": "mine"})
+    told = capsys.readouterr().out
+    assert (
+        told.count("\n") == 1 and "were tuned on byte tokens, not on bpe:1024 ones with a vocabulary of 1,024" in told
+    )
+    for flags in ({"lr_scale": 0.22, "data": "mine"}, {"data": "synthetic"}):
+        config_from_flags({"preset": "laptop", **flags})
+        assert not capsys.readouterr().out
+    corpus.tokenizer = "byte"
+    config_from_flags({"preset": "laptop", "data": "mine"})
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run_id", ["6f1c", "none"])  # torchrun's word for no id
@@ -251,7 +268,8 @@ def test_the_demo_ends_with_forecast_and_result(tmp_path, capsys, monkeypatch):
     shape = ["--block-size", "32", "--micro-batch-tokens", "128", "--val-tokens", "1024", "--val-chunk-tokens", "256"]
     monkeypatch.setattr(demo, "CHECK", [*small, "--widths", "16", "32", "64", "--seeds", "1", "--tokens", "128"])
     monkeypatch.setattr(demo, "BUDGET", "160%")
-    monkeypatch.setattr("speedrun_mup.plan.design.LEAN", LEAN)
+    monkeypatch.setattr("speedrun_mup.plan.joint.LEAN", LEAN)
+    monkeypatch.setattr("speedrun_mup.plan.joint.FEWEST_STEPS", 8)
     target = ["--width", "128", "--base-width", "32", "--mup", "--iterations", "24", "--lr-scale", "2.5"]
     monkeypatch.setattr(demo, "TARGET", [*target, *small, *shape, "--device", "cpu"])
     written: list[list[str]] = []  # of a synthetic language there is no text; tests/test_load.py has the demo's flags

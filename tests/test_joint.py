@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from helpers.surfaces import World
-from test_plan import FakeEngine
+from test_plan import OVERHEAD_S, SPEED, FakeEngine
 
 from speedrun_mup.cli import main
 from speedrun_mup.config import make_config
@@ -18,6 +18,7 @@ from speedrun_mup.plan import (
     NoPlanFits,
     choose_joint_plan,
     is_joint,
+    load_joint_plan,
     predict_joint,
     run_joint_plan,
     save_joint_plan,
@@ -27,6 +28,7 @@ from speedrun_mup.plan.joint import expected_errors
 from speedrun_mup.plan.known import known_in, published_priors
 from speedrun_mup.sweep import read_results
 from speedrun_mup.training.flops import run_flops
+from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer import Known, Prior
 from speedrun_mup.transfer.axes import size_axis, sized
 
@@ -49,16 +51,18 @@ def doublings(sizes, base):
 class PlantedEngine(FakeEngine):
     """Trains nothing: its losses are those of a world."""
 
-    def __init__(self, base):
+    def __init__(self, base, shift=0.0):
         super().__init__()
-        self.base = base
+        self.base, self.shift = base, shift
 
     def run(self, cells, scratch):
         for spec, result in super().run(cells, scratch):
             at = doublings(spec.sizes, self.base)
             luck = np.random.default_rng([int(spec.id, 16), 1]).standard_normal() * WORLD.sigma
             offset = np.random.default_rng([spec.seed, *spec.place]).standard_normal() * WORLD.offset
-            loss = WORLD.loss(at) + WORLD.curvature * (spec.log2_factor - WORLD.best(at)) ** 2 + luck + offset
+            loss = (
+                WORLD.loss(at) + WORLD.curvature * (spec.log2_factor - WORLD.best(at) - self.shift) ** 2 + luck + offset
+            )
             yield spec, dataclasses.replace(result, loss=loss)
 
 
@@ -116,6 +120,42 @@ def test_published_drifts_are_those_beyond_the_rule_in_force():
         published_priors(TARGET, ("width",))
 
 
+def test_a_budget_in_time_is_kept(tmp_path):
+    """Timed by a few steps; the plan that is in a folder is found again, though times differ."""
+    engine, names = FakeEngine(), ["width", "tokens"]
+    plan = choose_joint_plan(TARGET, names, Budget(minutes=120), engine=engine)
+    assert {16, 32} <= {run.cfg.width for run in engine.ran} and plan.workers == 2
+    longest = max(run_flops(sized(TARGET, place), 256) for place in plan.places) / SPEED
+    assert longest + OVERHEAD_S < plan.sweep_s <= 120 * 60
+    assert f"; about {clock(plan.sweep_s)} with 2 workers" in plan.summary()
+    with pytest.raises(NoPlanFits, match="minutes here") as error:
+        choose_joint_plan(TARGET, names, Budget(minutes=0.01), engine=FakeEngine())
+    enough = Budget(minutes=float(error.value.enough.removesuffix("m")))
+    assert choose_joint_plan(TARGET, names, enough, engine=FakeEngine()).sweep_s <= enough.most_s
+    save_joint_plan(plan, tmp_path, Budget(minutes=120))
+    assert load_joint_plan(TARGET, names, Budget(minutes=120), {}, tmp_path) == plan
+    for other in ((TARGET, names, Budget(minutes=60), {}), (TARGET, ["width"], Budget(minutes=120), {})):
+        assert load_joint_plan(*other, tmp_path) is None
+    assert load_joint_plan(dataclasses.replace(TARGET, n_layer=6), names, Budget(minutes=120), {}, tmp_path) is None
+
+
+def test_grids_lie_around_a_best_rate_that_is_far_from_what_was_tuned(tmp_path):
+    """A best factor of 0.22, as on a corpus with another vocabulary: the base finds it, the others start there."""
+    plan = choose_joint_plan(TARGET, ("width", "tokens"), Budget(share=0.2))
+    save_joint_plan(plan, tmp_path, Budget(share=0.3))
+    base = plan.places[0]
+    assert run_joint_plan(plan, tmp_path, PlantedEngine(base, shift=math.log2(0.22) - WORLD.optimum)).complete
+    prediction = predict_joint(tmp_path)
+    best = TARGET.lr_scale * 2 ** (WORLD.best(doublings(plan.sizes, base)) - WORLD.optimum) * 0.22
+    slow, fast = prediction.lr_scale_interval
+    assert slow <= best <= fast and fast < 1.5 * slow
+    tried = {place: set() for place in ({run.place for run in read_results(tmp_path)})}
+    for run in read_results(tmp_path):
+        tried[run.place].add(round(math.log2(run.factor)))
+    assert max(tried[tuple(base.values())]) > 0  # the grid that was planned
+    assert all(max(at) < 1 for place, at in tried.items() if place != tuple(base.values()))
+
+
 def test_expected_errors_are_those_of_the_design():
     """One axis, no priors: the formula of a weighted line; and more seeds, a nearer target, a prior each help."""
     places, target = [{"width": 64 * 2**j} for j in range(3)], {"width": 1024}
@@ -159,7 +199,8 @@ def test_a_plan_is_run_and_predicts_what_is_planted(tmp_path):
 @pytest.mark.parametrize(
     ("budget", "names", "target", "fault"),
     [
-        (Budget(minutes=30), NAMES, TARGET, "needs a budget in FLOPs"),
+        (Budget(minutes=30), NAMES, TARGET, "needs a budget; give --budget, such as 2%, 1e15 FLOPs, or 30m"),
+        (Budget(), NAMES, TARGET, "needs a budget"),
         (
             Budget(share=1e-6),
             NAMES,
@@ -204,7 +245,7 @@ def test_the_command_plans(tmp_path, capsys):
         ("--axes heads", "--axes heads: choose among width, n_layer, batch_tokens, tokens"),
         ("--priors nowhere.json", "--priors nowhere.json: cannot be read as JSON"),
         ("--json", "--json is for a plan over width alone"),
-        ("--budget 30m", "needs a budget in FLOPs"),
+        ("--budget 0.001%", "no plan over width, n_layer, batch_tokens, tokens fits the budget"),
     ],
 )
 def test_flags_that_contradict_each_other_get_one_line(more, fault, capsys):

@@ -11,11 +11,12 @@ from speedrun_mup.flags import new_parser, parse
 
 FOLDER = Path("runs/demo")
 CHECK = ["--data", "embedded", "--widths", "32", "64", "128", "256", "--seeds", "1"]
-TARGET = ["--width", "256", "--base-width", "64", "--mup", "--iterations", "64", "--micro-batches", "4"]
+TARGET = ["--width", "256", "--base-width", "64", "--mup", "--head-dim", "16", "--batch-tokens", "1024"]
+TARGET += ["--tokens", "131072", "--data", "embedded", "--val-tokens", "32768", "--val-every", "0"]
 TARGET += ["--device", "cpu"]  # one small run per core at a time; on a GPU it would be one per GPU
-TARGET += ["--data", "embedded", "--val-tokens", "32768", "--val-every", "0"]
+PROXIES = ["--axes", "width", "tokens", "--priors", "published"]  # it is known how the rate moves with the length
 TEXT = ["--device", "cpu", "--prompt", "def read(", "--max-new-tokens", "160"]
-BUDGET = "350%"  # of so short a target run; a real one costs a few percent
+BUDGET = "65%"  # of so small a target run; a real one costs a few percent
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,9 +26,9 @@ def run(argv: Sequence[str]) -> int:
     code = coord_check.run([*CHECK, "--out", str(FOLDER), "--name", "coord-check"])
     if code:
         return code
-    print("\n2/4  Tune on narrow models: widths 32, 64 and 128 for a target of width 256.")
+    print("\n2/4  Tune on narrow and short runs: widths 16 to 64, 64 steps, for a target of width 256 and 128 steps.")
     proxies = FOLDER / "plan"
-    code = plan.run([*TARGET, "--budget", BUDGET, "--run", "--out", str(proxies)])
+    code = plan.run([*TARGET, *PROXIES, "--budget", BUDGET, "--run", "--out", str(proxies)])
     if code:
         return code
 

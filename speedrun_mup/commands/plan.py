@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.commands.sweep import add_engine, budget_of, take
-from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
+from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, other_tokens
 from speedrun_mup.config import PRESETS, TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable, read_bytes
@@ -22,7 +22,7 @@ from speedrun_mup.setting_flags import TRAINING, add_settings
 from speedrun_mup.settings import flag_of
 
 if TYPE_CHECKING:
-    from speedrun_mup.plan import Budget, Plan
+    from speedrun_mup.plan import Budget, JointPlan, Plan
     from speedrun_mup.sweep import Engine, SweepResult
 
 
@@ -53,9 +53,11 @@ def run(argv: Sequence[str]) -> int:
     if names := _axes(flags, **{name: sizes[name] for name in ("axes", "tokens", "batch_tokens")}):
         if as_json:
             raise ConfigError("--json is for a plan over width alone; plan.json in --out has all of this one")
-        return _joint(argv, make_config(preset, flags), names, sizes, engine, budget, carry_out, out)
+        target = make_config(preset, flags)
+        say(*filter(None, [other_tokens(preset, target, flags)]))
+        return _joint(argv, target, names, sizes, engine, budget, carry_out, out)
     target = make_config(preset, flags)
-    say(*_opening(target))
+    say(*_opening(target), *filter(None, [other_tokens(preset, target, flags)]))
 
     from speedrun_mup.plan import predict, run_plan
     from speedrun_mup.sweep import open_engine
@@ -137,21 +139,19 @@ def _joint(
 ) -> int:
     """A plan over several sizes. Returns the exit code."""
     say(rules_in_force(target), f"choosing proxies smaller in {', '.join(names)}")
-    from speedrun_mup.plan import choose_joint_plan, predict_joint, run_joint_plan, save_joint_plan, whole_target
+    from speedrun_mup.plan import predict_joint, run_joint_plan, whole_target
     from speedrun_mup.sweep import open_engine
 
     target = whole_target(target, sizes["batch_tokens"], sizes["tokens"])
-    limits, priors = _limits(budget), _read_priors(sizes["priors"], target, names)
+    priors = _read_priors(sizes["priors"], target, names)
     folder, keep = Path(out or f"plans/{'-'.join(names)}-{target.width}"), carry_out or out is not None
-    with _saying_what_is_enough(argv):
-        plan = choose_joint_plan(target, names, limits, priors)
-    print(plan.summary())
-    if keep:
-        save_joint_plan(plan, folder, limits)
-    _say_what_is_next(folder if keep else None, carry_out)
-    if not carry_out:
-        return 0
     with closing(open_engine(**engine, device=target.device)) as where:
+        with _saying_what_is_enough(argv):
+            plan = _choose_joint(target, names, _limits(budget), priors, where, folder if keep else None)
+        print(plan.summary())
+        _say_what_is_next(folder if keep else None, carry_out)
+        if not carry_out:
+            return 0
         result = run_joint_plan(plan, folder, where, progress=target.progress)
     print(result.summary())
     if unfinished := _exit_code(result):
@@ -161,6 +161,20 @@ def _joint(
     print(f"next  train the target with --lr-scale {prediction.lr_scale:.4g}, then")
     print(f"      speedrun-mup report {folder} --target runs/NAME compares prediction and result")
     return 0
+
+
+def _choose_joint(
+    target: TrainConfig, names: list[str], budget: Budget, priors: dict[str, Any], engine: Engine, folder: Path | None
+) -> JointPlan:
+    """The plan in `folder` if it answers, else a new one, written there; without a folder it is not kept."""
+    from speedrun_mup.plan import choose_joint_plan, load_joint_plan, save_joint_plan
+
+    if folder and (found := load_joint_plan(target, names, budget, priors, folder)):
+        return found
+    plan = choose_joint_plan(target, names, budget, priors, engine, say)
+    if folder:
+        save_joint_plan(plan, folder, budget)
+    return plan
 
 
 def _read_priors(given: str | None, target: TrainConfig, names: list[str]) -> dict[str, Any]:
@@ -215,7 +229,8 @@ def _exit_code(result: SweepResult) -> int:
 
 def say(*lines: str) -> None:
     """What is not the result goes to stderr, at once."""
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _opening(target: TrainConfig) -> list[str]:

@@ -76,19 +76,41 @@ def settle(flags: dict[str, object]) -> tuple[TrainConfig, FolderLock | None]:
         device = pick_device(str(flags.get("device", "auto")))
         preset = "record26" if device.type == "cuda" else "laptop"
     cfg = make_config(preset, flags)
-    if os.environ.get("RANK", "0") == "0" and (note := other_base(preset, cfg, flags)):
-        print(note)
+    if os.environ.get("RANK", "0") == "0":
+        for note in filter(None, (other_base(preset, cfg, flags), other_tokens(preset, cfg, flags))):
+            print(note)
     return cfg, None
 
 
 def other_base(preset: str, cfg: TrainConfig, flags: Collection[str]) -> str:
     """A line where the preset's learning rates are taken for those of another base width than they were tuned at."""
-    tuned, rates = PRESETS[preset].base_width, [name for name in flags if name.endswith("_lr") or name == "lr_scale"]
-    if cfg.base_width in (None, tuned) or rates:
+    tuned = PRESETS[preset].base_width
+    if cfg.base_width in (None, tuned) or _has_rates(flags):
         return ""
     return (
         f"note: the learning rates of preset {preset} were tuned at width {tuned}, not at --base-width {cfg.base_width}"
     )
+
+
+def other_tokens(preset: str, cfg: TrainConfig, flags: Collection[str]) -> str:
+    """A line where the preset's learning rates were tuned on other tokens than the corpus has. Raises ConfigError without one."""
+    if cfg.data == "synthetic" or _has_rates(flags):
+        return ""
+    from speedrun_mup.data.corpus import find_corpus
+
+    corpus, tuned = find_corpus(cfg.data, cfg.tokenizer)[0], PRESETS[preset].tokenizer
+    if corpus.tokenizer == tuned:
+        return ""
+    have = f"{printable(corpus.tokenizer, 60)} ones with a vocabulary of {corpus.vocab_size:,}"
+    return (
+        f"note: the learning rates of preset {preset} were tuned on {tuned} tokens, not on {have}; the best may be several "
+        "times larger or smaller: speedrun-mup plan finds them"
+    )
+
+
+def _has_rates(flags: Collection[str]) -> bool:
+    """Whether learning rates were given, whatever the preset has."""
+    return any(name.endswith("_lr") or name == "lr_scale" for name in flags)
 
 
 def _claim(out: Path, flags: Mapping[str, object]) -> tuple[Path | None, FolderLock | None]:

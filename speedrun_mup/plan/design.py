@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
@@ -141,6 +142,22 @@ class NoPlanFits(ConfigError):
 Tell = Callable[[str], None]
 
 
+class Priced(Protocol):
+    """A plan, as a budget looks at it."""
+
+    @property
+    def flops(self) -> float:
+        """Of its runs."""
+
+    @property
+    def target_flops(self) -> float:
+        """Of the target run."""
+
+    @property
+    def sweep_s(self) -> float:
+        """Seconds of its runs here; 0 if unknown."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a plan may cost. share: of the target run's FLOPs. The tightest one counts."""
@@ -158,17 +175,17 @@ class Budget:
         """Seconds that may be used."""
         return 60 * (self.minutes or math.inf)
 
-    def enough_for(self, plan: Plan) -> str:
+    def enough_for(self, plan: Priced) -> str:
         """A value of --budget that `plan` fits into, in the unit of this budget."""
         if self.minutes is not None and plan.sweep_s > self.most_s:
             return f"{math.ceil(1.1 * plan.sweep_s / 60)}m"  # the next timing differs a little
-        return self.enough_of(plan.flops, plan.target_flops)
-
-    def enough_of(self, flops: float, target_flops: float) -> str:
-        """A value of --budget that `flops` fit into, as a share of the target's or as such."""
         if self.share is not None:
-            return f"{math.ceil(1000 * flops / target_flops) / 10:g}%"
-        return f"{1.01 * flops:.3g}"
+            return f"{math.ceil(1000 * plan.flops / plan.target_flops) / 10:g}%"
+        return f"{1.01 * plan.flops:.3g}"
+
+    def holds(self, plan: Priced) -> bool:
+        """Whether `plan` fits into it."""
+        return plan.flops <= self.most_flops(plan.target_flops) and plan.sweep_s <= self.most_s
 
 
 def choose_plan(
@@ -206,13 +223,13 @@ def choose_plan(
         return [_design(target, *choice, engine.workers, costs, corpus) for choice in (*whole, *short)]
 
     def best() -> Plan | None:
-        fitting = [plan for plan in designs() if plan.flops <= most_flops and plan.sweep_s <= budget.most_s]
+        fitting = [plan for plan in designs() if budget.holds(plan)]
         return min(fitting, key=lambda plan: (plan.is_short, plan.lr_error, plan.flops), default=None)
 
     most_flops = budget.most_flops(run_flops(target, corpus.vocab_size))
     plan = best()  # where nothing is known of time, it costs none
     if plan and not costs.known:
-        _probe(target, candidates if budget.minutes else plan.widths, engine, corpus, costs, tell)
+        probe(target, candidates if budget.minutes else plan.widths, engine, corpus, costs, tell)
         plan = best()
     every = designs()
     if not plan:
@@ -333,10 +350,22 @@ def expected_lr_error(widths: Sequence[int], seeds: Sequence[int], log2_factors:
     return math.sqrt(1 / sum(weights) + mean**2 / spread)
 
 
-def _probe(
+def probe(
     target: TrainConfig, widths: Sequence[int], engine: Engine, corpus: Corpus, costs: CostModel, tell: Tell
 ) -> None:
-    """Teach `costs` how long runs take: a few steps per width, on all workers at once, as a sweep would run them."""
+    """Teach `costs` how long runs take: a few steps per width, on all workers at once, as a sweep would run them.
+
+    Args:
+        target: Settings of the run that is planned for.
+        widths: Ascending; those whose probe would take longer than PROBE_S are left out.
+        engine: Where runs will take place.
+        corpus: Of the target.
+        costs: Is taught.
+        tell: Receives what is being timed, line by line.
+
+    Raises:
+        ConfigError: A run failed.
+    """
     base, arm = proxy_base(target), arm_of(target)
     chunk = target.val_chunk_tokens
     val_tokens = min(target.val_tokens, max(chunk, PROBE_VAL_TOKENS // chunk * chunk))

@@ -18,10 +18,21 @@ import numpy as np
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
-from speedrun_mup.plan.design import FULL, LEAN, NOISE_OVER_CURVATURE, Budget, NoPlanFits, arm_of, proxy_base
+from speedrun_mup.plan.design import (
+    FULL,
+    LEAN,
+    NOISE_OVER_CURVATURE,
+    Budget,
+    NoPlanFits,
+    Tell,
+    arm_of,
+    probe,
+    proxy_base,
+)
 from speedrun_mup.plan.known import what_is_known
-from speedrun_mup.sweep import Sweep
+from speedrun_mup.sweep import CostModel, Engine, Sweep
 from speedrun_mup.training.flops import flops_per_token, run_flops
+from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer import Axes, Known, Prior, Thresholds
 from speedrun_mup.transfer.axes import Sizes, size_axis, sized, told_sizes
 from speedrun_mup.transfer.law import ANY_EXPONENT, COUPLING, law_derivatives
@@ -53,6 +64,7 @@ class JointPlan:
         value_error: Expected standard error of the target's best rate, log2.
         loss_width: Expected width of the 90 % interval of its loss, nats.
         priors: Exponents measured elsewhere, as `known.known_in` reads them.
+        sweep_s: Seconds of the proxies on this machine with so many `workers`; 0 where only FLOPs were asked for.
     """
 
     target: TrainConfig
@@ -67,6 +79,8 @@ class JointPlan:
     value_error: float
     loss_width: float
     priors: dict[str, Any]
+    sweep_s: float = 0.0
+    workers: int = 1
 
     @property
     def sweeps(self) -> tuple[Sweep, ...]:
@@ -88,13 +102,14 @@ class JointPlan:
         """For a terminal."""
         base, most = self.places[0], {name: max(place[name] for place in self.places) for name in self.sizes}
         far = ", ".join(f"{name} {size / most[name]:.3g}" for name, size in self.sizes.items())
+        time = f"; about {clock(self.sweep_s)} with {self.workers} workers" if self.sweep_s else ""
         return "\n".join(
             [
                 f"target: {told_sizes(self.sizes)}; {self.target_flops:.3g} FLOPs",
                 f"proxies: {len(self.places)} places from {told_sizes(base)} up to {told_sizes(most)}, one size at a time; "
                 f"{min(self.seeds)} to {max(self.seeds)} seeds, about {self.runs} runs",
                 f"the target is larger than the largest proxy by a factor of: {far}",
-                f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.2%} of the target run",
+                f"cost: {self.flops:.3g} FLOPs, {self.flops / self.target_flops:.2%} of the target run{time}",
                 f"the learning rate will be known within a factor of about {2**self.value_error:.2f} (standard error), the loss "
                 f"within an interval about {self.loss_width:.2f} nats wide (90 %)",
             ]
@@ -113,61 +128,95 @@ def whole_target(target: TrainConfig, batch_tokens: int | None, tokens: int | No
 
 
 def choose_joint_plan(
-    target: TrainConfig, names: Sequence[str], budget: Budget, priors: dict[str, Any] | None = None
+    target: TrainConfig,
+    names: Sequence[str],
+    budget: Budget,
+    priors: dict[str, Any] | None = None,
+    engine: Engine | None = None,
+    tell: Tell = lambda line: None,
 ) -> JointPlan:
     """The proxies that say most about the target's rate and loss within the budget.
 
     Args:
         target: Settings of the run to plan for.
         names: Sizes in which proxies are smaller: width, n_layer, batch_tokens, tokens.
-        budget: FLOPs, or a share of the target's.
+        budget: FLOPs, a share of the target's, or time.
         priors: Exponents measured elsewhere, as `known.known_in` reads them: the sharper they are, the less needs to be run.
+        engine: Where runs would take place, to time a few steps of each width for a budget in time.
+        tell: Receives what is being timed, line by line.
 
     Raises:
         NoPlanFits: Nothing fits the budget; it says what the smallest costs.
-        ConfigError: For an axis on which the target leaves no room for three values, and without a budget in FLOPs.
+        ConfigError: For an axis on which the target leaves no room for three values, and without a budget.
     """
-    priors = priors or {}
-    known = what_is_known(target, priors, names)
-    if budget.minutes is not None or budget == Budget():
-        raise ConfigError("a plan over several sizes needs a budget in FLOPs; give --budget, such as 2% or 1e15")
-    corpus, _ = find_corpus(target.data, target.tokenizer)
-    sizes = {name: size_axis(name).of(target) for name in names}
-    whole = run_flops(target, corpus.vocab_size)
-    per_token: dict[tuple[int, int], float] = {}
-
-    def flops(place: Sizes) -> float:
-        shape = place.get("width", target.width), place.get("n_layer", target.n_layer)
-        if shape not in per_token:
-            cfg = replace(target, width=shape[0], n_layer=shape[1])
-            per_token[shape] = flops_per_token(cfg, corpus.vocab_size)
-        return per_token[shape] * place.get("tokens", target.schedule.tokens)
-
+    if budget == Budget() or (budget.minutes is not None and engine is None):
+        raise ConfigError("a plan over several sizes needs a budget; give --budget, such as 2%, 1e15 FLOPs, or 30m")
+    sizes, priors = {name: size_axis(name).of(target) for name in names}, priors or {}
+    known, prices = what_is_known(target, priors, names), _Prices(target)
+    designs = list(_designs(target, sizes, known))
+    if engine is not None and budget.minutes is not None:
+        prices.time({place.get("width", target.width) for places in designs for place in places}, engine, tell)
     best: JointPlan | None = None
     least: JointPlan | None = None
-    for places in _designs(target, sizes, known):
-        costs = [flops(place) for place in places]
+    for places in designs:
+        costs = [prices.flops(place) for place in places]
+        times = [prices.seconds(place, flops) for place, flops in zip(places, costs, strict=True)]
         for (factors, added), count in itertools.product((FULL, LEAN), SEEDS):
             seeds = (max(2, 2 * count), *[count] * (len(places) - 1))
             points = len(factors) + len(added)
             spent = points * sum(seed * cost for seed, cost in zip(seeds, costs, strict=True))
-            if best is not None and spent > budget.most_flops(whole):
+            took = points * sum(seed * each for seed, each in zip(seeds, times, strict=True))
+            if best is not None and spent > budget.most_flops(prices.whole):
                 continue
             rate, loss = expected_errors(places, seeds, factors + added, sizes, known)
             plan = JointPlan(
-                *(target, sizes, places, seeds, factors, factors == FULL[0]),
-                *(points * sum(seeds), spent, whole, rate, loss, priors),
+                *(target, sizes, places, seeds, factors, factors == FULL[0], points * sum(seeds)),
+                *(spent, prices.whole, rate, loss, priors, max(took / prices.workers, *times), prices.workers),
             )
-            least = min((plan, least or plan), key=lambda one: one.flops)
-            if spent <= budget.most_flops(whole):
+            least = min((plan, least or plan), key=lambda one: one.sweep_s or one.flops)
+            if budget.holds(plan):
                 best = min((plan, best or plan), key=_score)
     if least is None:
         raise _no_room("tokens", sizes["tokens"], 16 * FEWEST_STEPS * target.micro_batch_tokens)
     if best is None:
-        cost = f"{least.flops:.3g} FLOPs ({least.flops / whole:.2%} of the target run)"
-        enough = budget.enough_of(least.flops, whole)
-        raise NoPlanFits(f"no plan over {', '.join(names)} fits the budget: the smallest takes {cost}", enough)
+        time = f" and {least.sweep_s / 60:.1f} minutes here" if least.sweep_s else ""
+        cost = f"{least.flops:.3g} FLOPs ({least.flops / prices.whole:.2%} of the target run){time}"
+        what = f"no plan over {', '.join(names)} fits the budget: the smallest takes {cost}"
+        raise NoPlanFits(what, budget.enough_for(least))
     return best
+
+
+class _Prices:
+    """What runs cost: FLOPs, and seconds once they were timed.
+
+    Attributes:
+        whole: FLOPs of the target.
+        workers: That run at a time.
+    """
+
+    def __init__(self, target: TrainConfig):
+        self._target, self._corpus = target, find_corpus(target.data, target.tokenizer)[0]
+        self._per_token: dict[tuple[int, int], float] = {}
+        self._costs, self.workers = CostModel(), 1
+        self.whole = run_flops(target, self._corpus.vocab_size)
+
+    def flops(self, place: Sizes) -> float:
+        """Of one run."""
+        target = self._target
+        shape = place.get("width", target.width), place.get("n_layer", target.n_layer)
+        if shape not in self._per_token:
+            cfg = replace(target, width=shape[0], n_layer=shape[1])
+            self._per_token[shape] = flops_per_token(cfg, self._corpus.vocab_size)
+        return self._per_token[shape] * place.get("tokens", target.schedule.tokens)
+
+    def seconds(self, place: Sizes, flops: float) -> float:
+        """Of one run with so many FLOPs; 0 before `time`."""
+        return self._costs.seconds({"width": place.get("width", self._target.width)}, flops)
+
+    def time(self, widths: set[int], engine: Engine, tell: Tell) -> None:
+        """Take a few steps of each width."""
+        probe(self._target, sorted(widths), engine, self._corpus, self._costs, tell)
+        self.workers = engine.workers
 
 
 def _score(plan: JointPlan) -> tuple[float, float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import TrainConfig
+from speedrun_mup.config import TrainConfig, computed_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable, read_bytes, write_whole
@@ -17,7 +19,9 @@ from speedrun_mup.plan.folder import PLAN, read_prediction, target_in
 from speedrun_mup.plan.joint import JointPlan
 from speedrun_mup.plan.known import known_in, what_is_known, without_rule
 from speedrun_mup.plan.prediction import finished_run, miss
-from speedrun_mup.sweep import Engine, SweepResult, measure_sweep_surface, read_results, run_sweep
+from speedrun_mup.sweep import Engine, RunResult, Sweep, SweepResult, measure_sweep_surface, read_results, run_sweep
+from speedrun_mup.sweep.result import mean_losses
+from speedrun_mup.sweep.spec import Place
 from speedrun_mup.transfer import Estimate, Surface, TransferError
 from speedrun_mup.transfer.axes import told_sizes
 
@@ -73,14 +77,37 @@ def save_joint_plan(plan: JointPlan, out: Path, budget: Budget) -> None:
     """Write plan.json in the folder `out`. Raises ConfigError if it holds runs of another plan."""
     corpus, _ = find_corpus(plan.target.data, plan.target.tokenizer)
     most = budget.most_flops(plan.target_flops)
-    content = asdict(plan) | {"kind": KIND, "corpus": corpus.fingerprint, "budget_flops": most, "prediction": None}
+    about = {"kind": KIND, "corpus": corpus.fingerprint, "budget": asdict(budget), "prediction": None}
+    content = asdict(plan) | about | {"budget_flops": most if math.isfinite(most) else None}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if (out / PLAN).exists() and read_results(out):
-        before = json.loads(read_bytes(out / PLAN))
-        if before | {"prediction": None} != json.loads(text):
+        before, now = json.loads(read_bytes(out / PLAN)), json.loads(text)
+        same = before.keys() & now.keys() - {"sweep_s", "workers"}  # of earlier editions there is less
+        if any(before[key] != now[key] for key in same - {"prediction"}):
             raise ConfigError(f"{printable(out)} holds another plan, and runs of it; choose another --out")
         return
     write_whole(out / PLAN, text)
+
+
+def load_joint_plan(
+    target: TrainConfig, names: Sequence[str], budget: Budget, priors: Mapping[str, Any], out: Path
+) -> JointPlan | None:
+    """The plan in `out`, if it was made for the same: a budget in time would give another one each time.
+
+    Args:
+        target: Settings of the run to plan for.
+        names: Sizes in which proxies are smaller.
+        budget: That was asked for.
+        priors: That were given.
+        out: The folder.
+    """
+    if not is_joint(out):
+        return None
+    plan, content = read_joint_plan(out)
+    corpus, _ = find_corpus(target.data, target.tokenizer)
+    same = content.get("budget") == asdict(budget) and [*plan.sizes] == [*names] and plan.priors == priors
+    same = same and computed_settings(plan.target) == computed_settings(target)
+    return plan if same and corpus.is_known_as(content["corpus"]) else None
 
 
 def is_joint(out: Path) -> bool:
@@ -95,7 +122,7 @@ def read_joint_plan(out: Path) -> tuple[JointPlan, dict[str, Any]]:
     """The plan in `out`, and all of its plan.json. Raises ConfigError for none, or a damaged one."""
     try:
         content = json.loads(read_bytes(out / PLAN))
-        values = {name: content[name] for name in JointPlan.__dataclass_fields__}
+        values = {entry.name: content[entry.name] for entry in fields(JointPlan) if entry.name in content}
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         plan = JointPlan(**values | lists | {"target": target_in(content, out)})
         known_in(plan.priors, list(plan.sizes))
@@ -107,15 +134,38 @@ def read_joint_plan(out: Path) -> tuple[JointPlan, dict[str, Any]]:
 
 
 def run_joint_plan(plan: JointPlan, out: Path, engine: Engine, **options: Any) -> SweepResult:
-    """Run the proxies, the base first, within the FLOPs of the plan's budget. options: of `run_sweep`."""
-    most, ran = read_joint_plan(out)[1]["budget_flops"], 0
-    for sweep in plan.sweeps:
-        part = len(read_results(out)), plan.runs
+    """Run the proxies, the base first, within the FLOPs of the plan's budget. options: of `run_sweep`.
+
+    Where the base's best rate is far from what the settings say, the grids of the others lie around it.
+    """
+    most, ran = read_joint_plan(out)[1]["budget_flops"] or math.inf, 0
+    for number, planned in enumerate(plan.sweeps):
+        results = read_results(out)
+        part = len(results), plan.runs
+        sweep = _around_the_best(planned, plan.sweeps[:number], results)
         result = run_sweep(sweep, out, engine, budget_flops=most, part=part, **options)
         ran += result.ran
         if not result.complete:
             break
     return replace(result, ran=ran)
+
+
+def _around_the_best(sweep: Sweep, earlier: Collection[Sweep], results: Iterable[RunResult]) -> Sweep:
+    """`sweep` with its grid around the best rate of the finished `earlier` ones of its plan, to whole factors of 2.
+
+    Rates that were tuned on other data, or for another batch, may be off by a factor of 4; the grid would grow there at
+    each size again.
+    """
+    places, before = {place for one in earlier for place in one.places}, defaultdict[Place, dict[float, float]](dict)
+    for (_, place, at), loss in mean_losses(results).items():
+        if place in places and math.isfinite(loss):
+            before[place][at] = loss
+    best = sorted(min(curve, key=curve.__getitem__) for curve in before.values())
+    middle = (min(sweep.log2_factors) + max(sweep.log2_factors)) / 2
+    shift = math.trunc(best[len(best) // 2] - middle) if best else 0
+    if abs(shift) < 2:
+        return sweep
+    return replace(sweep, log2_factors=tuple(at + shift for at in sweep.log2_factors))
 
 
 def joint_surface(plan: JointPlan, out: Path) -> Surface:
