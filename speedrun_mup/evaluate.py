@@ -32,13 +32,14 @@ class Evaluation:
 
     tokens, bytes: those of the text that were predicted; special tokens, which open documents, are left out. loss: their
     mean. loss_with_special: the mean over all tokens, as training's validation has it. The errors are standard errors over
-    documents, or over pieces of 1,024 tokens where there are fewer than 30; None for one unit. bits_per_byte and bytes are
-    None where ids do not stand for bytes.
+    `units` documents, or pieces of documents, of 1,024 tokens at most, where there are fewer than 30 documents; unit says
+    which. They are None for one unit. bits_per_byte and bytes are None where ids do not stand for bytes.
     """
 
     tokens: int
     bytes: int | None
     units: int
+    unit: str
     loss: float
     loss_error: float | None
     loss_with_special: float
@@ -60,7 +61,8 @@ class Evaluation:
         if self.bits_per_byte is not None:
             lines.append(f"bits per byte  {self.bits_per_byte:.4f}{within(self.bits_per_byte_error)}")
         size = "" if self.bytes is None else f", {self.bytes:,} bytes"
-        over = f"standard errors over {self.units:,} units" if self.units > 1 else "too little for a standard error"
+        units = "documents" if self.unit == "document" else f"pieces of up to {PIECE:,} tokens"
+        over = f"standard errors over {self.units:,} {units}" if self.units > 1 else "too little for a standard error"
         return "\n".join([*lines, f"text           {self.tokens:,} tokens{size}; {over}"])
 
 
@@ -91,7 +93,8 @@ def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: 
     if not math.isfinite(total):
         raise NonFiniteError("the loss of this text is not finite; take another --checkpoint, or --device cpu")
     nats, tokens, size = (np.concatenate(part) for part in list(zip(*found))[:3])
-    if sum(len(np.unique(documents[part[1] > 0])) for *part, documents in found) >= ENOUGH_DOCUMENTS:  # that have text
+    with_text = sum(len(np.unique(documents[part[1] > 0])) for *part, documents in found)
+    if with_text >= ENOUGH_DOCUMENTS:
         # the documents of one row after those of another
         shifts = np.cumsum([0, *(documents[-1] + 1 for *_, documents in found[:-1])])
         number = np.concatenate([documents + shift for shift, (*_, documents) in zip(shifts, found)])
@@ -104,6 +107,7 @@ def evaluate(model: GPT, window: int, rows: Iterable[np.ndarray], byte_lengths: 
         tokens=int(tokens.sum()),
         bytes=int(size.sum()) if in_bytes else None,
         units=len(tokens),
+        unit="document" if with_text >= ENOUGH_DOCUMENTS else "piece",
         loss=float(loss),
         loss_error=_error_of_ratio(nats, tokens),
         loss_with_special=float(total / count),
@@ -196,18 +200,22 @@ def _error_of_ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | N
 
 
 def validation_rows(corpus: Corpus, most: int | None = None, chunk: int | None = None) -> Iterator[np.ndarray]:
-    """The tokens of a corpus's validation shards, `most` of them; of a mixture those that training validates on.
+    """The tokens of a corpus's validation shards, `most` of them; of a mixture and with `chunk` those that training uses.
 
     Args:
         corpus: or a mixture, whose parts count by their weights, without documents that another part trains on.
         most: tokens, if not all.
-        chunk: tokens that the parts of a mixture take turns with, as in training; default: so few that each has its turns.
+        chunk: tokens of a chunk in training's validation, which leaves out what fills none, and in which the parts of a
+            mixture take turns; default: everything, and of a mixture so few that each part has its turns.
     """
+    if most is not None and chunk is not None:
+        yield from ValBatches(corpus, most, chunk).rows()
+        return
     if isinstance(corpus, Mixture):
         smallest = min(sum(map(part.tokens_in, part.val)) for part in corpus.parts)
         all_tokens = MIXTURE_PERIOD * sum(map(corpus.tokens_in, corpus.val))
         most = all_tokens if most is None else most
-        yield from ValBatches(corpus, most, chunk or max(min(PIECE, smallest - 1, most // 100), 1)).rows()
+        yield from ValBatches(corpus, most, max(min(PIECE, smallest - 1, most // 100), 1)).rows()
         return
     for shard in map(corpus.open, corpus.val):
         end = len(shard) if most is None else min(len(shard), most + 1)
@@ -216,16 +224,20 @@ def validation_rows(corpus: Corpus, most: int | None = None, chunk: int | None =
             most = None if most is None else most - (end - 1)
 
 
-def text_rows(paths: Sequence[str], tokenizer: Tokenizer, most: int | None = None) -> Iterator[np.ndarray]:
+def text_rows(
+    paths: Sequence[str], tokenizer: Tokenizer, most: int | None = None, suffixes: Sequence[str] = ()
+) -> Iterator[np.ndarray]:
     """The tokens of text files, of folders of them, or of standard input ("-"), many documents a row, each after its BOS.
 
     Args:
         paths: as `data text` takes them.
         tokenizer: the model's.
         most: tokens, if not all.
+        suffixes: of files in folders that are read too, as plain text.
     """
     try:
-        for row in map(tokenizer.encode_documents, _many(DocumentReader(find_sources(paths).sources, "text", 0))):
+        sources = find_sources(paths, suffixes=suffixes).sources
+        for row in map(tokenizer.encode_documents, _many(DocumentReader(sources, "text", 0))):
             yield row[: None if most is None else most + 1]
             most = None if most is None else most - (len(row) - 1)
             if most is not None and most <= 0:

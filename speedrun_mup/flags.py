@@ -90,6 +90,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.elsewhere: set[str] = set()  # flags of other commands, without effect in this one
+        self.stray = "flags begin with --"  # what to do with a word that belongs to no flag
         self.register("type", int, whole_number)
         self._negative_number_matcher = re.compile(r"^-[\d.]")  # -1e-3, -1,0,1 and -5m are values, not flags
 
@@ -129,7 +130,8 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         arguments, rest = parser.parse_known_args(argv)
         unknown = rest[0] if rest else None
     if unknown is not None:
-        raise ConfigError(f"unknown argument {unknown}{_advice(parser, unknown.split('=')[0])}")
+        shown = repr(unknown) if " " in unknown else unknown
+        raise ConfigError(f"unknown argument {shown}{_advice(parser, unknown.split('=')[0])}")
     for name, value in vars(arguments).items():
         setattr(arguments, name, [_at_home(each) for each in value] if isinstance(value, list) else _at_home(value))
     return arguments
@@ -156,7 +158,7 @@ def _advice(parser: Parser, asked: str) -> str:
     if spelled in flags:
         return f"; did you mean {spelled}?"
     if not asked.startswith("-"):
-        return "; flags begin with --, see --help"
+        return f"; {parser.stray}, see --help"
     from speedrun_mup.synonyms import flag_meaning
 
     if meaning := flag_meaning(asked, flags):

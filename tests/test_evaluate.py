@@ -226,5 +226,8 @@ def test_a_bad_text_is_one_line_without_flags_of_another_command(tmp_path):
         assert str(error.value) == f"{tmp_path / name}{fault}"
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.py").write_text("a = 1")
-    with pytest.raises(SourceError, match="c: no .txt, .md, .jsonl, .parquet file .*; left out: 1 \\*.py$"):
+    with pytest.raises(
+        SourceError,
+        match="c: no .txt, .md, .jsonl, .parquet file .*; left out: 1 \\*.py; --suffix reads more as plain text$",
+    ):
         list(text_rows([str(tmp_path / "c")], ByteTokenizer()))

@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tiny, tmp_path, caps
 def test_the_command_writes_what_it_is_asked_for_and_nothing_over_it(tiny, tmp_path, capsys):
     folder, out = train(tiny(name="a", width=32, save_every=3)).folder, tmp_path / "model.pt"
     assert main(["export", str(folder), "--to", "pt", str(out), "--checkpoint", "3"]) == 0
-    assert f"step-00000003 is written to {out}" in capsys.readouterr().out
+    assert f"step 3 of {folder} is written to {out}" in capsys.readouterr().out
     back, own = import_pt(out), load_run(folder, step=3, device="cpu").model.state_dict()
     assert torch.equal(back["lm_head.weight"], own["lm_head.weight"])
     for words, says in (

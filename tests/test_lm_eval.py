@@ -23,7 +23,7 @@ from speedrun_mup.training.load import LoadedRun, load_run
 
 lm_eval = pytest.importorskip("lm_eval")
 adapter = pytest.importorskip("speedrun_mup.export.lm_eval")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the harness and what it imports
 
 CHOICE = """
 task: mine_choice
@@ -222,7 +222,6 @@ def test_the_command_prints_the_tasks_numbers(run, tasks, capsys):
     assert "|mine_choice" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -252,7 +251,6 @@ def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
         assert numbers and numbers == pytest.approx({name: found[task][name] for name in numbers}, rel=1e-4), task
 
 
-@pytest.mark.slow
 def test_what_the_harness_cannot_do_is_one_line(run, tasks, tmp_path, capsys):
     own = ["eval", str(run.folder), "--device", "cpu"]
     (tmp_path / "bad.yaml").write_text(CHOICE.format(data=tmp_path / "none.jsonl").replace("mine_choice", "mine_bad"))
@@ -267,7 +265,6 @@ def test_what_the_harness_cannot_do_is_one_line(run, tasks, tmp_path, capsys):
         assert len(error) == 1 and says in error[0]
 
 
-@pytest.mark.slow
 def test_a_script_names_the_adapter(run, tasks):
     """`import speedrun_mup.export.lm_eval` is all that another program needs."""
     code = (

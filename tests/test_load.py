@@ -1,9 +1,11 @@
 """A run's folder as a model to use, and the commands that use it."""
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,34 @@ def test_the_model_is_the_runs(folder, tiny):
     middle = load_run(folder / "checkpoints" / "step-00000003", device="cpu")
     assert (middle.step, middle.window) == (3, 2) and load_run(folder, step=3, device="cpu").step == 3
     assert middle.evaluate(tokens=1024).loss_with_special == pytest.approx(values[3]["loss"], abs=0.03)
+
+
+def test_its_own_validation_is_trainings_also_where_that_leaves_some_out(tiny):
+    """Training validates on whole chunks; here on all that the split has of them."""
+    done = train(tiny(name="all", data="embedded", width=32, iterations=1, val_tokens=10**7, val_chunk_tokens=29_984))
+    run = load_run(done.folder, device="cpu")
+    batches = ValBatches(run.corpus, 10**7, 29_984)
+    assert 0 < len(batches) * 29_984 < sum(map(run.corpus.tokens_in, run.corpus.val)) - 1
+    found = run.evaluate()
+    assert found.tokens == sum(int((batches[i][1] != 256).sum()) for i in range(len(batches)))
+    assert found.loss_with_special == pytest.approx(done.val_loss, abs=0.03)
+
+
+def test_the_python_of_the_page_runs(folder, tmp_path, monkeypatch):
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "runs/notes")
+    with gzip.open("books.jsonl.gz", "wt") as file:
+        file.write('{"text": "def main"}')
+    page, names = (Path(__file__).parent.parent / "docs" / "use.md").read_text(), {}
+    exec(re.search(r"```python\n(import speedrun_mup.*?)```", page, re.S)[1], names)
+    assert names["model"].logits(names["tokens"], names["run"].window).shape == (5, 384)
+
+
+def test_a_run_says_in_a_line_what_it_is(folder):
+    run = load_run(folder, device="cpu")
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    assert repr(run) == f"<run {folder}: step 6 of 6, width 32, {size:,} parameters, byte tokens, on cpu>"
 
 
 def test_text_and_corpora_are_evaluated(folder, tmp_path):
@@ -158,6 +188,23 @@ def test_sample_streams_the_samples_one_after_the_other(folder, capsys):
     assert capsys.readouterr().out == f"{parts}\n"
 
 
+def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
+    """To its end, without the line break that ends it; of any alphabet, whatever the terminal's."""
+    arguments = ["sample", str(folder), "--max-new-tokens", "5", "--device", "cpu", "--prompt"]
+    assert main([*arguments, "def é(\n    x\n"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def é(\n    x\n\n"))
+    assert main([*arguments, "-"]) == 0
+    assert capsys.readouterr().out == expected and expected.startswith("def é(\n    x\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\udcff"))
+    assert "is not UTF-8" in fails([*arguments, "-"], capsys) and "a" not in capsys.readouterr().out
+    monkeypatch.setattr("speedrun_mup.commands.sample.SMALL", 5)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("123456"))
+    assert "the prompt has more than 5 characters" in fails([*arguments, "-"], capsys)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "--prompt - needs standard input, which is closed" in fails([*arguments, "-"], capsys)
+
+
 def test_chat_reads_lines(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("def \nclass \n"))
     assert (
@@ -176,6 +223,47 @@ def test_eval_prints_the_numbers(folder, capsys, tmp_path):
     assert main(["eval", str(folder), "--tokens", "100", "--json", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["loss"] / found["bits_per_byte"] == pytest.approx(0.6931471805599453, rel=1e-12)
+
+
+def test_eval_reads_a_folder_of_code(folder, capsys, tmp_path):
+    (tmp_path / "a.py").write_text("def main():\n    pass\n" * 40)
+    words = ["eval", str(folder), "--data", str(tmp_path), "--device", "cpu"]
+    assert "left out: 1 *.py; --suffix reads more as plain text" in fails(words, capsys)
+    assert main([*words, "--suffix", ".py"]) == 0
+    assert "840 tokens, 840 bytes" in capsys.readouterr().out
+    assert "--suffix is about a folder of text; give --data" in fails(["eval", str(folder), "--suffix", ".py"], capsys)
+
+
+def test_standard_errors_say_over_what(folder, tmp_path):
+    run = load_run(folder, device="cpu")
+    for count, says in ((29, "pieces of up to 1,024 tokens"), (30, "documents")):
+        (tmp_path / "a.jsonl").write_text('{"text": "def main"}\n' * count)
+        assert run.evaluate(tmp_path / "a.jsonl").summary().endswith(f"standard errors over {count} {says}")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("sample RUNS", "holds no run (no config.json); did you mean {runs}/first or {runs}/second?"),
+        ("eval RUNS/secnd", "did you mean {runs}/second?"),
+        ("export RUNS/zzz --to pt x", "holds no run (no config.json); give a run's folder"),
+        ("sample RUNS/first text", "unknown argument text; give a prompt as --prompt, see --help"),
+        ("eval RUNS/first a.txt", "unknown argument a.txt; give text or a corpus as --data, see --help"),
+    ],
+)
+def test_what_was_meant_is_named(words, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    assert says.format(runs=tmp_path) in fails(words.replace("RUNS", str(tmp_path)).split(), capsys)
+
+
+def test_a_name_alone_is_looked_for_in_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    assert "mine holds no run (no config.json); did you mean runs/mine?" in fails(["sample", "mine"], capsys)
 
 
 @pytest.mark.parametrize("name", ["sample", "eval"])
@@ -305,6 +393,13 @@ def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     place = Path(shutil.copytree(corpus.directory, tmp_path / "data"))
     folder = train(tiny(name="c", data=str(place), width=32)).folder
     assert load_run(folder, device="cpu").tokenizer.name == "bpe:300"
+    assert main(["export", str(folder), "--to", "pt", str(tmp_path / "c.pt")]) == 0
+    back = capsys.readouterr().out.splitlines()[-1]
+    assert back.endswith(f"speedrun-mup import {tmp_path / 'c.pt'} --out runs/NAME --tokenizer {place}")
+    words = back[back.index("import ") :].replace("runs/NAME", str(tmp_path / "back")).split()
+    assert main(words) == 0 and load_run(tmp_path / "back").tokenizer.name == "bpe:300"
+    assert main(["export", str(tmp_path / "back"), "--to", "pt", str(tmp_path / "d.pt")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"--tokenizer {tmp_path / 'back' / 'tokenizer.json'}")
     place.rename(tmp_path / "moved")
     assert "give their new place with --run-data" in fails(["sample", str(folder)], capsys)
     moved = ["sample", str(folder), "--data", str(tmp_path / "moved"), "--max-new-tokens", "2", "--device", "cpu"]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.files import SMALL
 from speedrun_mup.flags import Parser, count, new_parser, parse, verbatim
 from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.settings import flag_of, settings_of
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> int:
     """Write text with a trained model: it continues a prompt, and ends with the document or after --max-new-tokens."""
     parser = run_parser("speedrun-mup sample", run.__doc__ or "")
-    parser.add_argument("--prompt", type=verbatim, default="", help="what the text begins with (a new document)")
+    parser.stray = "give a prompt as --prompt"
+    parser.add_argument(
+        "--prompt",
+        type=verbatim,
+        default="",
+        help="what the text begins with; - reads it from standard input (a new document)",
+    )
     parser.add_argument("--n", type=count, default=1, help="samples, side by side; %(default)s")
     parser.add_argument(
         "--chat", action="store_true", help="read prompts from the terminal, a line each; the text continues with each"
@@ -42,6 +49,7 @@ def run(argv: Sequence[str]) -> int:
     if chat and (prompt or n > 1):
         raise ConfigError("--chat reads its prompts from the terminal, for one text; leave out --prompt and --n")
     sampling = Sampling(**flags)
+    prompt = standard_input() if prompt == "-" else prompt
 
     from speedrun_mup.training.load import load_run
 
@@ -53,6 +61,18 @@ def run(argv: Sequence[str]) -> int:
     else:
         show(in_turn(writer, prompt, n, sampling))
     return 0
+
+
+def standard_input() -> str:
+    """The text that comes in, to its end, without the line break that ends it."""
+    if sys.stdin is None:
+        raise ConfigError("--prompt - needs standard input, which is closed")
+    text = sys.stdin.read(SMALL + 1)
+    if len(text) > SMALL:
+        raise ConfigError(
+            f"the prompt has more than {SMALL:,} characters; give its end, of which the model sees a window"
+        )
+    return text.removesuffix("\n")
 
 
 def run_parser(prog: str, about: str, device: bool = True) -> Parser:
@@ -68,6 +88,7 @@ def run_parser(prog: str, about: str, device: bool = True) -> Parser:
 
 def in_turn(writer: Writer, prompt: str, n: int, sampling: Sampling) -> Iterator[str]:
     """`n` samples, each after its prompt: the first as it comes, the others, drawn in parallel, when those before are done."""
+    writer.ids_of(prompt)  # raises before any of it is shown
     waiting = ["" if n == 1 else f"{chr(10) * (number > 0)}--- sample {number + 1} ---\n" for number in range(n)]
     waiting = [head + prompt for head in waiting]
     yield waiting[0]

@@ -164,6 +164,8 @@ def train_and_report(cfg: TrainConfig, lock: FolderLock | None = None) -> TrainR
         if drawn:
             print(drawn)
         print(f"metrics     {printable(result.folder / 'metrics.jsonl')}")
+        if result.corpus.tokenizer != "synthetic":
+            print(f"text        speedrun-mup sample {printable(result.folder)}")
     return result
 
 

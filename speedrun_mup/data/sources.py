@@ -22,11 +22,11 @@ LARGEST_PASSAGE = 2**20  # characters
 SKIP = "or leave such documents out with --on-bad-document skip"
 
 
-_FLAG_OF_TEXT = re.compile(r"[;,] [^;,]*--(?:on-bad-document|field|passage|suffix)\b[^;,]*")
+_FLAG_OF_TEXT = re.compile(r"[;,] [^;,]*--(?:on-bad-document|field|passage)\b[^;,]*")
 
 
 def without_flags(fault: Exception) -> str:
-    """What a fault of a source says in a command that has none of the flags of `data text`."""
+    """What a fault of a source says in a command that has no flag of `data text` but --suffix."""
     return _FLAG_OF_TEXT.sub("", str(fault))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speedrun_mup.core.registry import Registry
+from speedrun_mup.files import printable
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Request:
     step: int | None = None
     data: str | None = None
     fold: bool = True
+
+
+def step_of(folder: Path, checkpoint: Path) -> str:
+    """The words for a checkpoint of a run."""
+    return f"step {int(checkpoint.name.removeprefix('step-'))} of {printable(folder)}"
 
 
 # name -> a function that writes `request.out` as a whole, and returns lines for the user: what was written, how to use it.

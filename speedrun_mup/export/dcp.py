@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.core.errors import in_a_line
-from speedrun_mup.export import ROOM, Request
+from speedrun_mup.export import ROOM, Request, step_of
 from speedrun_mup.files import printable, whole_folder
 from speedrun_mup.training.checkpoint import Loaded
 from speedrun_mup.training.checkpoint_manifest import CheckpointError, os_faults
@@ -45,9 +45,9 @@ def export_dcp(path: Path, out_dir: Path) -> None:
 
 def write_dcp(request: Request) -> str:
     """The checkpoint that is asked for as a folder; its weights stay as they are."""
-    _, path = find_checkpoint(request.folder, request.step)
+    folder, path = find_checkpoint(request.folder, request.step)
     export_dcp(path, request.out)
-    return f'{printable(path)} is written to {printable(request.out)}, with "model." before each name'
+    return f'{step_of(folder, path)} is written to {printable(request.out)}, with "model." before each name'
 
 
 def import_dcp(folder: Path, trusted: bool = False) -> dict[str, Tensor]:

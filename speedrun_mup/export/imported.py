@@ -138,7 +138,10 @@ def _tokens(rows: int, asked: str | None, bos: str | None, file: Path) -> Tokens
     if asked is None:
         asked = next((name for name, known in KNOWN.items() if _padded(known.vocab_size) == rows), None)
     if asked is None:
-        raise ConfigError(f"{printable(file)} has {rows:,} rows of tokens; give the --tokenizer that they belong to")
+        raise ConfigError(
+            f"{printable(file)} has {rows:,} rows of tokens; give the --tokenizer that they belong to, such as the corpus "
+            "that it was trained on"
+        )
     if bos is None and asked in KNOWN:
         found = Tokens(asked, KNOWN[asked], None)
     else:

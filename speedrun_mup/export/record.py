@@ -18,12 +18,15 @@ from speedrun_mup.core.errors import in_a_line
 from speedrun_mup.core.model import declarations
 from speedrun_mup.core.model.loss import SOFTCAP_SLOPE
 from speedrun_mup.core.model.record import strip_compiled, to_record, unpack_scalars
-from speedrun_mup.export import ROOM, Request
+from speedrun_mup.data.manifest import open_corpus
+from speedrun_mup.data.shards import TOKENIZER_FILE
+from speedrun_mup.export import ROOM, Request, step_of
 from speedrun_mup.files import open_regular, printable, whole_file
 from speedrun_mup.training.checkpoint import Loaded
 from speedrun_mup.training.checkpoint_manifest import CheckpointError, DamagedCheckpoint, os_faults
 from speedrun_mup.training.load import check_weights, find_checkpoint
 from speedrun_mup.training.model_config import Vocabulary, model_config
+from speedrun_mup.training.run_folder import saved_config
 
 RANKS = 8  # of the record, which pads its scalars to a multiple of them
 _PARTS = r"attn\.qkv_w|attn\.c_proj\.weight|mlp\.c_fc\.weight|mlp\.c_proj\.weight"
@@ -92,11 +95,21 @@ def _as_the_record(model: dict[str, Tensor], scalars: Any, path: Path) -> dict[s
 
 def write_pt(request: Request) -> str:
     """The checkpoint that is asked for as a .pt file."""
-    _, path = find_checkpoint(request.folder, request.step)
+    folder, path = find_checkpoint(request.folder, request.step)
     notes = export_pt(path, request.out, request.fold)
-    written = f"{printable(path)} is written to {printable(request.out)}"
-    back = f"back into a run: speedrun-mup import {printable(request.out)} --out runs/NAME"
+    written = f"{step_of(folder, path)} is written to {printable(request.out)}"
+    back = f"back into a run: speedrun-mup import {printable(request.out)} --out runs/NAME{_tokenizer_flag(folder)}"
     return "\n".join([written, *notes, back])
+
+
+def _tokenizer_flag(folder: Path) -> str:
+    """What `import` has to be told of the tokens, which are not in the file; "" for those that it knows by their number."""
+    own, data = folder / TOKENIZER_FILE, Path(saved_config(folder).data)
+    if own.exists():  # of an imported run
+        return f" --tokenizer {printable(own)}"
+    if not data.is_dir() or open_corpus(data).tokenizer in ("byte", "gpt2"):
+        return ""
+    return f" --tokenizer {printable(data)}"
 
 
 class RecordFile(NamedTuple):

@@ -57,6 +57,13 @@ class LoadedRun:
     window: int
     trained_on: str
 
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"<run {printable(self.folder)}: step {self.step:,} of {self.config.iterations:,}, width {self.config.width}, "
+            f"{size:,} parameters, {printable(self.corpus.tokenizer)} tokens, on {self.model.embed.weight.device}>"
+        )
+
     def __iter__(self) -> Any:
         yield from (self.model, self.tokenizer, self.config)
 
@@ -86,12 +93,15 @@ class LoadedRun:
         found = self.writer.generate([prompt] if isinstance(prompt, str) else prompt, Sampling(**sampling))
         return found[0] if isinstance(prompt, str) else found
 
-    def evaluate(self, data: str | Path | Corpus | None = None, tokens: int | None = None) -> Evaluation:
+    def evaluate(
+        self, data: str | Path | Corpus | None = None, tokens: int | None = None, suffixes: Sequence[str] = ()
+    ) -> Evaluation:
         """Loss, perplexity and bits per byte on some text.
 
         Args:
             data: a corpus, its folder, or a text file or folder of them; default: the run's own validation.
             tokens: as many at most; default: all, and of the run's own validation what it used.
+            suffixes: of files in a folder that are read as plain text too, such as (".py",).
 
         Raises:
             ConfigError: for data of another tokenizer, or if the run's own have changed.
@@ -105,7 +115,7 @@ class LoadedRun:
             found = _corpus_at(str(data))
             data = str(data) if found is None else found
         if isinstance(data, str):
-            rows, lengths = text_rows([data], self.tokenizer, tokens), byte_lengths(self.tokenizer)
+            rows, lengths = text_rows([data], self.tokenizer, tokens, suffixes), byte_lengths(self.tokenizer)
         else:
             self._check_tokens(data)
             rows, lengths = validation_rows(data, tokens, chunk), bytes_of_tokens(self.corpus)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -165,10 +166,22 @@ def saved_config(folder: Path) -> TrainConfig:
     try:
         text = read_text(path)
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no run (no {CONFIG}); give a run's folder") from None
+        raise ConfigError(f"{printable(folder)} holds no run (no {CONFIG}); {_runs_near(folder)}") from None
     except OSError as fault:
         raise ConfigError(f"{printable(path)} cannot be read ({fault.strerror}); give a run's folder") from None
     return from_json(text, path)
+
+
+def _runs_near(folder: Path) -> str:
+    """What may have been meant by a folder that is no run: one that it holds, or one of a name like it."""
+    with contextlib.suppress(OSError):
+        inside = sorted(path.parent for path in folder.glob("*/checkpoints"))
+        beside = [path.parent for place in (folder.parent, Path("runs")) for path in place.glob("*/checkpoints")]
+        near = difflib.get_close_matches(folder.name, {path.name for path in beside}, n=3)
+        meant = inside[:8] or [next(path for path in beside if path.name == name) for name in near]
+        if meant:
+            return f"did you mean {' or '.join(map(printable, meant))}?"
+    return "give a run's folder"
 
 
 def is_finished(folder: Path) -> bool:
