@@ -398,6 +398,10 @@ def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     assert back.endswith(f"speedrun-mup import {tmp_path / 'c.pt'} --out runs/NAME --tokenizer {place}")
     words = back[back.index("import ") :].replace("runs/NAME", str(tmp_path / "back")).split()
     assert main(words) == 0 and load_run(tmp_path / "back").tokenizer.name == "bpe:300"
+    assert "has 384 rows of bpe:300 tokens; give the --tokenizer" in fails(
+        [*words[:3], str(tmp_path / "other")], capsys
+    )
+    assert not (tmp_path / "other").exists()
     assert main(["export", str(tmp_path / "back"), "--to", "pt", str(tmp_path / "d.pt")]) == 0
     assert capsys.readouterr().out.rstrip().endswith(f"--tokenizer {tmp_path / 'back' / 'tokenizer.json'}")
     place.rename(tmp_path / "moved")

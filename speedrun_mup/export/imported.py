@@ -68,7 +68,7 @@ def import_run(
         raise ConfigError(f"{printable(out)} exists; name a new folder, or remove it")
     found = read_pt(file)
     rows, sizes = _sizes(found.model, file)
-    tokens = _tokens(rows, tokenizer, bos, file)
+    tokens = _tokens(rows, tokenizer, bos, file, found.tokenizer)
     cfg, step = _settings(found, sizes, dict(asked or {}), out, file)
     _check(found.model, cfg, tokens.vocabulary, file)
     run_folder = RunFolder(cfg, World())
@@ -133,13 +133,14 @@ def _sizes(model: Mapping[str, Tensor], file: Path) -> tuple[int, dict[str, int]
     return len(embedding), dict(zip(SIZES, (embedding.size(1), max(layers) + 1), strict=True))
 
 
-def _tokens(rows: int, asked: str | None, bos: str | None, file: Path) -> Tokens:
-    """The tokenizer that is asked for, or the one that is known to have an embedding of so many rows."""
-    if asked is None:
+def _tokens(rows: int, asked: str | None, bos: str | None, file: Path, told: Any) -> Tokens:
+    """The tokenizer that is asked for, or the one that has so many rows, unless the file says that its own is another."""
+    if asked is None and told is None:
         asked = next((name for name, known in KNOWN.items() if _padded(known.vocab_size) == rows), None)
     if asked is None:
+        kind = "" if told is None else f"{printable(told, 40)} "
         raise ConfigError(
-            f"{printable(file)} has {rows:,} rows of tokens; give the --tokenizer that they belong to, such as the corpus "
+            f"{printable(file)} has {rows:,} rows of {kind}tokens; give the --tokenizer that they belong to, such as the corpus "
             "that it was trained on"
         )
     if bos is None and asked in KNOWN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.core.errors import in_a_line
+from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.core.model import declarations
 from speedrun_mup.core.model.loss import SOFTCAP_SLOPE
 from speedrun_mup.core.model.record import strip_compiled, to_record, unpack_scalars
@@ -24,7 +25,7 @@ from speedrun_mup.export import ROOM, Request, step_of
 from speedrun_mup.files import open_regular, printable, whole_file
 from speedrun_mup.training.checkpoint import Loaded
 from speedrun_mup.training.checkpoint_manifest import CheckpointError, DamagedCheckpoint, os_faults
-from speedrun_mup.training.load import check_weights, find_checkpoint
+from speedrun_mup.training.load import VOCABULARY, check_weights, find_checkpoint
 from speedrun_mup.training.model_config import Vocabulary, model_config
 from speedrun_mup.training.run_folder import saved_config
 
@@ -34,7 +35,7 @@ NAMES = re.compile(rf"scalars|(embed|lm_head|value_embeds\.\d+)\.weight|blocks\.
 UNUSED = "record_scalars"  # in the state of an imported checkpoint: the file's scalars, also those that no layer uses
 
 
-def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
+def export_pt(path: Path, out: Path, fold: bool = True, tokenizer: str = "") -> list[str]:
     """Write the model of checkpoint `path` to the file `out`, as the speedrun itself saves it and loads it.
 
     Names, the flat scalars and the type of embeddings are the record's.
@@ -43,6 +44,7 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
         path: the checkpoint.
         out: a file, which is replaced.
         fold: put muP's divisor of the logits, which the record's program does not know, into the head.
+        tokenizer: its name, unless it can be told by the number of tokens; written for `import` to ask for it.
 
     Returns:
         Lines about what is not as in the checkpoint.
@@ -62,6 +64,7 @@ def export_pt(path: Path, out: Path, fold: bool = True) -> list[str]:
     if foreign := [name for name in saved if not NAMES.fullmatch(name)]:
         notes.append(f"{min(foreign)} is not in record 26, whose own program refuses this file")
     content = {"step": loaded.step, "model": saved} | ({"settings": dataclasses.asdict(cfg)} if cfg else {})
+    content |= {"tokenizer": tokenizer} if tokenizer else {}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with os_faults(out, CheckpointError, ROOM):
@@ -96,28 +99,32 @@ def _as_the_record(model: dict[str, Tensor], scalars: Any, path: Path) -> dict[s
 def write_pt(request: Request) -> str:
     """The checkpoint that is asked for as a .pt file."""
     folder, path = find_checkpoint(request.folder, request.step)
-    notes = export_pt(path, request.out, request.fold)
+    tokenizer, place = _tokens_of(folder, path)
+    notes = export_pt(path, request.out, request.fold, tokenizer)
     written = f"{step_of(folder, path)} is written to {printable(request.out)}"
-    back = f"back into a run: speedrun-mup import {printable(request.out)} --out runs/NAME{_tokenizer_flag(folder)}"
+    back = f"back into a run: speedrun-mup import {printable(request.out)} --out runs/NAME"
+    back += f" --tokenizer {printable(place)}" if tokenizer else ""
     return "\n".join([written, *notes, back])
 
 
-def _tokenizer_flag(folder: Path) -> str:
-    """What `import` has to be told of the tokens, which are not in the file; "" for those that it knows by their number."""
-    own, data = folder / TOKENIZER_FILE, Path(saved_config(folder).data)
-    if own.exists():  # of an imported run
-        return f" --tokenizer {printable(own)}"
-    if not data.is_dir() or open_corpus(data).tokenizer in ("byte", "gpt2"):
-        return ""
-    return f" --tokenizer {printable(data)}"
+def _tokens_of(folder: Path, path: Path) -> tuple[str, Path]:
+    """The name of a run's tokenizer, and where it is; no name for bytes and for GPT-2's, and where the data are gone."""
+    name, place = "", Path(saved_config(folder).data)
+    if vocabulary := Loaded(path).state.get(VOCABULARY):  # of an imported run
+        name, place = str(vocabulary["tokenizer"]), folder / TOKENIZER_FILE
+    elif place.is_dir():
+        with contextlib.suppress(UserError):
+            name = open_corpus(place).tokenizer
+    return "" if name in ("byte", "gpt2") else name, place
 
 
 class RecordFile(NamedTuple):
-    """What a .pt file holds; step and settings are whatever it says, or None."""
+    """What a .pt file holds; step, settings and the tokenizer's name are whatever it says, or None."""
 
     model: dict[str, Tensor]
     step: Any
     settings: Any
+    tokenizer: Any
 
 
 def read_pt(path: Path) -> RecordFile:
@@ -140,7 +147,7 @@ def read_pt(path: Path) -> RecordFile:
         )
     if sum(tensor.numel() * tensor.element_size() for tensor in model.values()) > size:
         raise CheckpointError(f"{printable(path)} has tensors that are larger than the file: views; save whole tensors")
-    return RecordFile(strip_compiled(model), content.get("step"), content.get("settings"))
+    return RecordFile(strip_compiled(model), content.get("step"), content.get("settings"), content.get("tokenizer"))
 
 
 def import_pt(path: Path) -> dict[str, Tensor]:
