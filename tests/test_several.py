@@ -64,7 +64,7 @@ def test_what_the_other_sizes_do_is_taken_off_each_point(folder):
         for panel in figure.panels:
             line = next(mark for mark in panel.marks if mark.kind == "line")
             points = next(mark for mark in panel.marks if mark.name == "proxy")
-            scale = np.log2 if figure.y.scale == "log2" else np.asarray
+            scale = np.log2 if figure.y.scale == "log" else np.asarray
             expected = np.interp(np.log2(points.x), np.log2(line.x), scale(line.y))
             assert np.abs(scale(points.y) - expected).max() < tolerance
 

@@ -42,6 +42,13 @@ def test_with_one_size_it_is_the_estimator_of_one_axis(drift):
     assert here.loss.value == pytest.approx(there.loss.value, abs=0.05)
 
 
+def test_runs_without_any_optimum_are_refused_in_one_line():
+    runs = simulated(World({"width": 0.0, "tokens": 0.0}, sigma=0.001), grid=range(2, 5))
+    with pytest.raises(TransferError, match="no runs have a best value.*minimum at the left edge") as fault:
+        fit_surface(runs, ["width", "tokens"], resamples=20)
+    assert "\n" not in str(fault.value)
+
+
 # ---- the plane and the law beside slow references -------------------------------------------------------------------
 
 

@@ -183,7 +183,7 @@ def _rates_by_size(seen: Seen) -> Figure:
         "Best learning rate against each size. Points: optima of the proxies with 90 % intervals. Line: what the forecast "
         "follows, shaded over its 90 % interval. Square: at the target's size. Above each panel the drift, in log2 per doubling."
     )
-    return _figure(seen, "rate-by-size", caption, Axis(f"best {LABEL}", "log2"), panels, compared=False)
+    return _figure(seen, "rate-by-size", caption, Axis(f"best {LABEL}", "log"), panels, compared=False)
 
 
 def _losses_by_size(seen: Seen) -> Figure:

@@ -101,15 +101,13 @@ def _judge_arm(
     """One arm's verdict with its reasons: what blocks a verdict, else what fails, else what falls short of a pass."""
     if drift is None or shift is None:
         return Verdict.INCONCLUSIVE, [*trouble, f"{len(usable)} usable {axes.plural}: no drift without two"]
-    limit, bound = thresholds.equivalence, thresholds.max_drift
-    low, high = drift.interval()
     measured = f"drift {drift} in log2 per doubling"
     blocked = list(trouble)
     sizes = [fit.size for fit in fits]
     if len(sizes) < thresholds.min_sizes or sizes[-1] < thresholds.min_span * sizes[0]:
         need = f"{thresholds.min_sizes} {axes.plural} that span a factor of {thresholds.min_span:g}"
         blocked.append(f"{axes.plural} {', '.join(map(str, sizes))} are too few or too close: needs {need}")
-    if math.isnan(low):
+    if math.isnan(drift.interval()[0]):
         blocked.append(
             "the noise is unknown: run some points with a second seed, or give its standard deviation, such as --sigma 0.005"
         )
@@ -121,6 +119,32 @@ def _judge_arm(
     cost = f"regret {regret.value:.4f} nats at {largest.place}, allowed {allowed:.4f}" if regret else ""
     if regret and math.isinf(regret.value):
         cost = f"{largest.place} diverges at the base {axes.size}'s optimum"
+    return judged(drift, shift, regret, allowed, axes, thresholds, measured, cost)
+
+
+def judged(
+    drift: Estimate,
+    shift: Estimate,
+    regret: Estimate | None,
+    allowed: float,
+    axes: Axes,
+    thresholds: Thresholds,
+    measured: str,
+    cost: str,
+) -> tuple[Verdict, list[str]]:
+    """The verdict on a drift that nothing blocks, with its reasons: what fails, else what falls short of a pass.
+
+    Args:
+        drift: Log2 per doubling, off what is predicted.
+        shift: What the narrow window would add to it.
+        regret: Nats lost at the largest size.
+        allowed: Of these.
+        axes: What was scaled and tuned.
+        thresholds: What decides.
+        measured: The drift, for a reader.
+        cost: The regret, for a reader.
+    """
+    bound, (low, high) = thresholds.max_drift, drift.interval()
     failed = []
     if low > bound or high < -bound:
         failed.append(f"{measured}: beyond the tolerated +-{bound:g}")
@@ -129,15 +153,15 @@ def _judge_arm(
     if failed:
         return Verdict.FAIL, failed
 
-    short = short_of_a_pass(drift, shift, axes, thresholds)
+    short = _short_of_a_pass(drift, shift, axes, thresholds)
     if regret and regret.value > allowed:
         short.append(f"{cost}, but noise could explain it")
     if short:
         return Verdict.INCONCLUSIVE, short
-    return Verdict.PASS, [f"{measured}: inside +-{limit:g}, and at most {bound:g}", cost]
+    return Verdict.PASS, [f"{measured}: inside +-{thresholds.equivalence:g}, and at most {bound:g}", cost]
 
 
-def short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: Thresholds) -> list[str]:
+def _short_of_a_pass(drift: Estimate, shift: Estimate, axes: Axes, thresholds: Thresholds) -> list[str]:
     """Why a drift that does not fail is no pass either, with what would settle it."""
     limit, bound = thresholds.equivalence, thresholds.max_drift
     low, high = drift.interval()

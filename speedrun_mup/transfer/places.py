@@ -74,6 +74,8 @@ def by_place(
 
 def refuse_undecidable(names: Sequence[str], places: Sequence[Place]) -> None:
     """Raises TransferError where `places` cannot tell the sizes apart: one value on an axis, or sizes that go together."""
+    if not places:
+        raise TransferError("no runs have a best value: extend their grids, or add seeds")
     for name, values in zip(names, zip(*places, strict=True), strict=True):
         if len(set(values)) < 2:
             more = f"add runs with another {name}, such as {2 * values[0]}, or leave {name} out of the sizes"

@@ -21,7 +21,7 @@ import numpy as np
 from speedrun_mup.files import printable
 from speedrun_mup.transfer.axes import RATE, Axes
 from speedrun_mup.transfer.claims import refuse_copies
-from speedrun_mup.transfer.drift import short_of_a_pass
+from speedrun_mup.transfer.drift import judged
 from speedrun_mup.transfer.fits import (
     Estimate,
     LossTable,
@@ -192,23 +192,10 @@ class _Judge:
         if len(values) < bounds.min_sizes or values[-1] < bounds.min_span * values[0]:
             need = f"{bounds.min_sizes} {self.axes.plural} that span a factor of {bounds.min_span:g}"
             blocked.append(f"{', '.join(map(str, values))} are too few or too close: needs {need}")
-        low, high = off.interval()
-        if math.isnan(low):
+        if math.isnan(off.interval()[0]):
             blocked.append("the noise is unknown: run some points with a second seed, or give its standard deviation")
         if blocked:
             return Verdict.INCONCLUSIVE, [*blocked, measured]
         allowed = bounds.allowed_regret(self.sigma)
         cost = f"regret {regret.value:.4f} nats at {self.axes.at(values[-1])}, allowed {allowed:.4f}"
-        failed = []
-        if low > bounds.max_drift or high < -bounds.max_drift:
-            failed.append(f"{measured}: beyond the tolerated +-{bounds.max_drift:g}")
-        if regret.interval()[0] > allowed:
-            failed.append(cost)
-        if failed:
-            return Verdict.FAIL, failed
-        short = short_of_a_pass(off, shift, self.axes, bounds)
-        if regret.value > allowed:
-            short.append(f"{cost}, but noise could explain it")
-        if short:
-            return Verdict.INCONCLUSIVE, short
-        return Verdict.PASS, [f"{measured}: inside +-{bounds.equivalence:g}, and at most {bounds.max_drift:g}", cost]
+        return judged(off, shift, regret, allowed, self.axes, bounds, measured, cost)
