@@ -41,6 +41,7 @@ FLOORS = [
         "config",
         "config_file",
         "setting_flags",
+        "sweep_flags",
     ],
     [
         "training.checkpoint",

@@ -32,7 +32,7 @@ from speedrun_mup.editions import FIRST_HASHED, FORMER
 from speedrun_mup.flags import OF_COMMANDS, parse
 from speedrun_mup.param_groups import ParamGroup
 from speedrun_mup.settings import FRACTION, flag_of, setting, settings_of
-from speedrun_mup.sweep.spec import RunSpec
+from speedrun_mup.sweep import RunSpec
 from speedrun_mup.training.build import tuned_values
 from speedrun_mup.training.checkpoint import CheckpointError
 from speedrun_mup.training.load import load_run

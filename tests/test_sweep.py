@@ -702,7 +702,7 @@ def test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on(small,
     def found(fingerprint, former):
         real = find_corpus("synthetic", "byte")[0]
         known = dataclasses.replace(real, fingerprint=fingerprint, former_fingerprint=former)
-        for place in ("run", "one_run"):
+        for place in ("spec", "one_run"):
             monkeypatch.setattr(f"speedrun_mup.sweep.{place}.find_corpus", lambda *_: (known, ""))
 
     found("former", "")
@@ -748,10 +748,10 @@ def test_runs_that_were_made_differently_are_named_and_nothing_passes(finished, 
 
 def test_a_sweep_that_goes_on_under_other_code_says_so(small, tmp_path, monkeypatch, capsys):
     quietly(small(), tmp_path / "s", FakeEngine(bowl()))
-    monkeypatch.setattr("speedrun_mup.sweep.run.source_sha256", lambda: "0")
+    monkeypatch.setattr("speedrun_mup.sweep.spec.source_sha256", lambda: "0")
     run_sweep(small(), tmp_path / "s", FakeEngine(bowl()))
     assert "made by other code" not in capsys.readouterr().out
-    monkeypatch.setattr("speedrun_mup.sweep.run.source_sha256", lambda: "f" * 64)
+    monkeypatch.setattr("speedrun_mup.sweep.spec.source_sha256", lambda: "f" * 64)
     run_sweep(small(), tmp_path / "s", FakeEngine(bowl()))
     assert "10 runs here were made by other code, 0 (10); this is fffffffff...: the verdict" in capsys.readouterr().out
 

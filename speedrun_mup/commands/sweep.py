@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL
 from speedrun_mup.config import PRESETS, TrainConfig, make_config, swept_settings
@@ -16,6 +16,10 @@ from speedrun_mup.flags import new_parser, parse, several, whole_number
 from speedrun_mup.scaling import SCALING_SETTINGS, scaling_in_force
 from speedrun_mup.setting_flags import TRAINING, add_renamed_flag, add_settings
 from speedrun_mup.settings import flag_of
+from speedrun_mup.sweep_flags import COMMAND_FLAGS, ONLY_ARM, add_command_flags, pairs_of, seconds_of, with_file
+
+if TYPE_CHECKING:
+    from speedrun_mup.sweep import AnySweep, CommandSweep
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -50,28 +54,42 @@ def take(flags: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Find the best learning rate, or another hyperparameter, at several widths or other sizes; rerun it to resume."""
+    """Find the best learning rate, or another hyperparameter, at several widths or other sizes; rerun it to resume.
+
+    It trains this package's model, or whatever --run says.
+    """
     parser = new_parser("speedrun-mup sweep", run.__doc__ or "")
     group = parser.add_argument_group("sweep")
+    group.add_argument(
+        "file", nargs="?", metavar="FILE.toml", help="these flags as a file; comes first, if it is given"
+    )
     _add_sizes(group)
     _add_grid(group)
     add_renamed_flag(parser, "--knob", "--hyperparameter")
+    add_command_flags(parser)
     add_engine(parser)
     add_settings(parser, groups=(*TRAINING, "display"), plus=("base_width", "parametrization", *SCALING_SETTINGS))
-    flags = vars(parse(parser, argv))
+    flags = vars(parse(parser, with_file(argv)))
+    if (stray := flags.pop("file")) is not None:
+        raise ConfigError(f"{stray}: a file with flags ends in .toml and comes first, right after sweep")
     budget = budget_of(flags.pop("budget"))
     if "budget_share" in budget:
         raise ConfigError("--budget in percent is for a plan, which has a target run; give a time or FLOPs")
     engine = take(flags, "engine", "workers")
     sizes = _sizes(**take(flags, "widths", "axis", "values"))
     asked = argparse.Namespace(
-        **take(flags, "arms", "octaves", "seeds", "hyperparameter", "adaptive", "out", "preset", "hold")
+        **take(flags, "arms", "octaves", "seeds", "hyperparameter", "adaptive", "out", "preset", "hold", *COMMAND_FLAGS)
     )
+    if asked.run or asked.arm:
+        return _of_commands(asked, sizes, flags, engine, budget)
+    if given := [name for name in COMMAND_FLAGS if getattr(asked, name)]:
+        raise ConfigError(f"{flag_of(given[0])}: it is for a sweep of commands; give --run COMMAND too")
 
-    from speedrun_mup.sweep import Sweep, check_given, grid_of, open_engine, pick_arms, run_sweep, write_csv
+    from speedrun_mup.sweep import Sweep, check_given, grid_of, pick_arms
     from speedrun_mup.transfer import Axes
 
-    out, arms, seeds = Path(asked.out), pick_arms(asked.arms), tuple(asked.seeds)
+    asked.hyperparameter = asked.hyperparameter or "lr_scale"
+    arms, seeds = pick_arms(asked.arms or ["mup"]), _seeds(asked.seeds)
     rules = {"parametrization": "mup"} | flags  # for its base width: every arm is a rule table
     cfg = make_config(asked.preset, rules, [arm.settings for arm in arms])
     check_given(arms, flags)
@@ -81,18 +99,29 @@ def run(argv: Sequence[str]) -> int:
         cfg = replace(cfg, width=cfg.tuned_width)  # where its rates were tuned
     held = _held_tokens(asked.hold, sizes, cfg)
     _check_free(flags, sizes, held)
-    if seeds == (0,):
-        raise ConfigError("--seeds 0 is no run; give how many, 1 or more, or the seeds themselves, such as 0,1")
-    if len(seeds) == 1:  # so many
-        seeds = tuple(range(min(seeds[0], 10**4)))
     axes = Axes(next(iter(sizes)), asked.hyperparameter)
     places: tuple[Any, ...] = tuple(sizes[axes.size]) if len(sizes) == 1 else grid_of(sizes)
     sweep = Sweep(cfg, places, arms, tuple(asked.octaves), seeds, axes, asked.adaptive, held_tokens=held)
     print(f"rules: {', '.join(arm.name for arm in arms)} from base width {cfg.base_width}{scaling_in_force(cfg)}")
+    return _carried_out(sweep, Path(asked.out), engine | {"device": cfg.device}, budget, cfg.progress)
+
+
+def _seeds(given: Sequence[int]) -> tuple[int, ...]:
+    """The seeds that --seeds means: so many, or these. Raises ConfigError for none."""
+    if tuple(given) == (0,):
+        raise ConfigError("--seeds 0 is no run; give how many, 1 or more, or the seeds themselves, such as 0,1")
+    return tuple(range(min(given[0], 10**4))) if len(given) == 1 else tuple(given)
+
+
+def _carried_out(
+    sweep: AnySweep, out: Path, engine: Mapping[str, Any], budget: Mapping[str, Any], progress: bool
+) -> int:
+    """Run a sweep and say what came of it and what is next. Returns the exit code."""
+    from speedrun_mup.sweep import open_engine, run_sweep, write_csv
+
     print("\n".join(sweep.told()))
-    with closing(open_engine(**engine, device=cfg.device)) as where:
-        limits: dict[str, Any] = dict(budget)
-        result = run_sweep(sweep, out, where, **limits, progress=cfg.progress)
+    with closing(open_engine(**engine)) as where:
+        result = run_sweep(sweep, out, where, **budget, progress=progress)
     write_csv(out, out / "runs.csv")
     print(result.summary())
     print(f"table  {out / 'runs.csv'}")
@@ -101,14 +130,87 @@ def run(argv: Sequence[str]) -> int:
     return STOPPED_BY_SIGNAL if result.stopped else int(not result.complete)
 
 
+def _of_commands(
+    asked: argparse.Namespace,
+    sizes: dict[str, list[int]],
+    flags: dict[str, Any],
+    engine: dict[str, Any],
+    budget: dict[str, float],
+) -> int:
+    """A sweep whose runs are commands. flags: what else was given. Returns the exit code."""
+    progress = flags.pop("progress", True)
+    for name in flags:
+        fix = f"write it into the command, or give --set {name}={flags[name]} for its {{{name}}}"
+        raise ConfigError(f"{flag_of(name)} is a setting of this package's own model; {fix}")
+    for name, instead in (("arms", "--arm NAME=COMMAND"), ("hold", "a --set FORMULA for what follows")):
+        if getattr(asked, name):
+            raise ConfigError(f"--{name} is for this package's own model; give {instead}")
+    sweep = _command_sweep(asked, sizes)
+    if "budget_flops" in budget and not (asked.flops or asked.params):
+        raise ConfigError("--budget in FLOPs: nothing says how many a run takes; give a time, or --flops or --params")
+    if asked.dry_run:
+        print("\n".join(sweep.commands(Path(asked.out))))
+        return 0
+    return _carried_out(sweep, Path(asked.out), engine | {"device": "auto"}, budget, progress)
+
+
+def _command_sweep(asked: argparse.Namespace, sizes: Mapping[str, Sequence[int]]) -> CommandSweep:
+    """The sweep that the flags of commands ask for. Raises ConfigError."""
+    from speedrun_mup.sweep import Arm, CommandSweep, Metric, Program, grid_of
+    from speedrun_mup.transfer import Axes
+
+    if not asked.metric:
+        raise ConfigError("--metric: say where the command's output has its loss, such as 'val loss {loss}'")
+    commands = {ONLY_ARM: asked.run} if asked.run else {}
+    named = pairs_of("arm", asked.arm, "NAME=COMMAND")
+    if asked.run and named:
+        raise ConfigError("--run and --arm: give one command with --run, or all of them with --arm NAME=COMMAND")
+    commands |= named
+    formulas = pairs_of("set", asked.set, "NAME=NUMBER or NAME=FORMULA, such as iterations=500 or n_head=width//64")
+    formulas |= {name: text for name in ("params", "flops") if (text := getattr(asked, name))}
+    axes = Axes(next(iter(sizes)), asked.hyperparameter or "lr")
+    program = Program(
+        Metric(asked.metric),
+        formulas,
+        seconds_of("timeout", asked.timeout) if asked.timeout else None,
+        asked.initial_loss,
+        tuple(asked.diverged_exit),
+        asked.shell,
+        asked.keep,
+        str(Path.cwd()),
+    )
+    return CommandSweep(
+        program,
+        grid_of(sizes),
+        tuple(Arm(name, {"command": command}) for name, command in commands.items()),
+        tuple(asked.octaves),
+        _seeds(asked.seeds),
+        axes,
+        asked.adaptive,
+        controls=_controls(asked.controls, axes.size),
+    )
+
+
+def _controls(text: str | None, size: str) -> dict[str, dict[str, float]]:
+    """Arm -> size -> drift, from ARM=DRIFT or ARM:SIZE=DRIFT. Raises ConfigError."""
+    found: dict[str, dict[str, float]] = {}
+    for part in filter(None, (text or "").split(",")):
+        name, _, drift = part.rpartition("=")
+        arm, colon, over = name.strip().rpartition(":")
+        try:
+            found.setdefault(arm if colon else over, {})[over if colon else size] = float(drift)
+        except ValueError:
+            raise ConfigError(f"--controls {text}: give ARM=DRIFT,..., for instance sp=-1") from None
+    return found
+
+
 def _add_grid(group: Any) -> None:
     """The flags that say which runs are made at every size, and where."""
     group.add_argument(
         "--arms",
         **several(str),
-        default=["mup"],
         metavar="ARM",
-        help="parametrizations, %(default)s; ARM+SETTING=VALUE is one with settings of its own, "
+        help="parametrizations, by default mup; ARM+SETTING=VALUE is one with settings of its own, "
         "a control if its rates follow another rule",
     )
     grid = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
@@ -118,10 +220,10 @@ def _add_grid(group: Any) -> None:
     )
     group.add_argument(
         "--hyperparameter",
-        default="lr_scale",
         metavar="NAME",
         help=f"one of {', '.join(swept_settings())}; or one factor on several: A+B; adam_lr and muon_lr are the rates of all "
-        "groups of parameters with that optimizer; default: %(default)s, a factor on all learning rates",
+        "groups of parameters with that optimizer; default: lr_scale, a factor on all learning rates; of a "
+        "command any placeholder, lr if none is named",
     )
     group.add_argument(
         "--adaptive",

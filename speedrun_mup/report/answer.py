@@ -16,6 +16,7 @@ from speedrun_mup.explain import explain
 from speedrun_mup.plan import Comparison, Prediction
 from speedrun_mup.report.contents import Table
 from speedrun_mup.report.figures import main_arm
+from speedrun_mup.report.programs import facts_of_programs
 from speedrun_mup.report.words import arm_words, within
 from speedrun_mup.sweep import RunResult, read_definition, size_names, times, tuned_flag
 from speedrun_mup.sweep.folder import place_in
@@ -54,6 +55,11 @@ class Measured:
     prediction: Prediction | None = None
     comparison: Comparison | None = None
     run: Path | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether this package's model was swept."""
+        return self.swept and self.factors
 
     @property
     def largest(self) -> RunResult:
@@ -101,7 +107,7 @@ def _of_sweep(seen: Measured) -> Iterator[str]:
         yield f"Best of the other {axes.plural}: " + ("; ".join(own) or "not known") + "."
     if arm.usable:
         largest = arm.usable[-1]
-        unit = " nats per token" if seen.swept else ""  # a table does not say
+        unit = " nats per token" if seen.own else ""  # a table or another program does not say
         loss = arm.best_loss(largest)
         bits = _in_bytes(seen, loss.value)
         yield f"Loss at {largest.place} with its best {axes.label}: {within(loss)}{unit}{bits}."
@@ -152,7 +158,7 @@ def _setting(seen: Measured, arm: ArmResult, fit: SizeFit) -> str:
 
 def rates(seen: Measured) -> Table | None:
     """What the answer's flag comes to: the learning rates that each optimizer gets, at base width and at the widest."""
-    if not seen.runs or not seen.result.axes.is_rate:
+    if not seen.own or not seen.runs or not seen.result.axes.is_rate:
         return None
     largest, arm = seen.largest, main_arm(seen.result)
     cfg = largest.settings
@@ -216,6 +222,9 @@ def _facts_of_table(seen: Measured) -> Iterator[tuple[str, str]]:
 
 
 def _facts_of_runs(seen: Measured) -> Iterator[tuple[str, str]]:
+    if not seen.own:
+        yield from facts_of_programs(seen.source, seen.runs)
+        return
     cfg = seen.largest.settings
     widths = sorted({run.config["width"] for run in seen.runs})
     heads = ", ".join(f"{width} ({width // cfg.head_dim})" for width in widths)

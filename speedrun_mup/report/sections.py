@@ -24,8 +24,9 @@ from speedrun_mup.report.figures import (
     size_colors,
     training_curves,
 )
+from speedrun_mup.report.programs import cost_of_programs
 from speedrun_mup.report.words import arm_words, larger_words, terms, verdict_words
-from speedrun_mup.sweep import read_along, read_curves
+from speedrun_mup.sweep import read_along, read_curves, read_definition, trainer_of
 from speedrun_mup.transfer import Axes, TransferResult
 from speedrun_mup.transfer.sources import is_sweep
 
@@ -62,7 +63,8 @@ def make_report(
     comparison = compare(source, target) if target else None
     axes = result.axes
     runs = read_along(source, axes.size) if swept else []
-    factors = swept or _is_of_sweep(source)
+    own = swept and not trainer_of(read_definition(source))
+    factors = own or (not swept and _is_of_sweep(source))
     sections = [
         Section("In numbers", tables=[_arms(result)]),
         Section(
@@ -77,7 +79,7 @@ def make_report(
         sections.append(
             Section("Training curves", _larger(result), [training_curves(result, read_curves(source, axes.size))])
         )
-        sections.append(cost_section(result, runs, planned))
+        sections.append(cost_section(result, runs, planned) if own else cost_of_programs(result, runs))
     else:
         why = f"{source.name} is a table of losses; `speedrun-mup sweep` keeps training curves and counts cost."
         sections += [Section("Training curves", [why]), Section("Cost", [why])]

@@ -11,25 +11,43 @@ hyperparameter. A seed draws initialisation and, but in the record's own order, 
 one seed share it (common random numbers) and seeds differ in both.
 """
 
+from speedrun_mup.sweep.any_sweep import AnyRun, AnySweep, grid_of, run_safely
 from speedrun_mup.sweep.arms import ARMS, Arm, arm_name, check_given, pick_arms
+from speedrun_mup.sweep.command.metric import Metric
+from speedrun_mup.sweep.command.run import CommandRun, Program
+from speedrun_mup.sweep.command.sweep import CommandSweep
 from speedrun_mup.sweep.cost import CostModel
 from speedrun_mup.sweep.engines import RAY_LISTENS, Engine, LocalEngine, RayEngine, cores, open_engine, visible_gpus
-from speedrun_mup.sweep.folder import axes_of, read_definition, read_results, size_names, tuned_flag, write_csv
+from speedrun_mup.sweep.folder import (
+    axes_of,
+    read_definition,
+    read_results,
+    size_names,
+    trainer_of,
+    tuned_flag,
+    write_csv,
+)
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import measure_sweep, measure_sweep_surface, points_of, read_along, read_curves
-from speedrun_mup.sweep.one_run import run_one, run_safely
+from speedrun_mup.sweep.one_run import RunSpec, run_one
 from speedrun_mup.sweep.result import Failure, RunResult
 from speedrun_mup.sweep.run import SweepResult, run_sweep
-from speedrun_mup.sweep.spec import RunSpec, Sweep, grid_of, times
+from speedrun_mup.sweep.spec import Sweep, times
 
 __all__ = [
     "ARMS",
     "RAY_LISTENS",
+    "AnyRun",
+    "AnySweep",
     "Arm",
+    "CommandRun",
+    "CommandSweep",
     "CostModel",
     "Engine",
     "Failure",
     "LocalEngine",
+    "Metric",
+    "Program",
     "RayEngine",
     "RunResult",
     "RunSpec",
@@ -55,6 +73,7 @@ __all__ = [
     "run_sweep",
     "size_names",
     "times",
+    "trainer_of",
     "tuned_flag",
     "visible_gpus",
     "write_csv",

@@ -29,7 +29,7 @@ class CostModel:
 
     def learn(self, result: RunResult) -> None:
         """Count a finished run."""
-        if result.flops:
+        if result.flops or result.train_s:
             spent = self._known.setdefault(tuple(result.sizes.items()), _Spent())
             spent.flops += result.flops
             spent.train_s += result.train_s
@@ -41,6 +41,8 @@ class CostModel:
         if not self.known:
             return 0.0
         spent = self._nearest(size)
+        if not spent.flops:
+            return (spent.other_s + spent.train_s) / spent.runs
         return spent.other_s / spent.runs + flops * spent.train_s / spent.flops
 
     def flops_per_s(self, size: int | Sizes) -> float:

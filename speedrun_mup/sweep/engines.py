@@ -19,12 +19,11 @@ from tqdm import tqdm
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.packages import import_package
-from speedrun_mup.sweep.one_run import run_safely
+from speedrun_mup.sweep.any_sweep import AnyRun, run_safely
 from speedrun_mup.sweep.result import Failure, RunResult
-from speedrun_mup.sweep.spec import RunSpec
 
 MOST_WORKERS = 1024
-Outcome = tuple[RunSpec, RunResult | Failure]
+Outcome = tuple[AnyRun, RunResult | Failure]
 
 
 class Engine(Protocol):
@@ -32,7 +31,7 @@ class Engine(Protocol):
 
     workers: int
 
-    def run(self, specs: Iterator[RunSpec], scratch: Path) -> Generator[Outcome]:
+    def run(self, specs: Iterator[AnyRun], scratch: Path) -> Generator[Outcome]:
         """Make runs and yield each when it is finished. The next one is taken from `specs` when a worker is free."""
 
     def close(self) -> None:
@@ -71,9 +70,9 @@ class LocalEngine:
             for rank in range(self.workers)
         ]
 
-    def run(self, specs: Iterator[RunSpec], scratch: Path) -> Generator[Outcome]:
+    def run(self, specs: Iterator[AnyRun], scratch: Path) -> Generator[Outcome]:
         """See Engine. Leaving it early kills the workers that are busy."""
-        idle, busy = list(self._pool), dict[_Worker, RunSpec]()
+        idle, busy = list(self._pool), dict[_Worker, AnyRun]()
         try:
             while True:
                 while idle and (spec := next(specs, None)) is not None:
@@ -104,7 +103,7 @@ class _Worker:
         self.environment = environment
         self.process: Any = None
 
-    def send(self, spec: RunSpec, scratch: Path) -> None:
+    def send(self, spec: AnyRun, scratch: Path) -> None:
         """Give it a run."""
         if self.process is None or not self.process.is_alive():
             self.close()
@@ -236,10 +235,10 @@ class RayEngine:
             why = f"Ray listens on {address}, where others can reach it and run code"
             raise ConfigError(f"{why}; behind a firewall allow it with {RAY_LISTENS}=1, or use --engine local")
 
-    def run(self, specs: Iterator[RunSpec], scratch: Path) -> Generator[Outcome]:
+    def run(self, specs: Iterator[AnyRun], scratch: Path) -> Generator[Outcome]:
         """See Engine. Leaving it early cancels the tasks under way."""
         ray = self._ray
-        busy: dict[Any, RunSpec] = {}
+        busy: dict[Any, AnyRun] = {}
         try:
             while True:
                 while len(busy) < self.workers and (spec := next(specs, None)) is not None:

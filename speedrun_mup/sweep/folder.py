@@ -14,16 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speedrun_mup.config import computed_settings, known_settings, present_names, swept_settings
+from speedrun_mup.config import known_settings, present_names, swept_settings
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.data.shards import Corpus
 from speedrun_mup.editions import missing_settings
 from speedrun_mup.files import own_folder, printable, read_bytes, write_whole
-from speedrun_mup.sweep.result import RESULT, RUNS, RunResult, place_of
-from speedrun_mup.sweep.spec import SCHEMA, Place, RunSpec, Sweep, can_be_swept
+from speedrun_mup.sweep.any_sweep import AnyRun, AnySweep
+from speedrun_mup.sweep.result import RESULT, RUNS, SCHEMA, Place, RunResult, place_of
+from speedrun_mup.sweep.spec import can_be_swept, varied_settings
 from speedrun_mup.training.run_folder import FolderLock
 from speedrun_mup.transfer import MADE_WITH, Axes
-from speedrun_mup.transfer.axes import size_axis
 from speedrun_mup.transfer.points import whole_arm
 
 SWEEP, SCRATCH = "sweep.json", "running"
@@ -52,18 +51,15 @@ def open_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
-    """Add what is asked to sweep.json; returns the corpus's fingerprint there, which earlier versions may have written.
+def check_and_record(sweep: AnySweep, out: Path, data: Any) -> Any:
+    """Add what is asked to sweep.json. Returns `data`, from `sweep.check`, as they are called there.
 
     Raises ConfigError if the runs there have another base, data or arm.
     """
     path = out / SWEEP
-    vary = _varied(sweep.size_names, sweep.held_tokens)
-    settings = {name: value for name, value in computed_settings(sweep.base).items() if name not in vary}
     axes: dict[str, Any] = asdict(sweep.axes) | {"size": sweep.size_names[0]}
     axes |= {"sizes": list(sweep.size_names)} if len(sweep.size_names) > 1 else {}
-    axes |= {"held_tokens": sweep.held_tokens} if sweep.held_tokens else {}
-    base = {"schema": SCHEMA, **axes, "corpus": corpus.fingerprint, **settings}
+    axes |= {"trainer": sweep.trainer} if sweep.trainer else {}
     arms: dict[str, dict[str, Any]] = {
         arm.name: {"settings": dict(arm.settings), "predicted": arm.predicted} for arm in sweep.arms
     }
@@ -72,14 +68,18 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     asked: dict[str, Any] = {name: list(getattr(sweep, name)) for name in ("log2_factors", "seeds")}
     asked |= {"sizes": list(map(_entry, sweep.places))}
     asked |= {"arms": list(arms), "adaptive": sweep.adaptive, "refine": sweep.refine}
-    before: dict[str, Any] = read_definition(out) if path.exists() else {"base": base, "arms": {}, "asked": []}
-    known = known_settings(before["base"])
-    if corpus.is_known_as(known.get("corpus", "")):
-        base["corpus"] = known["corpus"]
+    before: dict[str, Any] = read_definition(out) if path.exists() else {"base": {}, "arms": {}, "asked": []}
+    known: dict[str, Any] = before["base"]
+    if known and not trainer_of(before):
+        known = known_settings(known)
+    base: dict[str, Any] = {"schema": SCHEMA, **axes, **sweep.definition(data, known)}
+    known = known or base
+    if trainer_of(before) != sweep.trainer and before["asked"]:
+        raise ConfigError(f"{out} holds a sweep of another trainer than this one's; choose another --out")
     # where every arm, of now and before, has a value of its own, that of the base counts for nothing
     fixed = set.intersection(*({*arm["settings"]} for arm in (before["arms"] | arms).values()))
     base |= {key: known[key] for key in fixed & base.keys() & known.keys()}
-    told = {key: base.get(key) for key in (*base, "sizes", "held_tokens")}
+    told = {key: base.get(key) for key in (*base, "sizes", "held_tokens", "trainer")}
     differ = [f"{key} was {printable(known.get(key))}, is {told[key]}" for key in told if known.get(key) != told[key]]
     differ += [f"arm {name} was another" for name in arms if before["arms"].get(name, arms[name]) != arms[name]]
     if differ:
@@ -89,16 +89,10 @@ def check_and_record(sweep: Sweep, out: Path, corpus: Corpus) -> str:
     requests = before["asked"] + ([] if asked in before["asked"] else [asked])
     after = before | {"base": base, "arms": before["arms"] | arms, "asked": requests}
     replace_file(path, json.dumps(after, indent=1, allow_nan=False) + "\n")
-    return base["corpus"]
+    return sweep.as_recorded(data, base)
 
 
-def _varied(names: Iterable[str], held_tokens: int | None) -> set[str]:
-    """The settings that differ from run to run, which are in no base of a sweep.json."""
-    varied = {*itertools.chain(*(size_axis(name).changes for name in names)), "seed", "parametrization"}
-    return varied | ({"iterations"} if held_tokens else set())
-
-
-def note_failed(out: Path, specs: Iterable[RunSpec]) -> None:
+def note_failed(out: Path, specs: Iterable[AnyRun]) -> None:
     """Add runs that were given up to sweep.json: points by which a grid grew are in no request."""
     definition = read_definition(out)
     failed = definition.get("failed", [])
@@ -128,9 +122,8 @@ def read_definition(out: Path) -> dict[str, Any]:
             arm["settings"] = present_names(arm["settings"])
         drifts = [arm["predicted"] for arm in arms.values()]
         drifts += [drift for arm in arms.values() for drift in arm.get("predicted_over", {}).values()]
-        good = isinstance(base["base_width"], int) and can_be_swept(base["hyperparameter"])
         names = size_names(definition)
-        good = good and {*missing_settings(base)} <= _varied(names, base.get("held_tokens"))
+        good = _is_base(base, names)
         good = good and all(map(_is_request, asked)) and all(name == printable(name, 100) for name in names)
         good = good and all(len(place_in(size)) == len(names) for one in asked for size in one["sizes"])
         good = good and all(drift is None or math.isfinite(drift) for drift in drifts)
@@ -141,6 +134,14 @@ def read_definition(out: Path) -> dict[str, Any]:
     if not good:
         raise ConfigError(f"{printable(path)} is missing or damaged; give the folder of a sweep")
     return definition
+
+
+def _is_base(base: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether this is what the runs of a sweep over the sizes `names` have in common."""
+    if base.get("trainer"):
+        return isinstance(base["trainer"], str) and isinstance(base["hyperparameter"], str)
+    whole = {*missing_settings(base)} <= varied_settings(names, base.get("held_tokens"))
+    return whole and isinstance(base["base_width"], int) and can_be_swept(base["hyperparameter"])
 
 
 def _of_this_edition(definition: dict[str, Any]) -> dict[str, Any]:
@@ -194,13 +195,19 @@ def write_csv(out: Path, path: Path) -> None:
     axes, names = axes_of(definition), size_names(definition)
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(["arm", *names, axes.short, f"log2_{axes.short}", *RESULTS])
+    columns = [name for name in RESULTS if name != "train_loss" or not trainer_of(definition)]
+    writer.writerow(["arm", *names, axes.short, f"log2_{axes.short}", *columns])
     for result in read_results(out):
-        loss = math.nan if result.diverged else result.loss
-        place = (result.arm, *result.place, result.factor, result.log2_factor, result.seed)
-        cost = (round(result.seconds, 3), f"{result.flops:.6g}")
-        made = (result.made_with.get(name, "") for name in MADE_WITH)
-        writer.writerow([*place, loss, int(result.diverged), result.train_loss, *cost, *made])
+        at = result.value, result.log2_factor + math.log2(result.unit)
+        cells: dict[str, Any] = {
+            "seed": result.seed,
+            "loss": math.nan if result.diverged else result.loss,
+            "diverged": int(result.diverged),
+            "train_loss": result.train_loss,
+            "seconds": round(result.seconds, 3),
+            "flops": f"{result.flops:.6g}",
+        } | {name: result.made_with.get(name, "") for name in MADE_WITH}
+        writer.writerow([result.arm, *result.place, *at, *(cells[name] for name in columns)])
     write_whole(path, file.getvalue())
 
 
@@ -223,7 +230,14 @@ def axes_of(definition: Mapping[str, Any]) -> Axes:
     """The axes of a sweep, its first size; a factor on learning rates goes by their setting's name, on another by
     NAME_factor."""
     axes = Axes(definition["base"]["size"], definition["base"]["hyperparameter"])
+    if trainer_of(definition):
+        return axes
     return axes if axes.is_rate else Axes(axes.size, f"{axes.hyperparameter}_factor")
+
+
+def trainer_of(definition: Mapping[str, Any]) -> str:
+    """What trained the runs of a sweep; nothing for this package's model, where the hyperparameter is a factor."""
+    return definition["base"].get("trainer", "")
 
 
 def tuned_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
@@ -232,6 +246,8 @@ def tuned_flag(definition: Mapping[str, Any], arm: str) -> tuple[str, float]:
     Of a hyperparameter that is several settings it is their common factor.
     """
     name = definition["base"]["hyperparameter"]
+    if trainer_of(definition):
+        return name, 1.0
     if name not in swept_settings():
         return f"factor on {name}", 1.0
     return f"--{name.replace('_', '-')}", (definition["base"] | definition["arms"][whole_arm(arm)]["settings"])[name]

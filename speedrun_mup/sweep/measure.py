@@ -15,10 +15,9 @@ import numpy as np
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable
 from speedrun_mup.sweep.arms import is_variant
-from speedrun_mup.sweep.folder import axes_of, place_in, read_definition, read_results, size_names
+from speedrun_mup.sweep.folder import axes_of, place_in, read_definition, read_results, size_names, trainer_of
 from speedrun_mup.sweep.grid import propose_points
-from speedrun_mup.sweep.result import RunResult, mean_losses, place_of
-from speedrun_mup.sweep.spec import Place
+from speedrun_mup.sweep.result import Place, RunResult, mean_losses, place_of
 from speedrun_mup.transfer import (
     MADE_WITH,
     Array,
@@ -36,15 +35,17 @@ from speedrun_mup.transfer import (
 from speedrun_mup.transfer.axes import told_sizes
 from speedrun_mup.transfer.points import along, slice_name
 
+FEWEST_STEPS = 3  # that curves must share to be compared
+
 
 def points_of(results: Iterable[RunResult]) -> list[Point]:
-    """Finished runs as the estimator takes them: the value is the factor on the hyperparameter; nan if a run diverged."""
+    """Finished runs as the estimator takes them: the loss is nan if a run diverged."""
     return [_point(result) for result in results]
 
 
 def _point(result: RunResult) -> Point:
     loss = math.nan if result.diverged else result.loss
-    return Point(result.sizes, result.factor, result.seed, loss, result.arm)
+    return Point(result.sizes, result.value, result.seed, loss, result.arm)
 
 
 def made_differently(results: Sequence[RunResult], axes: Axes) -> list[Doubt]:
@@ -121,16 +122,19 @@ def read_along(out: Path, size: str) -> list[RunResult]:
 
 
 def read_curves(out: Path, size: str | None = None) -> dict[CurveKey, Array]:
-    """(arm, size, factor, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended.
+    """(arm, size, value, seed) -> (steps, 2) step and training loss; nan from where a diverged run ended.
 
     size: one of several axes, where arms are called as `along` calls them.
     """
     curves = {}
     for result in read_along(out, size or size_names(read_definition(out))[0]):
-        losses = np.full(result.config["iterations"], np.nan)
-        losses[: len(result.curve)] = result.curve
-        curve = np.stack([np.arange(len(losses), dtype=float), losses], axis=1)
-        curves[result.arm, result.size, result.factor, result.seed] = curve
+        if result.steps is not None:
+            curve = np.array([result.steps, result.curve], dtype=float).reshape(2, -1).T
+        else:
+            losses = np.full(result.config["iterations"], np.nan)
+            losses[: len(result.curve)] = result.curve
+            curve = np.stack([np.arange(len(losses), dtype=float), losses], axis=1)
+        curves[result.arm, result.size, result.value, result.seed] = curve
     return curves
 
 
@@ -183,10 +187,16 @@ def measure_sweep(
         options["tested"] = options.get("tested") or tested
     base = definition["base"].get(axes.scale.base_setting)
     everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in whose)
-    curves = curves if axes.scale.of_model else {}
+    curves = curves if axes.scale.of_model and (not trainer_of(definition) or _share_steps(curves)) else {}
     about = {"axes": axes, "doubts": doubts, "notes": notes, "curves": curves}
     options = {"base_size": base if everywhere else None, **about} | options
     return measure_transfer(points, controls={k: v for k, v in predicted.items() if v is not None}, **options)
+
+
+def _share_steps(curves: Mapping[CurveKey, Array]) -> bool:
+    """Whether curves can be compared, as those of a program that prints its loss once cannot."""
+    steps = [set(curve[:, 0]) for curve in curves.values()]
+    return bool(steps) and len(set.intersection(*steps)) >= FEWEST_STEPS
 
 
 def _slices(points: Sequence[Point], size: str, names: Sequence[str]) -> tuple[list[Point], dict[str, str]]:

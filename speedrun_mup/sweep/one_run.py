@@ -1,32 +1,65 @@
-"""One run of a sweep: train it in a folder of its own and keep what came of it."""
+"""One run of a sweep of this package's model: train it in a folder of its own and keep what came of it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import hashlib
 import io
 import json
 import math
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from speedrun_mup.config import TrainConfig, computed_settings
-from speedrun_mup.core.errors import ConfigError, Diverged, UserError, in_a_line
+from speedrun_mup.config import TrainConfig, computed_settings, hashed_settings
+from speedrun_mup.core.errors import ConfigError, Diverged, UserError
 from speedrun_mup.core.utils import pick_device
 from speedrun_mup.data.corpus import find_corpus
-from speedrun_mup.sweep.result import Failure, RunResult, or_nan
-from speedrun_mup.sweep.spec import RunSpec
+from speedrun_mup.sweep.any_sweep import AnyRun
+from speedrun_mup.sweep.result import SCHEMA, RunResult, or_nan
+from speedrun_mup.training.flops import run_flops
 from speedrun_mup.training.hardware import pick_dtype
 from speedrun_mup.training.run import train
 from speedrun_mup.training.tracking import PROVENANCE, read_metrics
 
 TAIL = 0.1  # last fraction of training whose mean loss is `train_loss`
+
+
+@dataclass(frozen=True)
+class RunSpec(AnyRun):
+    """One run of this package's model.
+
+    Args:
+        cfg: Its settings.
+        corpus: Fingerprint of its data; vocab_size: their vocabulary.
+    """
+
+    cfg: TrainConfig
+    corpus: str
+    vocab_size: int
+
+    @functools.cached_property
+    def id(self) -> str:
+        """16 hex digits, the same wherever it runs: a hash of its arm, what it computes, and the data."""
+        what = [SCHEMA, self.arm, self.corpus, hashed_settings(self.cfg)]
+        text = json.dumps(what, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """What training it takes."""
+        return run_flops(self.cfg, self.vocab_size)
+
+    def run(self, scratch: Path) -> RunResult:
+        """See `run_one`."""
+        return run_one(self, scratch)
 
 
 def run_one(spec: RunSpec, scratch: Path) -> RunResult:
@@ -94,13 +127,3 @@ def _device_name(device: str) -> str:
 
 def _dtype_name(cfg: TrainConfig) -> str:
     return str(pick_dtype(cfg, pick_device(cfg.device))).removeprefix("torch.")
-
-
-def run_safely(spec: RunSpec, scratch: Path) -> RunResult | Failure:
-    """`run_one`, with any exception as a Failure."""
-    try:
-        return run_one(spec, scratch)
-    except UserError as fault:
-        return Failure(str(fault))
-    except Exception as fault:
-        return Failure(in_a_line(fault))

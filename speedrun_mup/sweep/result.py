@@ -17,10 +17,12 @@ from speedrun_mup.config_file import from_json
 from speedrun_mup.core.errors import ConfigError, in_a_line
 from speedrun_mup.core.model import VOCAB_MULTIPLE
 from speedrun_mup.files import printable, strict_json
-from speedrun_mup.sweep.spec import MOST_DOUBLINGS, SCHEMA, Place
 from speedrun_mup.training.flops import flops_per_token
 
+Place = tuple[int, ...]  # values on the size axes of a sweep, in their order
 RUNS, RESULT = "cells", "result.json"  # of a sweep's folder: a folder for each run
+SCHEMA = 1  # of result.json; part of every id
+MOST_DOUBLINGS = 32.0  # either way that a grid may go
 MOST_STEPS = 10**7
 
 
@@ -41,6 +43,8 @@ class RunResult:
         vocab_size: Of its data; None in a result of the first edition, which did not record it.
         made_with: Versions and device.
         bits_per_byte: Of the validation at the end, without special tokens; None where tokens do not stand for bytes.
+        unit: The hyperparameter where the factor is 1; itself 1 where it is told as a factor.
+        steps: Those of `curve`, of a program that does not print its loss at every step.
     """
 
     id: str
@@ -61,6 +65,8 @@ class RunResult:
     config: dict[str, Any]
     made_with: dict[str, str]
     bits_per_byte: float | None = None
+    unit: float = 1.0
+    steps: list[int] | None = None
 
     @property
     def size(self) -> int:
@@ -76,6 +82,11 @@ class RunResult:
     def factor(self) -> float:
         """On the hyperparameter."""
         return 2.0**self.log2_factor
+
+    @property
+    def value(self) -> float:
+        """Of the hyperparameter, as the estimator takes it: absolute, or as a factor."""
+        return self.unit * self.factor
 
     @property
     def settings(self) -> TrainConfig:
@@ -103,7 +114,11 @@ class RunResult:
             schema = values.pop("schema")
             if "width" in values:
                 values = _of_first_edition(values)
-            values.setdefault("bits_per_byte", None)  # which earlier editions did not record
+            values = {
+                "bits_per_byte": None,
+                "unit": 1.0,
+                "steps": None,
+            } | values  # which earlier editions did not record
             if schema != SCHEMA or values.keys() != {entry.name for entry in fields(RunResult)}:
                 raise ValueError("made by another version")
             values |= {name: or_nan(values[name]) for name in ("loss", "train_loss")}
@@ -137,6 +152,9 @@ def _check_types(result: RunResult) -> None:
         "names": all(isinstance(name, str) for name in names) and result.arm == printable(result.arm, 100),
         "whole numbers": all(type(number) is int for number in whole),
         "diverged": isinstance(result.diverged, bool),
+        "unit": isinstance(result.unit, (int, float)) and 0 < result.unit < math.inf,
+        "steps": result.steps is None
+        or (len(result.steps) == len(result.curve) and all(type(step) is int for step in result.steps)),
         "costs": all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in costs),
     }
     good["log2_factor"] = abs(float(result.log2_factor)) <= 2 * MOST_DOUBLINGS
@@ -162,9 +180,10 @@ def or_nan(value: float | None) -> float:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not finish, and why, in one line."""
+    """A run that did not finish, and why, in one line. again: whether it may go better another time."""
 
     why: str
+    again: bool = True
 
 
 def mean_losses(results: Iterable[RunResult]) -> dict[tuple[str, Place, float], float]:

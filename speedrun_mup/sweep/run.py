@@ -9,14 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from speedrun_mup.config import TrainConfig
-from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.files import printable
+from speedrun_mup.sweep.any_sweep import AnyRun, AnySweep
 from speedrun_mup.sweep.cost import CostModel
 from speedrun_mup.sweep.engines import Engine
 from speedrun_mup.sweep.folder import (
@@ -30,12 +30,10 @@ from speedrun_mup.sweep.folder import (
 )
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import made_differently
-from speedrun_mup.sweep.result import Failure, RunResult, mean_losses, place_of
-from speedrun_mup.sweep.spec import Place, RunSpec, Sweep
+from speedrun_mup.sweep.result import Failure, Place, RunResult, mean_losses, place_of
 from speedrun_mup.training.flops import run_flops
-from speedrun_mup.training.model_config import model_config
 from speedrun_mup.training.signals import signals_interrupt
-from speedrun_mup.training.tracking import clock, source_sha256
+from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer import Axes
 from speedrun_mup.transfer.axes import told_sizes
 
@@ -86,7 +84,7 @@ class SweepResult:
         lines = [
             f"{self.out}: {len(self.results)} runs done ({self.ran} now, in {clock(self.seconds)}), "
             f"{diverged} diverged, {len(self.failed)} failed, {self.left} left",
-            f"cost: {self.flops:.3g} FLOPs, {worked} of one worker's time",
+            f"cost: {f'{self.flops:.3g} FLOPs, ' if self.flops else ''}{worked} of one worker's time",
             *(f"failed: {run}: {why}" for run, why in self.failed.items()),
         ]
         lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results, self.axes)]
@@ -102,18 +100,24 @@ def _tables(results: Sequence[RunResult]) -> Iterator[str]:
     for arm in dict.fromkeys(result.arm for result in results):
         means = mean_losses(result for result in results if result.arm == arm)
         grid = sorted({at for _, _, at in means})
+        unit = next(result.unit for result in results if result.arm == arm)
         rows = {result.place: told_sizes(result.sizes) for result in results if result.arm == arm}
         wide = max(12, *(len(told) + 2 for told in rows.values()))
         yield ""
-        yield f"{arm:<{wide}}" + "".join(f"{f'2^{at:g}':>9}" for at in grid)
+        yield f"{arm:<{wide}}" + "".join(f"{_at(at, unit):>10}" for at in grid)
         for place, told in sorted(rows.items()):
             losses = (means.get((arm, place, at)) for at in grid)
             shown = ("" if loss is None else "diverged" if math.isnan(loss) else f"{loss:.4f}" for loss in losses)
-            yield f"{told:<{wide}}" + "".join(f"{text:>9}" for text in shown)
+            yield f"{told:<{wide}}" + "".join(f"{text:>10}" for text in shown)
+
+
+def _at(log2_factor: float, unit: float) -> str:
+    """A column's head: a factor, or what it comes to where that is known."""
+    return f"2^{log2_factor:g}" if unit == 1 else f"{unit * 2.0**log2_factor:.4g}"
 
 
 def run_sweep(
-    sweep: Sweep,
+    sweep: AnySweep,
     out: Path,
     engine: Engine,
     *,
@@ -138,17 +142,15 @@ def run_sweep(
     Raises:
         ConfigError: If `out` is in use, cannot be written, or holds runs of another base.
     """
-    corpus, _ = find_corpus(sweep.base.data, sweep.base.tokenizer)
-    for arm, sizes in itertools.product(sweep.arms, sweep.sized):
-        model_config(sweep.config_at(arm, sizes), corpus)  # raises for an impossible shape
+    data = sweep.check()
     began = time.monotonic()
     stopped = False
     with open_folder(out) as scratch, closing(_Progress(progress, *part)) as shown:
-        corpus = replace(corpus, fingerprint=check_and_record(sweep, out, corpus))
+        data = check_and_record(sweep, out, data)
         deadline = math.inf if budget_minutes is None else began + 60 * budget_minutes
-        shown.say(f"seeds draw the {_seeds_draw(sweep.base)}")
+        shown.say(f"seeds draw the {sweep.seeds_draw()}")
         runner = _SweepRunner(out, scratch, engine, shown, deadline, math.inf if budget_flops is None else budget_flops)
-        if other := _of_other_code(runner.done.values()):
+        if other := _of_other_code(runner.done.values(), sweep.source()):
             shown.say(other)
         keys = itertools.product((arm.name for arm in sweep.arms), sweep.places)
         points = {key: set(map(float, sweep.log2_factors)) for key in keys}
@@ -156,7 +158,7 @@ def run_sweep(
             points = {key: points[key] | set(losses) for key, losses in runner.curves(points).items()}
         try:
             with signals_interrupt():
-                while runner.run(sweep.run_specs(points, corpus)) and sweep.adaptive:
+                while runner.run(sweep.run_specs(points, data)) and sweep.adaptive:
                     curves = runner.curves(points)
                     more = {
                         key: points[key] | propose_points(curves[key], sweep.log2_factors, sweep.refine)
@@ -168,7 +170,7 @@ def run_sweep(
         except KeyboardInterrupt as stop:
             stopped = True
             shown.say(f"stopped by {stop}; {len(runner.done)} runs are finished, rerun the command to resume")
-        wanted = sweep.run_specs(points, corpus)
+        wanted = sweep.run_specs(points, data)
         left = [spec for spec in wanted if spec.id not in runner.done and str(spec) not in runner.failed]
         note_failed(out, (spec for spec in wanted if str(spec) in runner.failed))
         results = tuple(sorted(runner.done.values(), key=place_of))
@@ -177,16 +179,8 @@ def run_sweep(
         return SweepResult(out, sweep.axes, results, runner.ran, runner.failed, len(left), stopped, took, used_up)
 
 
-def _seeds_draw(cfg: TrainConfig) -> str:
-    """What differs between the seeds of a sweep."""
-    if cfg.data_order == "record":
-        return "initialisation; the data keep the record's order, the same for all seeds, in the first epoch"
-    return "initialisation and the order of the data"
-
-
-def _of_other_code(results: Iterable[RunResult]) -> str:
-    """A line about results that other code made than what runs now, or nothing."""
-    mine = source_sha256()
+def _of_other_code(results: Iterable[RunResult], mine: str) -> str:
+    """A line about results that other code made than what runs now, or nothing. mine: a hash of that."""
     others = Counter(hashed for result in results if (hashed := result.made_with.get("source_sha256", mine)) != mine)
     if not others:
         return ""
@@ -208,7 +202,7 @@ class _SweepRunner:
         self.ran = 0
         self.tries: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
-        self.waiting: list[RunSpec] = []
+        self.waiting: list[AnyRun] = []
 
     def curves(self, points: Collection[tuple[str, Place]]) -> dict[tuple[str, Place], dict[float, float]]:
         """(arm, place) -> log2 factor -> mean loss of the finished runs, for those in `points`."""
@@ -218,10 +212,10 @@ class _SweepRunner:
                 curves[arm, place][at] = loss
         return curves
 
-    def run(self, specs: Sequence[RunSpec]) -> bool:
+    def run(self, specs: Sequence[AnyRun]) -> bool:
         """Make those runs of `specs` that are not done, failed ones up to ATTEMPTS times; False if the budget ended it."""
         while todo := [spec for spec in specs if spec.id not in self.done and self.tries[spec.id] < ATTEMPTS]:
-            self.waiting = sorted(todo, key=lambda spec: -spec.flops)
+            self.waiting = sorted(todo, key=lambda spec: (-spec.flops, -math.prod(spec.place)))
             self.shown.expect(len(self.waiting))
             with closing(self.engine.run(self._affordable(), self.scratch)) as outcomes:
                 for spec, outcome in outcomes:
@@ -231,7 +225,7 @@ class _SweepRunner:
                 return False
         return True
 
-    def _affordable(self) -> Iterator[RunSpec]:
+    def _affordable(self) -> Iterator[AnyRun]:
         """Take waiting runs, longest first, as long as one fits the budget; with unknown cost, the shortest first."""
         while fitting := [spec for spec in self.waiting if self._fits(spec)]:
             spec = fitting[0 if self.cost_model.known or self.deadline == math.inf else -1]
@@ -239,23 +233,26 @@ class _SweepRunner:
             self.spent += spec.flops
             yield spec
 
-    def _fits(self, spec: RunSpec) -> bool:
+    def _fits(self, spec: AnyRun) -> bool:
         return time.monotonic() + self.cost_model.seconds(spec.sizes, spec.flops) <= self.deadline and self.pays_for(
             spec
         )
 
-    def pays_for(self, spec: RunSpec) -> bool:
+    def pays_for(self, spec: AnyRun) -> bool:
         """Whether the budget of FLOPs has room for `spec`."""
         return self.spent + spec.flops <= self.budget_flops
 
-    def _note(self, spec: RunSpec, outcome: RunResult | Failure) -> None:
+    def _note(self, spec: AnyRun, outcome: RunResult | Failure) -> None:
         """Keep a result; say a failure once."""
         name = str(spec)
         self.spent += (0.0 if isinstance(outcome, Failure) else outcome.flops) - spec.flops
         if isinstance(outcome, Failure):
             what = "failed"
+            if not outcome.again:
+                self.tries[spec.id] = ATTEMPTS
             if name not in self.failed:
-                self.shown.say(f"{name}: {outcome.why}; it will be tried {ATTEMPTS} times")
+                more = f"; it will be tried {ATTEMPTS} times" if outcome.again else ""
+                self.shown.say(f"{name}: {outcome.why}{more}")
             self.failed[name] = outcome.why
         else:
             what = "diverged" if outcome.diverged else f"loss {outcome.loss:.4f}"

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from speedrun_mup.config import TrainConfig, hashed_settings, settings, swept_settings
+from speedrun_mup.config import TrainConfig, computed_settings, settings, swept_settings
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.optimizers import OPTIMIZERS
+from speedrun_mup.data.corpus import find_corpus
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.explain import explain
 from speedrun_mup.param_groups import rates_of, without_effect
+from speedrun_mup.sweep.any_sweep import AnySweep
 from speedrun_mup.sweep.arms import ARMS, Arm, is_variant
-from speedrun_mup.training.flops import run_flops
-from speedrun_mup.transfer import SIZES, Axes
-from speedrun_mup.transfer.axes import Sizes, confounded, size_axis, sized, told_sizes
+from speedrun_mup.sweep.one_run import RunSpec
+from speedrun_mup.training.model_config import model_config
+from speedrun_mup.training.tracking import source_sha256
+from speedrun_mup.transfer import SIZES
+from speedrun_mup.transfer.axes import Sizes, size_axis, sized
 
-Place = tuple[int, ...]  # values on the size axes of a sweep, in their order
 VOCABULARY = 256  # of models whose rates are compared: they do not depend on it
-SCHEMA = 1  # of result.json; part of every id
-MOST_DOUBLINGS = 32.0  # either way that a grid may go
-MOST_SEEDS = 100
-
-
 ALL_RATES = {f"{optimizer}_lr": optimizer for optimizer in OPTIMIZERS}  # one factor on the rates of all its groups
 
 
@@ -52,63 +48,22 @@ def times(cfg: TrainConfig, hyperparameter: str, factor: float) -> TrainConfig:
     return replace(cfg, **tuned)
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """One run: its place in the table and its settings.
-
-    Args:
-        sizes: Name of a size axis of the sweep -> value.
-        log2_factor: On the hyperparameter.
-        corpus: Fingerprint of its data; vocab_size: their vocabulary.
-    """
-
-    arm: str
-    sizes: Mapping[str, int]
-    log2_factor: float
-    seed: int
-    cfg: TrainConfig
-    corpus: str
-    vocab_size: int
-
-    def __str__(self) -> str:
-        return f"{self.arm} {told_sizes(self.sizes)} 2^{self.log2_factor:g} seed {self.seed}"
-
-    @property
-    def size(self) -> int:
-        """Its place on the first size axis of the sweep."""
-        return next(iter(self.sizes.values()))
-
-    @property
-    def place(self) -> Place:
-        """Its place on all size axes of the sweep."""
-        return tuple(self.sizes.values())
-
-    @functools.cached_property
-    def id(self) -> str:
-        """16 hex digits, the same wherever it runs: a hash of its arm, what it computes, and the data."""
-        what = [SCHEMA, self.arm, self.corpus, hashed_settings(self.cfg)]
-        text = json.dumps(what, sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @functools.cached_property
-    def flops(self) -> float:
-        """What training it takes."""
-        return run_flops(self.cfg, self.vocab_size)
+def varied_settings(names: Iterable[str], held_tokens: int | None) -> set[str]:
+    """The settings that differ between the runs of a sweep over these size axes."""
+    varied = {*itertools.chain(*(size_axis(name).changes for name in names)), "seed", "parametrization"}
+    return varied | ({"iterations"} if held_tokens else set())
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Which runs to make.
+class Sweep(AnySweep):
+    """Which runs of this package's model to make.
 
     Args:
-        base: What all runs have in common, with a base_width.
-        sizes: Values of the size axis that `axes` names; or, for several axes at once, one mapping of name to value for each
-            size of run, all with the same names in the same order: ({"width": 64, "n_layer": 6}, {"width": 64, "n_layer": 12},
-            {"width": 128, "n_layer": 6}). Any set of sizes will do that tells its axes apart, not only full grids (`grid_of`).
-        log2_factors: The grid: powers of two on the hyperparameter (`can_be_swept`).
-        axes: The hyperparameter; and the size, where there is one axis.
-        adaptive: Extend the grid where the minimum turns out to be at its edge.
-        refine: Where it is not, add the points halfway between those around the minimum, else one point on its better side.
+        base: The settings of all runs, with a base_width.
+        sizes: See `AnySweep`; `sized` says how a run gets them.
+        arms: Parametrizations.
+        log2_factors: See `AnySweep`, as seeds, adaptive and refine.
+        axes: The size, where there is one axis, and the hyperparameter (`can_be_swept`).
         held_tokens: Tokens of every run where batch_tokens is an axis: the steps follow. None: the steps stay as in `base`.
 
     Raises:
@@ -116,32 +71,17 @@ class Sweep:
     """
 
     base: TrainConfig
-    sizes: tuple[int | Sizes, ...]
     arms: tuple[Arm, ...] = (ARMS["mup"],)
-    log2_factors: tuple[float, ...] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    axes: Axes = Axes("width", "lr_scale")
-    adaptive: bool = True
-    refine: bool = True
     held_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
-        named = {self._plural: self.places, "arms": [arm.name for arm in self.arms]}
-        for name, values in {**named, "--octaves": self.log2_factors, "seeds": self.seeds}.items():
-            if not values or len(set(values)) < len(values):
-                shown = ",".join(str(value[0] if isinstance(value, tuple) else value) for value in values)
-                raise ConfigError(f"{name}={shown}: name at least one, and none twice")
-        if len(self.seeds) > MOST_SEEDS:
-            raise ConfigError(f"{len(self.seeds)} seeds: give at most {MOST_SEEDS}")
+        super().__post_init__()
         self._check_hyperparameter()
         if self.base.base_width is None:
             raise ConfigError("a sweep needs the width that its settings were tuned at; give --base-width")
 
     def _check_sizes(self) -> None:
-        names = [tuple(size) for size in self.sizes if isinstance(size, Mapping)]
-        if names and (len(names) < len(self.sizes) or len(set(names)) > 1 or not names[0]):
-            raise ConfigError("sizes: give every run the same axes in the same order, such as width=64, n_layer=6")
         for name in self.size_names:
             if unread := set(size_axis(name).changes) - settings().keys():
                 have = ", ".join(axis.name for axis in SIZES.values() if set(axis.changes) <= settings().keys())
@@ -154,8 +94,6 @@ class Sweep:
             )
         if self.held_tokens is not None and {"tokens", "iterations"} & {*self.size_names}:
             raise ConfigError("tokens are an axis and cannot be held; leave --hold out")
-        if problem := confounded(self.sized):
-            raise ConfigError(f"sizes: {problem}")
 
     def _check_hyperparameter(self) -> None:
         tuned = self.axes.hyperparameter
@@ -173,29 +111,6 @@ class Sweep:
                 if not getattr(cfg, name):
                     flag = "--" + name.replace("_", "-")
                     raise ConfigError(f"{name}=0 stays 0 under any factor; give {flag} what the factor 1 stands for")
-        if far := [at for at in self.log2_factors if not abs(at) <= MOST_DOUBLINGS]:
-            limits = f"from -{MOST_DOUBLINGS:g} to {MOST_DOUBLINGS:g}"
-            raise ConfigError(f"--octaves={far[0]:g} must be {limits}: the log2 of a factor on {tuned}")
-
-    @property
-    def size_names(self) -> tuple[str, ...]:
-        """The size axes."""
-        first = self.sizes[0] if self.sizes else 0
-        return tuple(first) if isinstance(first, Mapping) else (self.axes.size,)
-
-    @functools.cached_property
-    def sized(self) -> tuple[Sizes, ...]:
-        """Every size of run: name of an axis -> value."""
-        return tuple(dict(size) if isinstance(size, Mapping) else {self.axes.size: size} for size in self.sizes)
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """The same, the values alone."""
-        return tuple(tuple(sizes.values()) for sizes in self.sized)
-
-    @property
-    def _plural(self) -> str:
-        return self.axes.plural if len(self.size_names) == 1 else "sizes"
 
     @functools.cached_property
     def predicted(self) -> dict[str, dict[str, float]]:
@@ -232,7 +147,7 @@ class Sweep:
         return max(apart, key=abs, default=0.0)
 
     def told(self) -> Iterator[str]:
-        """What varies and what stays, for the beginning of a sweep, a line each."""
+        """See `AnySweep`."""
         for name in self.size_names:
             values = dict.fromkeys(sizes[name] for sizes in self.sized)
             base = getattr(self.base, size_axis(name).base_setting, None)
@@ -256,6 +171,39 @@ class Sweep:
         """The settings of a run of `arm` at these sizes. Raises ConfigError for sizes that no run can have."""
         return replace(sized(self.base, sizes, self.held_tokens), **arm.settings)
 
+    def check(self) -> Corpus:
+        """The corpus. Raises ConfigError for a shape that no model has."""
+        corpus, _ = find_corpus(self.base.data, self.base.tokenizer)
+        for arm, sizes in itertools.product(self.arms, self.sized):
+            model_config(self.config_at(arm, sizes), corpus)
+        return corpus
+
+    def definition(self, data: Corpus, known: Mapping[str, Any]) -> dict[str, Any]:
+        """See `AnySweep`. data: the corpus, which a folder may know by the fingerprint of an earlier edition."""
+        settings = {name: value for name, value in computed_settings(self.base).items() if name not in self.varied}
+        held = {"held_tokens": self.held_tokens} if self.held_tokens else {}
+        former = known.get("corpus", "")
+        return {**held, "corpus": former if data.is_known_as(former) else data.fingerprint, **settings}
+
+    def as_recorded(self, data: Corpus, recorded: Mapping[str, Any]) -> Corpus:
+        """See `AnySweep`."""
+        return replace(data, fingerprint=recorded["corpus"])
+
+    @property
+    def varied(self) -> set[str]:
+        """The settings that differ from run to run, which are in no base of a sweep.json."""
+        return varied_settings(self.size_names, self.held_tokens)
+
+    def seeds_draw(self) -> str:
+        """See `AnySweep`."""
+        if self.base.data_order == "record":
+            return "initialisation; the data keep the record's order, the same for all seeds, in the first epoch"
+        return "initialisation and the order of the data"
+
+    def source(self) -> str:
+        """See `AnySweep`."""
+        return source_sha256()
+
     def run_spec(self, arm: Arm, sizes: int | Sizes, log2_factor: float, seed: int, corpus: Corpus) -> RunSpec:
         """One run. The data are named so that a worker with another working directory finds them too."""
         at = dict(sizes) if isinstance(sizes, Mapping) else {self.axes.size: sizes}
@@ -264,18 +212,3 @@ class Sweep:
         cfg = replace(self.config_at(arm, at), out="", name=None, resume=None, data=data, seed=seed, **quiet)
         cfg = times(cfg, self.axes.hyperparameter, 2.0**log2_factor)
         return RunSpec(arm.name, at, float(log2_factor), seed, cfg, corpus.fingerprint, corpus.vocab_size)
-
-    def run_specs(self, points: Mapping[tuple[str, Place], Iterable[float]], corpus: Corpus) -> list[RunSpec]:
-        """The runs of all seeds at `points`: (arm, place) -> log2 factors."""
-        return [
-            self.run_spec(arm, sizes, log2_factor, seed, corpus)
-            for arm in self.arms
-            for sizes in self.sized
-            for log2_factor in sorted(points[arm.name, tuple(sizes.values())])
-            for seed in self.seeds
-        ]
-
-
-def grid_of(values: Mapping[str, Sequence[int]]) -> tuple[Sizes, ...]:
-    """All combinations of the values of several axes, as `Sweep` takes them."""
-    return tuple(dict(zip(values, place)) for place in itertools.product(*values.values()))

@@ -1,0 +1,1 @@
+"""A sweep of any command: placeholders in, a loss out."""
