@@ -491,7 +491,8 @@ def test_transfer_and_report_read_the_folder(inside, capsys):
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_loses_nothing_and_each_run_is_made_once(fake):
     """kill -9 in mid-sweep: the command under way dies too, the rest is kept, and the same command line does what is left."""
-    (fake / "fake.py").write_text("open('begun', 'a').write(' '.join(__import__('sys').argv[1:4]) + '\\n')\n" + FAKE)
+    note = "with open('begun', 'a') as file: file.write(' '.join(__import__('sys').argv[1:4]) + '\\n')\n"
+    (fake / "fake.py").write_text(note + FAKE)
     words = [sys.executable, "-m", "speedrun_mup", *ARGS, "--octaves", "-2,-1,0,1,2", "--seeds", "2", "--workers", "2"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     folder = fake / "sweeps" / "sweep"
@@ -504,7 +505,8 @@ def test_a_sweep_that_is_killed_loses_nothing_and_each_run_is_made_once(fake):
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(read_results(folder)) == 20
-    begun = Counter((int(w), float(lr), int(seed)) for w, lr, seed in map(str.split, open("begun").read().splitlines()))
+    lines = (fake / "begun").read_text().splitlines()
+    begun = Counter((int(w), float(lr), int(seed)) for w, lr, seed in map(str.split, lines))
     assert len(begun) == 20 and all(begun[place] == 1 for place in done) and begun.total() <= 22
     assert json.loads((folder / "sweep.json").read_text())["base"]["trainer"] == "command"
 
