@@ -20,7 +20,7 @@ LARGEST = 2**53  # whole numbers up to here survive JSON, CSV and float64 in eve
 # Flags that a command has next to those of settings.
 _OF_COMMANDS = (
     "--adaptive --arm --arms --axes --axis --batch-tokens --budget --controls --diverged-exit --dry-run --engine "
-    "--flops --generate --help --hold --hyperparameter --initial-loss --json --keep --knob --metric --octaves "
+    "--flops --generate --help --hold --hyperparameter --initial-loss --json --keep --knob --metric --metric-file --octaves "
     "--params --preset --priors --profile --run --seeds --set --shell --steps --timeout --tokens --values --vocab "
     "--widths --workers"
 )

@@ -16,6 +16,7 @@ COMMAND_FLAGS = (
     "run",
     "arm",
     "metric",
+    "metric_file",
     "set",
     "params",
     "flops",
@@ -48,6 +49,12 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         "--metric",
         metavar="PATTERN",
         help="where its output has the loss: 'step {step}: .* val loss {loss}', a regular expression; the last match counts",
+    )
+    group.add_argument(
+        "--metric-file",
+        metavar="PATH",
+        help="what it writes below {out}, if the loss is there: CSV, JSONL, TensorBoard, trainer_state.json, or the folder of "
+        "one; --metric is then its name, such as val/loss; of a text a pattern",
     )
     group.add_argument(
         "--set",

@@ -36,6 +36,7 @@ from speedrun_mup.sweep import (
 from speedrun_mup.sweep.command.formulas import Formulas
 from speedrun_mup.sweep.command.metric import Curve, NoMetric
 from speedrun_mup.sweep.command.template import Template
+from speedrun_mup.sweep.ignored import ignored
 from speedrun_mup.sweep_flags import with_file
 from speedrun_mup.transfer import Axes, Verdict
 
@@ -270,6 +271,52 @@ def test_a_run_that_fails_says_why_in_a_line_and_is_not_tried_again(fake, how, f
     assert not outcome.again
 
 
+WRITERS = {
+    "log.csv": ("step,val/loss,lr\n0,4.5,1\n100,{loss},1\n", "val/loss"),
+    "log.jsonl": ('{"step": 0, "eval": {"loss": 4.5}}\n{"step": 100, "eval": {"loss": {loss}}}\n', "eval/loss"),
+    "trainer_state.json": (
+        '{"log_history": [{"step": 0, "eval_loss": 4.5}, {"step": 100, "eval_loss": {loss}}]}',
+        "eval_loss",
+    ),
+    "notes.txt": ("step 0 loss 4.5\nstep 100 loss {loss}\n", "step {step} loss {loss}"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("loss", [3.25, 5.0, math.nan])
+def test_the_loss_may_be_in_a_file(inside, monkeypatch, name, loss):
+    content, metric = WRITERS[name]
+
+    def run(words, folder, log, timeout):
+        log.write_text("nothing here\n")
+        text = "NaN" if math.isnan(loss) else str(loss)
+        (Path(words[-1]) / name).write_text(content.replace("{loss}", text))
+        return 0
+
+    monkeypatch.setattr("speedrun_mup.sweep.command.run.run_and_keep", run)
+    sweep = sweep_of("prog {width} {lr} {out}", metric=Metric(metric, f"{{out}}/{name}"))
+    result = one(sweep)
+    assert result.diverged == (loss != 3.25) and result.steps == [0, 100] and result.curve[0] == 4.5
+    assert result.diverged or result.loss == 3.25
+    for other, fault in (
+        (Metric("val_los", f"{{out}}/{name}"), "there is "),
+        (Metric(metric, "{out}/none.csv"), "none.csv is not there; it last printed: nothing here; log: "),
+    ):
+        if not (name == "notes.txt" and other.is_name):
+            assert fault in one(sweep_of("prog {width} {lr} {out}", metric=other)).why
+    with pytest.raises(ConfigError, match="all runs would write this file"):
+        sweep_of("prog {width} {lr} {out}", metric=Metric(metric, name))
+
+
+def test_a_file_of_an_earlier_run_does_not_count(inside, monkeypatch):
+    old = inside / "32-0.001.csv"
+    old.write_text(WRITERS["log.csv"][0].replace("{loss}", "3"))
+    os.utime(old, (1e9, 1e9))
+    monkeypatch.setattr("speedrun_mup.sweep.command.run.run_and_keep", lambda *_: 0)
+    sweep = sweep_of("prog {width} {lr}", metric=Metric("val/loss", "{width}-{lr}.csv"))
+    assert "32-0.001.csv was not written by this run" in one(sweep).why
+
+
 @pytest.mark.parametrize(
     ("how", "options", "reason"),
     [
@@ -380,6 +427,25 @@ def test_one_that_fails_costs_itself_only(fake):
         "failed: run width 64 lr 0.001 seed 0: it ended with exit code 7; it printed nothing; log: " in result.summary()
     )
     assert len(read_definition(Path("s"))["failed"]) == 2
+
+
+@pytest.mark.parametrize("name", ["lr", "width", "seed"])
+def test_a_program_that_ignores_a_placeholder_is_named(inside, name):
+    place = {"lr": "{lr}", "width": "{width}", "seed": "{seed}"}
+    fixed = place | {name: {"lr": "0.001", "width": "48", "seed": "0"}[name]}
+    command = (
+        f"{sys.executable} -I -S fake.py {fixed['width']} {fixed['lr']} {fixed['seed']} {{out}} well {place[name]}"
+    )
+    (line,) = quietly(sweep_of(command, seeds=(0, 1))).ignored
+    assert line.startswith("the same loss 3.") and line.endswith(f"does the program use {{{name}}}?")
+    assert f" at {name} " in line and re.search("and [1-3] more such pairs", line)
+    assert not quietly(sweep_of(seeds=(0, 1)), "good").ignored
+
+
+def test_a_coarse_loss_that_two_runs_share_by_chance_is_no_copy(inside):
+    results = quietly(sweep_of(widths=(32,), grid=GRID)).results
+    coarse = [dataclasses.replace(run, loss=3.2, curve=[3.2]) for run in results]
+    assert not ignored([*coarse[:2], *results[2:]], "lr") and len(ignored(coarse, "lr")) == 1
 
 
 def test_another_command_pattern_or_trainer_is_another_sweep(inside):

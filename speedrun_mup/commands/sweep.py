@@ -170,7 +170,7 @@ def _command_sweep(asked: argparse.Namespace, sizes: Mapping[str, Sequence[int]]
     formulas |= {name: text for name in ("params", "flops") if (text := getattr(asked, name))}
     axes = Axes(next(iter(sizes)), asked.hyperparameter or "lr")
     program = Program(
-        Metric(asked.metric),
+        Metric(asked.metric, asked.metric_file),
         formulas,
         seconds_of("timeout", asked.timeout) if asked.timeout else None,
         asked.initial_loss,

@@ -21,7 +21,8 @@ def facts_of_programs(source: Path, runs: Sequence[RunResult]) -> Iterator[tuple
             yield f"Command of {printable(name, 60)}", f"`{printable(command, 500)}`"
     base = definition["base"]
     if "metric" in base:
-        yield "Loss", f"what `{printable(base['metric'])}` finds last"
+        where = f" in `{printable(base['metric_file'])}`" if "metric_file" in base else ""
+        yield "Loss", f"the last `{printable(base['metric'])}`{where}"
     held = (f"{name} = {text}" for name, text in base.get("set", {}).items())
     yield "Values", printable(", ".join(held), 500)
     bad, seeds = sum(run.diverged for run in runs), len({run.seed for run in runs})

@@ -29,6 +29,7 @@ from speedrun_mup.sweep.folder import (
     replace_file,
 )
 from speedrun_mup.sweep.grid import propose_points
+from speedrun_mup.sweep.ignored import ignored
 from speedrun_mup.sweep.measure import made_differently
 from speedrun_mup.sweep.result import Failure, Place, RunResult, mean_losses, place_of
 from speedrun_mup.training.flops import run_flops
@@ -50,6 +51,7 @@ class SweepResult:
         failed: Run -> reason, after ATTEMPTS.
         left: Wanted runs that neither finished nor failed.
         stopped: By a signal.
+        ignored: What is varied and a program does not seem to use, a sentence each.
         used_up: Nothing but the budget of FLOPs, which has no room for any of those left, is in the way.
     """
 
@@ -62,6 +64,7 @@ class SweepResult:
     stopped: bool
     seconds: float
     used_up: bool
+    ignored: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -88,6 +91,7 @@ class SweepResult:
             *(f"failed: {run}: {why}" for run, why in self.failed.items()),
         ]
         lines += [f"warning: {doubt.text}" for doubt in made_differently(self.results, self.axes)]
+        lines += [f"warning: {line}" for line in self.ignored]
         if self.used_up:
             lines.append(f"FLOP budget exhausted, {self.left} runs left; raise --budget to continue")
         elif self.left:
@@ -176,7 +180,10 @@ def run_sweep(
         results = tuple(sorted(runner.done.values(), key=place_of))
         used_up = bool(left) and not stopped and not runner.failed and not any(map(runner.pays_for, left))
         took = time.monotonic() - began
-        return SweepResult(out, sweep.axes, results, runner.ran, runner.failed, len(left), stopped, took, used_up)
+        unused = tuple(ignored(results, sweep.axes.hyperparameter) if sweep.trainer else ())
+        return SweepResult(
+            out, sweep.axes, results, runner.ran, runner.failed, len(left), stopped, took, used_up, unused
+        )
 
 
 def _of_other_code(results: Iterable[RunResult], mine: str) -> str:

@@ -1,4 +1,4 @@
-"""The loss of a run, found in what a command printed: a pattern, of which the last match counts."""
+"""The loss of a run: a pattern for what its command printed, of which the last match counts, or a name in a file."""
 
 from __future__ import annotations
 
@@ -44,21 +44,31 @@ class Curve:
 
 @dataclass(frozen=True)
 class Metric:
-    """A regular expression with {loss}, and {step} if the lines have one, for the lines of a command's output.
+    """Where the loss of a run is.
 
-    Braces around another name are refused; {3} and {2,5} are the repetitions of regular expressions.
+    Args:
+        pattern: A regular expression with {loss}, and {step} if the lines have one, for the lines of a command's output or of
+            a text file; braces around another name are refused, {3} and {2,5} are repetitions. Or, without braces, the name
+            of the loss in `file`.
+        file: What the command writes, with placeholders: a text file for a pattern, else a file or folder for
+            `files.read_logged`. None: its output.
     """
 
     pattern: str
+    file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.is_name:
+            if "{" in self.pattern.replace("{{", ""):
+                raise ConfigError(f"--metric {printable(self.pattern, 100)}: write {{loss}} once where it stands")
+            return
         names = _PLACEHOLDER.findall(self.pattern)
         if unknown := [name for name in names if name not in _KINDS]:
             raise ConfigError(
                 f"--metric: {{{unknown[0]}}} is unknown; there are {{loss}}, and {{step}} where lines have one"
             )
         if names.count("loss") != 1 or names.count("step") > 1:
-            such = "such as 'val loss {loss}' or 'step {step}: .* val loss {loss}'"
+            such = "such as 'step {step}: .* val loss {loss}', or name its file with --metric-file"
             raise ConfigError(f"--metric {printable(self.pattern, 100)}: write {{loss}} once where it stands, {such}")
         try:
             found = self.expression.search("")
@@ -67,13 +77,18 @@ class Metric:
         if found:
             raise ConfigError(f"--metric {printable(self.pattern, 100)}: it matches nothing at all")
 
+    @property
+    def is_name(self) -> bool:
+        """Whether it is a name in a file, not a pattern."""
+        return self.file is not None and "{loss}" not in self.pattern
+
     @cached_property
     def expression(self) -> re.Pattern[str]:
         """What is searched for in a line."""
         return re.compile(_PLACEHOLDER.sub(lambda found: _KINDS[found[1]], self.pattern))
 
     def read(self, log: Path) -> tuple[float, Curve]:
-        """The last loss, nan and inf included, and all of them.
+        """The last loss in a text, nan and inf included, and all of them.
 
         Raises:
             NoMetric: Nothing matches.
@@ -85,5 +100,6 @@ class Metric:
                     step = match["step"] if "step" in match.re.groupindex else len(found)
                     found.append((int(step), float(match["loss"])))
         if not found:
-            raise NoMetric(f"no line of its output matches --metric {self.pattern!r}")
+            where = printable(log) if self.file is not None else "its output"
+            raise NoMetric(f"no line of {where} matches --metric {self.pattern!r}")
         return found[-1][1], Curve.of(found)

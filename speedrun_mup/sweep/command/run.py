@@ -17,15 +17,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from speedrun_mup.files import printable, read_bytes
 from speedrun_mup.sweep.any_sweep import AnyRun
 from speedrun_mup.sweep.command import keeper
+from speedrun_mup.sweep.command.files import read_logged
 from speedrun_mup.sweep.command.formulas import Number
 from speedrun_mup.sweep.command.metric import Curve, Metric, NoMetric
-from speedrun_mup.sweep.command.template import Template
+from speedrun_mup.sweep.command.template import Template, filled_text
 from speedrun_mup.sweep.result import SCHEMA, Failure, RunResult
 from speedrun_mup.training.tracking import clock
 from speedrun_mup.transfer.axes import told_sizes
@@ -75,6 +76,15 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What was found of a run's losses. problem: why there are none."""
+
+    loss: float = math.nan
+    curve: Curve = field(default_factory=Curve)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class CommandRun(AnyRun):
     """One run of a command.
 
@@ -100,7 +110,9 @@ class CommandRun(AnyRun):
     @functools.cached_property
     def id(self) -> str:
         """16 hex digits, the same wherever it runs: a hash of its arm, what is run, and which loss is read."""
-        what = [SCHEMA, COMMAND, self.arm, self.words("{out}"), self.program.metric.pattern]
+        metric = self.program.metric
+        what = [SCHEMA, COMMAND, self.arm, self.words("{out}"), metric.pattern]
+        what += [] if metric.file is None else [metric.file]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
     @functools.cached_property
@@ -131,7 +143,7 @@ class CommandRun(AnyRun):
         log.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out, ignore_errors=True)  # of an attempt that was cut off
         out.mkdir(parents=True)
-        source = self.program.source()
+        source, since = self.program.source(), time.time()
         try:
             code = run_and_keep(self.words(str(out)), self.program.folder, log, self.program.timeout)
             took = time.perf_counter() - began
@@ -140,18 +152,29 @@ class CommandRun(AnyRun):
                     f"it did not end within {clock(self.program.timeout or 0)} (--timeout) and was killed{_end(log)}",
                     False,
                 )
-            return self._result(code, log, took, source)
+            return self._result(code, log, took, source, self._reading(out, log, since))
         finally:
             if not self.program.keep:
                 shutil.rmtree(out, ignore_errors=True)
 
-    def _result(self, code: int, log: Path, took: float, source: str) -> RunResult | Failure:
-        """What came of a command that ended."""
-        program, loss, curve, problem = self.program, math.nan, Curve(), ""
+    def _reading(self, out: Path, log: Path, since: float) -> Reading:
+        """Its losses, in its log or in a file that it wrote. since: when it began."""
+        metric = self.program.metric
         try:
-            loss, curve = program.metric.read(log)
+            if metric.file is None:
+                return Reading(*metric.read(log))
+            named = Path(self.program.folder, filled_text(metric.file, {**self.values, "out": out}, "--metric-file"))
+            if metric.is_name:
+                return Reading(*read_logged(named, metric.pattern, since))
+            if not named.is_file():
+                raise NoMetric(f"--metric-file {printable(named)} is not there")
+            return Reading(*metric.read(named))
         except NoMetric as fault:
-            problem = str(fault)
+            return Reading(problem=str(fault))
+
+    def _result(self, code: int, log: Path, took: float, source: str, found: Reading) -> RunResult | Failure:
+        """What came of a command that ended."""
+        loss, curve, problem = found.loss, found.curve, found.problem
         reason = self._divergence(code, loss, curve, problem)
         if code and not reason:
             return Failure(f"it ended with {_told_exit(code)}{_end(log)}", again=code >= 128)

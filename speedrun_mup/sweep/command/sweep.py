@@ -19,7 +19,7 @@ from speedrun_mup.sweep.any_sweep import AnySweep
 from speedrun_mup.sweep.arms import Arm
 from speedrun_mup.sweep.command.formulas import Formulas, Number
 from speedrun_mup.sweep.command.run import COMMAND, FLOPS, GIVEN, MOST_SOURCE, PARAMS, CommandRun, Program
-from speedrun_mup.sweep.command.template import Template
+from speedrun_mup.sweep.command.template import Template, names_in
 from speedrun_mup.sweep.folder import SCRATCH
 from speedrun_mup.transfer.axes import Sizes
 
@@ -69,6 +69,8 @@ class CommandSweep(AnySweep):
             )
         for arm in self.arms:
             self._check_names(arm)
+        self._check_file()
+        for arm in self.arms:
             self.run_spec(arm, self.sized[0], self.log2_factors[0], self.seeds[0], None).words("out")
 
     def _check_names(self, arm: Arm) -> None:
@@ -86,6 +88,28 @@ class CommandSweep(AnySweep):
         if lost := [name for name in (*self.size_names, tuned, *several) if name not in reached]:
             fix = f"write {{{lost[0]}}} into it" + (", or give --seeds 1" if lost[0] == "seed" else "")
             raise ConfigError(f"{command.what}: {lost[0]} varies, and the command has no {{{lost[0]}}}; {fix}")
+
+    @functools.cached_property
+    def _in_file(self) -> frozenset[str]:
+        """The placeholders in the name of the file that has the loss."""
+        return names_in(self.base.metric.file or "", "--metric-file")
+
+    def _check_file(self) -> None:
+        """ConfigError for a file of losses that several runs would write at once."""
+        if unknown := sorted(self._in_file - {*self.size_names, *GIVEN, *self.base.formulas}):
+            raise ConfigError(
+                f"--metric-file: nothing gives {{{unknown[0]}}} a value; there are out, seed, sizes and --set"
+            )
+        own = {*self.size_names, self.axes.hyperparameter} | ({"seed"} if len(self.seeds) > 1 else set())
+        if (
+            self.base.metric.file is not None
+            and "out" not in self._in_file
+            and (len(self.arms) > 1 or own - self._in_file)
+        ):
+            raise ConfigError(
+                f"--metric-file {printable(self.base.metric.file, 80)}: all runs would write this file; have the command write "
+                "below {out}, and name that"
+            )
 
     def _leads(self, name: str, tuned: str) -> bool:
         """Whether a placeholder depends on the hyperparameter."""
@@ -165,7 +189,9 @@ class CommandSweep(AnySweep):
         """See `AnySweep`."""
         costs = (FLOPS, PARAMS)
         held = {name: text for name, text in self.base.formulas.items() if name not in costs}
-        return {"metric": self.base.metric.pattern, "set": held, "shell": self.base.shell}
+        metric = self.base.metric
+        file = {} if metric.file is None else {"metric_file": metric.file}
+        return {"metric": metric.pattern, **file, "set": held, "shell": self.base.shell}
 
     def seeds_draw(self) -> str:
         """See `AnySweep`."""
@@ -181,7 +207,8 @@ class CommandSweep(AnySweep):
         tuned = self.unit * 2.0**log2_factor
         given: dict[str, Number] = {**at, "seed": seed, self.axes.hyperparameter: tuned}
         command = self.template(arm)
-        values = {name: self._formulas.value(name, given) for name in sorted(command.names - {"out"})}
+        names = command.names | self._in_file
+        values = {name: self._formulas.value(name, given) for name in sorted(names - {"out"})}
         return CommandRun(
             *(arm.name, at, float(log2_factor), seed, command, self.program, values, self.unit),
             cost=self._cost(given),

@@ -89,6 +89,16 @@ class Template:
                 yield shlex.quote(shown) if self.shell else shown
 
 
+def filled_text(text: str, values: Mapping[str, object], what: str) -> str:
+    """A text with placeholders, such as a path, with their values. what: the flag that it comes from."""
+    return "".join(literal + (format(values[name], how) if name else "") for literal, name, how in _parts(text, what))
+
+
+def names_in(text: str, what: str) -> frozenset[str]:
+    """The placeholders of a text. Raises ConfigError for what is none."""
+    return frozenset(name for _, name, _ in _parts(text, what) if name)
+
+
 def _parts(word: str, what: str) -> Iterator[tuple[str, str, str]]:
     """(text, placeholder after it, its format) of a word; no placeholder at the end. Raises ConfigError."""
     try:

@@ -42,7 +42,7 @@ class Curve:
     """A number that was logged again and again, of which only what can stand for the run is kept."""
 
     def __init__(self) -> None:
-        self.step = -math.inf
+        self.step, self.start, self.first = -math.inf, math.inf, math.nan
         self.last, self.lowest, self.highest = math.nan, math.inf, -math.inf
 
     @staticmethod
@@ -55,6 +55,8 @@ class Curve:
 
     def add(self, step: float, value: float) -> None:
         """One value; of two at one step the later one counts."""
+        if step < self.start:
+            self.start, self.first = step, value
         if step >= self.step:
             self.step, self.last = step, value
         if math.isfinite(value):
