@@ -9,6 +9,7 @@ import gzip
 import importlib
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -43,6 +44,7 @@ SHORT = (
     (r"^plan .*--preset record26", "--data synthetic --iterations 3"),
     (r"^plan .*--tokens", "--data synthetic"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
+    (r"^sweep .*(--run|toml)", "--octaves -1 0 1 --no-adaptive"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
     (r"^coord-check my_models:", "--widths 16 32 64 --seeds 1 --steps 3 --no-progress"),
     (r"^coord-check .*--axis ", CHECK.replace("--widths 16 32 64", "--base-width 32")),
@@ -128,9 +130,17 @@ class _Parsed(Exception):
     pass
 
 
+def write_sweep_toml(folder: Path) -> None:
+    """The file that the page shows."""
+    page = (ROOT / "docs" / "any-trainer.md").read_text()
+    (folder / "sweep.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+
+
 @pytest.fixture
-def only_parse(monkeypatch):
+def only_parse(monkeypatch, tmp_path):
     """Commands end where their flags are parsed."""
+    monkeypatch.chdir(tmp_path)
+    write_sweep_toml(tmp_path)
 
     def stop(module):
         parse = module.parse
@@ -159,6 +169,7 @@ def test_every_command_parses_as_it_is_written(only_parse, capsys):
 # Flags of torchrun, sbatch and the scripts in benchmarks/, which the pages also name.
 FOREIGN = """--nproc_per_node --max-restarts --signals-to-handle --rdzv-id --requeue --signal
 --nnodes --rdzv-backend --rdzv-endpoint --nodes --ntasks-per-node --gpus-per-node --open-mode
+--n_embd --learning_rate --max_iters --seed --out_dir --lr
 --from --count --kills --publish --quick --all --no-deps --model --model_args"""
 
 
@@ -190,6 +201,9 @@ def workspace(tmp_path, monkeypatch, texts):
         lines = [json.dumps({"text": part}) for part in texts.split("\n\n")]
         (tmp_path / name).write_bytes(gzip.compress("\n".join(lines).encode()))
     (tmp_path / "my_models.py").write_text(MODELS)
+    (tmp_path / "my_train.py").symlink_to(ROOT / "tests" / "helpers" / "nano_train.py")
+    write_sweep_toml(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for name, logs in LOGS.items():
         if logs.endswith(".gz"):
             (tmp_path / name).write_bytes(gzip.decompress((ROOT / "tests" / "data" / "logs" / logs).read_bytes()))
