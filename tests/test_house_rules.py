@@ -17,6 +17,7 @@ FLOORS = [
         "core.mup",
         "core.kernels.triton",
         "core.utils",
+        "callables",
         "files",
         "interrupts",
         "packages",
@@ -58,7 +59,19 @@ FLOORS = [
     ["data"],
     ["training.run_folder", "sample", "evaluate"],
     ["training"],
-    ["bench", "bench_generate", "coord_check", "doctor", "explain", "export", "plan", "report", "sweep", "transfer"],
+    [
+        "bench",
+        "bench_generate",
+        "coord_check",
+        "doctor",
+        "explain",
+        "export",
+        "functions",
+        "plan",
+        "report",
+        "sweep",
+        "transfer",
+    ],
     ["commands", "cli"],
 ]
 

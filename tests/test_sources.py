@@ -1,11 +1,14 @@
 """Tables in every dialect, and logs of other programs: files that these wrote are in tests/data/logs."""
 
+import contextlib
 import gzip
 import json
 import math
 import random
 import shutil
+import sqlite3
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +178,7 @@ def test_a_folder_of_logs_is_measured_and_reported_by_the_commands(tmp_path, cap
     [
         ({"names": "{width}-{width}"}, "give settings between braces, each once"),
         ({"names": "width"}, "give settings between braces, each once"),
+        ({"names": "{1}-{width}"}, "give settings between braces, each once"),
         ({"names": "x{width}"}, "--names x{width}: the run w128-lr0.0025-s0 has another name"),
         ({"form": "mlflow"}, f"--format mlflow: give one of {', '.join(FORMATS)}"),
         ({"form": "wandb"}, "--format wandb: no runs of W&B in .*; it has TensorBoard event files"),
@@ -254,6 +258,32 @@ def test_a_message_is_its_fields():
     """150 and "testing" are the examples of the format's own documentation."""
     message = b"\x08\x96\x01\x12\x07testing\x1d" + struct.pack("<f", 0.5) + b"\x21" + struct.pack("<d", 0.1)
     assert list(fields(message)) == [(1, 150), (2, b"testing"), (3, 0.5), (4, 0.1)]
+
+
+def test_settings_without_end_are_refused(tmp_path):
+    """YAML can repeat a group within groups; each level here has ten times the groups of the one before, all empty."""
+    levels = [
+        "a0: &a0 {}",
+        *(f"a{n}: &a{n} {{{', '.join(f'k{k}: *a{n - 1}' for k in range(10))}}}" for n in range(1, 11)),
+    ]
+    (tmp_path / "hparams.yaml").write_text("\n".join(levels))
+    (tmp_path / "metrics.csv").write_text("step,val_loss\n0,3\n")
+    began = time.process_time()
+    with pytest.raises(TransferError, match="more than 20,000 settings in one run"):
+        read_table(tmp_path)
+    assert time.process_time() - began < 2
+
+
+def test_a_study_whose_tables_disagree_is_read_as_far_as_they_agree(tmp_path):
+    copy = tmp_path / "study.db"
+    copy.write_bytes(gzip.decompress((LOGS / "optuna.db.gz").read_bytes()))
+    with contextlib.closing(sqlite3.connect(copy)) as database:
+        database.execute("PRAGMA foreign_keys = OFF")
+        database.execute("UPDATE trial_values SET value = 'x' WHERE trial_id = 1")
+        database.execute("DELETE FROM trials WHERE trial_id = 2")
+        database.commit()
+    table = read_table(copy)
+    assert len(table.points) == 27 and sum(math.isnan(run.loss) for run in table.points) == 1
 
 
 def test_a_database_is_not_written_next_to(tmp_path):

@@ -7,8 +7,11 @@
 
 The proxies train for as many steps on as many tokens as the target: it is width that learning rates transfer over. A plan
 over several sizes makes them smaller in depth, batch and tokens too, and measures what that does (`joint`).
+
+`speedrun_mup.plan(...)` is `functions.plan`.
 """
 
+from speedrun_mup.callables import make_callable
 from speedrun_mup.plan.design import Budget, NoPlanFits, Plan, choose_plan, design_table, expected_lr_error
 from speedrun_mup.plan.folder import PLAN, Prediction, load_plan, make_plan, read_plan, run_plan, save_plan
 from speedrun_mup.plan.joint import JointPlan, choose_joint_plan, whole_target
@@ -28,6 +31,8 @@ from speedrun_mup.plan.joint_folder import (
 )
 from speedrun_mup.plan.known import published_priors
 from speedrun_mup.plan.prediction import Comparison, compare, predict
+
+make_callable(__name__)
 
 __all__ = [
     "PLAN",

@@ -218,7 +218,7 @@ def choose_plan(
     candidates, costs = _proxy_widths(target), CostModel(read_results(out))
 
     def designs() -> list[Plan]:
-        whole = [(*choice, grid) for choice in _ladders(candidates) for grid in (FULL, LEAN)]
+        whole = [(*choice, grid) for choice in ladders(candidates) for grid in (FULL, LEAN)]
         short = [(*choice, LEAN) for choice in _short_ladders(target)]
         return [_design(target, *choice, engine.workers, costs, corpus) for choice in (*whole, *short)]
 
@@ -285,7 +285,7 @@ def _proxy_widths(target: TrainConfig) -> list[int]:
     return widths
 
 
-def _ladders(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def ladders(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Neighbouring widths, at least as many as a verdict needs, and their numbers of seeds."""
     for first, last in itertools.combinations(range(len(candidates) + 1), 2):
         count = last - first
@@ -297,7 +297,7 @@ def _ladders(candidates: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int
 
 
 def _short_ladders(target: TrainConfig) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cheaper than any of `_ladders`: widths of one, two and three heads, which span too little for a verdict."""
+    """Cheaper than any of `ladders`: widths of one, two and three heads, which span too little for a verdict."""
     widths = tuple(target.head_dim * count for count in (1, 2, 3))
     if widths[-1] < target.width:
         yield widths, (4, 2, 1)

@@ -9,8 +9,11 @@ holds the folder's lock writes there, so workers may die at any moment. The same
 with the same base adds to the folder. Runs differ in nothing but arm, size, seed and a factor 2**log2_factor on one
 hyperparameter. A seed draws initialisation and, but in the record's own order, the order of the data, so that all runs of
 one seed share it (common random numbers) and seeds differ in both.
+
+`speedrun_mup.sweep(...)` is `functions.sweep`.
 """
 
+from speedrun_mup.callables import make_callable
 from speedrun_mup.sweep.any_sweep import AnyRun, AnySweep, grid_of, run_safely
 from speedrun_mup.sweep.arms import ARMS, Arm, arm_name, check_given, pick_arms
 from speedrun_mup.sweep.command.metric import Metric
@@ -27,12 +30,15 @@ from speedrun_mup.sweep.folder import (
     tuned_flag,
     write_csv,
 )
+from speedrun_mup.sweep.function import FunctionRun, FunctionSweep
 from speedrun_mup.sweep.grid import propose_points
 from speedrun_mup.sweep.measure import measure_sweep, measure_sweep_surface, points_of, read_along, read_curves
 from speedrun_mup.sweep.one_run import RunSpec, run_one
 from speedrun_mup.sweep.result import Failure, RunResult
 from speedrun_mup.sweep.run import SweepResult, run_sweep
 from speedrun_mup.sweep.spec import Sweep, times
+
+make_callable(__name__)
 
 __all__ = [
     "ARMS",
@@ -45,6 +51,8 @@ __all__ = [
     "CostModel",
     "Engine",
     "Failure",
+    "FunctionRun",
+    "FunctionSweep",
     "LocalEngine",
     "Metric",
     "Program",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+SAME = 1e-5  # log2: closer points are one
 MAX_EXTENSION = 3.0  # log2: beyond either end of the grid that was asked for
 
 
@@ -43,4 +44,5 @@ def propose_points(losses: Mapping[float, float], grid: Sequence[float], refine:
             to_the_right = stable.get(best + 1, math.inf) < stable.get(best - 1, math.inf)
             wanted = {best + (2 if to_the_right else -2)}
     low, high = min(grid) - MAX_EXTENSION, max(grid) + MAX_EXTENSION
-    return {at for at in wanted if low <= at <= high} - set(losses)
+    there = [*losses]  # sums of values that are no powers of 2 may differ in their last digit
+    return {at for at in wanted if low <= at <= high and all(abs(at - other) > SAME for other in there)}

@@ -13,8 +13,11 @@ Intervals speak of noise. Misfit of the quadratic is handled by the second, narr
 
 Arrays named draws, and the rows of `QuadraticFit`, hold the estimate from the data in row 0 and resamples in rows 1 to B.
 Shapes: S seeds, K stable values, W sizes, R = 1 + B rows.
+
+`speedrun_mup.transfer(...)` is `functions.transfer`.
 """
 
+from speedrun_mup.callables import make_callable
 from speedrun_mup.transfer.axes import SIZES, Axes, SizeAxis, with_article
 from speedrun_mup.transfer.claims import MADE_WITH, Doubt, differing, missing
 from speedrun_mup.transfer.fits import Array, Estimate, LossTable, QuadraticFit, SizeFit, fit_quadratics
@@ -29,6 +32,8 @@ from speedrun_mup.transfer.surface_results import AxisDrift, Surface, SurfaceFor
 from speedrun_mup.transfer.surface_verdict import SurfaceResult, measure_surface
 from speedrun_mup.transfer.table import RunTable, read_points, read_table
 from speedrun_mup.transfer.thresholds import Thresholds, Verdict
+
+make_callable(__name__)
 
 __all__ = [
     "MADE_WITH",

@@ -16,6 +16,7 @@ from speedrun_mup.transfer.columns import find_columns, step_column, units
 from speedrun_mup.transfer.points import Point, TransferError
 from speedrun_mup.transfer.setting_columns import is_setting, judge_settings
 from speedrun_mup.transfer.sources import read_source
+from speedrun_mup.transfer.sources.json_lines import rows_of_records
 from speedrun_mup.transfer.sources.logs import MIN, Curve, Rows, text_of
 
 MOST_RUNS, MOST_BYTES = 200_000, SMALL
@@ -213,6 +214,32 @@ class _Reader:
 def _some(names: Collection[str]) -> str:
     shown = ", ".join(printable(name, 100) for name in [*names][:NAMED])
     return shown + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def read_any(
+    table: Table,
+    axes: Axes,
+    columns: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
+    *,
+    loss: str = "",
+    names: str = "",
+    form: str = "",
+) -> RunTable:
+    """`read_table` for runs in whatever form: a path, a pandas table, rows as mappings, or runs as they are."""
+    if isinstance(table, str | Path):
+        return read_table(table, axes, columns, more, loss=loss, names=names, form=form)
+    if names or form:
+        raise TransferError("names and form are for logs; leave them out for a table that is in memory")
+    rows = table.to_dict("records") if hasattr(table, "to_dict") else list(table)
+    if rows and all(isinstance(row, Point) for row in rows):
+        return RunTable(axes, list(rows), (), ())
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise TransferError(
+            "runs: give a path, a pandas table, or rows that are mappings: {'width': 64, 'lr': 0.01, 'loss': 3}"
+        )
+    records = [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    return read_rows(rows_of_records(records, "a table"), Path("runs"), axes, columns, more, loss)
 
 
 def points_in(table: Table, sizes: Sequence[str], hyperparameter: str = RATE) -> list[Point]:

@@ -85,16 +85,17 @@ def read_optuna(files: Sequence[Path], root: Path) -> Iterator[LoggedRun]:
                 name = f"{cell_of(studies.get(study))} trial {number}"
                 trials[trial] = LoggedRun(name, {"study": cell_of(studies.get(study))}, state=cell_of(state))
             query = "SELECT trial_id, param_name, param_value, distribution_json FROM trial_params"
-            for trial, name, value, distribution in rows(query):
+            for trial, name, value, distribution in (row for row in rows(query) if row[0] in trials):
                 trials[trial].settings[str(name)] = _parameter(value, distribution)
             with contextlib.suppress(sqlite3.OperationalError):  # older storages have no such table
-                for trial, name, text in rows("SELECT trial_id, key, value_json FROM trial_user_attributes"):
+                query = "SELECT trial_id, key, value_json FROM trial_user_attributes"
+                for trial, name, text in (row for row in rows(query) if row[0] in trials):
                     trials[trial].settings.setdefault(str(name), cell_of(_plain(text)))
-            kinds = {"FINITE": 1.0, "INF_POS": math.inf, "INF_NEG": -math.inf}
-            for trial, objective, value, kind in rows(
-                "SELECT trial_id, objective, value, value_type FROM trial_values"
-            ):
-                number = float(value) if kind == "FINITE" and value is not None else kinds.get(kind, math.nan)
+            kinds = {"INF_POS": math.inf, "INF_NEG": -math.inf}
+            query = "SELECT trial_id, objective, value, value_type FROM trial_values"
+            for trial, objective, value, kind in (row for row in rows(query) if row[0] in trials):
+                finite = kind == "FINITE" and isinstance(value, int | float)
+                number = float(value) if finite else kinds.get(kind, math.nan)
                 trials[trial].add("value" if not objective else f"value_{objective}", -math.inf, number)
         yield from trials.values()
 

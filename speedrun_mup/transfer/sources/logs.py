@@ -200,7 +200,8 @@ def _by_pattern(name: str, pattern: str) -> dict[str, str]:
     """The settings in a run's name, by a pattern such as w{width}-lr{lr}, which is about as many folders as it names."""
     parts = re.split(r"\{(\w*)\}", pattern)
     fields = parts[1::2]
-    if not any(fields) or len({*filter(None, fields)}) < len([*filter(None, fields)]):
+    named = [name for name in fields if name]
+    if not named or len({*named}) < len(named) or not all(map(str.isidentifier, named)):
         raise TransferError(
             f"--names {printable(pattern, 60)}: give settings between braces, each once: w{{width}}-lr{{lr}}"
         )
@@ -245,18 +246,19 @@ def _read_settings(path: Path) -> Any:
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The plain values in nested settings, by their path, as text; lists are left out. TransferError for too many."""
-    for number, entry in enumerate(_flat(value, prefix, MOST_DEPTH)):
-        if number == MOST_ENTRIES:
-            raise TransferError(f"more than {MOST_ENTRIES:,} settings in one run")
-        yield entry
-
-
-def _flat(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, entry in value.items() if depth else ():
-            yield from _flat(entry, f"{prefix}/{name}" if prefix else str(name), depth - 1)
-    elif prefix and isinstance(value, bool | int | float | str):
-        yield prefix, cell_of(value)
+    left, seen = [(prefix, value, MOST_DEPTH)], 0
+    while left:
+        name, one, depth = left.pop()
+        seen += 1
+        if seen > 4 * MOST_ENTRIES:  # also of groups within groups, which YAML can repeat without end
+            raise TransferError(f"more than {4 * MOST_ENTRIES:,} settings in one run")
+        if isinstance(one, Mapping) and depth:
+            inner = [(f"{name}/{key}" if name else str(key), entry, depth - 1) for key, entry in one.items()]
+            left += reversed(inner)
+        elif name:
+            one = one.item() if getattr(one, "shape", None) == () else one  # a number of numpy or torch
+            if isinstance(one, bool | int | float | str):
+                yield name, cell_of(one)
 
 
 def cell_of(value: Any) -> str:

@@ -61,7 +61,9 @@ def _records(path: Path) -> Iterator[bytes]:
         if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or checksum != zlib.crc32(bytes([kind]) + data):
             raise Damaged("a wrong checksum")
         at += HEAD + length
-        pieces = [data] if kind in (_FULL, _FIRST) else [*pieces, data]
+        if kind in (_FULL, _FIRST):
+            pieces = []
+        pieces.append(data)
         if kind in (_FULL, _LAST):
             yield b"".join(pieces)
 

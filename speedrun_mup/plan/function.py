@@ -1,0 +1,188 @@
+"""Plans for a Python function: which cheap calls tune an expensive one, and what they predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speedrun_mup.core.errors import ConfigError
+from speedrun_mup.plan.design import FULL, LEAN, NoPlanFits, expected_lr_error, ladders
+from speedrun_mup.transfer import Axes, Forecast, Thresholds, TransferResult, loss_forecast
+
+
+@dataclass(frozen=True)
+class FunctionPlan:
+    """The calls that find the best value for a target most exactly within a budget.
+
+    Args:
+        function: What is called.
+        axes: What is scaled and what is tuned.
+        target: The size that is tuned for.
+        sizes: Of the proxies; seeds: of each.
+        values: Of the hyperparameter.
+        refine: Whether half steps are added around the best.
+        share: What the runs cost, over the target's cost.
+        error: Expected standard error of the target's best value, log2.
+        constants: Further arguments.
+        cost: Of a run, if somebody said so.
+    """
+
+    function: Callable[..., Any]
+    axes: Axes
+    target: int
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    refine: bool
+    share: float
+    error: float
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    cost: Callable[..., float] | None = None
+
+    def summary(self) -> str:
+        """For a terminal."""
+        proxies = ", ".join(f"{size} ({seeds})" for size, seeds in zip(self.sizes, self.seeds, strict=True))
+        grid = ", ".join(f"{value:.4g}" for value in self.values)
+        by = "" if self.cost else f", if it grows as {self.axes.size}^2; give cost= if not"
+        lines = [
+            f"target: {self.axes.at(self.target)}",
+            f"proxies: {self.axes.plural} (seeds) {proxies}; {self.axes.hyperparameter} {grid}"
+            + (", then half steps around the best" if self.refine else ""),
+            f"cost: about {self.share:.1%} of the target run{by}",
+            f"the best {self.axes.label} will be known within a factor of about {2**self.error:.2f} (standard error)",
+        ]
+        return "\n".join(lines)
+
+    __str__ = summary
+
+    def run(self, out: str | Path = "plans/function", engine: str = "local", **options: Any) -> FunctionPrediction:
+        """Make the runs, in the folder of a sweep, and predict. The same call again resumes.
+
+        Args:
+            out: The folder.
+            engine: See `sweep`.
+            options: For `sweep`: workers, progress, budget_minutes, loss.
+        """
+        from speedrun_mup.functions import sweep, transfer
+
+        swept: Any = None
+        for count in sorted(set(self.seeds), reverse=True):
+            some = [size for size, seeds in zip(self.sizes, self.seeds, strict=True) if seeds == count]
+            tuned = {self.axes.hyperparameter: list(self.values)}
+            swept = sweep(
+                *(self.function, {self.axes.size: some}),
+                **{
+                    **self.constants,
+                    **tuned,
+                    "seeds": count,
+                    "out": out,
+                    "engine": engine,
+                    "cost": self.cost,
+                    **options,
+                },
+            )
+            if not swept.complete:
+                raise ConfigError(
+                    f"the plan is not done yet: {swept.result.left} runs left, {len(swept.failed)} failed"
+                    + "".join(f"; {run}: {why}" for run, why in [*swept.failed.items()][:1])
+                    + "; the same call again resumes"
+                )
+        result = transfer(Path(out))
+        if not isinstance(result, TransferResult):
+            raise ConfigError(f"{out} holds a sweep over several sizes; choose another folder")
+        (arm,) = result.arms.values()
+        return FunctionPrediction(self, result, loss_forecast(arm, self.target))
+
+
+@dataclass(frozen=True)
+class FunctionPrediction:
+    """What a plan's runs say: the verdict on transfer, and loss and best value at the target, with intervals."""
+
+    plan: FunctionPlan
+    transfer: TransferResult
+    forecast: Forecast
+
+    @property
+    def value(self) -> float:
+        """What to give the target."""
+        return 2.0**self.forecast.log2_value.value
+
+    def summary(self) -> str:
+        """For a terminal."""
+        return f"{self.transfer.verdict}: {self.forecast}"
+
+    __str__ = summary
+
+
+def choose(
+    function: Callable[..., Any],
+    axis: str,
+    target: int,
+    tuned: str,
+    values: tuple[float, ...],
+    constants: Mapping[str, Any],
+    share: float,
+    cost: Callable[..., float] | None,
+    smallest: int,
+) -> FunctionPlan:
+    """The plan whose best value will be known most exactly at the target, among those within the budget.
+
+    Considered are halves of the target, halves of these and so on, at least as many as a verdict needs, with few seeds or many,
+    and two grids around one value, or the values as they are.
+
+    Args:
+        function: What is called.
+        axis: What is scaled; target: the size that is tuned for.
+        tuned: The hyperparameter; values: its values, or the one in the middle of a grid.
+        constants: Further arguments.
+        share: The budget, over the target's cost.
+        cost: Of a run with the same arguments; None: it grows as the square of the size.
+        smallest: Size below which no run makes sense.
+
+    Raises:
+        NoPlanFits: None is within the budget.
+        ConfigError: The target leaves no room for proxies, or its cost is none.
+    """
+    sizes = [target >> halvings for halvings in range(1, target.bit_length())]
+    sizes = sorted(size for number, size in enumerate(sizes, 1) if size << number == target and size >= smallest)
+    if len(sizes) < Thresholds.min_sizes:
+        need = smallest * 2**Thresholds.min_sizes
+        raise ConfigError(
+            f"{axis} {target} has {len(sizes)} halves from {smallest} up, {Thresholds.min_sizes} are needed; plan for {need}"
+        )
+
+    def price(size: int) -> float:
+        if cost is None:
+            return float(size) ** 2
+        found = float(cost(**{**constants, axis: size, tuned: values[0], "seed": 0}))
+        if not 0 < found < math.inf:
+            raise ConfigError(f"cost: {found} at {axis} {size}; return a number above zero")
+        return found
+
+    whole, middle = price(target), values[0]
+    grids = (FULL, LEAN) if len(values) == 1 else ((tuple(math.log2(value / middle) for value in values), ()),)
+    plans = []
+    for some, seeds in ladders(sizes):
+        for grid, added in grids:
+            runs = len(grid) + len(added)
+            paid = sum(count * runs * price(size) for size, count in zip(some, seeds, strict=True)) / whole
+            error = expected_lr_error(some, seeds, grid + added, target)
+            on_grid = values if len(values) > 1 else tuple(float(f"{middle * 2.0**at:.6g}") for at in grid)
+            plans.append(
+                FunctionPlan(
+                    *(function, Axes(axis, tuned), target, some, seeds, on_grid, grid == FULL[0], paid, error),
+                    constants=constants,
+                    cost=cost,
+                )
+            )
+    fitting = [plan for plan in plans if plan.share <= share]
+    if not fitting:
+        least = min(plan.share for plan in plans)
+        enough = f"{math.ceil(1000 * least) / 10:g}%"
+        raise NoPlanFits(
+            f"no plan fits budget={share:.3g} of the target: the smallest takes {least:.1%}; give {enough}", enough
+        )
+    return min(fitting, key=lambda plan: (plan.error, plan.share))
