@@ -90,15 +90,16 @@ def test_the_same_call_again_makes_only_what_is_missing(tmp_path):
 
 
 def test_a_run_that_raises_fails_in_a_line_and_the_rest_goes_on(tmp_path, capsys):
-    broken = True
+    broken, called = True, []
 
     def run(width, lr, seed):
+        called.append((width, lr, seed))
         if broken and (width, lr, seed) == (128, 0.01, 1):
             raise ValueError("no room\nleft")
         return bowl(width, lr, seed)
 
     swept = quiet(run, WIDTHS, lr=RATES, out=tmp_path / "s", progress=True)
-    assert len(swept.rows()) == 29 and not swept.complete
+    assert len(swept.rows()) == 29 and not swept.complete and len(called) == 30
     ((name, why),) = swept.failed.items()
     assert name == "run width 128 lr 0.01 seed 1" and why.startswith("ValueError: no room (line ") and "\n" not in why
     assert 'raise ValueError("no room\\nleft")' in Path(why.rpartition("traceback: ")[2]).read_text()
@@ -125,6 +126,12 @@ def test_divergence_is_a_result(tmp_path):
     assert next(row for row in rows if row["lr"] == 0.01)["curve"][0] == 4.0
 
 
+def test_a_function_gets_the_values_as_they_were_written(tmp_path):
+    rates = [math.pi / 1000, 1 / 300]
+    swept = quiet(lambda width, lr, seed: float(lr in rates) + width, WIDTHS, lr=rates, seeds=1, out=tmp_path / "s")
+    assert {row["loss"] - row["width"] for row in swept.rows()} == {1.0}
+
+
 def test_the_lowest_value_of_a_curve_if_asked(tmp_path):
     def run(width, lr):
         return [4.0, 2.0, 3.0]
@@ -138,6 +145,8 @@ def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
     swept = sweep(bowl, WIDTHS, lr=[0.001, 0.002], seeds=1, out=tmp_path / "s", progress=False)
     rates = sorted({row["lr"] for row in swept.rows() if row["width"] == 64})
     assert {0.001, 0.002, 0.004, 0.008, 0.016} < {*rates} and any(0.009 < rate < 0.015 for rate in rates)
+    swept = sweep(bowl, WIDTHS, lr=[0.00125 * 2**k for k in range(7)], seeds=1, out=tmp_path / "t", progress=False)
+    assert len(swept.rows()) == 3 * (7 + 4)
     assert not any("grid still grows" in note for note in swept.transfer(sigma=0.002).notes)
 
 
