@@ -23,8 +23,8 @@ def facts_of_programs(source: Path, runs: Sequence[RunResult]) -> Iterator[tuple
     if "metric" in base:
         where = f" in `{printable(base['metric_file'])}`" if "metric_file" in base else ""
         yield "Loss", f"the last `{printable(base['metric'])}`{where}"
-    held = (f"{name} = {text}" for name, text in base.get("set", {}).items())
-    yield "Values", printable(", ".join(held), 500)
+    if held := [f"{name} = {text}" for name, text in base.get("set", {}).items()]:
+        yield "Values", printable(", ".join(held), 500)
     bad, seeds = sum(run.diverged for run in runs), len({run.seed for run in runs})
     yield "Runs", f"{len(runs)}, with {seeds} seeds or fewer; {bad} diverged"
 
