@@ -20,8 +20,7 @@ from speedrun_mup.plan.joint import JointPlan
 from speedrun_mup.plan.known import known_in, what_is_known, without_rule
 from speedrun_mup.plan.prediction import finished_run, miss
 from speedrun_mup.sweep import Engine, RunResult, Sweep, SweepResult, measure_sweep_surface, read_results, run_sweep
-from speedrun_mup.sweep.result import mean_losses
-from speedrun_mup.sweep.spec import Place
+from speedrun_mup.sweep.result import Place, mean_losses
 from speedrun_mup.transfer import Estimate, Surface, TransferError
 from speedrun_mup.transfer.axes import told_sizes
 
