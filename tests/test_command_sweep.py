@@ -25,8 +25,8 @@ from speedrun_mup.sweep import (
     Failure,
     Metric,
     Program,
-    grid_of,
     measure_sweep,
+    measure_sweep_surface,
     read_curves,
     read_definition,
     read_results,
@@ -49,7 +49,7 @@ if how == "crash": print("no such file: corpus.bin"); sys.exit(3)
 if how == "diverge": sys.exit(42)
 if how == "hang": print("waiting", flush=True); time.sleep(60)
 final = 2.5 + 4 * width**-0.5 + 0.03 * (math.log2(lr) + 9) ** 2
-final += random.Random(f"{width} {lr} {seed}").gauss(0, 0.001) + 0.02 * seed
+final += random.Random(" ".join(sys.argv[1:4] + sys.argv[6:])).gauss(0, 0.001) + 0.02 * seed
 begin = final - 1 if how == "rise" else final + 1
 print(f"step 0: train loss 9.9, val loss {begin:.4f}")
 print(f"step 100: train loss 9.9, val loss {'nan' if how == 'nan' else format(final, '.4f')}")
@@ -577,7 +577,19 @@ def test_a_sweep_that_is_killed_loses_nothing_and_each_run_is_made_once(fake):
     assert json.loads((folder / "sweep.json").read_text())["base"]["trainer"] == "command"
 
 
-def test_sizes_on_several_axes(fake):
-    sizes = grid_of({"width": (32, 64), "n_layer": (2, 4)})
-    sweep = sweep_of(COMMAND.replace("{lr}", "{lr} {seed} {out} well {n_layer} #"), widths=sizes, grid=(0.0,))
-    assert len(quietly(sweep).results) == 4 and read_definition(Path("s"))["base"]["sizes"] == ["width", "n_layer"]
+def test_sizes_on_several_axes_and_a_control_on_one_of_them(inside):
+    """Layers change the noise only; the control's rate is off along them."""
+    commands = {
+        "right": f"{sys.executable} -I -S fake.py {{width}} {{lr}} {{seed}} {{out}} well {{n_layer}}",
+        "wrong": f"{sys.executable} -I -S fake.py {{width}} {{off}} {{seed}} {{out}} well {{n_layer}}",
+    }
+    sizes = tuple({"width": width, "n_layer": n} for width, n in ((32, 2), (64, 2), (128, 2), (32, 4), (32, 8)))
+    options = {"controls": {"wrong": {"n_layer": -1.0}}, "formulas": {"off": "lr*n_layer/2"}}
+    sweep = sweep_of(arms=commands, widths=sizes, grid=GRID, **options)
+    assert quietly(sweep).complete and read_definition(Path("s"))["base"]["sizes"] == ["width", "n_layer"]
+    result = measure_sweep_surface(Path("s"), sigma=0.002)
+    right, wrong = (result.arms[name] for name in ("right", "wrong"))
+    assert abs(right["n_layer"].drift.value) < 0.1 and wrong["n_layer"].drift.value == pytest.approx(-1.0, abs=0.1)
+    assert result.verdict is not Verdict.FAIL, result.summary()
+    along = measure_sweep(Path("s"), size="n_layer", sigma=0.002)
+    assert along.arms["wrong, width 32"].predicted == -1.0 and along.arms["right, width 32"].predicted is None

@@ -178,16 +178,17 @@ def measure_sweep(
     entries = {name: definition["arms"][arm] for name, arm in whose.items()}
     over = {name: entry.get("predicted_over", {}).get(axes.size) for name, entry in entries.items()}
     of_width = {name: entry["predicted"] for name, entry in entries.items()}
-    variants = {name for name, arm in whose.items() if is_variant(arm, definition["arms"])}
-    predicted = over if axes.is_rate else {}
+    foreign = bool(trainer_of(definition))
+    variants = {name for name, arm in whose.items() if is_variant(arm, definition["arms"]) and not foreign}
+    predicted = over if axes.is_rate or foreign else {}
     if axes.is_rate and axes.size == "width":
         predicted = {name: of_width[name] or over[name] for name in whose}
-    if variants or not axes.is_rate or axes.size != "width":
+    if not foreign and (variants or not axes.is_rate or axes.size != "width"):
         tested = [name for name in whose if of_width[name] is None and name not in variants] or list(whose)
         options["tested"] = options.get("tested") or tested
     base = definition["base"].get(axes.scale.base_setting)
     everywhere = all(any(point.sizes[axes.size] == base for point in points if point.arm == name) for name in whose)
-    curves = curves if axes.scale.of_model and (not trainer_of(definition) or _share_steps(curves)) else {}
+    curves = curves if axes.scale.of_model and (not foreign or _share_steps(curves)) else {}
     about = {"axes": axes, "doubts": doubts, "notes": notes, "curves": curves}
     options = {"base_size": base if everywhere else None, **about} | options
     return measure_transfer(points, controls={k: v for k, v in predicted.items() if v is not None}, **options)
@@ -227,7 +228,9 @@ def measure_sweep_surface(out: Path, arms: Collection[str] | None = None, **opti
     names, axes = size_names(definition), axes_of(definition)
     predicted = {name: definition["arms"][name]["predicted"] for name in known}
     controls = {name: {"width": drift} for name, drift in predicted.items() if drift is not None}
-    if not axes.is_rate or "width" not in names:
+    if trainer_of(definition):
+        controls = {name: drifts for name in known if (drifts := definition["arms"][name].get("predicted_over"))}
+    elif not axes.is_rate or "width" not in names:
         options["tested"] = options.get("tested") or [name for name in known if name not in controls] or known
         controls = {}
     absent, notes = not_run(out, results, known)
