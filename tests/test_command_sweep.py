@@ -577,6 +577,7 @@ def test_a_sweep_that_is_killed_loses_nothing_and_each_run_is_made_once(fake):
     assert json.loads((folder / "sweep.json").read_text())["base"]["trainer"] == "command"
 
 
+@pytest.mark.slow
 def test_sizes_on_several_axes_and_a_control_on_one_of_them(inside):
     """Layers change the noise only; the control's rate is off along them."""
     commands = {
