@@ -73,6 +73,7 @@ def test_bits_per_byte_are_those_of_the_definition(name):
     assert found.loss == pytest.approx(loss, rel=1e-5) and found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
     assert found.bytes == len("".join(DOCUMENTS).encode()) and found.tokens == len(row) - len(DOCUMENTS)
+    assert byte_lengths(tokenizer)[tokenizer.bos_token] == 0
     if name == "byte":
         assert found.bits_per_byte == found.loss / math.log(2)  # exactly
         assert found.bits_per_byte_error == pytest.approx(found.loss_error / math.log(2), rel=1e-12)
@@ -115,6 +116,14 @@ def test_context_slides_over_the_whole_row():
     assert np.abs(parts - whole).mean() < 0.2 * np.abs(alone - whole).mean()
 
 
+def test_context_is_the_whole_window():
+    """The second part of a row is predicted as if the row began one window before it."""
+    model, window, stride = build(), 3, 4 * BLOCK
+    row = np.random.default_rng(1).integers(0, 256, 2 * stride + 1).astype(np.uint16)
+    alone = token_losses(model, window, row[stride - window * BLOCK :], 10**6)[window * BLOCK :]
+    np.testing.assert_allclose(token_losses(model, window, row, stride)[stride:], alone, atol=1e-5)
+
+
 def test_endings_are_scored_as_those_of_each_text_alone(monkeypatch: pytest.MonkeyPatch):
     """Texts of any lengths in one row: with BOS or cut, over several blocks, ending in what is likeliest or not."""
     model, window = build(), 3
@@ -144,6 +153,9 @@ def test_units_are_documents_and_pieces_of_them():
     documents, pieces = units_of(row, 256)
     assert documents.tolist() == [0, 0, 1, 2, 2] and pieces.shape == (2999,)
     assert np.bincount(pieces).tolist() == [1024, 476, 1, 1024, 474]
+    documents, pieces = units_of(np.array([256, 256, 1, 2]), 256)  # the first is empty
+    assert documents.tolist() == [0, 1] and pieces.tolist() == [0, 1, 1]
+    assert evaluate(build(), 1, [np.array([256, 256, 1, 2])]).units == 1
     documents, pieces = units_of(row[5:], 256)  # begins within a document
     assert documents.tolist() == [0, 0, 1, 2, 2] and np.bincount(pieces).tolist() == [1024, 471, 1, 1024, 474]
 
@@ -151,6 +163,22 @@ def test_units_are_documents_and_pieces_of_them():
 def test_empty_documents_do_not_make_a_text_too_few_to_judge():
     found = evaluate(build(), 1, [np.array([*[256] * 40, *np.arange(5000) % 200])], byte_lengths(ByteTokenizer()))
     assert found.units > 1 and found.loss_error is not None
+
+
+def test_the_standard_error_of_two_documents(monkeypatch):
+    """By hand: means of 1 and 3 nats differ by 2, so the mean of both is known to 1."""
+    monkeypatch.setattr("speedrun_mup.evaluate.token_losses", lambda model, window, row: row[1:].astype(float))
+    row = np.array([256, *[1] * 10, 256, *[3] * 10])
+    found = evaluate(build(), 1, [row], byte_lengths(ByteTokenizer()))
+    assert found.loss == 2 and found.loss_error == pytest.approx(1) and found.units == 2
+
+
+@pytest.mark.parametrize(("documents", "units"), [(29, 29 * 3), (30, 30)])
+def test_thirty_documents_are_enough(documents, units, monkeypatch):
+    monkeypatch.setattr("speedrun_mup.evaluate.PIECE", 4)
+    row = np.array([256, *[97] * 9] * documents + [256])
+    halves = [row[: 150 + 1], row[150:]]  # in two rows, one of which has 15 of them
+    assert evaluate(build(), 1, [row]).units == evaluate(build(), 1, halves).units == units
 
 
 def test_the_standard_error_is_that_of_repeated_draws(monkeypatch):
@@ -173,6 +201,9 @@ def test_rows_of_a_corpus_are_its_validation_tokens_up_to_a_limit(tmp_path: Path
     whole = read_shard(corpus.val[0])
     assert [row.tolist() for row in validation_rows(corpus)] == [whole.tolist()]
     assert [row.tolist() for row in validation_rows(corpus, 100)] == [whole[:101].tolist()]
+    val = documents(200, 60, 1)
+    parts = make_corpus(tmp_path / "c", [val], val=[val[:50], val[50:]])  # in two shards
+    assert [len(row) for row in validation_rows(parts, 70)] == [50, 22]
     other = write_synthetic(tmp_path / "b", 3000, 1000, seed=1)
     mixture = mix([corpus, other], [0.75, 0.25])
     assert [len(row) for row in validation_rows(mixture, 400)] == [301, 101]

@@ -24,6 +24,8 @@ from speedrun_mup.cli import main
 from speedrun_mup.config import make_config
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.core.model import GPT, GPTConfig, ModelShape
+from speedrun_mup.core.model.attention import AttentionConfig
+from speedrun_mup.core.model.layers import rms_norm
 from speedrun_mup.core.model.options.gates import add_attention_gate
 from speedrun_mup.data.tokenizers import BpeTokenizer, ByteTokenizer, HfTokenizer, gpt2_tokenizer
 from speedrun_mup.export.hf import model_files, write
@@ -205,6 +207,14 @@ def test_a_config_without_weights_is_the_model_at_its_start(transformers, export
     assert fresh.blocks.x0_lambdas.tolist() == [[1.0, 0.0]] * 6 and fresh.blocks[0].attn.qkv_w.std() > 0.03
 
 
+@torch.inference_mode()
+def test_the_norm_of_little_is_the_models(exported):
+    """Where its epsilon counts."""
+    _, _, loaded = exported("two layers")
+    x = torch.randn(5, 64) * torch.tensor([0, 1e-5, 1e-4, 1e-3, 1])[:, None]
+    torch.testing.assert_close(sys.modules[type(loaded).__module__].rms_norm(x), rms_norm(x), rtol=1e-5, atol=1e-6)
+
+
 def test_the_loss_trains(exported):
     """It is the mean cross-entropy of transformers, and its gradient reaches every parameter that a loss of ours reaches."""
     model, window, loaded = exported("laptop, mup, gate")
@@ -212,6 +222,8 @@ def test_the_loss_trains(exported):
     output = loaded(tokens, labels=tokens)
     expected = F.cross_entropy(whole(model, tokens[0], window)[:-1], tokens[0, 1:])
     torch.testing.assert_close(output.loss.detach(), expected, **CLOSE)
+    shared = loaded(tokens, labels=tokens, num_items_in_batch=torch.tensor(178)).loss  # as Trainer gives it
+    torch.testing.assert_close(shared.detach(), expected / 2, **CLOSE)
     output.loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in loaded.parameters())
 
@@ -353,7 +365,11 @@ def test_the_command_writes_a_model_card_with_the_numbers_and_code_that_runs(
     folder = tmp_path / "m"
     assert main(["export", str(run.folder), "--to", "hf", str(folder)]) == 0
     assert "AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
-    page = (folder / "README.md").read_text()
+    page, config = (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
+    assert config["max_position_embeddings"] == 128  # by which lm-eval cuts texts
+    assert config["eos_token_id"] == 256 == json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    written, own = safetensors.torch.load_file(folder / "model.safetensors"), weights_of(run, True)
+    assert written.keys() == own.keys() and all(torch.equal(written[name], own[name]) for name in own)
     last = run.metrics[run.metrics.kind == "val"].iloc[-1]
     for part in (f"| validation loss | {last.loss:.4f} |", f"| bits per byte | {last.bits_per_byte:.4f} |"):
         assert part in page
@@ -393,7 +409,8 @@ def test_names_from_outside_mean_nothing_in_the_card(writing, tmp_path):
 
 def test_the_card_has_no_number_of_another_step_nor_a_bos_that_acts(run, tmp_path):
     settings = {"num_attention_heads": 2, "logit_scale": 1, "vocab_size": 384}
-    assert "| validation loss | not measured |" in model_card(replace(run, step=run.step - 1), "a", settings, "<s>")
+    page = model_card(replace(run, step=run.step - 1), "a", settings, "<s>")
+    assert "| validation loss | not measured |" in page and "| tokens seen | 2,560 |" in page
     page = model_card(run, "😀", settings, "`<b>\n# x")
     assert r"special token \`\<b\>\\x0a\# x, which" in page and 'name = "😀"' in page and "ud83d" not in page
 
@@ -415,6 +432,8 @@ def test_a_large_model_is_in_several_files(writing, folder, transformers, monkey
     whole_file.unlink()
     monkeypatch.setattr(model_files, "SHARD_BYTES", 100_000)
     write_weights(folder, weights)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in weights.values())}
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(path.stat().st_size < 110_000 for path in folder.glob("*.safetensors"))
@@ -449,6 +468,7 @@ def same_tokens(tokenizer, transformers, folder: Path) -> None:
     for words, ids in zip(texts, loaded(texts)["input_ids"]):
         assert ids == [tokenizer.bos_token, *tokenizer.encode(words)], words
         assert loaded.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids[1:])
+    assert loaded("a", "b")["input_ids"] == [*loaded("a")["input_ids"], *loaded("b")["input_ids"]]
 
 
 def test_bytes(transformers, tmp_path):
@@ -483,6 +503,8 @@ def test_a_tokenizer_of_hugging_face(transformers, tmp_path):
     made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     made.enable_truncation(5)
     same_tokens(HfTokenizer(made.to_str(), "<s>"), transformers, tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())  # other programs cut and pad by what it says
+    assert written["truncation"] is written["padding"] is None
 
 
 def test_merges_that_cannot_be_found_are_one_line():
@@ -546,13 +568,18 @@ def test_every_technique_is_exported_or_refused_in_one_line():
     assert gate_channels(plain) == 0 and gate_channels(add_attention_gate(plain, 12)) == 12
     for name, technique in TECHNIQUES.items():
         if technique.model and name != "attention_gate":
-            value = next(iter(technique.choices), None) or type(technique.off)(1)
-            settings = make_config("laptop", TINY | {name: value})
-            changed = model_config_of(settings)
+            values = [value for value in technique.choices if value != technique.off] or [type(technique.off)(1)]
+            changed = model_config_of(make_config("laptop", TINY | {name: values[0]}))
+            if replace(changed, starts=()) == model_config_of(make_config("laptop", TINY)):
+                assert gate_channels(changed) == 0  # first values, which are no part of what is exported
+                continue
             with pytest.raises(
                 ConfigError, match="cannot be exported to hf: the code that is written has nothing like"
             ):
                 gate_channels(changed)
+    other = type("OtherAttention", (AttentionConfig,), {})
+    with pytest.raises(ConfigError, match="nothing like .*OtherAttention"):
+        gate_channels(replace(plain, attn=other()))
     twice = add_attention_gate(add_attention_gate(plain, 12), 3)
     with pytest.raises(ConfigError, match=r"nothing like SparseGate\(channels=3\); export its weights, --to pt"):
         gate_channels(twice)

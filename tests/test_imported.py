@@ -228,6 +228,12 @@ def doubling(levels: int = 60) -> list[Any]:
         (lambda: {"weights": of_upstream()}, [], 'has no state dict under "model"'),
         (lambda: {"model": of_upstream(), "step": "many"}, [], "its step is of type str, not a count"),
         (lambda: {"model": of_upstream(), "step": doubling()}, [], "its step is of type list, not a count"),
+        (lambda: {"model": of_upstream(), "step": -1}, [], "its step is negative or too large, not a count"),
+        (
+            lambda: {"model": of_upstream() | {"scalars": torch.ones(64)}},
+            [],
+            "has a tensor twice, with and without _orig",
+        ),
         (lambda: {"model": of_upstream(), "settings": {"width": doubling()}}, [], "its settings are none"),
         (lambda: {"model": of_upstream(), "step": 9}, ["--iterations", "8"], "is of step 9, after --iterations 8"),
         (lambda: {"model": of_upstream(), "settings": {"width": "wide"}}, [], "is not a valid config"),

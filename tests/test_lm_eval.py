@@ -196,6 +196,21 @@ def test_answers_are_the_models_greedy_text_up_to_a_stop(run):
     assert short == ["".join(chr(tokens[0]) for tokens in cut)]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"max_gen_toks": "many"}, "generation_kwargs are none \\(ValueError: invalid literal"),
+        ({"do_sample": True, "temperature": [1]}, "generation_kwargs are none \\(TypeError"),
+        ({"max_gen_toks": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"until": 3}, "until: 3 is no list of texts; repair the task file"),
+        ({"until": [3]}, "is no list of texts"),
+    ],
+)
+def test_what_a_task_asks_for_in_vain_is_one_line(wanted, says, run):
+    with pytest.raises(ConfigError, match=says):
+        adapter.HarnessModel(run).generate_until([asked("def ", wanted)])
+
+
 def test_the_command_prints_the_tasks_numbers(run, tasks, capsys):
     words = [
         "eval",

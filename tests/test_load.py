@@ -215,6 +215,11 @@ def test_chat_reads_lines(folder, capsys, monkeypatch):
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
 
 
+def test_a_stdout_that_is_closed_is_no_traceback(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["sample", str(folder), "--max-new-tokens", "2", "--device", "cpu"]) == 1
+
+
 def test_eval_prints_the_numbers(folder, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 40)
     assert main(["eval", str(folder), "--data", str(tmp_path / "a.txt"), "--device", "cpu"]) == 0

@@ -51,7 +51,8 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1, 0, 1), (0.5, 0, 1), (1, 3, 1), (1, 0, 0.7), (2, 5, 0.6), (1, 99, 0.999)]
+    ("temperature", "top_k", "top_p"),
+    [(1, 0, 1), (0.5, 0, 1), (1, 3, 1), (1, 0, 0.7), (2, 5, 0.6), (1, 99, 0.999), (4, 0, 0.7), (0.3, 0, 0.7)],
 )
 def test_tokens_are_drawn_with_their_probabilities(temperature, top_k, top_p):
     """A grid of uniform numbers gives each token its share of it, exactly to within the grid."""
@@ -68,6 +69,11 @@ def test_temperature_zero_is_the_likeliest_and_so_is_one_of_one():
     uniform = torch.rand(50, dtype=torch.float64)
     for sampling in (Sampling(temperature=0), Sampling(top_k=1), Sampling(top_p=1e-9)):
         assert torch.equal(draw(logits, sampling, uniform), logits.argmax(dim=-1))
+
+
+def test_the_smallest_random_number_draws_no_token_without_probability():
+    logits, zero = torch.tensor([[-1e4, 0.0, 0.0]]), torch.zeros(1, dtype=torch.float64)
+    assert draw(logits, Sampling(temperature=1, top_k=0, top_p=1), zero).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -136,13 +142,23 @@ def test_a_sample_ends_with_its_document():
         assert [t[number] for t in again if number in t] == [t[number] for t in found if number in t]
 
 
+def test_the_padding_of_the_vocabulary_is_never_drawn():
+    own = writer()
+    with torch.no_grad():
+        own.model.lm_head.weight[257:] = 2 * own.model.lm_head.weight[:127]
+    for sampling in (GREEDY, Sampling(max_new_tokens=20, temperature=3, top_k=0, top_p=1)):
+        assert all(token < 257 for tokens in own.tokens([[256, 97]], sampling) for token in tokens.values())
+
+
 def test_prompts_that_cannot_be_read_are_one_line():
     own = writer()
     with pytest.raises(ConfigError, match=r"'a\\udc80' is not UTF-8"):
         own.ids_of("a\udc80")
-    other = type("Wide", (ByteTokenizer,), {"encode": lambda self, text: [300]})()
-    with pytest.raises(ConfigError, match="the prompt has token 300, and the vocabulary of this model ends at 256"):
-        Writer(own.model, other, 3).ids_of("x")
+    for beyond in (300, 257):
+        other = type("Wide", (ByteTokenizer,), {"encode": lambda self, text, id=beyond: [id]})()
+        says = f"the prompt has token {beyond}, and the vocabulary of this model ends at 256"
+        with pytest.raises(ConfigError, match=says):
+            Writer(own.model, other, 3).ids_of("x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,8 +105,7 @@ def in_turn(writer: Writer, prompt: str, n: int, sampling: Sampling) -> Iterator
 def show(pieces: Iterable[str]) -> None:
     """Print text as it comes."""
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        print(piece, end="", flush=True)  # which a closed stdout, None, is no fault of
 
 
 def _lines() -> Iterator[str]:

@@ -184,6 +184,7 @@ def _settings(
     step = found.step
     if step is not None and (type(step) is not int or not 0 <= step <= LARGEST):
         shown = f"{step:.6g}" if type(step) is float else f"of type {type(step).__name__}"
+        shown = "negative or too large" if type(step) is int else shown
         raise CheckpointError(f"{printable(file)}: its step is {shown}, not a count up to {LARGEST:,}; repair the file")
     if step is not None and "iterations" not in kept | values:
         values["iterations"] = max(step, TrainConfig.iterations)

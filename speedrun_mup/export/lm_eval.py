@@ -138,7 +138,7 @@ class HarnessModel(TemplateLM):
 
     def _answers(self, prompts: Sequence[str], wanted: dict[str, Any]) -> list[str]:
         """The texts that follow `prompts`, side by side."""
-        sampling, stops = _sampling(wanted), [stop for stop in _listed(wanted.get("until")) if stop]
+        sampling, stops = _sampling(wanted), _stops(wanted.get("until"))
         room = max(self.max_length - sampling.max_new_tokens, self.run.model.cfg.block_size)
         streams = [TextStream(self.run.tokenizer) for _ in prompts]
         answers, done = [""] * len(prompts), [False] * len(prompts)
@@ -152,7 +152,14 @@ class HarnessModel(TemplateLM):
 
 
 def _sampling(wanted: dict[str, Any]) -> Sampling:
-    """The settings that a task asks for; greedy unless it says `do_sample`."""
+    """The settings that a task asks for; greedy unless it says `do_sample`. ConfigError for what are none."""
+    try:
+        return _read_sampling(wanted)
+    except (TypeError, ValueError, OverflowError) as fault:
+        raise ConfigError(f"the task's generation_kwargs are none ({in_a_line(fault)}); repair the task file") from None
+
+
+def _read_sampling(wanted: dict[str, Any]) -> Sampling:
     most = next((int(wanted[name]) for name in MOST_NEW if wanted.get(name) is not None), USUAL_NEW)
     if not wanted.get("do_sample"):
         return Sampling(max_new_tokens=most, temperature=0.0)
@@ -163,8 +170,12 @@ def _sampling(wanted: dict[str, Any]) -> Sampling:
     )
 
 
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+def _stops(value: Any) -> list[str]:
+    """What ends an answer, of a text or a list of texts. ConfigError for anything else."""
+    found = [value] if isinstance(value, str) else value or []
+    if not isinstance(found, list | tuple) or not all(isinstance(stop, str) for stop in found):
+        raise ConfigError(f"the task's until: {printable(value)} is no list of texts; repair the task file")
+    return [stop for stop in found if stop]
 
 
 def _before(text: str, stops: Iterable[str]) -> str:

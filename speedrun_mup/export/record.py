@@ -147,7 +147,10 @@ def read_pt(path: Path) -> RecordFile:
         )
     if sum(tensor.numel() * tensor.element_size() for tensor in model.values()) > size:
         raise CheckpointError(f"{printable(path)} has tensors that are larger than the file: views; save whole tensors")
-    return RecordFile(strip_compiled(model), content.get("step"), content.get("settings"), content.get("tokenizer"))
+    named = strip_compiled(model)
+    if len(named) < len(model):
+        raise CheckpointError(f"{printable(path)} has a tensor twice, with and without _orig_mod.; save one of them")
+    return RecordFile(named, content.get("step"), content.get("settings"), content.get("tokenizer"))
 
 
 def import_pt(path: Path) -> dict[str, Tensor]:
