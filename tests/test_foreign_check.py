@@ -7,7 +7,7 @@ from torch import nn
 from speedrun_mup.cli import main
 from speedrun_mup.coord_check import CheckVerdict, CoordCheckError, Subject, foreign_coord_check, load_subject
 from speedrun_mup.coord_check.foreign import random_walks
-from speedrun_mup.coord_check.results import FOREIGN
+from speedrun_mup.coord_check.results import FOREIGN, NARROW, SlopeRow
 from speedrun_mup.core import mup
 from speedrun_mup.core.mup.anymodel.forward import drop_factors
 from tests.helpers.foreign_models import GPT, VOCAB, GPTConfig, Recurrent, loss_of
@@ -129,3 +129,39 @@ def test_an_optimizer_of_the_module_is_taken(module, tmp_path):
     assert load_subject("with_optimizer:Recurrent").optimizer(nn.Linear(1, 1)) == "taken"
     with pytest.raises(CoordCheckError, match="cannot import"):
         load_subject("with_optimizer.nothing:build")
+
+
+def through_a_few(width, rank=None):
+    """A matrix whose smaller side grows from 2, as the low rank of Mamba's step sizes does."""
+    torch.manual_seed(0)
+
+    class LowRank(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.embed, self.down = nn.Embedding(VOCAB, width), nn.Linear(width, rank or width // 8, bias=False)
+            self.up, self.head = nn.Linear(rank or width // 8, width, bias=False), nn.Linear(width, VOCAB)
+
+        def forward(self, x):
+            return self.head(self.up(self.down(self.embed(x))))
+
+    return LowRank(width)
+
+
+def test_only_matrices_whose_small_side_grows_may_learn_less_in_wider_models():
+    rows = {row.kind: row.slack for row in check(through_a_few).arm.rows if row.quantity == "update"}
+    assert rows["up.weight"] == rows["down.weight"] == NARROW and not rows["head.weight"] and not rows["embed.weight"]
+    fixed = Subject(
+        lambda width: mup.adapt(
+            through_a_few(width, 4), 16, build=lambda width: through_a_few(width, 4), roles={"down.weight": "hidden"}
+        ),
+        random_walks(VOCAB),
+        loss_of,
+    )
+    found = foreign_coord_check(fixed, WIDTHS, seeds=1, steps=4, progress=False)
+    assert not any(row.slack for row in found.arm.rows)
+
+
+def test_slack_is_below_the_prediction_only_and_no_more_than_it_says():
+    rows = [SlopeRow("update", "w", None, 1, slope, 0.0, None, slack=0.25) for slope in (-0.7, -0.4, -0.1, 0.3)]
+    assert [row.deviation for row in rows] == pytest.approx([-0.45, -0.15, 0.0, 0.3])
+    assert [FOREIGN.judge(row.deviation).value for row in rows] == ["FAIL", "PASS", "PASS", "FAIL"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from speedrun_mup.coord_check.observe import ArmRecipe, CheckSetup, Findings, Loss, Record, observe
 from speedrun_mup.coord_check.results import (
+    NARROW,
     NORMS,
     THRESHOLDS,
     TIED,
@@ -139,10 +140,19 @@ def _measure(arm: ArmRecipe, widths: Sequence[int], seeds: int, setup: CheckSetu
         series.append(Series(quantity, name, role, np.exp2(logs.mean(axis=0))))
         for of_seed, own in zip(by_seed, np.exp2(logs)):
             of_seed.append(Series(quantity, name, role, own))
-    rows = tuple(judge(series, widths, setup.thresholds, setup.axis))
+    rows = tuple(judge(series, widths, setup.thresholds, setup.axis, _narrow(found, setup.thresholds.narrow)))
     rows = tuple(_with_errors(rows, [judge(own, widths, setup.thresholds, setup.axis) for own in by_seed]))
     problems = tuple(_problems(found, rows, setup))
     return CheckedArm(arm.name, tuple(widths), seeds, tuple(series), rows, problems)
+
+
+def _narrow(found: Sequence[Findings], side: int) -> set[str]:
+    """The kinds of matrices whose smaller side grows with width, from less than `side`."""
+    sides: dict[str, set[int]] = {}
+    for findings in found:
+        for kind, smaller in findings.sides.items():
+            sides.setdefault(kind, set()).add(smaller)
+    return {kind for kind, seen in sides.items() if len(seen) > 1 and min(seen) < side}
 
 
 def _with_errors(rows: Iterable[SlopeRow], by_seed: Sequence[Iterable[SlopeRow]]) -> Iterator[SlopeRow]:
@@ -172,9 +182,21 @@ _ROWS = {"effect": ("init", "update"), "size": ("update",), "gradient": ("gradie
 
 
 def judge(
-    series: Iterable[Series], widths: Sequence[int], thresholds: SlopeThresholds, axis: CheckedAxis = WIDTH
+    series: Iterable[Series],
+    widths: Sequence[int],
+    thresholds: SlopeThresholds,
+    axis: CheckedAxis = WIDTH,
+    narrow: Collection[str] = (),
 ) -> Iterator[SlopeRow]:
-    """The rows of an arm: the mean over tensors of one kind of every slope that is judged or shown."""
+    """The rows of an arm: the mean over tensors of one kind of every slope that is judged or shown.
+
+    Args:
+        series: what was measured.
+        widths: the sizes.
+        thresholds: what decides.
+        axis: what is predicted.
+        narrow: kinds of matrices with a side that is very small at the narrowest width.
+    """
     late = slice(thresholds.first_step, None)
     kinds: dict[tuple[str, str, Place | None], list[Series]] = {}
     for one in series:
@@ -188,11 +210,10 @@ def judge(
             slopes = [slope for one in alike if (slope := one.slope(widths, times)) is not None]
             if not slopes:
                 continue
-            slope, predicted, verdict = sum(slopes) / len(slopes), None, None
             starts_tied = row == "init" and kind.endswith(TIED)
-            judged = row != "gradient" or thresholds.gradients
-            if judged and not starts_tied and (predicted := axis.predicted.get(row, {}).get(role)) is not None:
-                verdict = thresholds.judge(slope - predicted)
-            elif row == "activation" or starts_tied:
-                verdict = thresholds.judge(max(slope, 0.0))
-            yield SlopeRow(row, kind, role, len(slopes), slope, predicted, verdict)
+            told = row != "gradient" or thresholds.gradients
+            predicted = axis.predicted.get(row, {}).get(role) if told and not starts_tied else None
+            slack = NARROW if row == "update" and kind in narrow else 0.0
+            found = SlopeRow(row, kind, role, len(slopes), sum(slopes) / len(slopes), predicted, None, slack=slack)
+            judged = predicted is not None or row == "activation" or starts_tied
+            yield replace(found, verdict=thresholds.judge(found.deviation)) if judged else found

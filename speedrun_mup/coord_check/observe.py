@@ -125,6 +125,7 @@ class Findings:
     roles: dict[str, Place | None] = field(default_factory=dict)
     still: set[str] = field(default_factory=set)  # did not move
     unseen: set[str] = field(default_factory=set)  # matrices that multiplied nothing observable
+    sides: dict[str, int] = field(default_factory=dict)  # the smaller side of a matrix, by kind
 
 
 class Observer:
@@ -223,6 +224,8 @@ class Observer:
                 self.found.still.add(starred(name))
             if spec.role in (Role.HIDDEN, Role.OUTPUT) and name not in self._multiplied:
                 self.found.unseen.add(starred(name))
+            if {"in", "out"} <= set(spec.layout):
+                self.found.sides[starred(name)] = min(spec.fan_in, spec.fan_out)
             if spec.role is Role.HIDDEN and self.moved_before:
                 moved = self.moved[name]
                 for norm, value in norms(spec, p.detach(), moved, moved - self.moved_before[name]).items():
