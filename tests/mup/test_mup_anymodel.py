@@ -490,3 +490,63 @@ def test_a_warning_keeps_no_model_alive():
     del model
     gc.collect()
     assert left() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depth
+
+
+def deep(layers, width=32, base=None, **options):
+    torch.manual_seed(0)
+    model = gpt(width, heads=2, n_layer=layers)
+    return mup.adapt(model, base or {"n_embd": 32, "n_head": 2, "n_layer": 2}, **options)
+
+
+def test_deeper_models_follow_completep():
+    """Worked out by hand for 8 layers over 2: the last matrices of branches have 1/4 of the rate, and of the start."""
+    model = deep(8)
+    lr = rates(mup.optimizer(model, lr=1.0), model)
+    assert lr["h.7.c_proj.weight"] == lr["h.0.mlp.c_proj.weight"] == lr["h.3.c_proj.bias"] == 1 / 4
+    assert lr["h.7.c_attn.weight"] == lr["h.7.ln_1.weight"] == lr["wte.weight"] == lr["ln_f.weight"] == 1
+    eps = {id(p): group["eps"] for group in mup.optimizer(model, lr=1.0).param_groups for p in group["params"]}
+    assert eps[id(model.h[0].c_attn.weight)] == pytest.approx(1e-8 / 4)
+    std = model.h[5].mlp.c_proj.weight.std().item()
+    assert std == pytest.approx(0.02 / math.sqrt(2 * 2) / 4, rel=0.1)  # its own start would be 0.02 / sqrt(2 x 8)
+    assert model.h[5].c_attn.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_depth_and_width_multiply_and_base_depth_changes_nothing():
+    model = deep(8, width=128, base={"n_embd": 32, "n_head": 2, "n_layer": 2})
+    assert rates(mup.optimizer(model, lr=1.0), model)["h.7.c_proj.weight"] == 1 / 16
+    torch.manual_seed(0)
+    plain = gpt(32, heads=2, n_layer=2)
+    ours = deep(2)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), ours.parameters()))
+    assert set(rates(mup.optimizer(ours, lr=1.0), ours).values()) == {1.0}
+    only = deep(4, base={"n_layer": 2})
+    assert rates(mup.optimizer(only, lr=1.0), only)["h.3.c_proj.weight"] == 1 / 2
+
+
+def test_another_rule_and_roles_of_ones_own():
+    hyperp = replace(mup.mup(), depth=mup.DEPTH_RULES["hyperp"])
+    model = deep(8, parametrization=hyperp)
+    lr = rates(mup.optimizer(model, lr=1.0, parametrization=hyperp), model)
+    assert (lr["h.0.c_attn.weight"], lr["h.0.c_proj.weight"], lr["wte.weight"]) == (1 / 2, 1 / 4, 1 / 2)
+    assert model.h[5].mlp.c_proj.weight.std().item() == pytest.approx(0.01 / 2, rel=0.1)
+    said = deep(8, roles={"*.ln_1.weight": "writes"})
+    assert rates(mup.optimizer(said, lr=1.0), said)["h.0.ln_1.weight"] == 1 / 4
+
+
+def test_layers_in_which_nothing_writes_by_name_are_refused():
+    model = gpt(32, heads=2, n_layer=4)
+    for block in model.h:
+        block.c_proj, block.mlp = block.c_attn, nn.ModuleDict()
+    model.__class__ = type("Odd", (GPT,), {"__init__": odd_init})
+    with pytest.raises(BaseShapeError, match=r'h.0 \(GPTBlock\) has no matrix .* roles=\{"\*.NAME.weight": "writes"\}'):
+        mup.adapt(model, {"n_layer": 2}, init="keep")
+
+
+def odd_init(self, config):
+    GPT.__init__(self, config)
+    for block in self.h:
+        block.c_proj, block.mlp = block.c_attn, nn.ModuleDict()

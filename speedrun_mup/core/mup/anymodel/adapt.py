@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from speedrun_mup.core.mup.anymodel.depth import set_depth_roles
 from speedrun_mup.core.mup.anymodel.forward import Factor, scale_attention, scale_embedding, set_factor
 from speedrun_mup.core.mup.anymodel.guard import watch
 from speedrun_mup.core.mup.anymodel.roles import Roles, declare_roles
@@ -15,7 +16,7 @@ from speedrun_mup.core.mup.anymodel.start import turn_start
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfShape
 from speedrun_mup.core.mup.compat.layer import rescale_init
 from speedrun_mup.core.mup.compat.shape import make_base_shapes, set_base_shapes, zip_infshapes
-from speedrun_mup.core.mup.rules import PARAMETRIZATIONS
+from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization
 from speedrun_mup.core.mup.spec import named_specs
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,6 +32,7 @@ def adapt(
     delta: Any = None,
     roles: Roles | None = None,
     init: str | None = None,
+    parametrization: Parametrization = PARAMETRIZATIONS["mup"],
 ) -> Model:
     """Give a model muP: roles, start, forward factors. Its code stays as it is; at base size it computes what it did.
 
@@ -44,10 +46,13 @@ def adapt(
             config of a saved model remembers.
         build: a function that makes the model, `build(256)` or `build(**base)`.
         delta: another size, said as base is, to see what grows; by default twice the base.
-        roles: of parameters that nothing shows, by name or pattern: `{"*.gate.weight": "hidden"}`.
+        roles: of parameters that nothing shows, by name or pattern: `{"*.gate.weight": "hidden"}`. With layers in the base
+            also "writes" (into the residual stream), "branch" or "outside".
         init: how the model was initialised: "turn" finds out from its values, compared with those at base size;
             "one-std" (one for all widths), "torch" (the start of torch's layers), "keep" (trained, or muP's already). By
             default "turn", and "keep" where the base is what the config of a saved model remembers.
+        parametrization: the rule table of the start, whose depth rule is CompleteP by default. Hand the same one to the
+            optimizer.
 
     Raises:
         BaseShapeError: in one line, with what to declare, for what nothing shows.
@@ -59,12 +64,18 @@ def adapt(
     infshapes = _grown(model, sizes)
     convolutions = declare_roles(model, infshapes, roles or {})
     set_base_shapes(model, sizes.base, rescale_params=init == "torch", delta=sizes.delta)
+    if sizes.layers is not None:
+        if init == "torch":
+            raise BaseShapeError(
+                "init='torch' goes with a base of the same layers only: leave init= out, it is found out"
+            )
+        set_depth_roles(model, sizes.layers, sizes.m_depth, roles or {})
     for place in convolutions:
         set_factor(place.module, Factor(PARAMETRIZATIONS["mup"].forward(place.spec), reads=True))  # type: ignore[arg-type]
     if sizes.model is not None:
         scale_attention(model, sizes.model)
         scale_embedding(model, sizes.model)
-    _start(model, sizes, init)
+    _start(model, sizes, init, parametrization)
     if sizes.fields is not None:
         setattr(model.config, STORED, dict(sizes.fields))
     watch(model)
@@ -83,10 +94,10 @@ def _grown(model: nn.Module, sizes: Sizes) -> Mapping[str, InfShape]:
     return infshapes
 
 
-def _start(model: nn.Module, sizes: Sizes, init: str) -> None:
+def _start(model: nn.Module, sizes: Sizes, init: str, table: Parametrization) -> None:
     if init == "one-std":
         rescale_init(model)
-    if init != "turn" or all(spec.m_in == spec.m_out == 1 for _, _, spec in named_specs(model)):
+    if init != "turn" or all(spec.m_in == spec.m_out == spec.m_depth == 1 for _, _, spec in named_specs(model)):
         return
     if sizes.build is not None:
         at_base = sizes.build()
@@ -97,4 +108,4 @@ def _start(model: nn.Module, sizes: Sizes, init: str) -> None:
             "how the model was initialised cannot be seen without the base model's values: pass init='one-std' (one std for "
             "all widths, as GPT-2's), 'torch' (the start of torch's layers) or 'keep' (trained, or muP's already)"
         )
-    turn_start(model, at_base)
+    turn_start(model, at_base, table)

@@ -69,7 +69,7 @@ def param_groups(
     """
     _check(optimizer, lr, muon_lr)
     if base is not None or adapting:
-        adapt(model, base, **adapting)
+        adapt(model, base, **{"parametrization": parametrization} | adapting)
     decay = (0.01 if optimizer.endswith("adamw") else 0.0) if weight_decay is None else weight_decay
     matrices, others = split_for_muon(model)
     if optimizer != "muon+adamw":
@@ -114,7 +114,7 @@ def optimizer(
     """
     _check(optimizer, lr, muon_lr)
     if base is not None or adapting:
-        adapt(model, base, **adapting or {})
+        adapt(model, base, **{"parametrization": parametrization} | dict(adapting or {}))
     matrices, others = split_for_muon(model)
     shared: dict[str, Any] = {"model": model, "parametrization": parametrization}
     if optimizer == "muon+adamw":

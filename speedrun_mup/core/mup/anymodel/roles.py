@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from speedrun_mup.core.mup.anymodel.depth import WORDS
 from speedrun_mup.core.mup.anymodel.forward import stores_in_out
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError, InfShape
 from speedrun_mup.core.mup.compat.layer import MuReadout
@@ -97,6 +98,8 @@ def _declare_by_user(
     by_name: Mapping[str, nn.Parameter],
 ) -> None:
     for pattern, said in roles.items():
+        if said in WORDS:  # of depth
+            continue
         word, _, layout = (part.strip() for part in said.partition(":"))
         fits = [name for name in by_name if fnmatchcase(name, pattern)]
         if not fits or word not in {role.value for role in Role}:

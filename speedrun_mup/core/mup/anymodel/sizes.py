@@ -35,19 +35,23 @@ _FOLLOWERS = (
     *("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads"),
 )
 _HEADS, _KEY_VALUE_HEADS = _FOLLOWERS[11:17], _FOLLOWERS[17:]
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "n_blocks")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Base and delta as set_base_shapes takes them. build: the base model with its values, where it can be built.
 
-    model: the base as a model, on meta, where there is one. fields: what a config should remember of it.
+    model: the base as a model, on meta, where there is one. fields: what a config should remember of it. m_depth: layers
+    here over those of the base; the models compared have as many as here. layers: here; None where the base says nothing.
     """
 
     base: Shapes
     delta: Shapes | None = None
     build: Callable[[], nn.Module] | None = None
     fields: Fields | None = None
+    m_depth: float = 1.0
+    layers: int | None = None
 
     @property
     def model(self) -> nn.Module | None:
@@ -111,7 +115,10 @@ def _by_fields(model: nn.Module, base: Any, build: Build | None, delta: Any, sto
         other = _complete(config, other)[0] if build is None and delta is not None else other
         other = _on_meta(make, other)
     remembered = fields if build is None and hasattr(config, "to_dict") else None
-    return Sizes(_on_meta(make, fields), other, lambda: _with_values(make, fields), remembered)
+    deep = next((name for name in _LAYERS if name in here), None)
+    layers, m_depth = (here[deep], here[deep] / fields[deep]) if deep else (None, 1.0)
+    as_deep = fields | {deep: layers} if deep else fields
+    return Sizes(_on_meta(make, as_deep), other, lambda: _with_values(make, fields), remembered, m_depth, layers)
 
 
 def _builder(build: Build) -> Callable[[Any], nn.Module]:
@@ -190,15 +197,17 @@ def _known(config: Any) -> str:
 
 def _doubled(base: Any, here: Fields, config: Any) -> Any:
     """Another size of the base: twice what differs from the model. At base size, where nothing does, twice all of it, and
-    of what follows the width: so that the same grows there as at any other size.
+    of what follows the width: so that the same grows there as at any other size. It has as many layers as the model.
     """
     if isinstance(base, int):
         return 2 * base
-    sizes = {name: value for name, value in base.items() if type(value) is int}
+    layers = {name: here[name] for name in _LAYERS if name in here}
+    sizes = {name: value for name, value in base.items() if type(value) is int and name not in layers}
     grown = {name: 2 * value for name, value in sizes.items() if here.get(name) != value}
-    if not grown and any(name in _WIDTHS for name in sizes):
-        sizes |= {name: size for name in _FOLLOWERS if type(size := getattr(config, name, None)) is int}
-    return base | (grown or {name: 2 * value for name, value in sizes.items()})
+    if not grown and (layers or any(name in _WIDTHS for name in sizes)):
+        known = (name for name in (*_WIDTHS, *_FOLLOWERS) if name not in getattr(config, "attribute_map", {}))
+        sizes |= {name: size for name in known if type(size := getattr(config, name, None)) is int}
+    return base | layers | (grown or {name: 2 * value for name, value in sizes.items()})
 
 
 def _on_meta(make: Callable[[Any], nn.Module], fields: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from speedrun_mup.core.mup.compat.infshape import BaseShapeError
 from speedrun_mup.core.mup.compat.layer import _rescale
 from speedrun_mup.core.mup.compat.layers import torch_start
-from speedrun_mup.core.mup.rules import PARAMETRIZATIONS
+from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization
 from speedrun_mup.core.mup.spec import ParamSpec, Place, main_place, places, starred
 
 _SURE = 4.0  # standard errors of a root mean square
@@ -35,16 +35,16 @@ class _Kind:
     base_entries: int = 0
 
 
-def turn_start(model: nn.Module, base: nn.Module) -> None:
+def turn_start(model: nn.Module, base: nn.Module, table: Parametrization) -> None:
     """Multiply the parameters of a fresh `model` so that they start as muP says, relative to `base`. Safe to repeat.
 
-    base: the same model at base size, with its own start. At base size nothing is changed.
+    base: the same model at base size, with its own start. At base size nothing is changed. table: whose start.
 
     Raises:
         BaseShapeError: for values that follow width in no way that an initialisation does: of a trained model.
     """
     for name, kind in _kinds(model, base).items():
-        for (place, _), factor in zip(kind.members, _factors(name, kind)):
+        for (place, _), factor in zip(kind.members, _factors(name, kind, table)):
             if factor != 1.0 or place.local in vars(place.module).get("mup_rescaled", {}):
                 _rescale(place.module, {place.local: factor})
     for module in model.modules():
@@ -52,19 +52,21 @@ def turn_start(model: nn.Module, base: nn.Module) -> None:
 
 
 def _kinds(model: nn.Module, base: nn.Module) -> dict[str, _Kind]:
-    found, at_base = places(model), dict(base.named_parameters())
+    found = places(model)
     kinds: dict[str, _Kind] = {}
     for name, p in model.named_parameters():
         place = main_place(found[id(p)])
-        if place is None or place.spec is None or p.is_meta or name not in at_base:
+        if place is None or place.spec is None or p.is_meta:
             continue
         done: Mapping[str, float] = vars(place.module).get("mup_rescaled", {})
         kind = kinds.setdefault(starred(name), _Kind())
         kind.members.append((place, place.spec))
         kind.here += _squares(p) / done.get(place.local, 1.0) ** 2
         kind.entries += p.numel()
-        kind.base += _squares(at_base[name])
-        kind.base_entries += p.numel() and at_base[name].numel()
+    for name, p in base.named_parameters():  # which may have fewer layers
+        if (at_base := kinds.get(starred(name))) is not None:
+            at_base.base += _squares(p)
+            at_base.base_entries += p.numel()
     return kinds
 
 
@@ -73,7 +75,7 @@ def _squares(x: Tensor) -> float:
     return x.detach().double().square().sum().item()
 
 
-def _factors(name: str, kind: _Kind) -> list[float]:
+def _factors(name: str, kind: _Kind, table: Parametrization) -> list[float]:
     """What to multiply each member by."""
     if not kind.here or not kind.base:
         return [1.0] * len(kind.members)
@@ -88,7 +90,6 @@ def _factors(name: str, kind: _Kind) -> list[float]:
             f"({', '.join(f'{way:.3g}' for way in sorted(ways))} would be): pass init='keep' for a trained model, or if you "
             "initialise it for muP yourself"
         )
-    table = PARAMETRIZATIONS["mup"]
     return [_exactly_one(table.init(spec) / nearest) for _, spec in kind.members]
 
 
@@ -102,4 +103,6 @@ def _ways(place: Place, spec: ParamSpec) -> list[float]:
     both, at_base = spec.fan_in + spec.fan_out, spec.base_fan_in + spec.base_fan_out
     ways += [(both / at_base) ** -0.5] if len(spec.shape) > 1 else []
     of_torch = torch_start(place.module, place.local, spec)
-    return list(dict.fromkeys(ways + ([of_torch] if of_torch else [])))
+    ways += [of_torch] if of_torch else []
+    ways += [way * spec.m_depth**-0.5 for way in ways]  # GPT-2's last matrices of branches
+    return list(dict.fromkeys(ways))
