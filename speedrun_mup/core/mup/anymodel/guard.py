@@ -1,4 +1,4 @@
-"""A warning where an optimizer that knows nothing of muP trains an adapted model, whoever made it: at its first step.
+"""A warning where an optimizer that knows nothing of muP trains an adapted model: at its first step.
 
 Hugging Face's Trainer and others make an optimizer of their own if they are given none. It has one rate for all
 parameters, so the model trains, but with rates that do not transfer. torch calls a hook before a step of any optimizer.
