@@ -87,9 +87,10 @@ RATES = {
     # As published for track 3
     ("matrix", "muonh"): 0.018,
     ("matrix", "adamh"): 0.018,
+    ("matrix", "soap-muon"): 0.0375,
 }
 # Settings that the hidden matrices' optimizer needs; each is its default there.
-NEEDS: dict[str, dict[str, Any]] = {name: {"hidden_init": "track3"} for name in ("muonh", "adamh")}
+NEEDS: dict[str, dict[str, Any]] = {name: {"hidden_init": "track3"} for name in ("muonh", "adamh", "soap-muon")}
 _COMMON = {  # settings of several groups -> the hyperparameter
     "weight_decay": "weight_decay",
     "adam_eps": "eps",

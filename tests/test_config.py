@@ -94,7 +94,7 @@ def test_names_of_rule_tables_and_optimizers_are_told_without_torch():
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert [set(line.split()) for line in told.splitlines()] == [
         set(mup.PARAMETRIZATIONS),
-        {"muon", "adam", "normuon", "muonh", "adamh"},
+        {"muon", "adam", "normuon", "muonh", "adamh", "soap-muon"},
         {"newton-schulz", "newton-schulz-12", "polar-express"},
         {"False"},
     ]

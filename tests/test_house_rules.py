@@ -60,6 +60,7 @@ FLOORS = [
     ["training.run_folder", "sample", "evaluate"],
     ["training"],
     [
+        "ablate",
         "bench",
         "bench_generate",
         "coord_check",

@@ -77,7 +77,7 @@ def test_twelve_steps_orthogonalize():
 
 def test_a_matrix_at_zero_is_refused_in_a_line():
     with pytest.raises(
-        ConfigError, match="MuonH keeps the norm of each matrix, and p begins at zero, so it would stay"
+        ConfigError, match="MuonH steers the norm of each matrix, and p begins at zero, so it would stay"
     ):
         MuonH([{"params": [("p", nn.Parameter(torch.stack([torch.ones(3, 3), torch.zeros(3, 3)])))]}])
 

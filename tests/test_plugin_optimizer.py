@@ -133,7 +133,8 @@ def test_a_sweep_has_an_arm_of_it():
     (arm,) = pick_arms(["lion-constant-rate"])
     assert arm.settings == {"parametrization": "constant-rate", "matrix_optimizer": "lion"}
     with pytest.raises(
-        ConfigError, match="arm 'lyon-mup' is unknown; .* optimizer of muon, adam, normuon, muonh, adamh, lion"
+        ConfigError,
+        match="arm 'lyon-mup' is unknown; .* optimizer of muon, adam, normuon, muonh, adamh, soap-muon, lion",
     ):
         pick_arms(["lyon-mup"])
 
@@ -143,7 +144,7 @@ def test_a_name_that_is_taken_or_unknown_is_refused_in_a_line():
     with pytest.raises(ConfigError, match="optimizer 'adam' is registered already; choose another name"):
         OPTIMIZERS.register("adam", Lion)
     with pytest.raises(
-        ConfigError, match="optimizer 'lyon' is unknown; choose muon, adam, normuon, muonh, adamh, lion"
+        ConfigError, match="optimizer 'lyon' is unknown; choose muon, adam, normuon, muonh, adamh, soap-muon, lion"
     ):
         OPTIMIZERS["lyon"]
     with pytest.raises(TypeError, match="Lion has no eps; it has lr, betas, weight_decay"):

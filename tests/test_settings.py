@@ -254,10 +254,11 @@ NO_EFFECT = {  # flags -> what is said
         "matrix_beta2 has no effect on muon; leave it out, or choose adam or normuon or adamh with --matrix-optimizer"
     ),
     "--matrix-optimizer adam --momentum 0.3": (
-        "momentum has no effect on adam; leave it out, or choose muon or normuon or muonh with --matrix-optimizer"
+        "momentum has no effect on adam; leave it out, or choose muon or normuon or muonh or soap-muon with --matrix-optimizer"
     ),
     "--matrix-optimizer adam --momentum-warmup 3": (
-        "momentum_warmup has no effect on adam; leave it out, or choose muon or normuon or muonh with --matrix-optimizer"
+        "momentum_warmup has no effect on adam; leave it out, or choose muon or normuon or muonh or soap-muon "
+        "with --matrix-optimizer"
     ),
     "--embed-eps 1e-9 --head-eps 1e-9 --adam-eps 1e-8": (
         "adam_eps has no effect next to embed_eps, head_eps, scalar_eps; leave it out"

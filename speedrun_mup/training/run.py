@@ -317,6 +317,8 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * now.lr_factor
                 group["weight_decay"] = group["initial_weight_decay"] * now.decay_factor
+                if "progress" in group:
+                    group["progress"] = step / self.cfg.iterations
                 if "momentum" in group:
                     group["momentum"] = now.momentum
 

@@ -23,17 +23,21 @@ from speedrun_mup.core.optimizers.sharding import ParamShard
 FLOOR = 1e-10  # of norms that are divided by
 
 
-class FixedNorm(MatrixOptimizer):
-    """A matrix optimizer whose update is a direction; lr is the length of a step, as a share of the matrix's norm."""
+class NonZero(MatrixOptimizer):
+    """A matrix optimizer that steers the norm of each matrix, so that none may begin at zero."""
 
     def _partition(self) -> list[ParamShard]:
         for name, parameter, _ in self.named_groups():
             if not parameter.is_meta and not frobenius(parameter.detach()).all():
                 raise ConfigError(
-                    f"{self.label} keeps the norm of each matrix, and {name} begins at zero, so it would stay there; "
+                    f"{self.label} steers the norm of each matrix, and {name} begins at zero, so it would stay there; "
                     "give --hidden-init track3"
                 )
         return super()._partition()
+
+
+class FixedNorm(NonZero):
+    """A matrix optimizer whose update is a direction; lr is the length of a step, as a share of the matrix's norm."""
 
     def moved(self, values: Tensor, update: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Each matrix, moved by lr of its norm, and brought back to its norm."""

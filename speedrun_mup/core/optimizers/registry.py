@@ -22,6 +22,7 @@ OPTIMIZERS: Registry[type[ShardedOptimizer]] = Registry(
         "normuon": f"{_HERE}.normuon:NorMuon",
         "muonh": f"{_HERE}.hyperball:MuonH",
         "adamh": f"{_HERE}.hyperball:AdamH",
+        "soap-muon": f"{_HERE}.soap:SoapMuon",
     },
 )
 
