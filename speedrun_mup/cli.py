@@ -27,6 +27,7 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
     "coord-check": "do updates scale with width as muP says? with controls that must fail",
     "plan": "which small runs a big one needs, what they cost, and what they predict",
     "sweep": "the best learning rate at several widths: many small runs, in parallel, resumable",
+    "ablate": "which techniques pay, and does the gain survive width? each added and left out, at its best rate",
     "transfer": "does the best learning rate transfer across width? verdict on a sweep, or on your own table",
     "report": "page, pictures and summary of a sweep, or of your own table",
 }
@@ -39,7 +40,7 @@ def usage() -> str:
 
 
 # What continues, and keeps its exit code, when its output has no reader any more.
-RUNS = ("demo", "train", "plan", "sweep")
+RUNS = ("demo", "train", "plan", "sweep", "ablate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,10 +19,10 @@ from speedrun_mup.core.errors import ConfigError
 LARGEST = 2**53  # whole numbers up to here survive JSON, CSV and float64 in every reader
 # Flags that a command has next to those of settings.
 _OF_COMMANDS = (
-    "--adaptive --arm --arms --axes --axis --batch-tokens --budget --controls --diverged-exit --dry-run --engine "
-    "--flops --generate --help --hold --hyperparameter --initial-loss --json --keep --knob --metric --metric-file --octaves "
-    "--params --preset --priors --profile --run --seeds --set --shell --steps --timeout --tokens --values --vocab "
-    "--widths --workers"
+    "--adaptive --arm --arms --axes --axis --batch-tokens --budget --controls --design --diverged-exit "
+    "--dry-run --engine --flops --generate --help --hold --hyperparameter --initial-loss --json --keep --knob "
+    "--metric --metric-file --octaves --params --preset --priors --profile --run --seeds --set --shell --steps "
+    "--techniques --timeout --tokens --values --vocab --widths --workers"
 )
 OF_COMMANDS = frozenset(flag[2:].replace("-", "_") for flag in _OF_COMMANDS.split())
 _UNITS = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}

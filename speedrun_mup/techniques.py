@@ -38,6 +38,7 @@ class Technique:
         valid: conditions on a value.
         choices: the values that a text may have.
         param_groups: groups of parameters of its own, by the names that its modules declare.
+        on: settings with which an ablation has it; without, a technique that is switched on or off is on.
         settings: more of them, by name; these functions get their values by these names.
     """
 
@@ -47,10 +48,15 @@ class Technique:
     model: Adds = ""
     schedule: Adds = ""
     optimizers: Adds = ""
+    on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     valid: Sequence[Valid] = ()
     choices: Collection[str] = ()
     param_groups: Mapping[str, ParamGroup] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def switched_on(self, name: str) -> dict[str, Any]:
+        """Settings with which an ablation has the technique `name`; none where it would have to choose a value."""
+        return dict(self.on) or ({name: True} if self.off is False else {})
 
     def fields(self, name: str) -> list[tuple[str, Any, Any]]:
         """The settings of the technique `name`, as `dataclasses.make_dataclass` takes them."""
@@ -75,6 +81,7 @@ TECHNIQUES: dict[str, Technique] = {
         0,
         model=f"{_OPTIONS}.gates:add_attention_gate",
         valid=COUNT,
+        on={"attention_gate": 12},
         param_groups={  # record 56; before, Muon
             "gate": ParamGroup("gates of attention heads", lr=0.008, beta1=0.9, beta2=0.99)
         },
@@ -82,18 +89,29 @@ TECHNIQUES: dict[str, Technique] = {
     "cautious_decay": Technique(
         "weight decay of those entries alone that the step moves towards zero (records 43 and 50)",
         optimizers=f"{_OPTIMIZERS}:add_cautious_decay",
+        on={"cautious_decay": True, "weight_decay": 0.1},
     ),
     "hidden_init": Technique(
         "how hidden matrices begin: the last of each branch at zero as in record 26, or none (track 3), which MuonH needs",
         "record26",
         model=f"{_OPTIONS}.starts:set_hidden_init",
         choices=("record26", "track3"),
+        on={"hidden_init": "track3"},
+    ),
+    "multi_token": Technique(
+        "predict the next three tokens with the same logits, then two, then one (record 53)",
+        schedule=f"{_SCHEDULE}:predict_several",
+    ),
+    "asymmetric_softcap": Technique(
+        "logits are 23 sigmoid((z + 5) / 7.5) instead of 30 sigmoid(z / 7.5) (record 54)",
+        model=f"{_OPTIONS}.cap:set_asymmetric_cap",
     ),
     "decay_schedule": Technique(
         "what weight decay follows from step to step: the learning rate, its square (record 43), or nothing",
         "rate",
         schedule=f"{_SCHEDULE}:set_decay_schedule",
         choices=("rate", "squared", "constant"),
+        on={"decay_schedule": "squared", "weight_decay": 0.1},
     ),
 }
 

@@ -160,5 +160,6 @@ def test_a_sum_of_estimates():
 
 
 def test_steps_to_a_loss():
-    assert steps_to([5, 4, 3, 2, 1], 2.5, over=2) == 4
+    assert steps_to([5, 4, 3, 2, 1], 2.5, over=2) == 4 and steps_to([5, 4, 3, 2, 1], 3.0, over=2) == 3.5
+    assert steps_to([1, 1], 2.0, over=1) == 1
     assert math.isnan(steps_to([5, 4], 1.0, over=2)) and math.isnan(steps_to([1.0], 2.0, over=2))

@@ -179,12 +179,16 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def steps_to(curve: Sequence[float], target: float, over: int) -> float:
-    """Steps until the mean training loss of the last `over` steps is at most `target`; nan if it never is."""
+    """Steps until the mean training loss of the last `over` steps is `target`, between steps too; nan if it never is."""
     if len(curve) < over:
         return math.nan
     means = np.convolve(np.asarray(curve, dtype=float), np.full(over, 1 / over), mode="valid")
     reached = np.flatnonzero(means <= target)
-    return float(reached[0] + over) if len(reached) else math.nan
+    if not len(reached):
+        return math.nan
+    at = reached[0]
+    part = (means[at - 1] - target) / (means[at - 1] - means[at]) if at else 1.0
+    return float(at + over - 1 + part)
 
 
 # Distributions, so that there is no dependence on a library for three numbers

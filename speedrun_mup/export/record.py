@@ -18,6 +18,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.core.model import declarations
 from speedrun_mup.core.model.loss import SOFTCAP_SLOPE
+from speedrun_mup.core.model.loss import RECORD26
 from speedrun_mup.core.model.record import strip_compiled, to_record, unpack_scalars
 from speedrun_mup.data.manifest import open_corpus
 from speedrun_mup.data.shards import TOKENIZER_FILE
@@ -58,6 +59,8 @@ def export_pt(path: Path, out: Path, fold: bool = True, tokenizer: str = "") -> 
             model = model | {"lm_head.weight": (model["lm_head.weight"].double() * factor).float()}
             cfg = dataclasses.replace(cfg, parametrization="record26", base_width=None)
             notes.append(f"the head is multiplied by {factor:.6g}, muP's factor on its logits")
+    if cfg and declarations(model_config(cfg, Vocabulary(len(model["embed.weight"])))).lm_head.cap != RECORD26:
+        notes.append("its soft cap is not that of record 26, whose own program computes other logits from this file")
     saved = _as_the_record(model, loaded.state.get(UNUSED), path)
     if any(saved[name].dtype != tensor.dtype for name, tensor in model.items() if name in saved):
         notes.append("embeddings are rounded to bfloat16, the type that they have in the record")

@@ -59,7 +59,7 @@ def _pick_arm(name: str) -> Arm:
     if "+" in name:
         whole, *changes = name.split("+")
         arm = _pick_arm(whole)
-        return Arm(name, {**arm.settings, **dict(_change(name, text) for text in changes)})
+        return Arm(name, {**arm.settings, **dict(change_of(name, text) for text in changes)})
     if name in ARMS:
         return ARMS[name]
     for optimizer, table in itertools.product(OPTIMIZERS, PARAMETRIZATIONS):
@@ -75,7 +75,7 @@ def _pick_arm(name: str) -> Arm:
     )
 
 
-def _change(arm: str, text: str) -> tuple[str, Any]:
+def change_of(arm: str, text: str) -> tuple[str, Any]:
     """The setting and value of SETTING=VALUE in an arm's name. Raises ConfigError."""
     name, _, value = text.partition("=")
     name = name.strip().replace("-", "_")

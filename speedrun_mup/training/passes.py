@@ -17,6 +17,7 @@ from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.device import is_out_of_memory
 from speedrun_mup.core.distributed import TreeSum, World
 from speedrun_mup.core.model.attention import Window
+from speedrun_mup.core.model.loss import targets_ahead
 from speedrun_mup.data.batches import Batch, Batches, batches_of
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.data.tokenizers import bytes_of_tokens
@@ -120,13 +121,22 @@ class Passes:
         return now.micro_batches / now.loss_weights[0]
 
     def sequences(self, batch: Batch, step: int) -> Batch:
-        """A micro-batch, cut into sequences of the step's length: a BOS stands where the next one begins, for its first token."""
+        """A micro-batch, cut into sequences of the step's length: a BOS stands where the next one begins, for its first token.
+
+        Where several tokens ahead are predicted, its targets are (T, K).
+        """
         inputs, targets = batch
         length = self.schedule.at(step).sequence_tokens
         if length < len(inputs):
             inputs = inputs.clone()
             inputs[length::length] = self.corpus.bos_token
-        return inputs, targets
+        ahead = len(self.schedule.at(step).loss_weights)
+        return inputs, targets if ahead == 1 else targets_ahead(targets, ahead)
+
+    def loss_weights(self, step: int) -> tuple[Tensor, ...]:
+        """Weights of the tokens ahead that are predicted at `step`, if there are several: what the model takes last."""
+        weights = self.schedule.at(step).loss_weights
+        return () if len(weights) == 1 else (torch.tensor(weights, device=self.world.device),)
 
     def to_device(self, batch: Batch) -> Batch:
         """A batch, on this rank's device; through pinned memory, else the copy would wait for the GPU to be idle.
@@ -138,7 +148,7 @@ class Passes:
         return inputs.to(device, non_blocking=on_cuda), targets.to(device, non_blocking=on_cuda)
 
     def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> Tensor:
-        """Backward through this rank's micro-batches; returns their summed loss, a scalar on the device.
+        """Backward through this rank's micro-batches; returns their summed loss over all weights, a scalar on the device.
 
         As in the record, the gradient is that of the loss summed over T tokens and averaged over the N micro-batches,
         on whichever rank. Micro-batches start with a BOS, so several in a row are the same as several in turn.
@@ -146,22 +156,23 @@ class Passes:
         if self.cfg.deterministic:
             return self._accumulate_as_tree(micro_batches, step)
         window, scale, total = self.window(step), self.loss_scale(step), torch.zeros((), device=self.world.device)
+        weights = self.loss_weights(step)
         for first in range(0, len(micro_batches), self.at_once):
             group = [self.sequences(batch, step) for batch in micro_batches[first : first + self.at_once]]
             inputs, targets = self.to_device((torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])))
             with self.phase("forward"):
-                loss = self.model(inputs, targets, window)
+                loss = self.model(inputs, targets, window, *weights)
             with self.phase("backward"):
                 (loss / scale).backward()
             total += loss.detach()
-        return total
+        return total / weights[0].sum() if weights else total
 
     def _accumulate_as_tree(self, micro_batches: list[Batch], step: int) -> Tensor:
         """The same, one micro-batch at a time, summed as a tree whose branches do not depend on the number of ranks."""
-        window, scale, tree = self.window(step), self.loss_scale(step), TreeSum()
+        window, scale, tree, weights = self.window(step), self.loss_scale(step), TreeSum(), self.loss_weights(step)
         for batch in micro_batches:
             with self.phase("forward"):
-                loss = self.model(*self.to_device(self.sequences(batch, step)), window)
+                loss = self.model(*self.to_device(self.sequences(batch, step)), window, *weights)
             with self.phase("backward"):
                 (loss / scale).backward()
             tree.add([loss.detach(), *(p.grad for p in self.model.parameters() if p.grad is not None)])
@@ -170,7 +181,7 @@ class Passes:
         loss, *gradients = tree.total()
         for parameter, gradient in zip(reached, gradients, strict=True):
             parameter.grad = gradient
-        return loss
+        return loss / weights[0].sum() if weights else loss
 
     @torch.no_grad()
     def chunk_loss(self, chunk: int, step: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from speedrun_mup.config import TrainConfig, known_settings, settings
 from speedrun_mup.core.distributed import World
 from speedrun_mup.core.model import GPT
+from speedrun_mup.core.model.loss import RECORD26
 from speedrun_mup.core.optimizers import ShardedOptimizer
 from speedrun_mup.data.shards import Corpus
 from speedrun_mup.files import printable
@@ -194,11 +195,17 @@ def _load_weights(loaded: Loaded, model: GPT, cfg: TrainConfig, corpus: Corpus) 
         )
     theirs = loaded.cfg
     with torch.device("meta"):
-        scale = GPT(model_config(theirs, corpus, "dense", torch.float32)).logit_scale
-    if theirs.head_dim != cfg.head_dim or not math.isclose(scale, model.logit_scale):
+        head = GPT(model_config(theirs, corpus, "dense", torch.float32)).lm_head
+    same = (
+        theirs.head_dim == cfg.head_dim
+        and math.isclose(head.scale, model.logit_scale)
+        and head.cap == model.lm_head.cap
+    )
+    if not same:
         raise CheckpointError(
             f"--init-from {path}: the same weights give other predictions with these settings; keep its --parametrization "
             f"{theirs.parametrization} --base-width {theirs.tuned_width} --head-dim {theirs.head_dim}"
+            f"{' --asymmetric-softcap' if head.cap != RECORD26 else ''}"
         )
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in loaded.model.items()})
 

@@ -98,9 +98,13 @@ class GPT(nn.Module):
         """(T,) int32 ids and (T,) int64 targets -> the cross-entropy of every token, (T,) float32, without gradients."""
         return self.lm_head.losses(self.hidden(tokens, window), targets)
 
-    def forward(self, tokens: Tensor, targets: Tensor, window: Window) -> Tensor:
-        """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar."""
-        return self.lm_head.loss(self.hidden(tokens, window), targets)
+    def forward(self, tokens: Tensor, targets: Tensor, window: Window, weights: Tensor | None = None) -> Tensor:
+        """(T,) int32 ids and (T,) int64 targets -> the cross-entropy summed over tokens, a float32 scalar.
+
+        weights: (K,), of K targets of each token, which are (T, K) then; -1 is none.
+        """
+        more = () if weights is None else (weights,)
+        return self.lm_head.loss(self.hidden(tokens, window), targets, *more)
 
     def compile(self) -> None:
         """Compile what gains by it, with static shapes: all that comes before the head, and the loss around its products.

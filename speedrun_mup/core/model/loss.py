@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,19 @@ LOGIT_BUDGET = 2**24  # logits held at a time by the chunked loss: 64 MiB in flo
 FUSED_LOGIT_BYTES = 2**31  # of them where none is written in float32: 16,384 rows of the record's head in bfloat16
 
 
-def softcap(z: Tensor, scale: float) -> Tensor:
+class Cap(NamedTuple):
+    """Logits are height * sigmoid(z * scale + shift)."""
+
+    height: float = SOFTCAP
+    shift: float = 0.0
+
+
+RECORD26 = Cap()
+
+
+def softcap(z: Tensor, scale: float, cap: Cap = RECORD26) -> Tensor:
     """30 * sigmoid(z * scale) in float32: equal to 15 * tanh(z * scale / 2) up to a constant that the softmax ignores."""
-    return SOFTCAP * torch.sigmoid(z.float() * scale)
+    return cap.height * torch.sigmoid(z.float() * scale + cap.shift if cap.shift else z.float() * scale)
 
 
 def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -71,12 +81,58 @@ def loss_and_gradient_in_place(
     return losses, grad.type_as(z) if grad_s is None else quantize(grad, grad_s, E5M2)
 
 
+def weighted_loss_and_gradient(
+    z: Tensor, targets: Tensor, scale: float, wanted: bool, grad_s: float | None, weights: Tensor, cap: Cap
+) -> tuple[Tensor, Tensor | None]:
+    """`loss_and_gradient` of several weighted targets of each row, and any cap: the sum of their cross-entropies.
+
+    Args:
+        z, scale, wanted, grad_s: as there.
+        targets: (R, K); -1 is none, which adds nothing.
+        weights: (K,).
+        cap: of the logits.
+    """
+    gate = torch.sigmoid(z.float() * scale + cap.shift)
+    likely = torch.exp(gate * cap.height)
+    total = likely.sum(dim=-1, keepdim=True)
+    share_of = weights * (targets >= 0)  # (R, K)
+    at, whole = targets.clamp(min=0), share_of.sum(dim=-1, keepdim=True)
+    losses = (whole * total.log())[:, 0] - cap.height * (share_of * gate.gather(1, at)).sum(dim=-1)
+    if not wanted:
+        return losses, None
+    grad = likely * (whole / total)
+    grad = grad.scatter_add(1, at, -share_of) * (gate - gate * gate) * (cap.height * scale)
+    return losses, grad.to(z.dtype) if grad_s is None else quantize(grad, grad_s, E5M2)
+
+
 @functools.cache
 def _fused_loss_and_gradient() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return torch.compile(loss_and_gradient, dynamic=False)
 
 
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor, scale: float, budget: int, fused: bool = False) -> Tensor:
+@functools.cache
+def _fused_weighted() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(weighted_loss_and_gradient, dynamic=False)
+
+
+def _formula(fused: bool, weights: Tensor | None, cap: Cap) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What gives losses and gradients of a chunk."""
+    if weights is None and cap == RECORD26:
+        return _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
+    weighted = _fused_weighted() if fused else weighted_loss_and_gradient
+
+    def of_chunk(
+        z: Tensor, targets: Tensor, scale: float, wanted: bool, grad_s: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        own = torch.ones(1, device=z.device) if weights is None else weights
+        return weighted(z, targets.view(len(targets), -1), scale, wanted, grad_s, own, cap)
+
+    return of_chunk
+
+
+def token_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, budget: int, fused: bool = False, cap: Cap = RECORD26
+) -> Tensor:
     """The cross-entropy of every token, without gradients: what validation and evaluation take.
 
     Args:
@@ -86,13 +142,14 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, scale: float, budge
         scale: on the products, before the cap.
         budget: logits to hold at a time.
         fused: compile what is around the products.
+        cap: of the logits.
 
     Returns:
         (T,) float32.
     """
     w = weight.type_as(x)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    rows, both = _rows_at_a_time(budget, w), _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
+    rows, both = _rows_at_a_time(budget, w), _formula(fused, None, cap)
     for begin in range(0, len(x), rows):
         chunk = slice(begin, begin + rows)
         losses[chunk], _ = both(F.linear(x[chunk], w), targets[chunk], scale, False, None)
@@ -102,6 +159,14 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, scale: float, budge
 def _rows_at_a_time(budget: int, weight: Tensor) -> int:
     """A power of two, so that chunks are alike."""
     return 1 << (max(1, budget // len(weight)).bit_length() - 1)
+
+
+def targets_ahead(targets: Tensor, count: int) -> Tensor:
+    """(T,) -> (T, count): the next token, the one after it, ...; -1 where that is beyond the row."""
+    ahead = targets.new_full((len(targets), count), -1)
+    for k in range(min(count, len(targets))):
+        ahead[: len(targets) - k, k] = targets[k:]
+    return ahead
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
@@ -121,15 +186,20 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         budget: int,
         fp8: Scales | None = None,
         fused: bool = False,
+        weights: Tensor | None = None,
+        cap: Cap = RECORD26,
     ) -> Tensor:
-        """x (T, D), weight (V, D), targets (T,), scale on the logits, logits to hold at a time -> float32 scalar."""
+        """x (T, D), weight (V, D), targets (T,), scale on the logits, logits to hold at a time -> float32 scalar.
+
+        With weights (K,), targets are (T, K), see `weighted_loss_and_gradient`.
+        """
         w = weight if fp8 else weight.type_as(x)
         rows = _rows_at_a_time(budget, w)
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_w: Tensor | None = None
-        both = _fused_loss_and_gradient() if fused else loss_and_gradient_in_place
+        both = _formula(fused, weights, cap)
         for begin in range(0, len(x), rows):
             chunk = slice(begin, begin + rows)
             z, *stored = mm(x[chunk], w, *fp8) if fp8 else (F.linear(x[chunk], w),)
@@ -155,5 +225,5 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return (
             None if grad_x is None else grad_x * grad.type_as(grad_x),
             None if grad_w is None else (grad_w * grad).to(ctx.weight_dtype),
-            *[None] * 5,
+            *[None] * 7,
         )
