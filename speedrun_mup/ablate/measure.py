@@ -73,8 +73,9 @@ def measure(results: Sequence[RunResult], design: Design, widths: Sequence[int],
     places = sorted({result.log2_factor for result in results})
     by_place = {(r.arm, r.size, r.log2_factor, r.seed): r for r in results}
     losses = np.full((len(names), len(widths), len(places), len(seeds)), math.nan)
+    axes: list[Sequence[Any]] = [names, widths, places, seeds]
     for index in np.ndindex(*losses.shape):
-        arm, width, at, seed = (values[i] for values, i in zip((names, widths, places, seeds), index))
+        arm, width, at, seed = (values[i] for values, i in zip(axes, index))
         run = by_place.get((arm, width, at, seed))
         losses[index] = math.nan if run is None or run.diverged else run.loss
     for arm, width in ((arm, width) for arm in names for width in widths):
