@@ -17,8 +17,7 @@ from torch import Tensor
 from speedrun_mup.config import TrainConfig
 from speedrun_mup.core.errors import UserError, in_a_line
 from speedrun_mup.core.model import declarations
-from speedrun_mup.core.model.loss import SOFTCAP_SLOPE
-from speedrun_mup.core.model.loss import RECORD26
+from speedrun_mup.core.model.loss import RECORD26, SOFTCAP_SLOPE
 from speedrun_mup.core.model.record import strip_compiled, to_record, unpack_scalars
 from speedrun_mup.data.manifest import open_corpus
 from speedrun_mup.data.shards import TOKENIZER_FILE
