@@ -550,3 +550,18 @@ def odd_init(self, config):
     GPT.__init__(self, config)
     for block in self.h:
         block.c_proj, block.mlp = block.c_attn, nn.ModuleDict()
+
+
+def test_batch_and_tokens_multiply_what_width_gives():
+    """marin at 4 times the batch: rates twice, beta2 to the 4th power, rate times decay 4 times; AdamW and Muon."""
+    model, run = wide_gpt(), mup.RunScaling(mup.BATCH_RULES["marin"], m_batch=4)
+    options = MUON | {"weight_decay": 0.1, "betas": (0.9, 0.99)}
+    plain, scaled = mup.optimizer(model, **options), mup.optimizer(model, run=run, **options)
+    for before, after in zip(plain.param_groups, scaled.param_groups):
+        assert after["lr"] == pytest.approx(2 * before["lr"])
+        assert after["lr"] * after["weight_decay"] == pytest.approx(4 * before["lr"] * before["weight_decay"])
+        assert "betas" not in after or after["betas"] == pytest.approx((0.9, 0.99**4))
+    groups = mup.param_groups(model, lr=1e-3, run=run)
+    assert {group["lr"] for group in groups} == {2e-3, 2e-3 / 4} and groups[0]["betas"][1] == pytest.approx(0.999**4)
+    longer = mup.RunScaling(tokens=mup.TOKENS_RULES["bjorck"], m_tokens=8)
+    assert mup.optimizer(model, lr=1.0, run=longer).param_groups[0]["lr"] == pytest.approx(8**-0.32)

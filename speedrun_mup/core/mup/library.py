@@ -48,6 +48,7 @@ from speedrun_mup.core.mup.rules import (
     UpdateScaling,
     mup,
 )
+from speedrun_mup.core.mup.run_rules import BATCH_RULES, TOKENS_RULES, RunScaling
 from speedrun_mup.core.mup.spec import (
     Init,
     ParamSpec,
@@ -62,9 +63,11 @@ from speedrun_mup.core.mup.spec import (
 Power, Step, Factors = Exponents, UpdateScaling, Multipliers  # their first names
 
 __all__ = [
+    "BATCH_RULES",
     "DEPTH_RULES",
     "NO_DEPTH_RULE",
     "PARAMETRIZATIONS",
+    "TOKENS_RULES",
     "BaseShapeError",
     "Combined",
     "DepthRole",
@@ -88,6 +91,7 @@ __all__ = [
     "Power",
     "Role",
     "Rule",
+    "RunScaling",
     "Step",
     "UndeclaredParameterError",
     "Update",

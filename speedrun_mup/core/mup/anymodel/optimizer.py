@@ -14,11 +14,29 @@ from speedrun_mup.core.mup.anymodel.sizes import Base
 from speedrun_mup.core.mup.compat.combined import Combined
 from speedrun_mup.core.mup.compat.optim import MuAdam, MuMuon, MuSGD, for_torch_muon, scaled_groups
 from speedrun_mup.core.mup.rules import PARAMETRIZATIONS, Parametrization, Role, Update
+from speedrun_mup.core.mup.run_rules import NO_RUN_SCALING, RunScaling
 from speedrun_mup.core.mup.spec import named_specs
 
 _ADAMS: dict[str, Any] = {"adam": Adam, "adamw": AdamW}
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon+adamw")
+_DECAYS = {"adamw": 0.01, "adam": 0.0, "sgd": 0.0, "muon": 0.1}  # torch's
 Named = list[tuple[str, Tensor]]
+
+
+def _of_run(run: RunScaling, kind: Update, options: dict[str, Any], decay: float) -> dict[str, Any]:
+    """The options at the batch and the tokens of this run, from those at base; `decay` is torch's own weight decay."""
+    if not run.parts:
+        return options
+    factors = run.factors(kind)
+    scaled = {
+        "lr": options["lr"] * factors.lr,
+        "weight_decay": options.get("weight_decay", decay) * factors.weight_decay,
+    }
+    if kind is Update.ENTRYWISE:
+        betas = options.get("betas", (0.9, 0.999))
+        scaled["betas"] = tuple(factors.beta(which, beta) for which, beta in enumerate(betas))
+        scaled["eps"] = options.get("eps", 1e-8) * factors.eps
+    return options | scaled
 
 
 def split_for_muon(model: nn.Module) -> tuple[Named, Named]:
@@ -49,6 +67,7 @@ def param_groups(
     weight_decay: float | None = None,
     eps: float = 1e-8,
     parametrization: Parametrization = PARAMETRIZATIONS["mup"],
+    run: RunScaling = NO_RUN_SCALING,
     **adapting: Any,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer of torch's kind: {"params", "lr", "weight_decay", "eps" (Adam), "use_muon" (with Muon)}.
@@ -62,6 +81,7 @@ def param_groups(
         weight_decay: at base size; by default torch's: 0.01 for AdamW, else 0. Muon's groups have it too.
         eps: Adam's, at base size.
         parametrization: the rule table.
+        run: how far the batch and the tokens of this run are from base, and the rules for it; groups then have "betas".
 
     Raises:
         ConfigError: for an unknown optimizer, or a rate that is missing.
@@ -76,9 +96,11 @@ def param_groups(
         others, matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
     options = {"lr": lr, "weight_decay": decay} | ({} if optimizer == "sgd" else {"eps": eps})
     kind = Update.GRADIENT if optimizer == "sgd" else Update.ENTRYWISE
-    groups = scaled_groups(model, others, kind, parametrization, options)
+    own = _of_run(run, kind, options, decay)
+    groups = scaled_groups(model, others, kind, parametrization, own)
+    groups = [group | {key: own[key] for key in ("betas",) if key in own} for group in groups]
     if matrices:
-        tuned = {"lr": muon_lr, "weight_decay": decay}
+        tuned = _of_run(run, Update.SPECTRAL, {"lr": muon_lr, "weight_decay": decay}, decay)
         spectral = scaled_groups(model, matrices, Update.SPECTRAL, parametrization, tuned, for_torch_muon)
         groups = [g | {"use_muon": True} for g in spectral] + [g | {"use_muon": False} for g in groups]
     return groups
@@ -93,6 +115,7 @@ def optimizer(
     muon_lr: float | None = None,
     muon: Mapping[str, Any] | None = None,
     parametrization: Parametrization = PARAMETRIZATIONS["mup"],
+    run: RunScaling = NO_RUN_SCALING,
     adapting: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Optimizer:
@@ -106,6 +129,7 @@ def optimizer(
         muon_lr: Muon's rate, tuned at base size.
         muon: Muon's other options (momentum, weight_decay, adjust_lr_fn ...).
         parametrization: the rule table.
+        run: how far the batch and the tokens of this run are from base, and the rules for it.
         options: of torch's Adam, AdamW or SGD: betas, eps, weight_decay, momentum ...
 
     Raises:
@@ -117,10 +141,13 @@ def optimizer(
         adapt(model, base, **{"parametrization": parametrization} | dict(adapting or {}))
     matrices, others = split_for_muon(model)
     shared: dict[str, Any] = {"model": model, "parametrization": parametrization}
+    kind = Update.GRADIENT if optimizer == "sgd" else Update.ENTRYWISE
+    own = _of_run(run, kind, {"lr": lr, **options}, _DECAYS[optimizer.removeprefix("muon+")])
     if optimizer == "muon+adamw":
-        made = [MuMuon(matrices, lr=muon_lr, **shared, **muon or {})] if matrices else []
-        return Combined(*made, *([MuAdam(others, impl=AdamW, lr=lr, **shared, **options)] if others else []))
+        of_muon = _of_run(run, Update.SPECTRAL, {"lr": muon_lr, **(muon or {})}, _DECAYS["muon"])
+        made = [MuMuon(matrices, **shared, **of_muon)] if matrices else []
+        return Combined(*made, *([MuAdam(others, impl=AdamW, **shared, **own)] if others else []))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if optimizer == "sgd":
-        return MuSGD(trained, impl=SGD, lr=lr, **shared, **options)
-    return MuAdam(trained, impl=_ADAMS[optimizer], lr=lr, **shared, **options)
+        return MuSGD(trained, impl=SGD, **shared, **own)
+    return MuAdam(trained, impl=_ADAMS[optimizer], **shared, **own)
