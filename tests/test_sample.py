@@ -136,7 +136,8 @@ def test_a_sample_ends_with_its_document():
     found = list(own.tokens(prompts, sampling))
     lengths = [sum(number in tokens for tokens in found) for number in range(12)]
     assert min(lengths) < 60 and len(set(lengths)) > 2 and 256 not in {t for tokens in found for t in tokens.values()}
-    for number in (lengths.index(max(lengths)), lengths.index(min(lengths))):
+    outlives = max(number for number in range(1, 12) if lengths[number] > min(lengths[:number]))  # one before it
+    for number in {lengths.index(max(lengths)), lengths.index(min(lengths)), outlives}:
         alone = Writer(own.model, own.tokenizer, own.window)
         again = list(alone.tokens([prompts[number]] * (number + 1), sampling))
         assert [t[number] for t in again if number in t] == [t[number] for t in found if number in t]
@@ -148,6 +149,15 @@ def test_the_padding_of_the_vocabulary_is_never_drawn():
         own.model.lm_head.weight[257:] = 2 * own.model.lm_head.weight[:127]
     for sampling in (GREEDY, Sampling(max_new_tokens=20, temperature=3, top_k=0, top_p=1)):
         assert all(token < 257 for tokens in own.tokens([[256, 97]], sampling) for token in tokens.values())
+
+
+def test_a_chat_has_read_all_that_was_said():
+    own, sampling = writer(), Sampling(temperature=0, max_new_tokens=7)
+    with torch.no_grad():
+        own.model.lm_head.weight[:32] = own.model.lm_head.weight[127:] = 0  # so that its text has its tokens
+    first, second = ("".join(answer) for answer in own.chat(["def ", "class "], sampling))
+    assert len(first) == len(second) == 7
+    assert second == own.generate(["def " + first + "class "], sampling)[0]
 
 
 def test_prompts_that_cannot_be_read_are_one_line():
@@ -172,7 +182,12 @@ def hf_words() -> HfTokenizer:
     inner = library.Tokenizer(library.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
     inner.pre_tokenizer = library.pre_tokenizers.Metaspace()
     inner.decoder = library.decoders.Sequence(
-        [library.decoders.Replace("▁", " "), library.decoders.ByteFallback(), library.decoders.Fuse()]
+        [
+            library.decoders.Replace("▁", " "),
+            library.decoders.ByteFallback(),
+            library.decoders.Fuse(),
+            library.decoders.Strip(" ", 1, 0),
+        ]
     )
     return HfTokenizer(inner.to_str(), "<s>")
 
