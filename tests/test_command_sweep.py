@@ -106,7 +106,7 @@ def sweep_of(command=COMMAND, how="well", widths=(32, 64), grid=(0.0, 1.0), seed
     arms = arms or {"run": command}
     names = {field.name for field in dataclasses.fields(Program)}
     about = {name: options.pop(name) for name in [*options] if name in names}
-    formulas = {"lr": "0.001"} | about.pop("formulas", {})
+    formulas = {"lr": options.pop("lr", "0.001")} | about.pop("formulas", {})
     program = Program(about.pop("metric", Metric(PATTERN)), formulas, folder=str(Path.cwd()), **about)
     arms = tuple(Arm(name, {"command": text}) for name, text in arms.items())
     axes, options = Axes("width", "lr"), {"adaptive": False} | options
@@ -594,3 +594,25 @@ def test_sizes_on_several_axes_and_a_control_on_one_of_them(inside):
     assert result.verdict is not Verdict.FAIL, result.summary()
     along = measure_sweep(Path("s"), size="n_layer", sigma=0.002)
     assert along.arms["wrong, width 32"].predicted == -1.0 and along.arms["right, width 32"].predicted is None
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ray_runs_commands(fake):
+    """Workers of Ray start in folders of their own; the commands run where the sweep was started."""
+    pytest.importorskip("ray")
+    from speedrun_mup.sweep import RayEngine
+
+    with contextlib.closing(RayEngine(2, device="cpu")) as engine:
+        result = quietly(sweep_of(grid=(0.0,)), engine=engine)
+    assert result.complete and len(list((fake / "s" / "logs").iterdir())) == 2
+
+
+def test_the_small_trainer_of_the_pages_is_swept_and_drifts(tmp_path):
+    """Nothing in it knows of this package; a constant rate is too fast for wide models."""
+    script = Path(__file__).parent / "helpers" / "nano_train.py"
+    assert "speedrun" not in script.read_text().partition('"""\n\nimport')[2]
+    command = f"{sys.executable} {script} --n_embd={{width}} --learning_rate={{lr}} --seed={{seed}} --out_dir={{out}}"
+    sweep = sweep_of(command, widths=(32, 128), grid=(0.0,), lr="0.03")
+    narrow, wide = sorted(quietly(sweep, tmp_path / "s").results, key=lambda run: run.sizes["width"])
+    assert narrow.steps == [0, 20, 40, 60] and narrow.loss < 2.0 and wide.loss > narrow.loss + 0.1
