@@ -124,7 +124,7 @@ def quietly(sweep, out="s", engine=None):
 
 def test_values_stay_inside_their_words_and_a_shell_gets_them_quoted():
     template = Template("prog --name='a {x} b' {x}.txt {{x}} --f={f:.2e}")
-    nasty = "1; rm -rf $HOME 'q' `id`"
+    nasty = "1; touch spilt; $HOME 'q' `touch spilt`"
     assert template.filled({"x": nasty, "f": 0.001}) == [
         *("prog", f"--name=a {nasty} b", f"{nasty}.txt", "{x}", "--f=1.00e-03"),
     ]
