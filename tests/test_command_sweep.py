@@ -49,7 +49,7 @@ if how == "crash": print("no such file: corpus.bin"); sys.exit(3)
 if how == "diverge": sys.exit(42)
 if how == "hang": print("waiting", flush=True); time.sleep(60)
 final = 2.5 + 4 * width**-0.5 + 0.03 * (math.log2(lr) + 9) ** 2
-final += random.Random(" ".join(sys.argv[1:4] + sys.argv[6:])).gauss(0, 0.001) + 0.02 * seed
+final += random.Random(" ".join(sys.argv[1:4] + sys.argv[6:7])).gauss(0, 0.001) + 0.02 * seed
 begin = final - 1 if how == "rise" else final + 1
 print(f"step 0: train loss 9.9, val loss {begin:.4f}")
 print(f"step 100: train loss 9.9, val loss {'nan' if how == 'nan' else format(final, '.4f')}")
@@ -434,7 +434,7 @@ def test_a_program_that_ignores_a_placeholder_is_named(inside, name):
     place = {"lr": "{lr}", "width": "{width}", "seed": "{seed}"}
     fixed = place | {name: {"lr": "0.001", "width": "48", "seed": "0"}[name]}
     command = (
-        f"{sys.executable} -I -S fake.py {fixed['width']} {fixed['lr']} {fixed['seed']} {{out}} well {place[name]}"
+        f"{sys.executable} -I -S fake.py {fixed['width']} {fixed['lr']} {fixed['seed']} {{out}} well - {place[name]}"
     )
     (line,) = quietly(sweep_of(command, seeds=(0, 1))).ignored
     assert line.startswith("the same loss 3.") and line.endswith(f"does the program use {{{name}}}?")

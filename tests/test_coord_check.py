@@ -310,10 +310,14 @@ def test_two_steps_prove_nothing_about_layers_behind_zeros():
     result = check_gpt(steps=2, controls=False)
     assert result.verdict is CheckVerdict.INCONCLUSIVE
     assert result.reasons[0].startswith("2 updates are too few")
-    still = (
-        "blocks.*.attn.qkv_w, blocks.*.mlp.c_fc.weight, value_embeds.*.weight, value_embeds.lambdas did not move in 2"
-    )
-    assert any(still in reason for reason in result.reasons)
+    (still,) = (reason.split(" did not move in 2 updates")[0] for reason in result.reasons if "did not move" in reason)
+    # The gradient of a skip's weight is rounding alone until a block adds something: some processors round it to zero.
+    assert set(still.split(", ")) - {"blocks.skip_weights"} == {
+        "blocks.*.attn.qkv_w",
+        "blocks.*.mlp.c_fc.weight",
+        "value_embeds.*.weight",
+        "value_embeds.lambdas",
+    }
 
 
 @pytest.mark.slow

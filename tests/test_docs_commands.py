@@ -46,6 +46,7 @@ SHORT = (
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
     (r"^sweep .*(--run|toml)", "--octaves -1 0 1 --no-adaptive"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
+    (r"^ablate", f"--data synthetic {SMALL} --widths 16 32 64 --seeds 2 --octaves 0"),
     (r"^coord-check my_models:", "--widths 16 32 64 --seeds 1 --steps 3 --no-progress"),
     (r"^coord-check .*--axis ", CHECK.replace("--widths 16 32 64", "--base-width 32")),
     (r"^coord-check", CHECK),
@@ -201,6 +202,7 @@ def workspace(tmp_path, monkeypatch, texts):
         lines = [json.dumps({"text": part}) for part in texts.split("\n\n")]
         (tmp_path / name).write_bytes(gzip.compress("\n".join(lines).encode()))
     (tmp_path / "my_models.py").write_text(MODELS)
+    sys.modules.pop("my_models", None)  # of another test
     (tmp_path / "my_train.py").symlink_to(ROOT / "tests" / "helpers" / "nano_train.py")
     write_sweep_toml(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")

@@ -47,8 +47,8 @@ def losses(path: str) -> list[tuple[str, int, float]]:
 
 
 def same_losses(found: list, expected: list) -> bool:
-    """Whether two lists of losses agree: to the bit with the release of torch that made them, to 1e-4 with another."""
-    rel = 0.0 if torch.__version__.startswith("2.13.0") else 1e-4
+    """Whether two lists of losses agree: but for the rounding of another processor, or of another release of torch."""
+    rel = 2e-6 if torch.__version__.startswith("2.13.0") else 1e-4
     return [row[:-1] for row in found] == [row[:-1] for row in expected] and [row[-1] for row in found] == (
         pytest.approx([row[-1] for row in expected], rel=rel, abs=0.0)
     )

@@ -1,5 +1,7 @@
 """The coordinate check of models that are not ours, by name: right ones pass, each wrong one fails."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -97,6 +99,7 @@ def broken(width):
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(MODULE)
+    sys.modules.pop("my_models", None)  # of another test
     (tmp_path / "no_data.py").write_text("from tests.helpers.foreign_models import Recurrent")
     monkeypatch.chdir(tmp_path)
 

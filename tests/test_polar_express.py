@@ -38,8 +38,8 @@ def golden_input(case: str) -> Tensor:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 def test_golden_matrices(case, dtype, tolerance):
     got, expected = summary(polar_express(golden_input(case).to(dtype))), GOLDEN["polar_express"][case]
-    for key, value in expected.items():
-        assert got[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
+    for key, value in expected.items():  # sums of thousands of terms round differently on each processor
+        assert got[key] == pytest.approx(value, rel=tolerance, abs=tolerance * expected["norm"]), key
 
 
 @pytest.mark.parametrize("s", GOLDEN["scalar_map"])

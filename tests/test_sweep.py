@@ -812,7 +812,10 @@ def test_a_folder_from_before_a_setting_goes_on(small, tmp_path):
             "arm adam-mup fixes matrix_lr at 0.008; .* --hyperparameter matrix_lr, or choose .* mup",
         ),
         ("--hyperparameter gate_lr", "gate_lr has no effect without attention_gate; .* give --attention-gate"),
-        ("--matrix-eps 0.1", "matrix_eps has no effect on muon; leave it out, or choose adam with --matrix-optimizer"),
+        (
+            "--matrix-eps 0.1",
+            "matrix_eps has no effect on muon; leave it out, or choose adam or adamh with --matrix-optimizer",
+        ),
         ("--arms adam-mup --momentum 0.3", "momentum has no effect on adam"),
         ("--width 64", "--widths"),
         ("--seed 1", "--seeds"),

@@ -57,7 +57,9 @@ def run(argv: Sequence[str]) -> int:
         say(*filter(None, [other_tokens(preset, target, flags)]))
         return _joint(argv, target, names, sizes, engine, budget, carry_out, out)
     target = make_config(preset, flags)
-    say(*_opening(target), *filter(None, [other_tokens(preset, target, flags)]))
+    say(*_opening(target))
+    if other := other_tokens(preset, target, flags):
+        say(other)
 
     from speedrun_mup.plan import predict, run_plan
     from speedrun_mup.sweep import open_engine

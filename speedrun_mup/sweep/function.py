@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import numbers
-import pickle
 import platform
 import re
 import sys
@@ -16,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -307,7 +307,7 @@ def check_importable(functions: Iterable[Callable[..., Any]]) -> None:
         main = sys.modules["__main__"]
         lost = getattr(function, "__module__", "") == "__main__" and not hasattr(main, "__file__")
         try:
-            pickle.dumps(function)
+            ForkingPickler.dumps(function)
         except Exception:
             lost = True
         if lost:
