@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Tests that start processes mostly wait, so three at a time keep two cores busy.
 QUIET := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check check-style check-tests docs bench clean
 
 demo: .venv/.ok
 	$(BIN)/speedrun-mup demo
@@ -15,10 +15,15 @@ test: .venv/.ok-dev
 	$(QUIET) $(BIN)/python -m pytest -n 3 --dist worksteal
 
 check: .venv/.ok-dev
+	@$(MAKE) --no-print-directory -j2 --output-sync=target check-style check-tests
+
+check-style:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(QUIET) $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not dist"
+
+check-tests:
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not dist"
 
 # The site, into build/site: open index.html there. A broken link or a page without a place in docs/index.md is an error.
 docs: .venv/.ok

@@ -54,6 +54,7 @@ def simulated(rng: np.random.Generator, gains: list[tuple[float, ...]]) -> list[
     return judge([str(i) for i in range(len(gains))], estimates, WIDTHS)
 
 
+@pytest.mark.slow
 def test_planted_gains_get_their_verdicts():
     """Next to six techniques without effect; every kind right in 90 % at least."""
     rng, right = np.random.default_rng(0), dict.fromkeys(PLANTED, 0)
@@ -71,6 +72,7 @@ def alarms(runs: int) -> float:
     return sum(any(f.verdict is not Verdict.INCONCLUSIVE for f in simulated(rng, none)) for _ in range(runs)) / runs
 
 
+@pytest.mark.slow
 def test_placebos_alarm_in_one_of_twenty_ablations_at_most():
     """All twelve together. 120 ablations: a true rate of 5 % is above 10 % here in one of a hundred draws."""
     assert alarms(120) <= 0.1
@@ -81,11 +83,13 @@ def test_placebos_alarm_in_one_of_twenty_ablations_at_most_exactly():
     assert alarms(800) <= 0.05
 
 
+@pytest.mark.slow
 def test_without_holm_they_would(monkeypatch):
     monkeypatch.setattr("speedrun_mup.ablate.statistics.holm", list)
     assert alarms(60) > 0.1
 
 
+@pytest.mark.slow
 def test_intervals_for_all_together_cover():
     rng, missed = np.random.default_rng(2), 0
     for _ in range(40):

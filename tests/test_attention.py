@@ -75,6 +75,7 @@ def heads(length: int, count: int, head_dim: int, dtype: torch.dtype = torch.flo
 # The rule
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(deadline=None)
 @example(Case([False] * 6, 2, 0))
@@ -123,6 +124,7 @@ def test_dense_is_softmax_over_the_allowed_keys_one_query_at_a_time():
             torch.testing.assert_close(out[t, h], expected)
 
 
+@pytest.mark.slow
 @given(cases(), st.integers(1, 3), st.sampled_from([1, 4, 6, 16]))
 @settings(deadline=None, max_examples=60)
 @example(Case([False] * 8, 4, 0), 1, 4)
@@ -209,6 +211,7 @@ def expand(case: Case) -> Tensor:
     return allowed
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(deadline=None)
 @example(Case([False] * 12, 4, 0))
@@ -218,6 +221,7 @@ def test_block_lists_stand_for_the_rule(case):
     assert torch.equal(expand(case), brute_force(case))
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(deadline=None)
 def test_block_lists_are_nearest_first_and_never_negative(case):
@@ -249,6 +253,7 @@ def test_the_mask_of_flex_is_the_rule_both_in_blocks_and_in_its_function(case):
     assert torch.equal(mask.to_dense()[0, 0].bool(), allowed.view(n, B, n, B).any(3).any(1))
 
 
+@pytest.mark.slow
 def test_flex_is_dense_as_far_as_a_cpu_can_run_it():
     """Run eagerly it has no backward on a CPU and evaluates the mask function only, so the window has to be there."""
     case = Case([t in (0, 5, 40) for t in range(64)], 16, 2)

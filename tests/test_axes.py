@@ -64,6 +64,7 @@ def table(path, size="n_layer", hyperparameter="init_std", drift=0.0, sizes=(4, 
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("drift", "verdict"), [(0.0, "PASS"), (0.5, "FAIL")])
 def test_a_hyperparameter_over_depth_from_a_table_to_the_report(tmp_path, capsys, drift, verdict):
     """Not a rate, not width: verdict, forecast, JSON, report and the command that it names."""
@@ -100,6 +101,7 @@ def test_a_hyperparameter_over_depth_from_a_table_to_the_report(tmp_path, capsys
     assert "n_layer 64: loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_numbers_on_other_axes_give_the_same_result(tmp_path):
     """Only the words depend on the axes."""
     plain = measure_transfer(read_points(table(tmp_path / "a.csv", "width", "lr")), controls={"sp": -1.0})
@@ -142,6 +144,7 @@ def test_a_point_may_have_several_sizes_of_which_one_is_measured(tmp_path):
         measure_transfer(points, axes=Axes("tokens"))
 
 
+@pytest.mark.slow
 def test_a_size_axis_is_one_entry(tmp_path, capsys, monkeypatch):
     """Added from here: its words, what other programs call it, and how large it may be."""
     experts = SizeAxis(
@@ -190,6 +193,7 @@ class PlantedEngine(FakeEngine):
             yield spec, dataclasses.replace(result, config=computed_settings(spec.cfg))
 
 
+@pytest.mark.slow
 def test_a_sweep_may_be_over_another_size_axis(tiny, tmp_path, capsys):
     """Folder, table, measurement and report carry the axis; the runs are at different depths of one width."""
 
@@ -218,6 +222,7 @@ def test_a_sweep_may_be_over_another_size_axis(tiny, tmp_path, capsys):
         run_sweep(Sweep(tiny(), (32, 64)), out, PlantedEngine(loss_of), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "sizes", "judged"), [("n_layer", (6, 12, 24), False), ("width", (32, 64, 128), True)])
 def test_a_drift_predicted_for_width_says_nothing_about_another_size(tiny, tmp_path, size, sizes, judged):
     """Both arms are flat: over width the control did not fail, over depth it is no control."""
@@ -312,6 +317,7 @@ def bowl(spec):
     return 2 + spec.cfg.schedule.tokens**-0.3 + 0.03 * (spec.log2_factor + steps / 3 - batch / 2) ** 2 + luck
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "values", "held", "drift"),
     [
@@ -429,6 +435,7 @@ def test_the_command_scales_what_it_names_and_holds_the_rest(monkeypatch, tmp_pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "values", "told"),
     [
@@ -452,6 +459,7 @@ def test_a_report_speaks_of_runs_and_batches_and_not_of_models(tiny, tmp_path, a
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_several_axes_one_is_measured_at_each_place_of_the_others(tiny, tmp_path):
     out, base = tmp_path / "s", tiny(micro_batches=2, iterations=16, micro_batch_tokens=128)
     places = [
@@ -610,6 +618,7 @@ def test_a_variant_of_an_arm_must_drift_by_what_its_rates_do_otherwise(tiny, axi
     assert not Sweep(base, values, arms[1:], axes=Axes(axis, tuned)).predicted  # alone it is what is tested
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("right", "verdict"), [(True, Verdict.PASS), (False, Verdict.FAIL)])
 def test_a_rule_along_the_batch_is_judged_beside_its_controls(tiny, tmp_path, right, verdict):
     """The truth is 0.5 per doubling: a rule of 0.5 passes, none fails, and either control drifts as its name says."""

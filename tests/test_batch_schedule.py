@@ -49,6 +49,7 @@ def mid_stage(tiny, at: int, **changes):
     return whole, dataclasses.replace(cut, resume=str(folder_of(cut)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["shuffled", "record"])
 def test_every_micro_batch_is_used_once_and_in_order(tiny, order):
     cfg, used = tiny(name="a", data_order=order, **THIRDS), []
@@ -59,6 +60,7 @@ def test_every_micro_batch_is_used_once_and_in_order(tiny, order):
     assert result.tokens == sum(BATCHES) * 128
 
 
+@pytest.mark.slow
 def test_metrics_count_the_tokens_and_the_learning_rate_of_each_stage(tiny):
     records = [
         row for row in read_metrics(train(tiny(name="a", lr_scale=1e-9, **THIRDS)).folder) if row["kind"] == "train"
@@ -72,6 +74,7 @@ def test_metrics_count_the_tokens_and_the_learning_rate_of_each_stage(tiny):
         assert row["tokens_per_s"] == pytest.approx(rate) and row["tokens"] > before["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_gradient_is_the_mean_over_the_micro_batches_of_its_step(tiny, strict):
     with closing(Run(tiny(name="a", deterministic=strict, **THIRDS), World())) as run:
@@ -85,6 +88,7 @@ def test_the_gradient_is_the_mean_over_the_micro_batches_of_its_step(tiny, stric
     torch.testing.assert_close(accumulated, run.model.lm_head.weight.grad / 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 4, 7])
 def test_resuming_in_the_middle_of_a_stage_is_bitwise(tiny, at):
     whole, cut = mid_stage(tiny, at)
@@ -153,6 +157,7 @@ def out_of_memory(*args):
     raise MemoryError
 
 
+@pytest.mark.slow
 def test_rolling_back_over_the_edge_of_a_stage_leaves_out_the_data(tiny):
     """Bad data at step 4, a checkpoint at step 2: steps 2 and on train on what follows that data."""
     with closing(Run(tiny(name="back", on_nonfinite="rollback", save_every=2, **THIRDS), World())) as run:
@@ -171,6 +176,7 @@ def test_rolling_back_over_the_edge_of_a_stage_leaves_out_the_data(tiny):
             assert trained[step] == expected, step
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_counts_skipped_data_in_steps_still_resumes(tiny):
     """As it was before there were schedules."""
     whole, cut = (tiny(name=name, iterations=8) for name in ("whole", "cut"))
@@ -187,6 +193,7 @@ def test_a_checkpoint_that_counts_skipped_data_in_steps_still_resumes(tiny):
         assert run.start == 4 and run.skipped_micro_batches == 3 * whole.micro_batches
 
 
+@pytest.mark.slow
 def test_a_run_gets_longer_only_where_its_stages_stay(tiny):
     early = train(tiny(name="early", **THIRDS), partial(leave_at, 1)).folder
     assert train(tiny(name="early", resume=str(early), **THIRDS | {"iterations": 12})).finished
@@ -197,6 +204,7 @@ def test_a_run_gets_longer_only_where_its_stages_stay(tiny):
         train(tiny(name="late", resume=str(late), **THIRDS | {"batch_schedule": "constant"}))
 
 
+@pytest.mark.slow
 def test_data_end_and_repeat_where_the_tokens_say_so(tiny):
     corpus = find_corpus("synthetic", "byte")[0]
     cfg = tiny(name="a", **THIRDS)
@@ -259,6 +267,7 @@ def batch_warmup(micro_batches: int) -> list[Stage]:
     ]
 
 
+@pytest.mark.slow
 def test_a_schedule_can_come_from_outside(tiny, monkeypatch):
     monkeypatch.setitem(schedules.BATCH_SCHEDULES, "batch warmup", batch_warmup)
     cfg = tiny(name="a", iterations=12, batch_schedule="batch warmup")

@@ -78,6 +78,7 @@ def upstream_starts(tokens: list[int], bos: int, T: int, N: int) -> tuple[list[l
     return steps, False
 
 
+@pytest.mark.slow
 @given(
     gaps=st.lists(st.integers(1, 40), min_size=1, max_size=150),
     lead=st.integers(0, 5),
@@ -237,6 +238,7 @@ def test_id_outside_the_vocabulary(tmp_path: Path, at: int) -> None:
         ValBatches(corpus, 2**21, 2**21 - 1)
 
 
+@pytest.mark.slow
 def test_positions_over_several_scans(tmp_path: Path) -> None:
     tokens = documents(2**21 + 99, 40)
     write_shard(tmp_path / "a.bin", tokens)
@@ -296,6 +298,7 @@ def test_shuffled_order_is_fixed(small: Corpus) -> None:
     assert [Permutation(10, 1)(place) for place in range(10)] == [4, 5, 8, 2, 7, 1, 0, 6, 9, 3]
 
 
+@pytest.mark.slow
 def test_shuffled_tokens_do_not_depend_on_the_shards(tmp_path: Path, small: Corpus) -> None:
     whole = np.concatenate([naive_read(path) for path in small.train])
     one = make_corpus(tmp_path / "one", [whole])
@@ -374,6 +377,7 @@ def test_share_of_the_tokens_is_told(small: Corpus, mixture: Mixture) -> None:
     assert "small: shuffled" in text and "other: shuffled" in text
 
 
+@pytest.mark.slow
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
 @settings(deadline=None, max_examples=150)
 def test_permutation_is_a_bijection(count: int, seed: int) -> None:
@@ -395,6 +399,7 @@ def chi_square(observed: np.ndarray) -> float:
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 7, 10, 50])
 def test_every_place_is_equally_likely(count: int) -> None:
     drawn = np.array([[Permutation(count, seed_for(seed))(place) for place in range(count)] for seed in range(2000)])
@@ -405,6 +410,7 @@ def test_every_place_is_equally_likely(count: int) -> None:
         assert chi_square(steps) < 4
 
 
+@pytest.mark.slow
 def test_permutation_shuffles_well() -> None:
     """Over 20 seeds: fixed points and neighbours that stay neighbours are as rare as by chance, no trend remains."""
     count = 5000
@@ -430,6 +436,7 @@ def many_small_shards(directory: Path, count: int) -> Corpus:
     return write_manifest(directory, tokenizer="test", vocab_size=VOCAB, bos_token=BOS, source="a test", **facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["record", "shuffled"])
 def test_more_shards_than_files_may_be_open(tmp_path: Path, order: str) -> None:
     corpus = many_small_shards(tmp_path / "many", 300)
@@ -464,6 +471,7 @@ def prefetching() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
+@pytest.mark.slow
 def test_thread_ends_with_the_iterator(small: Corpus) -> None:
     batches = TrainBatches(small, 64, 2, seed=0)
     for end in "close", "del":
@@ -598,6 +606,7 @@ def mixture(tmp_path: Path, small: Corpus) -> Mixture:
     return mix([small, other], [7, 3])
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=5))
 @settings(deadline=None, max_examples=25)
 def test_turns_keep_to_the_shares(weights: list[int]) -> None:
@@ -633,6 +642,7 @@ def test_mixture_resumes_and_is_shared(mixture: Mixture) -> None:
     assert [batch[0].tolist() for step in whole[37:] for batch in step] == [b[0].tolist() for s in rest for b in s]
 
 
+@pytest.mark.slow
 def test_shuffled_mixture(mixture: Mixture) -> None:
     mixed = train_batches(mixture, 64, 4, seed=3, order="shuffled")
     alone, given, turns = (

@@ -100,6 +100,7 @@ def test_alone_there_is_no_communication():
     assert watch.laps()[0]["communication"] == 0
 
 
+@pytest.mark.slow
 def test_a_benchmark_adds_up(tiny):
     cfg = tiny()
     began = time.perf_counter()
@@ -121,6 +122,7 @@ def test_a_benchmark_adds_up(tiny):
     assert "tokens/s" in result.summary() and "no data sheet known" in result.summary()
 
 
+@pytest.mark.slow
 def test_a_strict_benchmark_is_deterministic_as_strict_training_is(tiny, no_ceilings, monkeypatch):
     found, whole = [], Run.take_step
     monkeypatch.setattr(
@@ -133,6 +135,7 @@ def test_a_strict_benchmark_is_deterministic_as_strict_training_is(tiny, no_ceil
     assert found == [True, False]
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_model_and_of_the_batches(tiny, no_ceilings):
     cfg = tiny()
     result = bench(cfg, steps=2, began=0.0)
@@ -162,6 +165,7 @@ def test_the_share_of_a_known_devices_peak(tiny, no_ceilings):
     assert "989.4 TFLOP/s (data sheet)" in known.summary()
 
 
+@pytest.mark.slow
 def test_on_the_command_line(capsys, no_ceilings):
     flags = "--preset laptop --data synthetic --device cpu --width 64 --n-layer 6 --micro-batches 1 --steps 2"
     assert main(["bench", *flags.split(), "--val-tokens", "4096", "--json"]) == 0
@@ -179,6 +183,7 @@ def test_flags_of_training_steps_are_refused_where_text_is_written(flags, capsys
     assert capsys.readouterr().err == f"error: {flags[0]} is about training steps; leave out --generate\n"
 
 
+@pytest.mark.slow
 def test_writing_is_measured(tiny, monkeypatch, capsys):
     """Every number is there and positive; the memory is that of the long and short windows' keys and values."""
     monkeypatch.setattr(bench_generate, "WRITTEN", 3)

@@ -61,6 +61,7 @@ def whole(model: GPT, tokens: Tensor, window: int) -> Tensor:
         return model.logits(tokens.int(), window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_token_by_token_is_the_whole_pass(name):
     """Over more blocks than the window has, so that every cache has wrapped around."""
@@ -89,6 +90,7 @@ def test_at_once_is_token_by_token(name, length):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_of_different_lengths_side_by_side_are_as_one_by_one():
     shape, window = SHAPES["laptop, mup"]
     model = build(**shape)
@@ -177,6 +179,7 @@ class Counting(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_a_token_costs_the_same_at_any_length():
     """The operations of a token, what they put out, and the memory of keys and values."""
     shape, window = SHAPES["laptop, mup"]

@@ -183,6 +183,7 @@ def test_what_decay_follows(name, power):
     assert schedule.at(10).decay_factor == (1.0 if name == "rate" else 0.0)
 
 
+@pytest.mark.slow
 def test_a_run_decays_by_it_and_resumes_to_the_same_bits(tiny):
     still = {"cooldown": 0.0, "window_tokens": 32, "weight_decay": 0.5, "iterations": 4, "cautious_decay": True}
     whole, half = train(tiny(name="whole", **still)), train(tiny(name="half", **still | {"iterations": 2}))

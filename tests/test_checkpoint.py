@@ -200,6 +200,7 @@ def test_a_chain_of_world_sizes_loses_nothing(tmp_path):
     assert_is_step(loaded, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cuts=st.lists(st.integers(0, 40), min_size=1, max_size=4), reads=st.tuples(st.integers(0, 40), st.integers(0, 40))
@@ -544,6 +545,7 @@ def two_steps(tmp_path) -> list[Path]:
     return files
 
 
+@pytest.mark.slow
 def test_flipped_bits_are_never_loaded(tmp_path, two_steps):
     rng = dice(1)
     for _ in range(FLIPS):
@@ -558,6 +560,7 @@ def test_flipped_bits_are_never_loaded(tmp_path, two_steps):
     assert_is_step(Loaded(newest(tmp_path)), 2)
 
 
+@pytest.mark.slow
 def test_truncated_longer_and_missing_files_are_never_loaded(tmp_path, two_steps):
     rng = dice(2)
     for trial in range(CUTS):
@@ -651,6 +654,7 @@ def test_a_sealed_but_senseless_manifest_is_damage(tmp_path, change):
 # --- disk faults ---
 
 
+@pytest.mark.slow
 def test_a_disk_fault_at_any_call_spares_the_earlier_ones(tmp_path):
     for step in (1, 2):
         save(tmp_path / "model", step)

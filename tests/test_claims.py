@@ -120,6 +120,7 @@ def test_copies_are_refused_and_named(name, digits):
         )
 
 
+@pytest.mark.slow
 def test_honest_noise_is_not_refused():
     """300 tables of all sizes, and with losses of three digits."""
     rng = np.random.default_rng(0)
@@ -447,6 +448,7 @@ def test_a_table_that_is_no_file_or_too_large_is_one_line(tmp_path, monkeypatch)
         read_points(write(tmp_path, honest(np.random.default_rng(0))))
 
 
+@pytest.mark.slow
 def test_many_rows_columns_and_arms_are_fast_or_one_line(tmp_path):
     began = time.process_time()
     seeds = "".join(f"{(64, 128, 256)[n // 20000]},{2.0 ** (n % 20)},{n},{3 + n % 7}\n" for n in range(60_000))

@@ -55,6 +55,7 @@ def test_a_reader_that_goes_away_is_no_error():
     assert run.returncode == 128 + signal.SIGPIPE
 
 
+@pytest.mark.slow
 def test_train_tells_where_everything_is(tmp_path, capsys):
     assert main(["train", *as_flags(TINY), "--out", str(tmp_path), "--name", "a"]) == 0
     told = capsys.readouterr().out
@@ -71,6 +72,7 @@ def test_a_preset_says_what_loss_to_expect_from_its_own_tokens(preset, tokenizer
     assert train._expected(make_config(preset, {"matrix_lr": 0.1}), tokenizer) == ""
 
 
+@pytest.mark.slow
 def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
     assert main(["train", *as_flags(TINY | {"matrix_lr": 0.03}), "--out", str(tmp_path), "--name", "a"]) == 0
     cfg = config_from_flags({"preset": "auto", "resume": str(tmp_path / "a")})
@@ -79,6 +81,7 @@ def test_resume_takes_the_run_s_own_settings(tmp_path, capsys):
     assert "width was 64, is 96" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny, capsys):
     """The batch was 4 x 128 tokens; taking one of two sizes from the flags again would make it 8 x 128."""
     Run(

@@ -460,6 +460,7 @@ def test_another_command_pattern_or_trainer_is_another_sweep(inside):
     assert main(["sweep", "--widths", "32", "64", "128", "--out", "s"]) == 2
 
 
+@pytest.mark.slow
 def test_arms_are_commands_and_a_wrong_one_is_a_control(inside):
     bad = f"{sys.executable} -I -S fake.py {{width}} {{times_width}} {{seed}} {{out}} well"
     sweep = sweep_of(
@@ -608,6 +609,7 @@ def test_ray_runs_commands(fake):
     assert result.complete and len(list((fake / "s" / "logs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_the_small_trainer_of_the_pages_is_swept_and_drifts(tmp_path):
     """Nothing in it knows of this package; a constant rate is too fast for wide models."""
     script = Path(__file__).parent / "helpers" / "nano_train.py"

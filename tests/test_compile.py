@@ -110,6 +110,7 @@ def test_a_residual_is_not_folded_into_the_product_before_it():
     assert not folds(linear)
 
 
+@pytest.mark.slow
 def test_importing_the_model_leaves_the_compiler_alone():
     """Its import takes seconds, and fixes where compiled code is kept before a run can say so."""
     command = "import sys, speedrun_mup.coord_check, speedrun_mup.training.run; print('torch._dynamo' in sys.modules)"

@@ -122,6 +122,7 @@ def check_mlp(kind="adam", table=MUP, widths=(64, 128, 256), **options):
 BINDING = {"eps": 1.0, "lr": 1.0}  # gradients are far below 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, options", [("adam", {}), ("adam", BINDING), ("sgd", {}), ("muon", {})])
 def test_a_mup_mlp_passes(kind, options):
     result = check_mlp(kind, widths=(64, 128, 256, 512), seeds=3, **options)
@@ -157,6 +158,7 @@ def check_broken(role, column, kind, power):
     return result.arm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role, column, kind", BREAKABLE)
 def test_any_rule_of_the_table_broken_by_root_m_fails(role, column, kind):
     arm = check_broken(role, column, kind, 0.5)
@@ -169,6 +171,7 @@ def test_any_rule_of_the_table_broken_by_root_m_fails(role, column, kind):
     assert off == pytest.approx(-0.5 if column == "eps" else 0.5, abs=0.35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", [mup.init, nn.init])
 def test_an_initialisation_that_knows_no_width_fails_and_the_summary_says_how_to_mend_it(library):
     def plain(width):
@@ -228,6 +231,7 @@ def check_cnn(optimizer):
     return coord_check(small_cnn, widths, images, cross_entropy, optimizer, seeds=3, progress=False)
 
 
+@pytest.mark.slow
 def test_a_mup_cnn_passes():
     result = check_cnn(lambda model: mup.MuAdam(model, lr=0.003))
     assert result.verdict is CheckVerdict.PASS, result.summary()
@@ -288,6 +292,7 @@ def small_shape():
     return cfg, find_corpus("synthetic")[0], "dense", torch.float32
 
 
+@pytest.mark.slow
 def test_the_gpt_with_adam_alone_is_right_too():
     assert check_gpt(WITH_ADAM, controls=False, tokens=256).arm.verdict is CheckVerdict.PASS
 
@@ -306,6 +311,7 @@ def test_with_adam_alone_muons_controls_are_left_out():
     assert [control.arm.name for control in result.controls] == ["adam-constant", "head-sqrt"]
 
 
+@pytest.mark.slow
 def test_two_steps_prove_nothing_about_layers_behind_zeros():
     result = check_gpt(steps=2, controls=False)
     assert result.verdict is CheckVerdict.INCONCLUSIVE
@@ -485,6 +491,7 @@ class Noisy(MLP):
         return super().forward(F.dropout(x, 0.5))
 
 
+@pytest.mark.slow
 def test_watching_does_not_change_training_nor_the_callers_random_state():
     batches = list(classification((FEATURES,)))
     torch.manual_seed(7)
@@ -505,6 +512,7 @@ def test_watching_does_not_change_training_nor_the_callers_random_state():
     assert series.values[1, :-1] == pytest.approx(losses, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_result():
     assert check_mlp(seeds=1).to_json() == check_mlp(seeds=1).to_json()
 
@@ -543,6 +551,7 @@ def test_kinds_and_thresholds():
 # When it cannot tell
 
 
+@pytest.mark.slow
 def test_a_control_that_does_not_fail_makes_it_inconclusive():
     blind = Control("same", MLP, train_with("adam"), role=Role.HIDDEN, slope=-1.0)
     result = check_mlp(controls=[blind])
@@ -553,11 +562,13 @@ def test_a_control_that_does_not_fail_makes_it_inconclusive():
     )
 
 
+@pytest.mark.slow
 def test_without_controls_it_can_fail_but_not_pass():
     result = check_mlp(controls=[])
     assert result.verdict is CheckVerdict.INCONCLUSIVE and "no control was run" in result.reasons[0]
 
 
+@pytest.mark.slow
 def test_a_parameter_that_nobody_trains_makes_it_inconclusive():
     def forget_bias(model):
         return torch.optim.SGD([p for name, p in model.named_parameters() if name != "bias"], lr=0.1)
@@ -584,6 +595,7 @@ def freeze(model, name):
     return model
 
 
+@pytest.mark.slow
 def test_a_matrix_that_cannot_be_followed_makes_it_inconclusive():
     class Normed(MLP):
         def forward(self, x):
@@ -658,6 +670,7 @@ def python_blocks():
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "coord-check.md").read_text(), re.M | re.S)
 
 
+@pytest.mark.slow
 def test_the_mlp_of_the_documentation_passes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -695,6 +708,7 @@ def depth_check(sizes=(2, 4, 8), controls=False, **changes):
     return gpt_coord_check(cfg, sizes, axis="n_layer", steps=4, tokens=64, controls=controls, progress=False)
 
 
+@pytest.mark.slow
 def test_along_depth_every_layer_learns_as_much_and_all_together_add_as_much():
     result = depth_check((4, 8, 16), controls=True, base_layers=4)
     assert result.verdict is CheckVerdict.PASS, result.summary()
@@ -715,6 +729,7 @@ def test_along_depth_every_layer_learns_as_much_and_all_together_add_as_much():
     assert "numbers of layers 4, 8, 16" in told and "completep from 4 layers" in told and "what all layers add" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "off"), [("none", 1.0), ("hyperp", 0.0)])
 def test_a_wrong_rule_for_depth_fails(rule, off):
     """Without a rule the stream is changed the more, the more layers there are; HyperP's layers learn less in deeper models."""

@@ -65,6 +65,7 @@ def documents(corpus: Corpus, part: str) -> list[str]:
 # --- The embedded corpus ---
 
 
+@pytest.mark.slow
 def test_embedded_corpus_of_this_python() -> None:
     corpus = embedded_corpus()
     train, val = read_shard(corpus.train[0]), read_shard(corpus.val[0])
@@ -77,6 +78,7 @@ def test_embedded_corpus_of_this_python() -> None:
     assert len(ValBatches(corpus, 2**19, 2**16)) == 8
 
 
+@pytest.mark.slow
 def test_parts_are_whole_files_and_all_of_them(library: Path) -> None:
     corpus = embedded_corpus()
     parts = {part: set(documents(corpus, part)) for part in ("train", "val")}
@@ -90,6 +92,7 @@ def test_parts_are_whole_files_and_all_of_them(library: Path) -> None:
     assert {passage for text in texts for passage in passages(text)} == parts["train"] | parts["val"]
 
 
+@pytest.mark.slow
 def test_passage_of_both_parts_is_for_validation_only(library: Path) -> None:
     """Every file begins with the same licence, long enough to be a passage of its own."""
     licence = "".join(f"# line {i} of a licence that everybody copies\n" for i in range(20)) + "\n"
@@ -101,6 +104,7 @@ def test_passage_of_both_parts_is_for_validation_only(library: Path) -> None:
     assert shared in val and not train & val
 
 
+@pytest.mark.slow
 def test_passages_are_shuffled(library: Path) -> None:
     held = documents(embedded_corpus(), "train")
     origin = {p: path.parent.name for path in library.rglob("*.py") for p in passages(path.read_text())}
@@ -156,6 +160,7 @@ def test_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 # --- Tokenizers ---
 
 
+@pytest.mark.slow
 def test_bpe(library: Path) -> None:
     pytest.importorskip("tiktoken")
     pytest.importorskip("rustbpe")
@@ -254,6 +259,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == Path("/home/someone/.cache/speedrun-mup")
 
 
+@pytest.mark.slow
 def test_second_use_writes_nothing(cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = [find_corpus(name)[0] for name in ("embedded", "synthetic")]
     monkeypatch.setattr(module, "write_shard", None)

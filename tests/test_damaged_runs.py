@@ -157,6 +157,7 @@ def within(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 def test_the_commands_take_the_run_as_long_as_it_is_whole(runs, tmp_path, capsys):
     shutil.copytree(runs, tmp_path / "runs")
     folder = tmp_path / "runs" / "a"

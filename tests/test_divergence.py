@@ -22,6 +22,7 @@ def steps(folder):
     return [record for record in read_metrics(folder) if record["kind"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
 @pytest.mark.parametrize("scale", [1e6, 1e30, 1e37])
 def test_weights_that_explode_end_a_run_under_every_policy(tiny, policy, scale):
@@ -35,6 +36,7 @@ def test_weights_that_explode_end_a_run_under_every_policy(tiny, policy, scale):
     assert not list((folder / "checkpoints").glob("step-*"))  # none of these weights is worth keeping
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_above_where_it_began_keeps_its_last_good_checkpoint(tiny):
     """Good for 15 steps, then somebody breaks the head: the loss stays finite, and far above the untrained model's."""
 
@@ -55,6 +57,7 @@ def test_a_run_that_ends_above_where_it_began_keeps_its_last_good_checkpoint(tin
     assert json.loads((folder / "status.json").read_text())["status"] == "diverged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"lr_scale": 1e3}, {"lr_scale": 1e4, "matrix_optimizer": "adam"}])
 def test_a_model_that_saturates_for_ever_diverged_though_its_loss_is_no_higher(tiny, changes):
     with pytest.raises(Diverged, match="the gradient is zero"):
@@ -68,6 +71,7 @@ def test_a_short_honest_run_did_not_diverge(tiny, iterations, scale):
     assert train(tiny(iterations=iterations, lr_scale=scale, width=32, val_every=0)).finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-8, 16.0, 64.0])
 def test_a_run_that_learns_nothing_or_with_a_kick_did_not_diverge(tiny, scale):
     assert train(tiny(iterations=40, lr_scale=scale, val_every=0, save=False)).finished
@@ -91,6 +95,7 @@ def test_what_counts_as_exploded():
         assert exploded_weights(weights).startswith("the weights exploded: b has a value of ")
 
 
+@pytest.mark.slow
 def test_metrics_tell_rate_and_gradient(tiny):
     cfg = tiny(name="a", iterations=8, lr_scale=0.5, cooldown=0.5)
     records = steps(train(cfg).folder)
@@ -127,6 +132,7 @@ def test_the_gradient_s_norm_is_that_of_the_sum_over_ranks(tiny, strict, hidden)
         assert [r["grad_norm"] for r in several] == pytest.approx([r["grad_norm"] for r in alone], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_the_loss_of_text_over_its_bytes(tiny):
     """Of the byte tokenizer, BOS has no byte and its loss does not count; a synthetic language has no bytes at all."""
     cfg = tiny(name="bytes", data="embedded", iterations=1, val_every=0, width=32)

@@ -44,6 +44,10 @@ SHORT = (
     (r"^plan .*--preset record26", "--data synthetic --iterations 3"),
     (r"^plan .*--tokens", "--data synthetic"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),
+    (
+        r"^sweep .*--axis iterations",
+        f"--data synthetic {SMALL.replace('--iterations 2', '--values 2 4 8')} --octaves 0 1 --seeds 1 --no-adaptive",
+    ),
     (r"^sweep .*(--run|toml)", "--octaves -1 0 1 --no-adaptive"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 2 --no-adaptive"),
     (r"^ablate", f"--data synthetic {SMALL} --widths 16 32 64 --seeds 2 --octaves 0"),

@@ -35,6 +35,7 @@ def run(tiny):
     return train(tiny(name="a", width=32, iterations=6, save_every=2, keep_every=2, val_every=0)).folder
 
 
+@pytest.mark.slow
 def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main(["doctor", "--resume", str(run)]) == 0
@@ -61,6 +62,7 @@ def test_a_healthy_machine_and_run(tiny, run, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(tiny, run):
     cfg = tiny(resume=str(run))
     os.truncate(run / "checkpoints" / "step-00000006" / "model.safetensors", 100)
@@ -128,6 +130,7 @@ def test_what_is_not_here(tiny):
         assert text in bad(examine(tiny(**change)))[subject]
 
 
+@pytest.mark.slow
 def test_how_a_run_ended(tiny, run):
     cfg = tiny(resume=str(run))
     for status, text in (("running", "crashed (no final status)"), ("failed", "failed: NonFiniteError: step 3")):
@@ -154,6 +157,7 @@ def test_a_run_in_use_and_one_without_checkpoints(tiny):
     assert "none in" in bad(findings)["checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_gap_in_the_metrics_is_told(tiny, run, capsys):
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -166,6 +170,7 @@ def test_a_gap_in_the_metrics_is_told(tiny, run, capsys):
     assert "lacks steps 3 to 5" in bad(examine(tiny(), run))["metrics"]
 
 
+@pytest.mark.slow
 def test_links_and_fifos_of_a_received_folder_are_findings(tiny, run, tmp_path, capsys):
     for name in ("status.json", "metrics.jsonl", "provenance.json", ".lock", "log.txt"):
         (run / name).unlink()
@@ -188,6 +193,7 @@ def test_links_and_fifos_of_a_received_folder_are_findings(tiny, run, tmp_path, 
     assert "log.txt is a symbolic link" in told and "status.json is damaged" in told
 
 
+@pytest.mark.slow
 def test_other_code_and_damaged_notes_are_told(tiny, run):
     (run / "provenance.json").write_text(
         '\xff\n[1]\n{"torch": "0.1", "source_sha256": "other", "revision": "abc"}\nnot json\n'

@@ -93,6 +93,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None
     assert found == TEXTS if content[:1] == b"{" else "".join(found) == PROSE
 
 
+@pytest.mark.slow
 def test_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -437,6 +438,7 @@ def test_line_without_end_is_a_bad_document(tmp_path: Path, monkeypatch: pytest.
     assert "more than 1,000 characters" in whole[3].fault
 
 
+@pytest.mark.slow
 def test_kilobytes_of_parquet_stay_small(tmp_path: Path) -> None:
     """100 rows of 8 MB that share one entry of a dictionary."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

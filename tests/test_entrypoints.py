@@ -137,6 +137,7 @@ COUNTED = """if True:
 TRAIN = ["train", "--data", "synthetic", "--device", "cpu", "--iterations", "1", "--val-tokens", "4096"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [20, 40, 120, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in range(400, 2000, 400))]
 )

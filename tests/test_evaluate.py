@@ -181,6 +181,7 @@ def test_thirty_documents_are_enough(documents, units, monkeypatch):
     assert evaluate(build(), 1, [row]).units == evaluate(build(), 1, halves).units == units
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_repeated_draws(monkeypatch):
     """Corpora of 40 documents, drawn from many whose losses differ: the error is the spread of their means."""
     random = np.random.default_rng(3)

@@ -79,6 +79,7 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tiny, tmp_path, capsys):
     """The line names what was asked for, not what it is called while it is written."""
     folder, out = train(tiny(name="a", data="embedded", width=32)).folder, tmp_path / "new" / "out"
@@ -97,6 +98,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tiny, tmp_path, caps
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_is_asked_for_and_nothing_over_it(tiny, tmp_path, capsys):
     folder, out = train(tiny(name="a", width=32, save_every=3)).folder, tmp_path / "model.pt"
     assert main(["export", str(folder), "--to", "pt", str(out), "--checkpoint", "3"]) == 0

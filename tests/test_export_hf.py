@@ -119,6 +119,7 @@ def in_parts(model, tokens: Tensor, sizes: Iterator[int], **options) -> Tensor:
 # The same model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
@@ -135,6 +136,7 @@ def test_logits_are_the_models_over_several_blocks_and_documents(name, fold, exp
         torch.testing.assert_close(in_parts(loaded, tokens, [1] * length), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [16, 48])
 @torch.inference_mode()
 def test_a_long_text_is_looked_at_in_pieces(queries, exported):
@@ -148,6 +150,7 @@ def test_a_long_text_is_looked_at_in_pieces(queries, exported):
     torch.testing.assert_close(found, whole(model, tokens[0], window), **CLOSE)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_batch_with_padding_is_as_one_by_one(exported):
     """On the left and on the right, with a cache and without, whatever the padding is."""
@@ -249,6 +252,7 @@ def folder(writing, tmp_path) -> Path:
     return tmp_path / "m.1-x"
 
 
+@pytest.mark.slow
 def test_greedy_text_is_the_runs(writing, folder, transformers):
     """One by one and side by side, with and without a cache, far beyond the window; BOS is put before a prompt."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -267,6 +271,7 @@ def test_greedy_text_is_the_runs(writing, folder, transformers):
     assert [written([prompt])[0] for prompt in prompts] == expected
 
 
+@pytest.mark.slow
 def test_sampling(folder, transformers):
     """Samples are reproducible and of the tokenizer's vocabulary."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -281,6 +286,7 @@ def test_sampling(folder, transformers):
     assert torch.equal(*drawn) and drawn[0][:, 10:].unique().numel() > 20 and int(drawn[0].max()) <= 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two layers", "seven layers"])
 def test_beams_take_what_they_need_of_the_cache(name, exported):
     """Rows of it change places, and with them what is kept of positions and documents."""
@@ -301,6 +307,7 @@ def test_pipeline(writing, folder, transformers):
     ]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_saved_again_it_is_the_same(folder, transformers, tmp_path):
     """Code, tokenizer and generation settings included, also on a device that accelerate places it on."""
@@ -359,6 +366,7 @@ def test_it_needs_nothing_of_this_package(writing, folder, tmp_path):
     assert done.stdout == "def " + writing.generate("def ", max_new_tokens=40, temperature=0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_model_card_with_the_numbers_and_code_that_runs(
     run, transformers, tmp_path, monkeypatch, capsys
 ):
@@ -415,6 +423,7 @@ def test_the_card_has_no_number_of_another_step_nor_a_bos_that_acts(run, tmp_pat
     assert r"special token \`\<b\>\\x0a\# x, which" in page and 'name = "😀"' in page and "ud83d" not in page
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(folder, transformers, tmp_path, monkeypatch, capsys):
     """docs/use.md, after its commands; tests/test_docs_commands.py runs these."""
     folder.rename(tmp_path / "notes-hf")
@@ -527,6 +536,7 @@ def refused(arguments: list[str], capsys) -> str:
     return said.err
 
 
+@pytest.mark.slow
 def test_runs_and_folders_that_cannot_be_used_are_one_line(run, tiny, tmp_path, capsys):
     out = tmp_path / "out"
     to = ["--to", "hf", str(out)]

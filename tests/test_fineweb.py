@@ -176,6 +176,7 @@ def test_commit_that_is_none(tmp_path: Path, hub: LoopbackHub, commit: object) -
     assert str(error.value).isprintable() and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_pages(tmp_path: Path, hub: LoopbackHub) -> None:
     """A page that comes again and again, and one on another server, which would get the token."""
     hub.next_page = f"{hub.url}/api/datasets/{hub.repository}/tree/{COMMIT}?cursor=x"
@@ -315,6 +316,7 @@ def test_killed_and_started_again(tmp_path: Path, hub: LoopbackHub) -> None:
     check_whole(open_corpus(tmp_path / "out"), 2)
 
 
+@pytest.mark.slow
 def test_offline_is_one_line(tmp_path: Path) -> None:
     process = run(tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     said, complained = process.communicate(timeout=120)

@@ -54,6 +54,7 @@ def same_losses(found: list, expected: list) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_as_the_code_that_began_it_resumed_it(commit, capsys):
     begun, expected = losses("run/metrics.jsonl"), losses("expected.jsonl")
     assert begun == expected[: len(begun)] and len(begun) < len(expected)
@@ -61,6 +62,7 @@ def test_a_run_resumes_as_the_code_that_began_it_resumed_it(commit, capsys):
     assert same_losses(losses("run/metrics.jsonl"), expected)
 
 
+@pytest.mark.slow
 def test_load_run_gives_the_model_that_the_run_had(commit, capsys):
     """Every weight of the unfinished run; the validation loss of the finished one, which the old code gave."""
     (checkpoint,) = Path("run/checkpoints").iterdir()
@@ -85,6 +87,7 @@ def test_doctor_finds_the_checkpoint_intact(commit, capsys):
     assert f"a resume starts from {checkpoint.name}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_with_the_runs_that_it_has(commit, capsys):
     files = sorted(Path("sweep/cells").glob("*/result.json"))
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
@@ -112,6 +115,7 @@ def test_a_sweep_and_its_table_are_judged_alike(commit, capsys):
     assert any("at the right edge of the grid: extend the sweep to 2^2" in reason for reason in judged[0]["mup"][1])
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_table_are_reported(commit, capsys):
     assert main(["report", "sweep", "--coord-check", "coord-check/coord-check.json"]) == 0, capsys.readouterr().err
     assert Path("sweep/report/coord-check.png").exists()

@@ -52,6 +52,7 @@ def check(build, **options):
     return foreign_coord_check(subject, WIDTHS, seeds=1, steps=4, progress=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [adapted, nano, Recurrent])
 def test_what_adapt_makes_passes_whoever_calls_it(build):
     result = check(build)
@@ -66,6 +67,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", WRONG)
 def test_a_model_that_is_wrong_in_one_thing_fails_there(build):
     result = check(build)
@@ -74,6 +76,7 @@ def test_a_model_that_is_wrong_in_one_thing_fails_there(build):
     assert WRONG[build] in failed, failed
 
 
+@pytest.mark.slow
 def test_limits_lie_between_right_and_wrong_and_the_summary_states_the_error():
     assert FOREIGN.judge(-0.5) is FOREIGN.judge(0.3) is CheckVerdict.FAIL
     assert FOREIGN.judge(-0.3) is FOREIGN.judge(0.2) is CheckVerdict.PASS
@@ -104,6 +107,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_has_a_verdict_and_an_exit_code(module, capsys):
     words = ["--widths", "16,32,64", "--seeds", "1", "--steps", "4", "--no-progress"]
     assert main(["coord-check", "my_models:Recurrent", *words]) == 0
@@ -150,6 +154,7 @@ def through_a_few(width, rank=None):
     return LowRank(width)
 
 
+@pytest.mark.slow
 def test_only_matrices_whose_small_side_grows_may_learn_less_in_wider_models():
     rows = {row.kind: row.slack for row in check(through_a_few).arm.rows if row.quantity == "update"}
     assert rows["up.weight"] == rows["down.weight"] == NARROW and not rows["head.weight"] and not rows["embed.weight"]

@@ -61,6 +61,7 @@ def test_a_frame_of_pandas(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_wrong_on_purpose_fails(tmp_path):
     arms = {"mup": bowl, "sp": functools.partial(bowl, drift=-1.0)}
     rates = [0.01 * 2.0**k for k in range(-4, 4)]
@@ -150,6 +151,7 @@ def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
     assert not any("grid still grows" in note for note in swept.transfer(sigma=0.002).notes)
 
 
+@pytest.mark.slow
 def test_several_sizes_at_once(tmp_path):
     def run(width, n_layer, lr, seed):
         return bowl(width, lr, f"{seed} {n_layer}") - 0.1 * math.log2(n_layer)
@@ -302,6 +304,7 @@ def test_the_page_does_what_it_says(tmp_path, monkeypatch, capsys):
     assert names["transfer"]("sweeps/toy").to_json() == names["result"].to_json()
 
 
+@pytest.mark.slow
 def test_the_import_is_light_and_packages_stay_packages():
     code = (
         "import sys, speedrun_mup\nassert not {'torch', 'numpy', 'speedrun_mup.sweep'} & {*sys.modules}\n"

@@ -105,6 +105,7 @@ def test_more_channels_than_the_width_are_an_error():
         GPT(add_attention_gate(small_shape(), 33))
 
 
+@pytest.mark.slow
 def test_a_run_with_gates_trains_them_and_resumes_to_the_same_bits(tiny):
     still = {"cooldown": 0.0, "window_tokens": 32, "attention_gate": 12}
     whole = train(tiny(name="whole", **still))

@@ -89,6 +89,7 @@ def test_flex_attention_is_for_where_its_kernels_work(monkeypatch):
         assert pick_attention(cfg, CUDA, BF16, True) == ("flex", "CUDA, compiled")
 
 
+@pytest.mark.slow
 def test_flex_attention_is_tried_with_the_head_and_block_of_the_run():
     """Here it always fails, for want of a backward pass; the point is that this comes back as a reason."""
     hardware._try_flex.cache_clear()
@@ -207,6 +208,7 @@ def no_memory_above(most: int, monkeypatch):
     monkeypatch.setattr(Passes, "chunk_loss", limited_chunk)
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_micro_batch_and_trains_as_if_it_had_been_given(tiny, monkeypatch):
     given = train(
         tiny(name="given", micro_batch_tokens=64, micro_batches=8, micro_batches_per_forward=1, val_chunk_tokens=64)
@@ -361,6 +363,7 @@ print(json.dumps([max(meanwhile), spun()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="GNU's OpenMP, on two cores")
 def test_threads_sleep_while_they_wait_where_torch_was_loaded_before_us(tiny):
     policy = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +100,13 @@ def floor_of(module: str) -> int:
     raise AssertionError(f"{module} is on no floor: add it to FLOORS and to docs/architecture.md")
 
 
-def modules():
+@cache
+def modules() -> list[tuple[str, ast.Module]]:
+    """The package's modules, each with its syntax tree: parsed once for all tests of a process."""
+    return list(_modules())
+
+
+def _modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
         if name not in ("__init__", "__main__", "core", "core.kernels", "training"):

@@ -129,6 +129,7 @@ def test_what_scales_the_first_values_with_depth_scales_the_step_too(rule, role)
     assert exponents.rate(True) + exponents.init == exponents.rate(False) == exponents.lr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muonh", "adamh"])
 def test_a_run_learns_and_resumes_to_the_same_bits(tiny, optimizer):
     still = {"cooldown": 0.0, "window_tokens": 32, "iterations": 4, "matrix_optimizer": optimizer}

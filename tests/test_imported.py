@@ -76,6 +76,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return kinds[0] == kinds[1] and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_a_file_of_upstream_is_a_run_and_comes_back_bit_for_bit(upstream, imported, tmp_path):
     state = strip_compiled(of_upstream())
     assert all(NAMES.fullmatch(name) for name in state)
@@ -90,6 +91,7 @@ def test_a_file_of_upstream_is_a_run_and_comes_back_bit_for_bit(upstream, import
     assert torch.equal(model.logits(tokens, 3), run.model.logits(tokens, 3))
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_used_like_any_other(imported, tmp_path, capsys):
     run = load_run(imported, device="cpu")
     (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 20)
@@ -114,6 +116,7 @@ def shape_of_training(tmp_path: Path) -> dict[str, object]:
     return TINY | changes | {"out": str(tmp_path / "runs"), "val_every": 0, "name": "b"}
 
 
+@pytest.mark.slow
 def test_a_run_with_mup_predicts_the_same_with_its_multiplier_in_the_head_and_in_its_settings(tiny, tmp_path, capsys):
     folder = train(tiny(name="a", data="embedded", width=64)).folder
     own = load_run(folder, device="cpu")
@@ -133,6 +136,7 @@ def test_a_run_with_mup_predicts_the_same_with_its_multiplier_in_the_head_and_in
         assert torch.allclose(back.model.state_dict()["lm_head.weight"] * back.model.logit_scale, exact, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_technique_goes_there_and_back_and_is_no_part_of_the_record(tiny, tmp_path, capsys):
     folder, out = train(tiny(name="a", data="embedded", width=32, attention_gate=4)).folder, tmp_path / "a.pt"
     assert main(["export", str(folder), "--to", "pt", str(out)]) == 0
@@ -160,6 +164,7 @@ def test_the_tokenizer_comes_with_the_run(upstream, tmp_path, capsys):
     assert "not what the manifest says" in fails(["sample", str(out), "--device", "cpu"], capsys)
 
 
+@pytest.mark.slow
 def test_rows_of_gpt2_are_taken_for_it(tmp_path):
     torch.save({"model": of_upstream(16, 6, 50304, 30)}, tmp_path / "a.pt")
     assert main(["import", str(tmp_path / "a.pt"), "--out", str(tmp_path / "a"), "--head-dim", "16"]) == 0

@@ -72,6 +72,7 @@ def test_the_target_is_whole_micro_batches_and_steps():
     assert target.schedule.tokens == round(2_000_000 / 4096) * 4096
 
 
+@pytest.mark.slow
 def test_proxies_are_smaller_in_every_size_and_keep_the_budget():
     plan = choose_joint_plan(TARGET, NAMES, Budget(share=0.05))
     corpus, _ = find_corpus(TARGET.data, TARGET.tokenizer)
@@ -120,6 +121,7 @@ def test_published_drifts_are_those_beyond_the_rule_in_force():
         published_priors(TARGET, ("width",))
 
 
+@pytest.mark.slow
 def test_a_budget_in_time_is_kept(tmp_path):
     """Timed by a few steps; the plan that is in a folder is found again, though times differ."""
     engine, names = FakeEngine(), ["width", "tokens"]
@@ -139,6 +141,7 @@ def test_a_budget_in_time_is_kept(tmp_path):
     assert load_joint_plan(dataclasses.replace(TARGET, n_layer=6), names, Budget(minutes=120), {}, tmp_path) is None
 
 
+@pytest.mark.slow
 def test_grids_lie_around_a_best_rate_that_is_far_from_what_was_tuned(tmp_path):
     """A best factor of 0.22, as on a corpus with another vocabulary: the base finds it, the others start there."""
     plan = choose_joint_plan(TARGET, ("width", "tokens"), Budget(share=0.2))
@@ -176,6 +179,7 @@ def test_expected_errors_are_those_of_the_design():
         assert better[0] < rate and better[1] < loss
 
 
+@pytest.mark.slow
 def test_a_plan_is_run_and_predicts_what_is_planted(tmp_path):
     plan = choose_joint_plan(TARGET, NAMES, Budget(share=0.1))
     save_joint_plan(plan, tmp_path, Budget(share=0.1))

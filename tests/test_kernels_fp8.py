@@ -104,6 +104,7 @@ def test_autograd_gives_what_the_backward_operator_gives():
     assert torch.equal(x.grad, grad_x) and torch.equal(w.grad, grad_w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_operators_are_registered_as_torch_wants_them(device):
     x, w, g = inputs(16, 32, 48, device)

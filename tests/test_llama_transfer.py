@@ -22,6 +22,7 @@ def test_what_is_missing_is_the_grid_then_what_extends_it():
     assert [run.octave for run in missing(done(lambda at: "nan" if at > 1 else -at), **ask)] == [1.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_twins_are_one_model_at_base_width(kind):
     pytest.importorskip("transformers")

@@ -53,6 +53,7 @@ def copied(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_the_model_is_the_runs(folder, tiny):
     """Its evaluation is the run's last validation; --checkpoint takes another step, with the window of that step."""
     run = load_run(folder, device="cpu")
@@ -66,6 +67,7 @@ def test_the_model_is_the_runs(folder, tiny):
     assert middle.evaluate(tokens=1024).loss_with_special == pytest.approx(values[3]["loss"], abs=0.03)
 
 
+@pytest.mark.slow
 def test_its_own_validation_is_trainings_also_where_that_leaves_some_out(tiny):
     """Training validates on whole chunks; here on all that the split has of them."""
     done = train(tiny(name="all", data="embedded", width=32, iterations=1, val_tokens=10**7, val_chunk_tokens=29_984))
@@ -77,6 +79,7 @@ def test_its_own_validation_is_trainings_also_where_that_leaves_some_out(tiny):
     assert found.loss_with_special == pytest.approx(done.val_loss, abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(folder, tmp_path, monkeypatch):
     pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
@@ -94,6 +97,7 @@ def test_a_run_says_in_a_line_what_it_is(folder):
     assert repr(run) == f"<run {folder}: step 6 of 6, width 32, {size:,} parameters, byte tokens, on cpu>"
 
 
+@pytest.mark.slow
 def test_text_and_corpora_are_evaluated(folder, tmp_path):
     run = load_run(folder, device="cpu")
     (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 40)
@@ -152,6 +156,7 @@ def test_after_the_end_of_a_document_a_line_opens_another(folder, monkeypatch):
     assert begun == [[[256, 97]], [[256, 98]]]
 
 
+@pytest.mark.slow
 def test_training_shows_samples_and_stays_what_it_is(tiny):
     """From the weights and the window of their step; without text to show, the run does not begin."""
     changes = {"data": "embedded", "width": 32, "iterations": 5, "seed": 4}
@@ -167,6 +172,7 @@ def test_training_shows_samples_and_stays_what_it_is(tiny):
     assert not (Path(tiny().out) / "none").exists()
 
 
+@pytest.mark.slow
 def test_the_demos_text(folder, capsys):
     assert main(["sample", str(folder), *demo.TEXT]) == 0
     assert capsys.readouterr().out.startswith("def read(")
@@ -176,6 +182,7 @@ def test_the_demos_text(folder, capsys):
 # Commands
 
 
+@pytest.mark.slow
 def test_sample_streams_the_samples_one_after_the_other(folder, capsys):
     arguments = ["sample", str(folder), "--prompt", "def ", "--max-new-tokens", "9", "--device", "cpu"]
     assert main(arguments) == 0
@@ -188,6 +195,7 @@ def test_sample_streams_the_samples_one_after_the_other(folder, capsys):
     assert capsys.readouterr().out == f"{parts}\n"
 
 
+@pytest.mark.slow
 def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
     """To its end, without the line break that ends it; of any alphabet, whatever the terminal's."""
     arguments = ["sample", str(folder), "--max-new-tokens", "5", "--device", "cpu", "--prompt"]
@@ -343,6 +351,7 @@ NOT_WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOT_WEIGHTS)
 def test_weights_that_are_none_are_one_line(name, copied, tmp_path, capsys):
     change, says = NOT_WEIGHTS[name]
@@ -363,6 +372,7 @@ def test_numbers_that_are_not_finite_are_one_line(folder):
             use()
 
 
+@pytest.mark.slow
 def test_a_checkpoints_own_folder_is_enough_wherever_one_stands(folder, monkeypatch):
     checkpoint = folder / "checkpoints" / "step-00000003"
     for place, name in ((checkpoint, "."), (checkpoint.parent, "step-00000003"), (folder, "checkpoints/step-00000003")):
@@ -382,6 +392,7 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(command, copied, tmp_path, 
     assert "in schema 99" in fails([name, str(copied), *more, *[str(tmp_path / "out")] * bool(more)], capsys)
 
 
+@pytest.mark.slow
 def test_tokens_without_text_are_one_line(tiny, capsys):
     folder = train(tiny(name="b", width=32)).folder
     assert "cannot be turned into text" in fails(["sample", str(folder), "--device", "cpu"], capsys)
@@ -391,6 +402,7 @@ def test_tokens_without_text_are_one_line(tiny, capsys):
         load_run(folder, device="cpu").evaluate(__file__)
 
 
+@pytest.mark.slow
 def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     pytest.importorskip("rustbpe")
     pytest.importorskip("tiktoken")
@@ -424,6 +436,7 @@ def test_data_that_moved_or_changed_is_one_line(tiny, tmp_path, capsys):
     assert "is not the data that the run was trained on" in fails([*moved[:3], str(other)], capsys)
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_mixture_is_the_validation_of_training(tiny, tmp_path):
     """A document of the second part stands in the first one's training text, and the first one's validation is short."""
     val = documents(1200, 60, 5)
@@ -441,6 +454,7 @@ def test_evaluation_of_a_mixture_is_the_validation_of_training(tiny, tmp_path):
     assert found.tokens == sum(int((batches[i][1] != BOS).sum()) for i in range(3))
 
 
+@pytest.mark.slow
 def test_changed_data_are_not_taken_for_the_runs_own_validation(tiny, tmp_path, capsys):
     """Byte tokens mean the same, so the model still writes, and is evaluated on what --data names."""
     place = Path(shutil.copytree(embedded_corpus().directory, tmp_path / "data"))

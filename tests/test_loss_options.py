@@ -101,6 +101,7 @@ def test_weights_fall_as_the_record_s():
     assert compared > 15
 
 
+@pytest.mark.slow
 def test_a_run_with_both_resumes_to_the_same_bits_and_logs_a_loss_of_one_token(tiny):
     """Resumed where the number of tokens ahead changes: steps 0, 1 have three of them, 2, 3 two, and 4, 5 one."""
     still = {"cooldown": 0.0, "window_tokens": 32, "val_every": 0, "multi_token": True, "asymmetric_softcap": True}

@@ -249,6 +249,7 @@ def test_a_parameter_without_a_declared_init_is_an_error(monkeypatch):
 # Any shape
 
 
+@pytest.mark.slow
 @given(
     st.integers(2, 12),
     st.integers(1, 6).map(lambda quarter: 4 * quarter),
@@ -698,6 +699,7 @@ def test_the_models_loss_is_that_of_its_logits_for_any_budget(monkeypatch):
 # muP in the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", ["muon", "adam"])
 def test_at_base_width_all_parametrizations_are_the_record_bit_for_bit(hidden):
     """Logits, gradients and parameters after three updates; torch.equal, not close."""

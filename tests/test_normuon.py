@@ -187,6 +187,7 @@ def update_slope(optimizer: str, orthogonalizer: str | None = None) -> tuple[Che
     return result.verdict, result.arm.update_slope(Role.HIDDEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer, orthogonalizer", [("normuon", None), ("narrow-normuon", None), ("muon", "polar-express")]
 )
@@ -195,6 +196,7 @@ def test_updates_have_the_size_of_a_spectral_update_at_every_width(registered, o
     assert slope == pytest.approx(0.0, abs=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["entrywise-normuon", "narrow-entrywise-normuon"])
 def test_taken_for_an_entrywise_update_it_is_seen_to_shrink_as_one_over_width(registered, optimizer):
     verdict, slope = update_slope(optimizer)

@@ -17,6 +17,7 @@ def draw(path: Path, title="a title"):
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_picture_is_the_same_bytes(tmp_path):
     for kind in ("png", "svg", "pdf"):
         assert draw(tmp_path / f"a.{kind}") == draw(tmp_path / f"b.{kind}")
@@ -24,6 +25,7 @@ def test_the_same_picture_is_the_same_bytes(tmp_path):
         assert draw(tmp_path / name).startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["$WIDTH__lr$LR", "a$b_$c", r"\$x$", "$$", "a\x1b[31m\nb", "_mine", "{x}^2", "%s", "\\frac"]
 )
@@ -54,6 +56,7 @@ def test_a_font_that_has_the_characters_is_found():
     assert family and {ord("∫"), ord("α")} <= pictures._characters(findfont(family))
 
 
+@pytest.mark.slow
 def test_faults_of_drawing_and_writing_are_one_line(tmp_path, monkeypatch):
     why = r"a.png cannot be drawn \(ZeroDivisionError: two\); "
     with pytest.raises(PictureError, match=why) as caught, picture(tmp_path / "a.png", (2, 1.5)):
@@ -87,6 +90,7 @@ with picture(Path(sys.argv[1]), (2, 1.5)) as figure:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no-such-backend", "TkAgg"])
 def test_no_setting_of_the_user_s_matplotlib_breaks_a_picture(backend, tmp_path):
     (tmp_path / "matplotlibrc").write_text(

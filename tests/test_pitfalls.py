@@ -157,6 +157,7 @@ def test_decay_per_step_is_what_was_tuned_at_every_width(width):
         torch.testing.assert_close(parameter.detach(), before[name] * shrink)
 
 
+@pytest.mark.slow
 def test_eps_does_not_bind_at_any_width(tiny):
     for width in (32, 128):
         with closing(Run(tiny(name=f"w{width}", width=width, matrix_optimizer="adam", iterations=8), World())) as run:

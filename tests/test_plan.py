@@ -108,6 +108,7 @@ def out(tmp_path):
     return tmp_path / "sweep"
 
 
+@pytest.mark.slow
 def test_more_budget_buys_a_better_known_learning_rate(wide, out):
     minutes = (1, 3, 12, 1000)
     plans = [make_plan(wide, out, FakeEngine(), budget_minutes=budget) for budget in minutes]
@@ -119,6 +120,7 @@ def test_more_budget_buys_a_better_known_learning_rate(wide, out):
     assert not plans[0].refine and plans[-1].refine
 
 
+@pytest.mark.slow
 def test_costs_are_counted(wide, out):
     engine = FakeEngine()
     plan = make_plan(wide, out, engine, budget_flops=1e18)
@@ -139,6 +141,7 @@ def test_costs_are_counted(wide, out):
     }
 
 
+@pytest.mark.slow
 def test_a_budget_may_be_a_share_of_the_target_run(wide, out):
     plan = make_plan(wide, out, FakeEngine(), budget_share=3.0)
     assert plan.flops <= 3 * plan.target_flops
@@ -146,6 +149,7 @@ def test_a_budget_may_be_a_share_of_the_target_run(wide, out):
         make_plan(wide, out, FakeEngine(), budget_share=0.001)
 
 
+@pytest.mark.slow
 def test_a_plan_is_found_again_and_not_taken_for_another(target, out, monkeypatch):
     assert load_plan(target, out, {}) is None
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
@@ -171,6 +175,7 @@ def test_a_plan_is_found_again_and_not_taken_for_another(target, out, monkeypatc
         load_plan(target, out, {})
 
 
+@pytest.mark.slow
 def test_proxies_are_scaled_and_optimized_like_the_target(target, out):
     adam = dataclasses.replace(target, matrix_optimizer="adam", parametrization="sp", matrix_lr=0.004)
     engine = FakeEngine()
@@ -188,6 +193,7 @@ def test_proxies_are_scaled_and_optimized_like_the_target(target, out):
     )  # said for its own width, it holds for narrower ones
 
 
+@pytest.mark.slow
 def test_finished_cells_make_timing_unnecessary(target, out):
     plan = make_plan(target, out, FakeEngine(), budget_minutes=20)
     run_plan(plan, out, FakeEngine(), progress=False)
@@ -196,6 +202,7 @@ def test_finished_cells_make_timing_unnecessary(target, out):
     assert not again.ran
 
 
+@pytest.mark.slow
 def test_a_width_that_would_take_long_to_time_is_not_timed(wide, out, monkeypatch):
     engine = FakeEngine()
     monkeypatch.setattr("speedrun_mup.plan.design.PROBE_S", OVERHEAD_S + 0.001)
@@ -216,6 +223,7 @@ def test_impossible_plans_are_refused_in_one_line(target, out):
         make_plan(target, out, broken, budget_minutes=1)
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_readme_fits_its_budget(cache_folder, out):
     """10 % buy no ladder of a factor of four; the short one is offered, with what it loses."""
     target = make_config("laptop", {"width": 512, "base_width": 64, "head_dim": 16})
@@ -265,6 +273,7 @@ def no_workers(monkeypatch, tmp_path):
     return engine
 
 
+@pytest.mark.slow
 def test_what_if_leaves_nothing_behind(no_workers, tmp_path, capsys):
     words = ["plan", "--width", "512", "--base-width", "64", "--head-dim", "16", "--data", "synthetic"]
     for more in (["--budget", "10%"], ["--budget", "40%", "--n-layer", "8"]):
@@ -282,6 +291,7 @@ def test_what_if_leaves_nothing_behind(no_workers, tmp_path, capsys):
     assert main([*words, "--budget", "7.6%"]) == 0 and main([*words, "--json", "--run"]) == 2
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_kept_gives_way_until_it_has_runs(no_workers, tmp_path, capsys):
     words = ["plan", "--width", "128", "--base-width", "32", "--head-dim", "16", "--data", "synthetic", "--out", "p"]
     assert main([*words, "--budget", "400%"]) == 0 and main([*words, "--budget", "400%", "--n-layer", "8"]) == 0
@@ -292,6 +302,7 @@ def test_a_plan_that_is_kept_gives_way_until_it_has_runs(no_workers, tmp_path, c
     assert "runs of it: n_layer was 8, is 10; choose another --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_first_line_comes_before_torch():
     script = """if True:
         import sys
@@ -339,6 +350,7 @@ def swept(target, out):
     return plan
 
 
+@pytest.mark.slow
 def test_the_prediction_holds_the_planted_truth(swept, target, out):
     prediction = predict(out)
     assert prediction.lr_scale == pytest.approx(2**OPTIMUM, rel=0.03)
@@ -350,6 +362,7 @@ def test_the_prediction_holds_the_planted_truth(swept, target, out):
     assert recommended_config(out) == dataclasses.replace(target, lr_scale=prediction.lr_scale)
 
 
+@pytest.mark.slow
 def test_the_prediction_is_also_in_bits_per_byte_where_the_runs_have_them(swept, out, monkeypatch):
     assert predict(out).bits_per_byte is None and "bits" not in predict(out).summary()
     known = [dataclasses.replace(run, bits_per_byte=1.4 * run.loss) for run in read_results(out)]
@@ -360,6 +373,7 @@ def test_the_prediction_is_also_in_bits_per_byte_where_the_runs_have_them(swept,
     assert Prediction.from_json(json.loads((out / "plan.json").read_text())["prediction"]) == prediction
 
 
+@pytest.mark.slow
 def test_a_prediction_of_an_earlier_edition_is_read(swept, out):
     """It had neither what its loss comes to in bits per byte nor why the interval is wide; a required field may not lack."""
     prediction, content = predict(out), json.loads((out / "plan.json").read_text())
@@ -375,6 +389,7 @@ def test_a_prediction_of_an_earlier_edition_is_read(swept, out):
             read_prediction(out)
 
 
+@pytest.mark.slow
 def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_with_a_larger_one(target, out):
     share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
     plan, far = make_plan(target, out, FakeEngine(), budget_share=share), FakeEngine(optimum=-3.0)  # outside the grid
@@ -389,6 +404,7 @@ def test_a_plan_stays_within_its_share_where_the_grid_would_grow_and_goes_on_wit
     assert run_plan(larger, out, far, progress=False).complete
 
 
+@pytest.mark.slow
 def test_progress_is_counted_over_the_whole_plan(target, out, capsys):
     """Not from 1 in each of its sweeps; a command that goes on counts on."""
     share = 1.001 * make_plan(target, out, FakeEngine(), budget_share=5.0).flops / run_flops(target, 65)
@@ -403,6 +419,7 @@ def test_progress_is_counted_over_the_whole_plan(target, out, capsys):
     assert {int(of) for _, of in places} == {max(plan.runs, len(result.results))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["stopped", "failed"])
 def test_an_earlier_sweep_without_room_hides_no_later_trouble(target, out, monkeypatch, trouble):
     """Who stops the command, or has cells that fail, gets no prediction in place of that."""
@@ -422,12 +439,14 @@ def test_an_earlier_sweep_without_room_hides_no_later_trouble(target, out, monke
     assert len(calls) == 2 and not result.complete and not result.used_up and result.left > 1
 
 
+@pytest.mark.slow
 def test_rates_are_relative_to_the_targets(target, out):
     plan = make_plan(dataclasses.replace(target, lr_scale=4.0), out, FakeEngine(), budget_minutes=20)
     run_plan(plan, out, FakeEngine(), progress=False)
     assert predict(out).lr_scale == pytest.approx(4 * 2**OPTIMUM, rel=0.05)
 
 
+@pytest.mark.slow
 def test_without_a_plan_or_a_sweep_there_is_no_prediction(target, out, tmp_path):
     with pytest.raises(ConfigError, match="make a plan first"):
         predict(out)
@@ -458,6 +477,7 @@ def test_a_wide_interval_is_explained():
     assert _why_wide(four, loss_forecast(four, 512)) == ""
 
 
+@pytest.mark.slow
 def test_predicted_against_measured(swept, target, out):
     prediction = predict(out)
     result = train(dataclasses.replace(target, lr_scale=2 * prediction.lr_scale, seed=5, name="target", save=False))
@@ -471,6 +491,7 @@ def test_predicted_against_measured(swept, target, out):
     assert near.inside and "missed by +0.0000 nats; inside the 90 % interval (" in near.summary()
 
 
+@pytest.mark.slow
 def test_only_the_planned_run_is_compared(swept, target, out):
     result = train(dataclasses.replace(target, name="short", iterations=2, save=False))
     with pytest.raises(ConfigError, match="holds no prediction yet"):

@@ -65,6 +65,7 @@ def _registered(monkeypatch):
 LION = {"matrix_optimizer": "lion", "matrix_lr": 0.002}
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_bit_for_bit(tiny):
     whole = train(tiny(name="whole", iterations=6, **LION))
     assert whole.val_loss < curve(whole.folder, "val")[0][1] - 0.3
@@ -116,6 +117,7 @@ def test_the_table_scales_it_by_its_kind_and_explain_shows_both(table, rate, cap
     assert row.split(" lion ")[1].strip().split("  ")[0] == rate
 
 
+@pytest.mark.slow
 def test_the_coordinate_check_sees_that_its_kind_is_right():
     small = {"data": "synthetic", "width": 32, "base_width": 32, "head_dim": 16, "block_size": 32}
     slopes = {}

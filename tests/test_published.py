@@ -94,6 +94,7 @@ def forecasts(repeats, seeds=(2, 1, 1)):
     return np.mean(hits, axis=1), np.median(widths, axis=1)
 
 
+@pytest.mark.slow
 def test_priors_make_the_forecast_of_one_pair_of_seeds_sharper():
     hits, widths = forecasts(25)
     assert widths[1] < 0.8 * widths[0] and hits[1] >= 0.8

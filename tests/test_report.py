@@ -122,6 +122,7 @@ def whole(swept, check_file):
     return make_report(out, measure_sweep(out), [check_file], run)
 
 
+@pytest.mark.slow
 def test_losses_are_told_in_bits_per_byte_too_where_the_runs_have_them(swept, whole, monkeypatch, capsys):
     out, run = swept
     assert not any("bits per byte" in line for line in whole.answer)
@@ -151,6 +152,7 @@ def section(report, title):
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("figure", "suffix"), [(figures.loss_curves, "png"), (figures.loss_curves, "svg"), (figures.drift, "png")]
 )
@@ -162,6 +164,7 @@ def test_pictures_have_the_same_bytes_every_time(tmp_path, result, figure, suffi
     assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_titles_of_two_lines_and_the_colors_survive_into_the_file(tmp_path, result, monkeypatch):
     titles = []
     monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **style: titles.append(text))
@@ -273,6 +276,7 @@ def test_a_pass_without_a_control_says_so_in_the_headline(whole):
     assert '<span class="verdict PASS">PASS</span>' in to_html(whole)
 
 
+@pytest.mark.slow
 def test_of_a_strangers_table_only_what_it_tells_is_said(tmp_path, swept):
     """Not that its loss is that of a validation, per token; nor what to expect of widths beyond runs that are not alike."""
     result = measure_transfer(sweep())
@@ -314,6 +318,7 @@ def test_a_forecast_of_a_sweep_gives_a_flag_to_paste(swept, capsys):
     assert float(rate) == pytest.approx(prediction.lr_scale, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_report_begins_with_what_to_do(swept, whole):
     out, run = swept
     _, prediction = read_plan(out)
@@ -341,6 +346,7 @@ def test_the_rates_to_use_are_those_that_a_run_with_the_flag_gets(swept, whole):
     assert whole.rates.header[-1] == f"at width {target.width}"
 
 
+@pytest.mark.slow
 def test_a_report_says_what_was_trained_and_how(swept, whole):
     target, _ = read_plan(swept[0])
     told = dict(make_report(swept[0], measure_sweep(swept[0]), command=["speedrun-mup", "report", "a b"]).facts)
@@ -381,6 +387,7 @@ def test_the_link_to_the_documentation_holds_in_a_checkout_and_is_a_name_elsewhe
     assert f'href="{beside}"' in to_html(linked) and f"[docs/transfer.md]({beside})" in to_markdown(linked)
 
 
+@pytest.mark.slow
 def test_predicted_stands_beside_measured(swept, whole):
     out, run = swept
     comparison, (_, prediction) = compare(out, run), read_plan(out)
@@ -450,6 +457,7 @@ def test_a_check_shows_its_slopes_and_its_controls(check_file, whole):
     assert len(last) == len([series for series in told["arm"]["series"] if series["quantity"] == "effect"])
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_check_has_a_row_for_updates_start_and_activations(check_file, tmp_path, monkeypatch):
     """Next to one for each control; every row has a scale of its own, and names what it shows."""
     labels: list[str] = []
@@ -467,6 +475,7 @@ def test_the_picture_of_a_check_has_a_row_for_updates_start_and_activations(chec
     assert set(drawn) == set(range(3 * (1 + len(told["controls"]))))
 
 
+@pytest.mark.slow
 def test_something_else_is_no_check(tmp_path, swept):
     out, _ = swept
     for text in ("{}", "[1]", "not json"):
@@ -480,6 +489,7 @@ def test_something_else_is_no_check(tmp_path, swept):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_are_the_same_every_time_and_need_nothing_else(whole, tmp_path):
     page, summary, *pictures = write_report(whole, tmp_path / "a")
     assert (page.name, summary.name) == ("report.html", "report.md") and all(path.exists() for path in pictures)
@@ -526,6 +536,7 @@ def test_no_name_acts_as_markdown(name, shown):
     assert escape(name) == shown
 
 
+@pytest.mark.slow
 def test_the_command_says_where_everything_is(tmp_path, capsys):
     out = tmp_path / "new" / "out"
     assert main(["report", str(CSV), "--controls", "adam-const=-1", "--out", str(out)]) == 0
@@ -738,6 +749,7 @@ def test_what_can_be_written_is_written_and_the_rest_is_one_line(tmp_path, capsy
     assert "verdict:" in told.out and "picture" not in told.out
 
 
+@pytest.mark.slow
 def test_a_report_follows_no_link_inside_a_folder_that_may_be_anybody_s(tmp_path, capsys):
     table = tmp_path / "mine.csv"
     shutil.copy(CSV, table)

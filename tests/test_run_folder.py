@@ -36,6 +36,7 @@ def settings(tiny, folder, **changes):
 # --- a longer run
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_extended(tiny):
     first = train(tiny(name="a", save_every=3))
     longer = train(settings(tiny, first.folder, iterations=12))
@@ -51,6 +52,7 @@ def test_a_finished_run_can_be_extended(tiny):
     assert rates[5] < 0.5 < 1.0 == rates[6] and rates[11] < 0.3
 
 
+@pytest.mark.slow
 def test_an_extended_run_that_is_interrupted_goes_on_to_the_bit(tiny):
     folders = []
     for name in ("whole", "cut"):
@@ -74,6 +76,7 @@ def test_extending_before_the_cooldown_says_that_the_rate_stays(tiny):
     assert "fallen to 0.28 of its peak, and it continues at 1.00" in late and "start again" in late
 
 
+@pytest.mark.slow
 def test_a_run_does_not_get_shorter(tiny):
     folder = train(tiny(name="a")).folder
     with pytest.raises(CheckpointError, match="iterations was 6, is 4"):
@@ -83,6 +86,7 @@ def test_a_run_does_not_get_shorter(tiny):
 # --- from other weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["folder", "checkpoint"])
 def test_a_new_run_begins_with_the_weights_of_another(tiny, source):
     first = train(tiny(name="a"))
@@ -100,6 +104,7 @@ def test_a_new_run_begins_with_the_weights_of_another(tiny, source):
     assert f"starting at step 0 with the weights of {path}" in (second.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_from_weights_that_is_stopped_before_its_first_save_begins_with_them_again(tiny):
     first = train(tiny(name="a"))
     whole = train(tiny(name="b", init_from=str(first.folder)))
@@ -152,6 +157,7 @@ def test_ranks_begin_with_the_same_weights(tiny):
 # --- elsewhere
 
 
+@pytest.mark.slow
 def test_data_that_moved_are_known_by_their_fingerprint(tiny, tmp_path):
     old = write_synthetic(tmp_path / "old", 20_000, 4000, 1).directory
     run = train(tiny(data=str(old), name="a", save_every=3))
@@ -169,6 +175,7 @@ def test_data_that_moved_are_known_by_their_fingerprint(tiny, tmp_path):
         train(settings(tiny, run.folder, data=str(other)))
 
 
+@pytest.mark.slow
 def test_a_type_that_auto_chooses_may_change_with_the_device(tiny, monkeypatch):
     run = train(tiny(name="a", save_every=3, width=32))
     shutil.rmtree(run.folder / "checkpoints" / "step-00000006")
@@ -180,6 +187,7 @@ def test_a_type_that_auto_chooses_may_change_with_the_device(tiny, monkeypatch):
         train(settings(tiny, run.folder, dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_other_code_is_told_of_and_goes_on(tiny, monkeypatch):
     run = train(tiny(name="a"))
     assert "the code changed" not in (train(settings(tiny, run.folder)).folder / "log.txt").read_text()
@@ -191,6 +199,7 @@ def test_other_code_is_told_of_and_goes_on(tiny, monkeypatch):
 # --- which run
 
 
+@pytest.mark.slow
 def test_a_run_is_left_out_that_is_in_use_of_other_settings_unreadable_or_diverged(tiny):
     out, said, begun = Path(tiny().out), [], []
     for name in ("taken", "used", "other", "config", "fifo", "log", "metrics", "checkpoint", "diverged", "done"):
@@ -270,6 +279,7 @@ def test_resume_auto_starts_a_new_run_beside_one_that_is_in_use(tmp_path):
 # --- renamed
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_its_folder_when_that_is_renamed(tiny):
     out = Path(tiny().out)
     whole = train(tiny(name="whole", save_every=2))
@@ -315,6 +325,7 @@ def test_all_ranks_follow_a_renamed_folder(tiny):
     assert Loaded(out / "b" / "checkpoints" / "step-00000006").step == 6 and not (out / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_may_be_renamed_between_two_lives(tiny):
     run = train(tiny(name="a", save_every=3))
     shutil.rmtree(run.folder / "checkpoints" / "step-00000006")

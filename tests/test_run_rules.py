@@ -152,6 +152,7 @@ def test_an_exponent_without_a_base_is_refused():
                 make_config("laptop", {name: 0.3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"matrix_optimizer": "adam", "matrix_lr": 0.004}])
 def test_a_run_trains_with_all_rules(tiny, more):
     from speedrun_mup.training import train

@@ -109,6 +109,7 @@ def greedy_by_whole_passes(own: Writer, prompt: str, count: int) -> list[int]:
     return ids[-count:]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_whole_passes():
     own, prompts = writer(), ["def main", "x", "", "a longer beginning, over a block or two of sixteen"]
     found = list(own.tokens([own.ids_of(prompt) for prompt in prompts], GREEDY))
@@ -118,6 +119,7 @@ def test_greedy_tokens_are_those_of_whole_passes():
         assert len(set(written)) > 3 and written == greedy_by_whole_passes(own, prompt, 60)
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_the_seed_and_its_number_only():
     own, sampling = writer(), Sampling(max_new_tokens=30, temperature=1.5, seed=5)
     four = own.generate(["ab"] * 4, sampling)
@@ -126,6 +128,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_only():
     assert own.generate(["ab"], Sampling(max_new_tokens=30, temperature=1.5, seed=6)) != four[:1]
 
 
+@pytest.mark.slow
 def test_a_sample_ends_with_its_document():
     """BOS ends it and is not part of the text; the others go on as if nothing had been beside them."""
     own = writer()

@@ -95,6 +95,7 @@ def scheduled(stages, iterations: int, **changes) -> Schedule:
     return Schedule(tuple(stages), iterations, **settings | changes)
 
 
+@pytest.mark.slow
 @given(STAGES, st.integers(20, 60))
 def test_what_comes_before_a_step_is_the_sum_over_the_steps(parts, iterations):
     whole = sum(part for part, _, _ in parts)

@@ -233,6 +233,7 @@ def test_a_group_of_parameters_has_its_own_hyperparameters(plug_in):
     assert tuned_values(cfg)["bigram"].lr == 0.4
 
 
+@pytest.mark.slow
 def test_a_resume_compares_what_is_added_from_outside(plug_in, tiny, capsys):
     folder = train(tiny(iterations=2, label_smoothing=0.1)).folder
     assert json.loads((folder / "config.json").read_text())["label_smoothing"] == 0.1
@@ -287,6 +288,7 @@ def test_a_hyperparameter_that_nothing_reads_is_refused(line):
     assert str(fault.value) == NO_EFFECT[line]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_saved_with_one_is_read_and_resumed(tiny, capsys):
     cfg = dataclasses.replace(tiny(iterations=1), gate_lr=5.0, matrix_eps=0.1)
     folder = train(cfg).folder

@@ -43,6 +43,7 @@ def measured(monkeypatch, folder):
     return make_joint_report(folder, target=folder)
 
 
+@pytest.mark.slow
 def test_there_is_a_panel_for_each_size_from_the_base_to_the_target(folder):
     report = make_joint_report(folder)
     plan, _ = several.read_joint_plan(folder)
@@ -58,6 +59,7 @@ def test_there_is_a_panel_for_each_size_from_the_base_to_the_target(folder):
     assert slope == pytest.approx(WORLD.drifts["tokens"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_what_the_other_sizes_do_is_taken_off_each_point(folder):
     """With little noise, points of one size lie on the line of their panel whatever their other sizes are."""
     for figure, tolerance in zip(make_joint_report(folder).sections[0].figures, (0.25, 0.03), strict=True):
@@ -69,6 +71,7 @@ def test_what_the_other_sizes_do_is_taken_off_each_point(folder):
             assert np.abs(scale(points.y) - expected).max() < tolerance
 
 
+@pytest.mark.slow
 def test_the_verdict_is_about_sizes_with_a_rule(folder):
     report = make_joint_report(folder)
     assert (
@@ -79,6 +82,7 @@ def test_the_verdict_is_about_sizes_with_a_rule(folder):
     assert [row[5] for row in report.sections[0].tables[0].rows] == ["PASS", "none: followed"]
 
 
+@pytest.mark.slow
 def test_the_answer_comes_first_and_says_what_the_target_did(folder, measured):
     assert make_joint_report(folder).answer[0].startswith("At width 256, tokens 2097152 use `--lr-scale ")
     assert "nothing yet" in make_joint_report(folder).answer[2]
@@ -93,6 +97,7 @@ def test_the_answer_comes_first_and_says_what_the_target_did(folder, measured):
         assert diamond.y[0] - square.y[0] == pytest.approx(0.01) and diamond.x == pytest.approx(square.x)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page(folder, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out

@@ -191,6 +191,7 @@ def mutated(good: bytes, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
+@pytest.mark.slow
 def test_fuzzed_files(tmp_path: Path) -> None:
     """Any mutation either raises ShardError or leaves a shard as long as its header says; no big allocation."""
     rng = random.Random(0)
@@ -273,6 +274,7 @@ def open_files(below: Path) -> int:
     return sum(str(os.readlink(link)).startswith(str(below)) for link in links.iterdir() if link.is_symlink())
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_can_be_read(tmp_path: Path) -> None:
     for number in range(200):
         write_shard(tmp_path / f"{number}.bin", [number] * 5)
@@ -284,6 +286,7 @@ def test_any_number_of_shards_can_be_read(tmp_path: Path) -> None:
     assert open_files(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_threads_share_the_open_files(tmp_path: Path) -> None:
     """Four threads over 100 shards: a file that one of them closes is not another's."""
     for number in range(100):

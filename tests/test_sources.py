@@ -162,6 +162,7 @@ def test_curves_of_any_program_in_a_folder_for_each_run(tmp_path):
     assert "1 of 30 runs do not count: run seed=1,lr=0.04/256 has no val/loss; finish them" in doubt.text
 
 
+@pytest.mark.slow
 def test_a_folder_of_logs_is_measured_and_reported_by_the_commands(tmp_path, capsys):
     source = tmp_path / "logs"
     shutil.copytree(LOGS / "tensorboard", source)

@@ -98,6 +98,7 @@ def posterior(doublings, losses, error, prior, steps, rng):
     return np.concatenate(kept[steps // 4 :])
 
 
+@pytest.mark.slow
 def test_the_law_spreads_as_a_random_walk_over_all_laws_does(monkeypatch):
     monkeypatch.setattr(law_module, "USUAL_MISFIT", 0.0)  # the walk knows the law's form
     rng, world = np.random.default_rng(3), World({"width": 0.0, "tokens": 0.0})
@@ -157,6 +158,7 @@ def judged(names, repeats, sigma=0.005, **options):
     return {name: float(np.mean(hits)) for name, hits in shares.items()}
 
 
+@pytest.mark.slow
 def test_planted_exponents_are_covered_and_rules_judged():
     """Few repeats: benchmarks/surface_coverage.py makes many."""
     found = judged(("width", "tokens"), 12)

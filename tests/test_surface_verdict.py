@@ -39,6 +39,7 @@ def table(tmp_path_factory):
 SIZES = ["--size", "width", "--size", "tokens"]
 
 
+@pytest.mark.slow
 def test_several_sizes_print_a_drift_and_a_verdict_for_each(table, capsys):
     rule = ["--predicted", "tokens=-0.3", "--controls", "sp:width=-1"]
     assert main(["transfer", table, *SIZES, *rule, "--predict", "width=1024,tokens=1M"]) == 0

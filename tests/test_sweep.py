@@ -309,6 +309,7 @@ def test_no_point_beyond_a_cliff_is_tried():
     assert set(losses) == set(GRID) | {-0.5, 0.5, 1.5} and math.isnan(losses[1.5])
 
 
+@pytest.mark.slow
 def test_rounds_extend_refine_and_stop(small, tmp_path):
     engine = FakeEngine(bowl({"mup": 0.0, "adam-sp": -3.0}))
     sweep = small(arms=pick_arms(["mup", "adam-sp"]), log2_factors=GRID, seeds=(0, 1))
@@ -360,6 +361,7 @@ def test_an_interrupted_sweep_does_the_rest(small, tmp_path):
     assert len(rest.ran) == 3
 
 
+@pytest.mark.slow
 def test_more_of_the_same_sweep_may_be_asked_for(small, tmp_path):
     out = tmp_path / "s"
     quietly(small(), out, FakeEngine(bowl()))
@@ -476,6 +478,7 @@ def test_a_damaged_result_is_named(small, tmp_path):
             read_results(tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_a_budget_of_flops_is_kept_over_all_calls(small, tmp_path):
     sweep = small(log2_factors=GRID, seeds=(0, 1))
     full = quietly(sweep, tmp_path / "whole", FakeEngine(bowl()))
@@ -548,6 +551,7 @@ def same(a, b):
     return [repr(run) for run in a] == [repr(run) for run in b]
 
 
+@pytest.mark.slow
 def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
     sweep = small(log2_factors=GRID, seeds=(0, 1), arms=pick_arms(["mup", "muon-over-m"]))
     quietly(sweep, tmp_path / "s", FakeEngine(bowl(cliff=1.7)))
@@ -562,6 +566,7 @@ def test_the_table_survives_the_round_trip_through_csv(small, tmp_path):
     assert all(float(row["train_loss"]) == float(row["loss"]) + 0.1 for row in rows if row["loss"] != "nan")
 
 
+@pytest.mark.slow
 def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
     """It is told by its name, in the table too; arms with a wrong learning rate are neither controls nor tested then."""
     base = {"base_width": 64, "weight_decay": 0.1}
@@ -585,6 +590,7 @@ def test_the_knob_may_be_no_learning_rate(small, corpus, tmp_path):
         read_points(tmp_path / "table.csv")
 
 
+@pytest.mark.slow
 def test_a_planted_drift_comes_out_of_the_folder(small, tmp_path):
     arms = pick_arms(["mup", "adam-sp", "record26"])
     sweep = small(base={"base_width": 64}, sizes=(32, 64, 128), log2_factors=GRID, seeds=(0, 1, 2), arms=arms)
@@ -636,6 +642,7 @@ def drop(out, chosen):
     return len(gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["mup", "adam-sp"])
 def test_missing_runs_are_counted_and_named_and_nothing_passes(finished, arm, capsys):
     sweep, out, engine = finished
@@ -652,6 +659,7 @@ def test_missing_runs_are_counted_and_named_and_nothing_passes(finished, arm, ca
     assert measure_sweep(out).verdict is Verdict.PASS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [{"mup"}, {"mup", "adam-sp"}])
 def test_a_sweep_without_a_run_to_judge_says_how_to_get_one(finished, gone, capsys):
     out = finished[1]
@@ -662,6 +670,7 @@ def test_a_sweep_without_a_run_to_judge_says_how_to_get_one(finished, gone, caps
         assert "no run of mup is finished; run the sweep's own command again" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_points_that_the_grid_still_grows_by_are_said(finished):
     """Nobody asked for them; but of those that were begun, all seeds are wanted."""
     _, out, _ = finished
@@ -678,6 +687,7 @@ def test_points_that_the_grid_still_grows_by_are_said(finished):
     assert "mup: 1 of the " in measure_sweep(out).reasons[0]
 
 
+@pytest.mark.slow
 def test_points_that_a_grid_grew_by_and_that_failed_for_all_seeds_are_missing(small, tmp_path):
     """They are in no request and have no curve, so the folder has to remember them; until they are run."""
 
@@ -696,6 +706,7 @@ def test_points_that_a_grid_grew_by_and_that_failed_for_all_seeds_are_missing(sm
     assert not measure_sweep(out).doubts and measure_sweep(out).verdict is Verdict.PASS
 
 
+@pytest.mark.slow
 def test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on(small, tmp_path, monkeypatch):
     """Its runs keep their ids, so that nothing is there twice; data that are not the same are refused as before."""
 
@@ -720,6 +731,7 @@ def test_a_folder_that_knows_the_corpus_by_its_former_fingerprint_goes_on(small,
         quietly(small(), tmp_path / "s", never)
 
 
+@pytest.mark.slow
 def test_more_seeds_at_one_width_leave_nothing_missing(small, tmp_path):
     """Several requests in one folder, as a plan makes them."""
     out, engine = tmp_path / "s", FakeEngine(bowl())
@@ -729,6 +741,7 @@ def test_more_seeds_at_one_width_leave_nothing_missing(small, tmp_path):
     assert not result.doubts and result.verdict is Verdict.PASS, result.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["source_sha256", "torch", "device", "dtype"])
 def test_runs_that_were_made_differently_are_named_and_nothing_passes(finished, what, tmp_path, capsys):
     _, out, _ = finished
@@ -977,6 +990,7 @@ def test_cells_of_different_code_are_told_apart(small, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
     cell = cell_of(small(), corpus, log2_factor=1)
     result = run_one(cell, tmp_path / "scratch")
@@ -990,6 +1004,7 @@ def test_a_cell_is_a_training_run(small, corpus, tiny, tmp_path):
     assert RunResult.from_json(result.to_json(), tmp_path).loss == result.loss
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_kept_where_the_tokenizer_tells_them(small, corpus, tiny, tmp_path):
     """And what a loss comes to is read off such runs; a result of an earlier edition has none."""
     settings = {"data": "embedded", "iterations": 2}
@@ -1007,6 +1022,7 @@ def test_bits_per_byte_are_kept_where_the_tokenizer_tells_them(small, corpus, ti
         RunResult.from_json(json.dumps(wrong), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpus, tmp_path, monkeypatch):
     cell = cell_of(small(), corpus, width=32)
     whole = run_one(cell, tmp_path)
@@ -1019,6 +1035,7 @@ def test_a_skipped_step_leaves_a_gap_in_the_curve_and_moves_nothing(small, corpu
         assert (result.train_loss, result.flops) == (whole.train_loss, whole.flops)
 
 
+@pytest.mark.slow
 def test_divergence_is_a_result(small, tmp_path):
     result = quietly(small(sizes=(32,), log2_factors=(0, 20), adaptive=False), tmp_path / "s", InlineEngine())
     assert result.complete
@@ -1027,6 +1044,7 @@ def test_divergence_is_a_result(small, tmp_path):
     assert math.isnan(points_of(read_results(tmp_path / "s"))[1].loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [9.0, math.nan])
 def test_ending_above_the_initial_loss_is_divergence(small, corpus, tmp_path, monkeypatch, end):
     monkeypatch.setattr("speedrun_mup.sweep.one_run.train", lambda cfg: dataclasses.replace(train(cfg), val_loss=end))
@@ -1045,6 +1063,7 @@ def test_a_cell_refuses_other_data(small, corpus, tmp_path):
     assert isinstance(outcome, Failure) and "not the corpus" in outcome.why
 
 
+@pytest.mark.slow
 def test_an_exception_is_a_failure_in_one_line(small, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("speedrun_mup.sweep.one_run.train", lambda cfg: [][1])
     assert run_safely(cell_of(small(), corpus), tmp_path) == Failure("IndexError: list index out of range")

@@ -144,6 +144,7 @@ NEW = {
 }  # of 6 layers, 4 has no attention, 0 and 5 long windows
 
 
+@pytest.mark.slow
 def test_it_trains_checkpoints_and_resumes(tiny):
     still = {"cooldown": 0.0, "window_tokens": 32, "xsa": True}
     whole, half = train(tiny(name="whole", **still)), train(tiny(name="half", iterations=3, **still))
@@ -166,6 +167,7 @@ def test_explain_and_flops_know_it():
     assert with_it - without == 6 * 3 * 8 * 2 * 32
 
 
+@pytest.mark.slow
 def test_the_coordinate_check_judges_it():
     small = {
         "data": "synthetic",
@@ -180,6 +182,7 @@ def test_the_coordinate_check_judges_it():
     assert "blocks.*.attn.options.*.alpha" in {row.kind for row in found.arm.rows if row.quantity == "update"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler has some of its own
 def test_it_compiles_into_one_graph_and_decodes_token_by_token(tiny):
     model = fill(GPT(model_config(tiny(xsa=True), Vocabulary(257, 256))))
@@ -193,6 +196,7 @@ def test_it_compiles_into_one_graph_and_decodes_token_by_token(tiny):
     torch.testing.assert_close(stream(*inputs), model.stream(*inputs))
 
 
+@pytest.mark.slow
 def test_a_schedule_is_a_technique_too(tiny):
     still = {"momentum": 0.95, "momentum_warmup": 0}
     cfg, plain = tiny(momentum_cooldown=2, momentum_end=0.5, **still), tiny(**still)
@@ -203,6 +207,7 @@ def test_a_schedule_is_a_technique_too(tiny):
     assert train(cfg).val_loss != train(plain).val_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"wiring": "straight"}, {"logit_penalty": True}])
 def test_another_wiring_or_loss_is_a_technique_too(changes, tiny):
     still = {"iterations": 2, "val_every": 0}

@@ -58,6 +58,7 @@ def life(words, streams, said):
     os._exit(main(words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", STREAMS)
 def test_no_terminal_ends_a_run_or_changes_its_exit_code(streams, warm, tmp_path):
     odd = "\x1b[31m宽" if "ascii" in streams or "latin" in streams else "a"

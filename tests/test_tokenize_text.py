@@ -158,6 +158,7 @@ def breaking_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, left:
     monkeypatch.setattr(owner, name, call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [BYTES, GIVEN, dataclasses.replace(BYTES, drop_duplicates=True)])
 @pytest.mark.parametrize("place", ["chunk", "piece", "note", "shard"])
 def test_broken_off_anywhere(
@@ -284,6 +285,7 @@ def test_a_share_of_nothing_is_a_part_of_every_larger_one(tmp_path: Path, text: 
     assert all(smaller <= larger for smaller, larger in itertools.pairwise(vals))
 
 
+@pytest.mark.slow
 def test_breaking_off_does_not_matter_where_a_part_is_empty(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +369,7 @@ def test_impossible_settings(change: dict[str, float], word: str) -> None:
         TextSettings(**change)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second text is three times as long."""
     monkeypatch.setattr(chunks, "CHUNK_CHARS", 10_000)
@@ -433,6 +436,7 @@ def test_vocabulary_that_the_text_is_too_short_for(tmp_path: Path, capsys: pytes
     assert f"tokenizer bpe:{advice[1][6:]}, vocabulary {advice[1][6:]};" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["book", "log", "tree"])
 def test_an_epoch_of_the_laptop_preset_uses_own_text(tmp_path: Path, kind: str) -> None:
     """By the tokens of its sequences, counted: at least 90 % of those of the training text come up in one epoch."""
@@ -467,6 +471,7 @@ def test_an_epoch_of_the_laptop_preset_uses_own_text(tmp_path: Path, kind: str) 
     assert ValBatches(corpus, T, T)[0][0].numel() == T
 
 
+@pytest.mark.slow
 def test_text_script_reads_standard_input(tmp_path: Path) -> None:
     script = Path(speedrun_mup.__file__).parents[1] / "scripts" / "data" / "text.py"
     command = [sys.executable, script, "-", "--out", "out", "--tokenizer", "byte", "--val-share", "0.3"]
@@ -547,6 +552,7 @@ def test_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 
+@pytest.mark.slow
 def test_picture_that_cannot_be_written(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Below a file, and where a folder has the default name: root may write into read-only ones. All else is told."""
     tokenize_text([str(text)], tmp_path / "out", BYTES)
@@ -561,6 +567,7 @@ def test_picture_that_cannot_be_written(text: Path, tmp_path: Path, capsys: pyte
         assert "all right" in said.out
 
 
+@pytest.mark.slow
 def test_inspect_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = tokenize_text([str(text)], tmp_path / "out", GIVEN)
     command = ["data", "inspect", str(tmp_path / "out"), "--documents", "2"]
@@ -589,6 +596,7 @@ def test_inspect_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "truncated" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inspect_what_upstream_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -633,6 +641,7 @@ def test_files_and_copies_are_scattered(tmp_path: Path) -> None:
 # --- Bad documents ---
 
 
+@pytest.mark.slow
 def test_text_that_the_tokenizer_gives_up_on_is_encoded_in_pieces(tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     pytest.importorskip("rustbpe")
@@ -731,6 +740,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_changed_text_is_read_again_from_the_change_on(
@@ -809,6 +819,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_never_trusted(text: Path, broken_off: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, change = DAMAGES[damage]
@@ -819,6 +830,7 @@ def test_damage_is_never_trusted(text: Path, broken_off: Path, damage: str, caps
     assert capsys.readouterr().out.count("\n") == (0 if "shard" in damage else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_000002.piece", "train_000000.bin", "progress.json"])
 def test_file_that_is_gone(text: Path, broken_off: Path, name: str) -> None:
     (broken_off / name).unlink()
@@ -1003,6 +1015,7 @@ def test_unfinished_folder_that_is_a_link(text: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.slow
 def test_what_an_earlier_version_left(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It made no order, and worked in a folder beside the one asked for."""
     former = tmp_path / "out.unfinished"

@@ -234,6 +234,7 @@ def test_a_torn_last_line_is_cut_off_before_the_next_one(log, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_million_lines_take_seconds(tmp_path):
     line = json.dumps(RECORD) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line * 200_000)
@@ -422,6 +423,7 @@ def test_provenance_needs_no_git(monkeypatch, tmp_path):
     assert provenance([])["revision"] == "not known: no git, or not a git checkout"
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_a_picture(log, tmp_path):
     run = log()
     for step in range(5):

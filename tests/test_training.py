@@ -59,6 +59,7 @@ def assert_same_training(a, b):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_leaves_its_folder_complete(tiny):
     result = train(tiny(iterations=30, name="a"))
     assert result.finished and result.steps == 30 and result.tokens == 30 * 512
@@ -78,12 +79,14 @@ def test_step_0_loss_is_that_of_the_uniform_distribution(tiny):
     assert curve(train(tiny(iterations=1)).folder)[0][1] == pytest.approx(4.852030263919617, rel=1e-6)  # ln 128
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_everything_and_another_seed_changes_it(tiny):
     first, second, other = train(tiny(name="1")), train(tiny(name="2")), train(tiny(name="3", seed=1))
     assert_same_training(first, second)
     assert curve(first.folder)[2:] != curve(other.folder)[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", ["muon", "adam"])
 def test_at_base_width_mup_is_the_record_bit_for_bit(tiny, hidden):
     same = {"width": 32, "base_width": 32, "matrix_optimizer": hidden}
@@ -93,16 +96,19 @@ def test_at_base_width_mup_is_the_record_bit_for_bit(tiny, hidden):
     )
 
 
+@pytest.mark.slow
 def test_at_another_width_mup_is_not_the_record(tiny):
     assert (
         curve(train(tiny(name="mup")).folder)[3:] != curve(train(tiny(name="r", parametrization="record26")).folder)[3:]
     )
 
 
+@pytest.mark.slow
 def test_kernel_warmup_leaves_no_trace(tiny):
     assert_same_training(train(tiny(name="cold")), train(tiny(name="warm", kernel_warmup=3)))
 
 
+@pytest.mark.slow
 def test_packed_micro_batches_train_as_separate_ones(tiny):
     packed, apart = (
         curve(train(tiny(name="p", micro_batches_per_forward=4)).folder),
@@ -111,6 +117,7 @@ def test_packed_micro_batches_train_as_separate_ones(tiny):
     assert [loss for _, loss in packed] == pytest.approx([loss for _, loss in apart], rel=2e-5)
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_is_bitwise_an_uninterrupted_run(tiny):
     whole = train(tiny(name="whole"))
 
@@ -125,6 +132,7 @@ def test_stopping_and_resuming_is_bitwise_an_uninterrupted_run(tiny):
     assert_same_training(whole, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, PARENT_DIED])
 def test_before_the_first_step_a_signal_ends_the_run_at_once(tiny, number):
     """Compiling can take minutes, and torchrun kills after 30 s."""
@@ -167,6 +175,7 @@ def test_a_third_signal_ends_even_a_run_that_does_not_end_itself(tmp_path):
     assert wait(fork(life)) == 128 + signal.SIGTERM and (tmp_path / "dropped").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_finished(tiny, monkeypatch):
     folder = train(tiny(name="done")).folder
 
@@ -179,6 +188,7 @@ def test_a_finished_run_stays_finished(tiny, monkeypatch):
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_life(tiny):
     whole = train(tiny(name="whole"))
 
@@ -193,6 +203,7 @@ def test_a_signal_in_the_last_step_leaves_the_validation_to_the_next_life(tiny):
     assert_same_training(whole, again)
 
 
+@pytest.mark.slow
 def test_resume_survives_a_folder_without_any_checkpoint(tiny):
     run = tiny(name="x")
     Run(run, World()).close()  # opened, never trained
@@ -275,6 +286,7 @@ def assert_same_state(a, b):
 LAGS = pytest.mark.parametrize("lag", [0, 1], ids=["at once", "a step late"])
 
 
+@pytest.mark.slow
 @LAGS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_non_finite_gradient_stops_before_the_update(tiny, opened, value, lag):
@@ -313,6 +325,7 @@ def test_the_bad_step_is_dumped(tiny, opened):
         assert expected == run.passes.batches.micro_batch(3 * 2 + i)[0].tolist()
 
 
+@pytest.mark.slow
 @LAGS
 def test_skipping_leaves_out_the_update_and_nothing_else(tiny, opened, lag):
     run, seen = opened(tiny(name="skip", on_nonfinite="skip", iterations=8)), {}
@@ -329,12 +342,14 @@ def test_skipping_leaves_out_the_update_and_nothing_else(tiny, opened, lag):
     assert "warning: step 3: not finite on rank 0" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_are_all_bad_gives_up(tiny, opened):
     run = opened(tiny(name="skip", on_nonfinite="skip", iterations=20))
     with pytest.raises(NonFiniteError, match="step 10: "):
         run.train(poison(*range(20)))
 
 
+@pytest.mark.slow
 def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, opened):
     run = opened(tiny(name="back", on_nonfinite="rollback", iterations=6, save_every=2))
 
@@ -348,6 +363,7 @@ def test_the_step_after_a_rollback_is_not_charged_with_the_dropped_ones(tiny, op
     assert all(row["train_s"] > 1000 and row["tokens_per_s"] > 10 for row in after)  # 512 tokens in 1000 s would be 0.5
 
 
+@pytest.mark.slow
 @LAGS
 def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
     """Bad data at step 5, a checkpoint at step 4: steps 4 and on train on what follows that data, and a resume knows."""
@@ -370,6 +386,7 @@ def test_rolling_back_leaves_out_the_data(tiny, opened, lag):
     assert again.start == 9 and again.skipped_micro_batches == 2 * 4
 
 
+@pytest.mark.slow
 def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
     cfg = {"iterations": 9, "save_every": 4}
     whole = opened(tiny(name="back", on_nonfinite="rollback", **cfg))
@@ -424,6 +441,7 @@ def test_a_spike_in_a_run_is_a_warning_and_its_window_is_saved(tiny, opened):
     assert again.recovery.spikes.history == [loss for _, loss in curve(run.folder)]
 
 
+@pytest.mark.slow
 def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(Passes, "evaluate", lambda passes, step: (3.0 if step == 0 else math.nan, None))
     with pytest.raises(NonFiniteError, match="step 3: the validation loss is nan") as fault:
@@ -434,6 +452,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_in_one_line(tiny, mon
     assert plot_loss_curve([folder], tmp_path / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_its_name_free(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ConfigError, match="track=trackio needs a package"):
@@ -463,12 +482,14 @@ def test_all_ranks_hear_of_a_start_that_fails(tiny):
     assert run_ranks(2, work) == [True, True]
 
 
+@pytest.mark.slow
 def test_resuming_with_other_settings_names_them(tiny):
     result = train(tiny(name="a"))
     with pytest.raises(CheckpointError, match=r"width was 64, is 96.*matrix_lr was 0.05, is 0.1"):
         train(tiny(name="a", resume=str(result.folder), width=96, matrix_lr=0.1))
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_nothing(tiny):
     result = train(tiny(name="a"))
     before = (result.folder / "checkpoints" / "step-00000006" / "manifest.json").stat().st_mtime_ns
@@ -482,12 +503,14 @@ def test_two_runs_cannot_share_a_folder(tiny):
         Run(tiny(name="a"), World())
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_overwritten(tiny):
     train(tiny(name="a"))
     with pytest.raises(ConfigError, match="already holds a run"):
         train(tiny(name="a"))
 
 
+@pytest.mark.slow
 def test_newest_unfinished_run(tiny):
     out = Path(tiny().out)
     assert newest_unfinished(out) is None
@@ -511,6 +534,7 @@ def test_a_failed_save_costs_a_warning_and_three_the_run(tiny, opened, monkeypat
     assert (run.folder / "log.txt").read_text().count("warning: disk full") == 2
 
 
+@pytest.mark.slow
 def test_a_torn_line_of_metrics_is_dropped_on_resume(tiny):
     result = train(tiny(name="a", save_every=3))
     with open(result.folder / "metrics.jsonl", "a") as file:
@@ -519,6 +543,7 @@ def test_a_torn_line_of_metrics_is_dropped_on_resume(tiny):
     assert [step for step, _ in curve(result.folder)] == list(range(6))
 
 
+@pytest.mark.slow
 def test_adam_can_own_the_hidden_matrices(tiny):
     result = train(tiny(matrix_optimizer="adam", matrix_lr=0.01, iterations=30))
     assert result.val_loss < 4.0
@@ -545,6 +570,7 @@ def test_signals_are_restored_afterwards():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_the_end_of_a_parent_with_many_threads_is_heard_of_once(tmp_path):
     """The kernel tells of it up to once for each of its threads; three signals would end the process without a save."""
     for trial in range(5):
@@ -613,6 +639,7 @@ def test_strict_needs_branches_of_the_tree():
         )
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_and_resumes(tiny, tmp_path):
     folders = [write_synthetic(tmp_path / f"part{seed}", 20_000, 4000, seed).directory for seed in (1, 2)]
     data = f"{folders[0]}:0.7,{folders[1]}:0.3"
@@ -624,6 +651,7 @@ def test_a_mixture_trains_and_resumes(tiny, tmp_path):
     assert other != curve(whole.folder)
 
 
+@pytest.mark.slow
 def test_training_time_counts_the_wait_for_a_step_that_the_device_still_works_on(tiny, monkeypatch):
     """As on a GPU, whose verdict on a step is read during the next one."""
     read = FiniteCheck.read
@@ -650,6 +678,7 @@ def test_shard_that_is_not_the_manifests_ends_a_run(tiny, tmp_path, monkeypatch,
     assert not list((tmp_path / "runs").rglob("step-00000006")) or not at_once
 
 
+@pytest.mark.slow
 def test_a_run_says_its_order_and_a_validation_smaller_than_asked(tiny, capsys):
     train(tiny(iterations=1, val_tokens=10**6))
     said = capsys.readouterr().out

@@ -76,6 +76,7 @@ def test_planted_drift_is_found_and_judged(drift):
     assert [fit.optimum for fit in arm.fits] == pytest.approx([0.1 + drift * j for j in range(4)], abs=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "seeds"),
     [(range(-4, 5), (0, 1)), (HALF_OCTAVES, lambda width: (0, 1, 2) if width < 256 else (0,))],
@@ -415,6 +416,7 @@ def test_an_octave_grid_gives_five_points_and_three():
     assert (refined.quadratic.left[0], refined.quadratic.right[0]) == (-2.0, 2.0)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     drift=st.floats(-0.6, 0.6),
@@ -438,6 +440,7 @@ def test_drift_is_the_weighted_slope():
     assert arm.drift.value == pytest.approx(slope, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_same_arguments_same_numbers_and_arms_do_not_mix():
     alone, again = measure_transfer(sweep()), measure_transfer(sweep())
     assert alone.to_json() == again.to_json()
@@ -470,6 +473,7 @@ def test_regret_follows_the_points_outside_the_window_and_the_cliff_to_infinity(
     assert told == {"value": None, "se": None, "interval_90": [None, None], "interval_95": [None, None]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)])
 def test_the_interval_of_the_regret_covers(seeds):
     """Resamples as they are held 77 of 100 with two seeds; what separates the optima needs Student's t."""
@@ -495,6 +499,7 @@ def control(drift, **options):
     return sweep(drift, arm="sp", **{"grid": range(-6, 5), "rng": 1, **options})
 
 
+@pytest.mark.slow
 def test_controls_must_fail_as_predicted():
     good = measure_transfer(sweep() + control(-1.0), controls={"sp": -1.0})
     assert good.verdict is Verdict.PASS and "control sp failed as predicted (-1)" in good.reasons[-1]
@@ -778,6 +783,7 @@ def test_forecast_follows_a_small_drift_that_passes():
     assert low < 0.1 + 0.1 * 5 < high < 0.9 and "following a drift of +0.1" in forecast.method
 
 
+@pytest.mark.slow
 def test_forecast_of_the_rate_is_not_misled_by_a_skewed_curve():
     """It is steeper on the right, which shifts the optima of the wide window to the left, at all widths alike."""
     hits, errors, wide = 0, [], []
@@ -791,6 +797,7 @@ def test_forecast_of_the_rate_is_not_misled_by_a_skewed_curve():
     assert hits >= 45 and abs(np.mean(errors)) < 0.5 * abs(np.mean(wide)), (hits, np.mean(errors), np.mean(wide))
 
 
+@pytest.mark.slow
 def test_loss_at_the_best_rate_covers_with_two_seeds():
     """Resampled seeds covered 122 of 200, for two of them can agree by luck."""
     hits = 0
@@ -804,6 +811,7 @@ def test_loss_at_the_best_rate_covers_with_two_seeds():
     assert 0.85 <= hits / 200 <= 0.97
 
 
+@pytest.mark.slow
 def test_loss_at_the_best_rate_knows_that_widths_differ_in_noise():
     """Pooled noise alone would give all widths one interval; that of few seeds alone would be luck."""
     for noise, quietest in (((0.002, 0.004, 0.008), 0), ((0.008, 0.004, 0.002), 2)):

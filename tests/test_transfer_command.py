@@ -27,6 +27,7 @@ def test_json_is_all_that_is_printed(capsys):
     assert json.loads(capsys.readouterr().out)["arms"]["adam-const"]["predicted_drift"] == -1
 
 
+@pytest.mark.slow
 def test_the_base_width_is_the_narrowest_or_the_one_that_is_named(capsys):
     regrets = {}
     for named in ([], ["--base-width", "256"], ["--base-width", "512"]):
@@ -108,6 +109,7 @@ def test_an_arm_without_a_forecast_does_not_silence_the_others(tmp_path, capsys)
     assert list(json.loads(capsys.readouterr().out)["forecasts"]) == ["mup"]
 
 
+@pytest.mark.slow
 def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
     """The same numbers, under a column of another name; the report's words follow."""
     main(["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "1024"])
@@ -127,6 +129,7 @@ def test_another_hyperparameter_is_told_by_its_name(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_command_that_a_report_names_measures_the_same(tmp_path, capsys):
     """It runs as it stands, with all that the report was asked with."""
     table = tmp_path / "my runs.csv"
@@ -142,6 +145,7 @@ def test_the_command_that_a_report_names_measures_the_same(tmp_path, capsys):
     assert main(words[1:]) == 0 and "width 4096: loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_tables_in_one_folder_have_a_report_each(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.csv").write_text(Path(TABLE).read_text())

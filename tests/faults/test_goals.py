@@ -217,6 +217,7 @@ def test_a_corrupt_config_does_not_end_the_search_for_a_run(tiny):
     assert len(said) == 1 and "config.json is not a valid config" in said[0] and str(out / "b") in said[0]
 
 
+@pytest.mark.slow
 def test_this_machine_gives_the_same_bits_every_time(tiny):
     """Three runs of one seed in float32 and in bfloat16: one result each."""
     for dtype in ("float32", "bfloat16"):

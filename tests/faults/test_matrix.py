@@ -55,6 +55,7 @@ ATTEMPTS = pytest.mark.parametrize("attempt", range(repeats(1)))  # under torchr
 STOPPED = 75
 
 
+@pytest.mark.slow
 def test_every_row_has_a_test_that_exists():
     assert f"the table of {len(MATRIX)} faults" in (ROOT / "docs" / "reliability.md").read_text()
     defined = {
@@ -113,6 +114,7 @@ def steps_done(cfg: TrainConfig) -> int:
 # --- checkpoint, written
 
 
+@pytest.mark.slow
 def test_row_04_training_outlives_a_full_disk(tiny, tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode != 0:
@@ -194,6 +196,7 @@ def test_row_16_every_setting_that_changes_the_run_is_refused(tiny):
             assert fault.value.exit_code == 4
 
 
+@pytest.mark.slow
 def test_row_17_another_model_is_refused_whole(tiny):
     with closing(Run(tiny(name="a", iterations=2), World())) as run:
         run.train()
@@ -212,6 +215,7 @@ def test_row_17_another_model_is_refused_whole(tiny):
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_row_18_a_checkpoint_of_version_0_1_0_resumes(tiny):
     """Its state lacks what was added since, and its config the newer settings: both mean what they meant then."""
     whole, cut, _ = whole_and_cut(tiny)
@@ -276,6 +280,7 @@ def own_corpus(folder: Path) -> Path:
     return Path(shutil.copytree(corpus.directory, folder))
 
 
+@pytest.mark.slow
 def test_row_31_another_corpus_in_the_same_place(tiny, tmp_path):
     data = own_corpus(tmp_path / "data")
     cfg = tiny(name="a", data=str(data), iterations=3)
@@ -296,6 +301,7 @@ def test_row_31_another_corpus_in_the_same_place(tiny, tmp_path):
         train(dataclasses.replace(cfg, resume=str(folder_of(cfg))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "removed"])
 def test_row_32_shards_that_vanish(tiny, tmp_path, how):
     data = own_corpus(tmp_path / "data")
@@ -374,6 +380,7 @@ def test_row_41_signals_at_random_times(tiny):
         assert_same_run(whole, cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [2, 3])
 def test_row_42_second_and_third_signal(tiny, tmp_path, signals):
     cfg, saving, go_on = tiny(name="a", iterations=2000, val_every=0), tmp_path / "saving", tmp_path / "go on"
@@ -549,6 +556,7 @@ def test_row_53_names_that_lead_out(name, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_row_54_a_log_on_a_full_device(tiny, capsys, monkeypatch):
     cfg, opened = tiny(name="a", iterations=6, save_every=3), files._descriptor
     on_full = lambda path, access: os.open("/dev/full", os.O_RDWR) if path.name == "log.txt" else opened(path, access)  # noqa: E731

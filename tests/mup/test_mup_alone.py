@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 BLOCKED = "numpy yaml pandas tqdm matplotlib transformers safetensors datasets"
 SCRIPT = f"""
 import torch, sys, time
@@ -30,6 +32,7 @@ print(sorted(foreign - {{"torch", "speedrun_mup"}}), len(mup.explain(model).spli
 """
 
 
+@pytest.mark.slow
 def test_core_mup_needs_torch_and_nothing_else():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     found, _, seconds = done.stdout.strip().rpartition(" ")

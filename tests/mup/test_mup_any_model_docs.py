@@ -28,6 +28,7 @@ def names(tmp_path):
     return known | {"small": sizes, "rows": [{"input_ids": row, "labels": row} for row in tokens(8)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_a_script_gains_three_lines_and_runs_before_and_after(number, tmp_path):
     added, before, after = list(scripts())[number]

@@ -426,6 +426,7 @@ def test_what_one_writes_into_the_state_arrives():
     assert weight not in optimizer.state and torch.zeros(1) not in optimizer.state
 
 
+@pytest.mark.slow
 def test_muon_and_adam_under_autocast_and_a_grad_scaler():
     model = wide_gpt()
     optimizer, scaler = mup.optimizer(model, **MUON), torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -468,6 +469,7 @@ def test_an_optimizer_with_one_rate_for_all_is_warned_of_once():
         step_of(torch.optim.SGD(nn.Sequential(again).parameters(), lr=1e-3), again)
 
 
+@pytest.mark.slow
 def test_right_rates_base_size_and_folded_models_are_not_warned_of():
     groups = wide_gpt()
     step_of(torch.optim.AdamW(mup.param_groups(groups, lr=1e-3)), groups)
@@ -480,6 +482,7 @@ def test_right_rates_base_size_and_folded_models_are_not_warned_of():
     step_of(torch.optim.AdamW(base.parameters(), lr=1e-3), base)
 
 
+@pytest.mark.slow
 def test_a_warning_keeps_no_model_alive():
     import gc
     import weakref
@@ -515,6 +518,7 @@ def test_deeper_models_follow_completep():
     assert model.h[5].c_attn.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.slow
 def test_depth_and_width_multiply_and_base_depth_changes_nothing():
     model = deep(8, width=128, base={"n_embd": 32, "n_head": 2, "n_layer": 2})
     assert rates(mup.optimizer(model, lr=1.0), model)["h.7.c_proj.weight"] == 1 / 16
@@ -527,6 +531,7 @@ def test_depth_and_width_multiply_and_base_depth_changes_nothing():
     assert rates(mup.optimizer(only, lr=1.0), only)["h.3.c_proj.weight"] == 1 / 2
 
 
+@pytest.mark.slow
 def test_another_rule_and_roles_of_ones_own():
     hyperp = replace(mup.mup(), depth=mup.DEPTH_RULES["hyperp"])
     model = deep(8, parametrization=hyperp)

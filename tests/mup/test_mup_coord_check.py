@@ -33,6 +33,7 @@ def ratios(arch, widths, batch, optimizer, nseeds=4, **kwargs):
     return (large / small)[small > 0].to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("arch, widths", [("mlp", (256, 1024)), ("cnn", (16, 64))])
 def test_mup_is_flat(arch, widths, optimizer, batch):
@@ -42,6 +43,7 @@ def test_mup_is_flat(arch, widths, optimizer, batch):
     assert min(found.values()) > 1 / 1.2 and max(found.values()) < 1.2, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("arch, widths", [("mlp", (256, 1024)), ("cnn", (16, 64))])
 def test_standard_parametrization_is_not_flat(arch, widths, optimizer, batch):
@@ -50,6 +52,7 @@ def test_standard_parametrization_is_not_flat(arch, widths, optimizer, batch):
     assert max(value for (_, t), value in found.items() if t > 1) > 1.4, found
 
 
+@pytest.mark.slow
 def test_half_of_mup_is_not_flat(batch):
     """Another control: a muP model, but hidden matrices learn as fast as at base width."""
     table = mup.PARAMETRIZATIONS["adam-constant"]
@@ -85,6 +88,7 @@ def losses(width, optimizer, lr, mup_on):
     return torch.tensor([history[0], *(sum(history[:n]) / n for n in (50, 100, 150))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, lr", [("sgd", 0.2), ("adam", 0.008)])
 def test_wider_is_better(optimizer, lr):
     by_width = [losses(width, optimizer, lr, True) for width in (32, 128, 512)]
@@ -92,6 +96,7 @@ def test_wider_is_better(optimizer, lr):
     assert all((narrow[1:] > wide[1:]).all() for narrow, wide in itertools.pairwise(by_width)), by_width
 
 
+@pytest.mark.slow
 def test_wider_is_not_better_in_the_standard_parametrization():
     """The control, at the same learning rate."""
     assert (losses(512, "adam", 0.008, False) > losses(128, "adam", 0.008, False))[2:].all()
@@ -214,6 +219,7 @@ def test_without_pandas(monkeypatch, batch):
         get_coord_data(lazy_models("mlp", [64]), [batch])
 
 
+@pytest.mark.slow
 def test_plot(tmp_path, batch):
     df = get_coord_data(lazy_models("mlp", [64, 128]), [batch], nseeds=2, flatten_input=True, show_progress=False)
     figure = plot_coord_data(df, save_to=tmp_path / "plot.png", suptitle="MLP", name_not_contains="2")
@@ -227,6 +233,7 @@ def test_plot(tmp_path, batch):
     assert len(plot_coord_data(df, name_contains="6").axes[0].lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mup_on", [True, False])
 def test_example(tmp_path, mup_on):
     figure = coord_check.example_plot_coord_check(widths=[32, 64], mup=mup_on, nseeds=1, plotdir=tmp_path)

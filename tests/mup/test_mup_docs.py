@@ -47,6 +47,7 @@ def blocks():
     return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
 
 
+@pytest.mark.slow
 def test_examples_run(capsys):
     torch.manual_seed(0)
     names: dict = {}
@@ -66,6 +67,7 @@ def test_examples_run(capsys):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ported, original, failed",
     [

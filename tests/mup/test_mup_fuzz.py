@@ -202,6 +202,7 @@ def every_function(model, make, tmp_path, seed):
     return unfair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(8))
 @pytest.mark.filterwarnings("ignore")
 def test_random_modules(block, tmp_path):

@@ -152,6 +152,7 @@ def test_what_is_left_open_is_one_line():
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.slow
 def test_trainer_with_muon_and_adam_resumes_to_the_same_loss(tmp_path):
     pytest.importorskip("accelerate")
 

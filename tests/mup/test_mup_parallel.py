@@ -113,6 +113,7 @@ def test_copies_and_loaded_models_train_alike_bit_for_bit(build, name):
         assert_alike(train(other, name), expected, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_compiled_graph_holds_the_factors(build):
     """Traced whole, without a break. What the compiler makes of it takes seconds, and is below."""

@@ -91,6 +91,7 @@ def test_scores_are_in_float32_under_autocast(qkv):
     torch.testing.assert_close(scores, reference(q, k, 8**-0.5).flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at it
 @pytest.mark.parametrize("kind", ["sdpa", "mha"])
 def test_scores_of_a_compiled_model_are_those_of_the_plain_one(qkv, kind):
@@ -277,6 +278,7 @@ def loss(model, tokens):
     return F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1, dims=1).flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
 def test_heads_that_widen_need_another_scale_than_the_default(right):
     result = cc.coord_check(

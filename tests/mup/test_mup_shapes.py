@@ -61,6 +61,7 @@ sizes = st.integers(1, 9)
 infdims = st.builds(InfDim, st.none() | sizes, sizes)
 
 
+@pytest.mark.slow
 @given(st.lists(infdims, max_size=5))
 @settings(deadline=None)
 def test_infshape_round_trips(dims):

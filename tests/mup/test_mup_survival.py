@@ -129,6 +129,7 @@ def test_functional_call():
     torch.testing.assert_close(torch.func.functional_call(model, plain, (tokens(),)), model(tokens()))
 
 
+@pytest.mark.slow
 def test_compile():
     model = tiny()
     check(torch.compile(model, backend="eager", fullgraph=True), model(tokens()).detach())

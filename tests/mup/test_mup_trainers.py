@@ -62,6 +62,7 @@ class Loop:
         return ends(self.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_loop_that_is_cut_and_resumed_ends_the_same_bit_for_bit(name, dtype, tmp_path):
@@ -169,6 +170,7 @@ def llama():
         return mup.adapt(model, {"hidden_size": 32})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_that_makes_its_own_optimizer_is_warned_of_and_ours_is_not(tmp_path):
     model = llama()

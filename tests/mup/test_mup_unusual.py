@@ -527,6 +527,7 @@ def test_optimizers_whose_step_or_eps_is_of_another_kind():
     assert learning_rates(optimizer, model)["fc.weight"] == 1 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_zero_redundancy_optimizer():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -626,6 +627,7 @@ def test_output_mult_is_part_of_what_is_checked():
 # Files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
