@@ -274,11 +274,12 @@ def test_damage_is_one_line(upstream, tmp_path, capsys):
     assert "exists; name a new folder" in fails(["import", str(upstream), "--out", str(tmp_path)], capsys)
 
 
-def test_a_disk_that_is_full_leaves_no_folder(upstream, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("place", ["checkpoint.Checkpoints.save", "run_folder.FolderLock"])
+def test_a_disk_that_is_full_leaves_no_folder(place, upstream, tmp_path, capsys, monkeypatch):
     def full(*_):
-        raise CheckpointError("step 1750 is not saved: ENOSPC")
+        raise CheckpointError("not written: ENOSPC")
 
-    monkeypatch.setattr("speedrun_mup.training.checkpoint.Checkpoints.save", full)
+    monkeypatch.setattr(f"speedrun_mup.training.{place}", full)
     assert "ENOSPC" in fails(["import", str(upstream), "--out", str(tmp_path / "runs" / "a"), *SHAPE], capsys)
     assert not (tmp_path / "runs" / "a").exists()
 

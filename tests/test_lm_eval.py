@@ -269,7 +269,10 @@ def test_through_the_export_the_numbers_are_the_same(run, tasks, tmp_path):
 def test_what_the_harness_cannot_do_is_one_line(run, tasks, tmp_path, capsys):
     own = ["eval", str(run.folder), "--device", "cpu"]
     (tmp_path / "bad.yaml").write_text(CHOICE.format(data=tmp_path / "none.jsonl").replace("mine_choice", "mine_bad"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "mine.yaml").write_text("task: mine_broken\ndoc_to_text: [!function a.b\n")
     for words, says in (
+        (["--tasks", "mine_broken", "--tasks-folder", str(tmp_path / "broken")], "broken/mine.yaml is no YAML ("),
         (["--tasks", "mine_chioce", "--tasks-folder", str(tasks)], "lm-eval knows no task mine_chioce"),
         (["--tasks", "mine_choice", "--tasks-folder", str(tasks / "no")], "is no folder; give the one that holds"),
         (["--tasks", "mine_bad", "--tasks-folder", str(tmp_path)], "mine_bad cannot be loaded (FileNotFoundError"),

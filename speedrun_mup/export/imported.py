@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -71,7 +72,12 @@ def import_run(
     tokens = _tokens(rows, tokenizer, bos, file, found.tokenizer)
     cfg, step = _settings(found, sizes, dict(asked or {}), out, file)
     _check(found.model, cfg, tokens.vocabulary, file)
-    run_folder = RunFolder(cfg, World())
+    try:
+        run_folder = RunFolder(cfg, World())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # empty, or not ours
+        raise
     try:
         _fill(run_folder, cfg, step, found.model, tokens)
         run_folder.log.say(

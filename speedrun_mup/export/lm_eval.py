@@ -13,6 +13,7 @@ from typing import Any
 
 import lm_eval
 import lm_eval.models  # registers the harness's own, which no longer happens once there is another
+import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
@@ -20,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 
 from speedrun_mup.core.errors import ConfigError, UserError, in_a_line
 from speedrun_mup.evaluate import ending_scores
-from speedrun_mup.files import printable
+from speedrun_mup.files import printable, read_text
 from speedrun_mup.sample.sampling import Sampling
 from speedrun_mup.sample.stream import TextStream
 from speedrun_mup.training.load import LoadedRun, load_run
@@ -209,6 +210,7 @@ def evaluate_tasks(
     try:
         manager = _manager(tasks, folder)
         if unknown := [name for name in tasks if name not in manager.all_tasks]:
+            _check_files(folder)
             raise ConfigError(f"lm-eval knows no task {printable(unknown[0])}; `lm-eval ls tasks` lists them")
         found = lm_eval.simple_evaluate(
             model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
@@ -230,6 +232,17 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
         return TaskManager()
     own = TaskManager(include_path=str(folder), include_defaults=False)
     return own if {*tasks} <= {*own.all_subtasks} else TaskManager(include_path=str(folder))
+
+
+def _check_files(folder: Path | None) -> None:
+    """ConfigError for the first task file that is not YAML: the harness passes over it, and then knows no such task."""
+    for file in sorted(folder.rglob("*.y*ml")) if folder else ():
+        try:
+            list(yaml.parse(read_text(file)))  # without its tags, which are the harness's own
+        except yaml.YAMLError as fault:
+            raise ConfigError(
+                f"{printable(file)} is no YAML ({printable(in_a_line(fault))}); repair the task file"
+            ) from None
 
 
 def table(found: dict[str, Any]) -> str:
