@@ -356,6 +356,7 @@ def test_what_is_held_is_part_of_the_folder(tiny, tmp_path):
     assert "axis: batch_tokens 256, 512" in told and "n_layer 6, tokens 4096, and all other settings" in told
 
 
+@pytest.mark.slow
 def test_several_axes_and_designed_sets_of_sizes(tiny, tmp_path):
     """A full grid, and a set of sizes that is none, are swept, resumed and written by name."""
     places = grid_of({"width": (32, 64), "n_layer": (6, 8)})
@@ -554,6 +555,7 @@ def test_a_table_may_have_several_size_columns(tmp_path):
         read_points(tmp_path / "runs.csv", columns={"width": "n_embd"}, more=["n_layer"])
 
 
+@pytest.mark.slow
 def test_drift_is_counted_from_what_a_rule_predicts(tmp_path):
     points = read_points(table(tmp_path / "runs.csv", "batch_tokens", "lr", drift=0.5), Axes("batch_tokens"))
     axes = Axes("batch_tokens")
@@ -584,6 +586,7 @@ def test_axes_that_cannot_be_are_refused_where_they_are_made(names, fault):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "values", "tuned", "rule", "variant", "drift"),
     [

@@ -280,6 +280,7 @@ def test_a_schedule_can_come_from_outside(tiny, monkeypatch):
     assert curve(train(tiny(name="c", iterations=12)).folder) != curve(result.folder)
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_loss_scales_the_gradient(tiny, monkeypatch):
     halves = [Stage(Fraction(1, 2), 4, loss_weights=(0.5,)), Stage(Fraction(1, 2), 4)]
     monkeypatch.setitem(schedules.BATCH_SCHEDULES, "halves", lambda micro_batches: halves)

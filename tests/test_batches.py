@@ -130,6 +130,7 @@ def stream_digest(corpus: Corpus, size: int, steps: int, order: str = "record") 
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_the_world_size(small: Corpus) -> None:
     per_epoch = TrainBatches(small, 64, 8, seed=1).steps_per_epoch
     assert per_epoch >= 8
@@ -310,6 +311,7 @@ def test_shuffled_tokens_do_not_depend_on_the_shards(tmp_path: Path, small: Corp
         assert first < 49 and naive_read(many.directory / name)
 
 
+@pytest.mark.slow
 def test_shuffled_tokens_do_not_depend_on_the_world_size_or_a_resume(small: Corpus) -> None:
     assert len({stream_digest(small, size, 70, "shuffled") for size in (1, 2, 4, 8)}) == 1
     whole = tokens_of(train_batches(small, 64, 4, 3, order="shuffled"), range(4 * 130))
@@ -385,6 +387,7 @@ def test_permutation_is_a_bijection(count: int, seed: int) -> None:
     assert sorted(map(permutation, range(count))) == list(range(count))
 
 
+@pytest.mark.slow
 def test_permutation_of_very_many() -> None:
     count = 10**13 + 7
     permutation = Permutation(count, 3)
@@ -635,6 +638,7 @@ def test_mixture_is_its_parts_in_turn(mixture: Mixture) -> None:
     assert mixed.place(0) == ("small/train_000000.bin", 0) and mixed.place(1)[0] == "other/train_000000.bin"
 
 
+@pytest.mark.slow
 def test_mixture_resumes_and_is_shared(mixture: Mixture) -> None:
     assert len({stream_digest(mixture, size, 40) for size in (1, 2, 8)}) == 1
     whole = list(itertools.islice(train_batches(mixture, 64, 4, 0).stream(0, 0, 1), 60))

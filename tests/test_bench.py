@@ -157,6 +157,7 @@ def test_tokens_a_second_are_those_of_all_ranks_and_flops_those_of_one(tiny):
         assert result["achieved_flops"]["6N"] == result["flops"]["6N"] * result["tokens_per_s"] / 2
 
 
+@pytest.mark.slow
 def test_the_share_of_a_known_devices_peak(tiny, no_ceilings):
     result = bench(tiny(), steps=1, began=0.0)
     known = bench_module.replace(

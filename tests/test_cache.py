@@ -75,6 +75,7 @@ def test_token_by_token_is_the_whole_pass(name):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7, 18 * BLOCK])
 def test_at_once_is_token_by_token(name, length):
@@ -110,6 +111,7 @@ def test_texts_of_different_lengths_side_by_side_are_as_one_by_one():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_ways_to_go_on_from_one_text():
     shape, window = SHAPES["record, mup"]
     model, start = build(**shape), text(37)

@@ -147,6 +147,7 @@ def test_every_dtype_and_shape_comes_back_bitwise(tmp_path, dtype):
     assert torch.equal(raw(loaded.slice("matrix/m", 2, 19)), raw(bits[2:19]))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_state_floats_are_exact(value):
@@ -959,6 +960,7 @@ def test_the_package_never_unpickles():
 # --- folders that somebody else made ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [MANIFEST, MODEL, STATE, "optim-0000-of-0001.safetensors"])
 @pytest.mark.parametrize("kind", ["fifo", "zero", "folder", "sparse"])
 def test_what_is_no_regular_file_is_damage_and_no_wait(name, kind, tmp_path):

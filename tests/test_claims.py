@@ -105,6 +105,7 @@ DISHONEST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("digits", [4, 12])
 @pytest.mark.parametrize("name", DISHONEST)
 def test_copies_are_refused_and_named(name, digits):
@@ -265,6 +266,7 @@ def test_a_column_that_splits_a_place_is_named(tmp_path):
     assert [run.seed for run in read_points(lone, columns={"seed": "rng"})] == [0, 1]
 
 
+@pytest.mark.slow
 def test_settings_that_should_be_equal_and_differ_make_inconclusive(tmp_path, capsys):
     runs = honest(np.random.default_rng(0))
     table = write(

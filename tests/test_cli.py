@@ -108,6 +108,7 @@ def test_the_same_command_with_auto_sizes_goes_on_with_those_that_it_found(tiny,
     assert config_from_flags(flags | {"micro_batch_tokens": 64}).micro_batches == 8 and not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
     fresh = config_from_flags({"preset": "laptop", "resume": "auto", "out": str(tmp_path)})
     assert fresh.resume is None and "no unfinished run" in capsys.readouterr().out
@@ -119,6 +120,7 @@ def test_resume_auto_takes_the_unfinished_run_or_starts_anew(tmp_path, capsys):
     assert f"the newest run there is finished: --resume {tmp_path / 'done'} --iterations N makes it longer\n" in told
 
 
+@pytest.mark.slow
 def test_another_base_width_than_the_presets_is_told(capsys):
     config_from_flags({"preset": "laptop", "base_width": 768, "width": 1536})
     told = "note: the learning rates of preset laptop were tuned at width 64, not at --base-width 768\n"
@@ -144,6 +146,7 @@ def test_tokens_that_the_presets_rates_were_not_tuned_on_are_told(capsys, monkey
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_id", ["6f1c", "none"])  # torchrun's word for no id
 def test_a_restart_by_torchrun_resumes_the_run_that_this_torchrun_started(tiny, monkeypatch, run_id):
     out, flags = Path(tiny().out), {"preset": "laptop", "out": tiny().out}

@@ -401,6 +401,7 @@ def test_a_placeholder_may_be_reached_by_a_formula(fake):
     assert spec.words("o") == ["prog", "32", "0.001", "o"] and str(spec) == "run width 64 lr 0.002 seed 0"
 
 
+@pytest.mark.slow
 def test_a_sweep_grows_refines_resumes_and_is_judged(inside):
     """Rates from 2^-1 to 2^1 times 0.001 where 2^1 is best: the grid grows, then is refined; nothing is run twice."""
     sweep, engine = sweep_of(widths=(32, 64, 128), grid=(-1.0, 0.0, 1.0), adaptive=True), InlineEngine()
@@ -419,6 +420,7 @@ def test_a_sweep_grows_refines_resumes_and_is_judged(inside):
     assert {spec.seed for spec in more.ran} == {1}
 
 
+@pytest.mark.slow
 def test_one_that_fails_costs_itself_only(fake):
     sweep = sweep_of("sh -c 'test {width} = 64 && exit 7; " + COMMAND.replace("{how}", "well") + "'")
     result = quietly(sweep)
@@ -543,6 +545,7 @@ def test_a_file_holds_the_flags_and_the_command_line_wins(fake, capsys):
     assert main(["sweep", "none.toml"]) == 2 and "none.toml cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_transfer_and_report_read_the_folder(inside, capsys):
     quietly(sweep_of(widths=(32, 64, 128), grid=GRID, seeds=(0, 1)))
     assert main(["transfer", "s", "--predict", "256"]) == 0

@@ -282,6 +282,7 @@ def test_a_corrupt_config_is_one_clear_error(text):
         from_json(text, Path("run/config.json"))
 
 
+@pytest.mark.slow
 def test_help_answers_within_a_second_without_torch(tmp_path):
     root = Path(__file__).parent.parent
     begun = time.monotonic()

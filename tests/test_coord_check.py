@@ -611,6 +611,7 @@ def test_a_matrix_that_cannot_be_followed_makes_it_inconclusive():
     assert any(reason.startswith("hidden.*.weight cannot be followed") for reason in result.reasons)
 
 
+@pytest.mark.slow
 def test_a_model_that_blows_up_fails():
     def loss(model, batch):
         width = model.bias.numel()

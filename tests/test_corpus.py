@@ -113,6 +113,7 @@ def test_passages_are_shuffled(library: Path) -> None:
     assert held == sorted(held, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
+@pytest.mark.slow
 def test_tests_and_generated_files_are_left_out(library: Path) -> None:
     before = embedded_corpus().fingerprint
     for name in (
@@ -136,6 +137,7 @@ def test_tests_and_generated_files_are_left_out(library: Path) -> None:
     assert embedded_corpus().fingerprint != before
 
 
+@pytest.mark.slow
 def test_fingerprint_does_not_depend_on_the_place(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_fingerprint_does_not_depend_on_the_place(
     assert embedded_corpus() == before
 
 
+@pytest.mark.slow
 def test_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     (tmp_path / "nothing").mkdir()
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
@@ -181,6 +184,7 @@ def test_bpe(library: Path) -> None:
         load_tokenizer(corpus)
 
 
+@pytest.mark.slow
 def test_bpe_without_its_packages(library: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rustbpe", None)
     with pytest.raises(ConfigError, match=r"rustbpe.*pip install 'speedrun-mup\[data\]'$"):
@@ -327,6 +331,7 @@ def write_fineweb(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_auto_without_fineweb(library: Path, tmp_path: Path) -> None:
     corpus, line = find_corpus(fineweb_dir=tmp_path / "fineweb10B")
     assert corpus == embedded_corpus()
@@ -347,6 +352,7 @@ def test_auto_with_half_of_fineweb_does_not_fall_back(tmp_path: Path) -> None:
         find_corpus(fineweb_dir=folder)
 
 
+@pytest.mark.slow
 def test_tokenizer_that_the_shards_do_not_have(tmp_path: Path) -> None:
     folder = write_fineweb(tmp_path / "fineweb10B")
     assert find_corpus(str(folder), tokenizer="gpt2")[0].tokenizer == "gpt2"
@@ -355,6 +361,7 @@ def test_tokenizer_that_the_shards_do_not_have(tmp_path: Path) -> None:
             find_corpus(data, tokenizer="bpe:1024", fineweb_dir=folder)
 
 
+@pytest.mark.slow
 def test_mixture(tmp_path: Path) -> None:
     folders = [write_fineweb(tmp_path / name) for name in ("a", "b")]
     corpus, line = find_corpus(f"{folders[0]}:0.7,{folders[1]}:0.3")

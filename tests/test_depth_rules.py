@@ -138,6 +138,7 @@ def losses(model: GPT, changed=lambda name, group: None, steps=4) -> list[float]
     return found
 
 
+@pytest.mark.slow
 def test_the_rule_trains_the_model_with_written_out_factors():
     """1/m_depth on what is added to the stream is in starts and rates; eps follows the gradients, rates of x0 mixing fall."""
 

@@ -64,6 +64,7 @@ def test_a_model_that_saturates_for_ever_diverged_though_its_loss_is_no_higher(t
         train(tiny(name="a", iterations=40, val_every=0, save=False, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 8.0])
 def test_a_short_honest_run_did_not_diverge(tiny, iterations, scale):

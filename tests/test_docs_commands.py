@@ -162,6 +162,7 @@ def only_parse(monkeypatch, tmp_path):
         stop(importlib.import_module(f"speedrun_mup.commands.{name.replace('-', '_')}"))
 
 
+@pytest.mark.slow
 def test_every_command_parses_as_it_is_written(only_parse, capsys):
     for page, number, words, _ in EVERY:
         argv = argv_of(words)

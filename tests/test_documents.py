@@ -297,6 +297,7 @@ def test_the_folder_to_write_is_not_read(tmp_path: Path) -> None:
         assert [source.name for source in find_sources([str(tmp_path)], out).sources] == [str(tmp_path / "a.txt")]
 
 
+@pytest.mark.slow
 def test_very_deep_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(1200):

@@ -91,6 +91,7 @@ def test_nothing_to_predict_is_one_line(row):
         evaluate(build(), 2, [np.array(row, np.uint16)])
 
 
+@pytest.mark.slow
 def test_a_long_row_in_parts_is_the_whole_row():
     """Exactly, where the context of a part is all that its predictions depend on: six layers with a window of one block."""
     model = build()

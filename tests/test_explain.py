@@ -99,6 +99,7 @@ def test_which_rule_did_what_is_told_per_parameter_and_per_run(capsys):
     assert "times base" not in told and "LR times" not in told and "beta" not in told
 
 
+@pytest.mark.slow
 def test_the_command(capsys):
     assert main(["explain", "--width", "2048", "--base-width", "768"]) == 0
     told = capsys.readouterr().out

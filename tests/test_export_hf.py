@@ -178,6 +178,7 @@ def test_a_batch_with_padding_is_as_one_by_one(exported):
         torch.testing.assert_close(row[: len(own)], own, **CLOSE)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_bfloat16_is_the_models_bfloat16(run, transformers, tmp_path):
     """Its scalars stay in float32, as in training."""
@@ -298,6 +299,7 @@ def test_beams_take_what_they_need_of_the_cache(name, exported):
     assert torch.equal(*(loaded.generate(tokens, use_cache=use, **options) for use in (True, False)))
 
 
+@pytest.mark.slow
 def test_pipeline(writing, folder, transformers):
     write = transformers.pipeline("text-generation", model=str(folder), trust_remote_code=True)
     said = write(["def ", "class Foo("], max_new_tokens=20, do_sample=False, batch_size=2)
@@ -394,6 +396,7 @@ def test_the_command_writes_a_model_card_with_the_numbers_and_code_that_runs(
     assert said.getvalue() == "The " + run.generate("The ", max_new_tokens=50, temperature=0) + "\n"
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_exported_without_claims(writing, tmp_path, capsys):
     """What is not known of its training is not in the card; its weights are those of the file."""
     pt, again, out = tmp_path / "m.pt", tmp_path / "runs" / "b", tmp_path / "m"

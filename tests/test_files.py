@@ -110,6 +110,7 @@ def run(argument: str, redirect: str, **env: str):
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ | env, timeout=60)
 
 
+@pytest.mark.slow
 def test_output_that_is_lost_is_one_line_and_an_exit_code():
     full = run("--help", "> /dev/full")
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "No space left" in full.stderr

@@ -62,6 +62,7 @@ def check_whole(corpus: Corpus, train: int) -> None:
         assert path.read_bytes() == FILES[path.name] and len(naive_read(path)) == SHARD_TOKENS
 
 
+@pytest.mark.slow
 def test_as_many_as_asked_for(tmp_path: Path, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = download_fineweb(SHARD_TOKENS + 1, tmp_path)
     check_whole(corpus, 2)
@@ -118,6 +119,7 @@ STOPS: dict[str, tuple[list[int | str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STOPS)
 def test_stops_with_one_line(tmp_path: Path, hub: LoopbackHub, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     faults, words = STOPS[kind]
@@ -158,6 +160,7 @@ def test_damaged_listing(tmp_path: Path, hub: LoopbackHub, kind: str) -> None:
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body", [b"[" * 200_000, b"{", b"\xff", b" " * 2**26 + b"[]"], ids=["deep", "cut", "byte", "long"]
 )
@@ -218,6 +221,7 @@ def test_shard_with_ids_of_another_vocabulary(tmp_path: Path, hub: LoopbackHub) 
         download_fineweb(1, tmp_path)
 
 
+@pytest.mark.slow
 def test_partial_download_is_gone_on_with(tmp_path: Path, hub: LoopbackHub) -> None:
     """What a killed process left, cut at any byte; too much of it, or other bytes of the same length, do no harm."""
     (tmp_path / ".download").mkdir()

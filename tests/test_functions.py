@@ -35,6 +35,7 @@ def bowl(width, lr, seed, drift=0.0):
 quiet = functools.partial(sweep, seeds=2, adaptive=False, progress=False)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_function_gives_the_verdict_of_its_table(tmp_path):
     swept = quiet(bowl, WIDTHS, lr=RATES, out=tmp_path / "s")
     assert swept.complete and len(swept.rows()) == 30
@@ -142,6 +143,7 @@ def test_the_lowest_value_of_a_curve_if_asked(tmp_path):
         assert [row["loss"] for row in swept.rows()] == [told] * 3
 
 
+@pytest.mark.slow
 def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
     swept = sweep(bowl, WIDTHS, lr=[0.001, 0.002], seeds=1, out=tmp_path / "s", progress=False)
     rates = sorted({row["lr"] for row in swept.rows() if row["width"] == 64})
@@ -238,6 +240,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     lock.close()
 
 
+@pytest.mark.slow
 def test_verdicts_on_tables_and_logs():
     logs = DATA / "logs" / "tensorboard"
     assert transfer(str(logs), names="w{width}-lr{lr}-s{seed}").verdict == "PASS"
@@ -249,6 +252,7 @@ def test_verdicts_on_tables_and_logs():
             transfer(runs)
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_its_budget_and_predicts(tmp_path):
     made = plan(bowl, target=2048, lr=0.008, budget="10%", smallest=32)
     spent = sum(n * len(made.values) * size**2 for size, n in zip(made.sizes, made.seeds)) / 2048**2

@@ -270,6 +270,7 @@ def test_a_model_without_memory_is_one_line(tiny, monkeypatch):
         train(tiny())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strict", "expected"), [(False, 2), (True, 8)])
 def test_memory_is_tried_with_what_a_step_holds_at_its_worst(tiny, monkeypatch, strict, expected):
     """A second pass finds the gradients of the first; a strict sum keeps those of many."""

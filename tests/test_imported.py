@@ -151,6 +151,7 @@ def test_a_technique_goes_there_and_back_and_is_no_part_of_the_record(tiny, tmp_
     )  # embeddings were rounded
 
 
+@pytest.mark.slow
 def test_the_tokenizer_comes_with_the_run(upstream, tmp_path, capsys):
     pytest.importorskip("rustbpe")
     pytest.importorskip("tiktoken")
@@ -284,6 +285,7 @@ def test_a_disk_that_is_full_leaves_no_folder(place, upstream, tmp_path, capsys,
     assert not (tmp_path / "runs" / "a").exists()
 
 
+@pytest.mark.slow
 def test_what_an_imported_run_has_not_is_one_line(imported, tmp_path, capsys):
     own = [str(imported), "--device", "cpu"]
     assert "was imported without data; give --data" in fails(["eval", *own], capsys)

@@ -92,6 +92,7 @@ def test_proxies_are_smaller_in_every_size_and_keep_the_budget():
     assert dearer.loss_width < plan.loss_width and dearer.flops > plan.flops
 
 
+@pytest.mark.slow
 def test_priors_make_the_same_budget_sharper():
     priors = {"drift": {"tokens": [-0.3, 0.03]}, "loss": {name: [0.45, 0.1] for name in NAMES}}
     alone = choose_joint_plan(TARGET, NAMES, Budget(share=0.05))
@@ -231,6 +232,7 @@ def test_a_target_without_room_for_proxies_is_refused(budget, names, target, fau
 FLAGS = "--mup --base-width 64 --head-dim 16 --micro-batch-tokens 256 --width 256 --n-layer 12 --tokens 2M --batch-tokens 4k"
 
 
+@pytest.mark.slow
 def test_the_command_plans(tmp_path, capsys):
     assert main(["plan", *FLAGS.split(), "--budget", "5%", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().out

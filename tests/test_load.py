@@ -110,6 +110,7 @@ def test_text_and_corpora_are_evaluated(folder, tmp_path):
         run.evaluate("synthetic")
 
 
+@pytest.mark.slow
 def test_text_goes_on_from_one_prompt_or_several(folder):
     run = speedrun_mup.load_run(str(folder), device="cpu")
     one = run.generate("def ", max_new_tokens=20, seed=1)
@@ -133,6 +134,7 @@ def test_metrics_are_a_table(folder, monkeypatch):
         _ = run.metrics
 
 
+@pytest.mark.slow
 def test_a_chat_keeps_what_was_said(folder):
     """Two lines are the text of both with the answer between; after the end of a document, another begins."""
     writer, sampling = load_run(folder, device="cpu").writer, Sampling(max_new_tokens=7, temperature=0)
@@ -141,6 +143,7 @@ def test_a_chat_keeps_what_was_said(folder):
     assert second == writer.generate(["def " + first + "class "], sampling)[0]
 
 
+@pytest.mark.slow
 def test_after_the_end_of_a_document_a_line_opens_another(folder, monkeypatch):
     script, begun = iter([65, 66, 256, 67, 68, 69, 70, 256]), []
     monkeypatch.setattr(sample, "draw", lambda *_: torch.tensor([next(script)]))
@@ -213,6 +216,7 @@ def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
     assert "--prompt - needs standard input, which is closed" in fails([*arguments, "-"], capsys)
 
 
+@pytest.mark.slow
 def test_chat_reads_lines(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("def \nclass \n"))
     assert (
@@ -228,6 +232,7 @@ def test_a_stdout_that_is_closed_is_no_traceback(folder, monkeypatch):
     assert main(["sample", str(folder), "--max-new-tokens", "2", "--device", "cpu"]) == 1
 
 
+@pytest.mark.slow
 def test_eval_prints_the_numbers(folder, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("def main():\n    pass\n" * 40)
     assert main(["eval", str(folder), "--data", str(tmp_path / "a.txt"), "--device", "cpu"]) == 0
@@ -238,6 +243,7 @@ def test_eval_prints_the_numbers(folder, capsys, tmp_path):
     assert found["loss"] / found["bits_per_byte"] == pytest.approx(0.6931471805599453, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_eval_reads_a_folder_of_code(folder, capsys, tmp_path):
     (tmp_path / "a.py").write_text("def main():\n    pass\n" * 40)
     words = ["eval", str(folder), "--data", str(tmp_path), "--device", "cpu"]

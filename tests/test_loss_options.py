@@ -114,6 +114,7 @@ def test_a_run_with_both_resumes_to_the_same_bits_and_logs_a_loss_of_one_token(t
     assert first == pytest.approx(math.log(128), abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_gradient_of_a_step_is_that_of_its_micro_batches_one_by_one(tiny, deterministic):
     """No target of one micro-batch is in another, however many go side by side."""

@@ -803,6 +803,7 @@ def test_the_loss_in_8_bits_is_the_reference_within_rounding(rows):
         assert (grad - exact).float().norm() < 0.1 * exact.float().norm()
 
 
+@pytest.mark.slow
 def test_a_model_with_an_8_bit_head_trains_like_one_without_and_validates_without():
     losses = {}
     for fp8 in (False, True):

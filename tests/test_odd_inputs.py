@@ -15,6 +15,7 @@ def broken(folder):
     raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_the_judge_sees_what_it_must_see(tmp_path):
     right = Case("judge", "right", ["--version"])
     assert attempt(right, tmp_path / "right")[1] == ""

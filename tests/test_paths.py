@@ -62,6 +62,7 @@ class Path:
         return [name for name, _ in itertools.groupby(place(m.removeprefix(PACKAGE)) for m in self.modules)]
 
 
+@pytest.mark.slow
 def test_the_settings_change_places_twenty_times_at_most(tiny):
     """As long as the loop that follows it: a path that gets longer asks for a file that does two things."""
     path, cfg = Path(), tiny(iterations=1, val_every=0)

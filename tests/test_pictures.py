@@ -75,6 +75,7 @@ def test_faults_of_drawing_and_writing_are_one_line(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_link_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "a.png").symlink_to(tmp_path / "victim")

@@ -252,6 +252,7 @@ def test_a_budget_that_is_too_small_is_told_what_is_enough(target, out, budget):
     assert plan.flops <= Budget(**amounts).most_flops(plan.target_flops)
 
 
+@pytest.mark.slow
 def test_a_long_validation_is_reckoned_and_not_waited_for(target, out):
     engine = FakeEngine()
     long = dataclasses.replace(target, val_tokens=1024 * 1024)
@@ -462,6 +463,7 @@ def test_without_a_plan_or_a_sweep_there_is_no_prediction(target, out, tmp_path)
         predict(tmp_path / "lone")
 
 
+@pytest.mark.slow
 def test_a_wide_interval_is_explained():
     """Three widths do not tell the law; with four, and the noise well known, there is nothing to explain."""
     three, four = (

@@ -414,6 +414,7 @@ def test_cost_is_flops_of_the_sweep_over_those_of_the_target(swept, whole):
     assert {row[0] for row in part.tables[0].rows} == {"muP", "Standard parametrization (Adam)", "all runs"}
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_recorded_and_follows_from_the_flops_where_it_was_not(swept):
     """A result of the first edition, under its own names, is read; its vocabulary is known padded."""
     results = read_results(swept[0])

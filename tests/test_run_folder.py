@@ -112,6 +112,7 @@ def test_a_run_from_weights_that_is_stopped_before_its_first_save_begins_with_th
     assert_same_training(whole, train(settings(tiny, first.folder.parent / "c")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -133,6 +134,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line_and_leave_the_name_free
     assert not (first.folder.parent / "b").exists()
 
 
+@pytest.mark.slow
 def test_init_from_nothing_or_beside_resume_is_one_line(tiny, tmp_path, capsys):
     folder = train(tiny(name="a", iterations=1)).folder
     with pytest.raises(CheckpointError, match="no checkpoint there; give a run's folder or a step-N in it"):
@@ -298,6 +300,7 @@ def test_a_run_goes_on_in_its_folder_when_that_is_renamed(tiny):
     assert train(settings(tiny, out / "a")).finished  # and the other run was left alone
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_gone_ends_the_run_in_one_line(tiny):
     out = Path(tiny().out)
 
@@ -333,6 +336,7 @@ def test_a_folder_may_be_renamed_between_two_lives(tiny):
     assert train(settings(tiny, moved)).folder == moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "resume, fix", [(True, "continue in a copy of its folder, with --resume"), (False, "with --out")]
 )

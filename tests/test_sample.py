@@ -146,6 +146,7 @@ def test_a_sample_ends_with_its_document():
         assert [t[number] for t in again if number in t] == [t[number] for t in found if number in t]
 
 
+@pytest.mark.slow
 def test_the_padding_of_the_vocabulary_is_never_drawn():
     own = writer()
     with torch.no_grad():

@@ -31,6 +31,7 @@ def test_the_window_widens_at_the_steps_of_the_record():
     assert windows[-1] == 14  # 1792 tokens, although the record says 1728
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 40), st.data())
 def test_the_window_is_final_tokens_times_progress_rounded_up(steps, block_size, blocks, data):
     step = data.draw(st.integers(0, steps))

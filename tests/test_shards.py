@@ -49,6 +49,7 @@ def small(tmp_path: Path) -> Corpus:
 # --- Shards ---
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 65535), min_size=1, max_size=200))
 @settings(deadline=None, max_examples=50)
 def test_write_then_read(tmp_path_factory: pytest.TempPathFactory, tokens: list[int]) -> None:

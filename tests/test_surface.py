@@ -190,6 +190,7 @@ def test_intervals_grow_with_the_distance_and_say_how_far():
     assert surface.predict(sizes_at({"width": 0, "tokens": 2})).distance.startswith("inside")
 
 
+@pytest.mark.slow
 def test_priors_sharpen_what_few_runs_leave_open():
     runs = simulated(World({"width": 0.0, "tokens": -0.3}, sigma=0.02))
     names = ["width", "tokens"]
@@ -208,6 +209,7 @@ def test_priors_sharpen_what_few_runs_leave_open():
     assert width(told["width"].loss_exponent) < 0.2 and width(alone["width"].loss_exponent) > 0.5
 
 
+@pytest.mark.slow
 def test_scatter_beyond_noise_widens_the_intervals():
     """Optima that no plane fits, by much more than their noise and less than what blocks a verdict."""
     names = ("width", "tokens")
@@ -235,6 +237,7 @@ def test_a_place_off_the_plane_is_named_and_blocks_the_verdict():
     assert any("width 128, tokens 131072: optimum +0" in text and "off the plane" in text for text in surface.reasons)
 
 
+@pytest.mark.slow
 def test_unknown_noise_decides_nothing():
     surface = fit_surface(simulated(World({"width": 0.0, "tokens": 0.0}), seeds=1), ["width", "tokens"])
     assert surface.verdict is Verdict.INCONCLUSIVE and "the noise is unknown" in surface.reasons[0]

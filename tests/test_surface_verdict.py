@@ -100,6 +100,7 @@ def test_another_size_that_varies_is_a_doubt_until_it_is_accepted():
     assert accepted.verdict is Verdict.PASS and accepted.notes[0].startswith("accepted: batch_tokens")
 
 
+@pytest.mark.slow
 def test_python_takes_any_table(table):
     pandas = pytest.importorskip("pandas")
     frame = pandas.read_csv(table)

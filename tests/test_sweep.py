@@ -394,6 +394,7 @@ def test_another_sweep_in_the_folder_is_refused_in_one_line(small, tmp_path, cha
     assert (tmp_path / "s" / "sweep.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_setting_that_every_arm_fixes_may_be_given_too(small, tmp_path):
     """The same runs, whether --matrix-optimizer says again what --arms says, or not."""
     arms = pick_arms(["normuon-mup", "normuon-sp"])

@@ -232,6 +232,7 @@ def test_its_settings_have_no_effect_without_it_and_say_so():
         add_technique("xsa", Technique("another", model=without_own_value))
 
 
+@pytest.mark.slow
 def test_every_technique_of_the_package_is_found_where_the_registry_says():
     for name, technique in techniques.TECHNIQUES.items():
         for place in (technique.model, technique.schedule):

@@ -272,6 +272,7 @@ def test_validation_of_a_small_text(tmp_path: Path, count: int, fewest: int, tok
         assert trained_on == set(texts[max(fewest, below) :])
 
 
+@pytest.mark.slow
 def test_a_share_of_nothing_is_a_part_of_every_larger_one(tmp_path: Path, text: Path) -> None:
     vals = [
         set(
@@ -509,6 +510,7 @@ def test_standard_input_is_never_taken_for_done(
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_duplicates", [False, True])
 def test_standard_input_is_never_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Callable[[str], None], drop_duplicates: bool
@@ -612,6 +614,7 @@ def test_inspect_what_upstream_wrote(
 # --- Order and split ---
 
 
+@pytest.mark.slow
 def test_a_smaller_validation_is_a_part_of_a_larger_one(text: Path, tmp_path: Path) -> None:
     """Whatever the order and its seed; and equal documents are on one side."""
     vals = []
@@ -769,6 +772,7 @@ def test_changed_text_is_read_again_from_the_change_on(
     assert shards(tmp_path / "out") == shards(tmp_path / "other" / "out")
 
 
+@pytest.mark.slow
 def test_tokenizer_is_trained_again_if_its_text_changed(tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     pytest.importorskip("rustbpe")
@@ -868,6 +872,7 @@ def test_all_is_on_the_disk_before_the_note_that_promises_it(
     assert checked > 20 and str(out) in synced
 
 
+@pytest.mark.slow
 def test_pieces_are_synced_with_notes_only(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One note at the start, one when the work is broken off; what was read by then is on the disk, and kept."""
     synced: list[str] = []
@@ -887,6 +892,7 @@ def test_pieces_are_synced_with_notes_only(text: Path, tmp_path: Path, monkeypat
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_leaves_no_hole(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize_text([str(text)], tmp_path / "whole", BYTES)
     monkeypatch.setattr(chunks, "CHUNK_CHARS", 2000)

@@ -75,6 +75,7 @@ def test_a_run_trains_and_leaves_its_folder_complete(tiny):
     assert provenance["torch"] == torch.__version__ and len(provenance["source_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_step_0_loss_is_that_of_the_uniform_distribution(tiny):
     assert curve(train(tiny(iterations=1)).folder)[0][1] == pytest.approx(4.852030263919617, rel=1e-6)  # ln 128
 
@@ -307,6 +308,7 @@ def test_a_non_finite_gradient_stops_before_the_update(tiny, opened, value, lag)
     assert [step for step, _ in curve(run.folder)] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_bad_step_is_dumped(tiny, opened):
     run = opened(tiny(name="nan", micro_batches=2))
     with pytest.raises(NonFiniteError):
@@ -407,6 +409,7 @@ def test_rolling_back_is_bitwise_a_resume_with_later_data(tiny, opened):
     assert_same_state(state_of(whole), state_of(resumed))
 
 
+@pytest.mark.slow
 def test_rolling_back_without_a_checkpoint_says_what_is_missing(tiny, opened):
     run = opened(tiny(name="back", on_nonfinite="rollback"))
     with pytest.raises(NonFiniteError, match="no checkpoint to roll back to; set --save-every"):
@@ -519,6 +522,7 @@ def test_newest_unfinished_run(tiny):
     assert newest_unfinished(out) == out / "open"
 
 
+@pytest.mark.slow
 def test_a_failed_save_costs_a_warning_and_three_the_run(tiny, opened, monkeypatch):
     run = opened(tiny(name="full", save_every=1))
     calls = []

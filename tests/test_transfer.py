@@ -104,6 +104,7 @@ def test_ninety_percent_interval_covers_between_80_and_97_percent():
     assert 0.80 <= hits / 200 <= 0.97
 
 
+@pytest.mark.slow
 def test_noise_is_not_transfer():
     """A flat but noisy sweep shows no drift and must still not pass."""
     arm = measure_arm(sweep(sigma=0.06, rng=1))
@@ -363,6 +364,7 @@ def test_seeds_that_share_nothing_cannot_be_compared():
     assert "share too few points" in measure_arm(runs).reasons[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holes", [False, True])
 def test_resampled_means_have_the_right_variance(holes):
     """Average resampling variance against sigma^2 / n per point, over many tables of pure noise."""
@@ -461,6 +463,7 @@ def test_regret_is_curvature_times_squared_shift():
     assert middle.regret.value == pytest.approx(0.025 * 0.5**2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_regret_follows_the_points_outside_the_window_and_the_cliff_to_infinity():
     far = measure_arm(sweep(-1.0, sigma=0.001, grid=range(-6, 4), optimum=0.0))
     assert far.regret.value == pytest.approx(0.025 * 9, rel=0.05)
@@ -523,6 +526,7 @@ def test_failing_arm_fails_and_an_arm_without_control_says_so():
     assert measure_transfer(sweep()).reasons[-1].startswith("no control arm")
 
 
+@pytest.mark.slow
 def test_arms_that_are_not_tested_are_measured_and_do_not_count():
     runs = sweep() + control(-1.0)
     assert measure_transfer(runs).verdict is Verdict.FAIL
@@ -643,6 +647,7 @@ def test_wider_is_better_counts_violations():
     assert bad.worst == pytest.approx(0.07, abs=0.02) and "(width " in str(bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3])
 @pytest.mark.parametrize("noise, apart", [(0.01, 0.0), (0.01, 0.01), (0.003, 0.01)])
 def test_models_that_are_equal_seldom_fail_and_a_worse_one_does(seeds, noise, apart):
@@ -655,6 +660,7 @@ def test_models_that_are_equal_seldom_fail_and_a_worse_one_does(seeds, noise, ap
     assert failures(0.0) <= 12 and failures(-0.04) >= 35  # of 40
 
 
+@pytest.mark.slow
 def test_more_seeds_see_a_smaller_harm_and_noise_alone_is_allowed_its_share():
     """2.3 % of steps lie beyond two standard deviations; the noise of a mean over 9 seeds is a third of one seed's."""
     alone = [larger_is_better(curves(0.0, seeds=1, draw=draw), 0.0) for draw in range(20)]
@@ -831,6 +837,7 @@ def test_seeds_that_are_copies_are_an_error():
     assert measure_transfer(sweep(sigma=0.0, offset=0.0, seeds=(0,))).verdict is Verdict.INCONCLUSIVE
 
 
+@pytest.mark.slow
 def test_a_better_control_is_mentioned():
     for gap in 0.2, -0.2:
         runs = [dataclasses.replace(run, loss=run.loss - gap) for run in control(-1.0)]

@@ -13,6 +13,7 @@ from speedrun_mup.transfer.table import read_table
 TABLE = str(Path(__file__).parent / "data" / "transfer_sweep.csv")
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_the_verdict(capsys):
     assert main(["transfer", TABLE, "--controls", "adam-const=-1"]) == 0
     assert "verdict: PASS" in capsys.readouterr().out
@@ -76,6 +77,7 @@ def test_wrong_arguments_are_one_line(arguments, fault, capsys, tmp_path, monkey
     assert fault in told and told.count("\n") == 1 and told.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_wider_run_is_predicted(capsys):
     command = ["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "1024"]
     main(command)
@@ -89,6 +91,7 @@ def test_a_wider_run_is_predicted(capsys):
     assert f"loss {values['loss']['value']:.4f} (90 % {low:.4f} to {high:.4f})" in forecast
 
 
+@pytest.mark.slow
 def test_a_size_below_all_that_were_measured_has_no_forecast(capsys):
     assert main(["transfer", TABLE, "--controls", "adam-const=-1", "--predict", "127"]) == 0
     told = capsys.readouterr().out.partition("\nforecast\n")[2]
@@ -97,6 +100,7 @@ def test_a_size_below_all_that_were_measured_has_no_forecast(capsys):
     assert "- mup: width 128: loss " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_arm_without_a_forecast_does_not_silence_the_others(tmp_path, capsys):
     table = tmp_path / "runs.csv"
     lines = Path(TABLE).read_text().splitlines()
@@ -153,6 +157,7 @@ def test_two_tables_in_one_folder_have_a_report_each(tmp_path):
     assert {path.parent.name for path in tmp_path.rglob("report.md")} == {"a-report", "b-report"}
 
 
+@pytest.mark.slow
 def test_the_legend_of_loss_curves_explains_every_mark():
     """The pale fit behind a line, the diamond on it, and hollow ones."""
     table = read_table(TABLE)

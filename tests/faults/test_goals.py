@@ -147,6 +147,7 @@ def mutated(data: bytes, rng) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_fuzzed_checkpoints(tmp_path):
     """A mutated file, half of the time sealed again as somebody who knows the format could: refused or loaded right."""
     for step in (1, 2):

@@ -110,6 +110,7 @@ def test_keys_values_and_routers_stay_inside_and_only_the_head_is_a_readout():
     assert [name for name, role in roles_of(model).items() if role == "output"] == ["head.weight"]
 
 
+@pytest.mark.slow
 def test_heads_that_widen_are_scaled_by_their_size_and_others_are_not():
     wide = mup.adapt(wide_heads(64), 16, build=wide_heads)
     attention = wide.layers[0]["attn"]
@@ -365,6 +366,7 @@ def test_a_gain_that_is_added_to_one_cannot_hold_a_scale():
         mup.fold(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [wide_gpt, lambda: mup.adapt(wide_heads(64), 16, build=wide_heads)])
 def test_copies_and_state_dicts_keep_the_forward_factors(build, tmp_path):
     from safetensors.torch import load_model, save_model
@@ -397,6 +399,7 @@ def trained(optimizer, model, steps, clip=True, accumulate=2):
 MUON = {"lr": 1e-3, "optimizer": "muon+adamw", "muon_lr": 0.02}
 
 
+@pytest.mark.slow
 def test_muon_and_adam_are_saved_and_resumed_as_one():
     model = wide_gpt()
     optimizer = mup.optimizer(model, **MUON)
@@ -505,6 +508,7 @@ def deep(layers, width=32, base=None, **options):
     return mup.adapt(model, base or {"n_embd": 32, "n_head": 2, "n_layer": 2}, **options)
 
 
+@pytest.mark.slow
 def test_deeper_models_follow_completep():
     """Worked out by hand for 8 layers over 2: the last matrices of branches have 1/4 of the rate, and of the start."""
     model = deep(8)

@@ -63,6 +63,7 @@ def step(model, optimizer, seed=0):
     return loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_call_adapts_and_base_size_is_the_same_model_bit_for_bit(family):
     model = adapted(family, 64)

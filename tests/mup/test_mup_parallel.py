@@ -82,6 +82,7 @@ def assert_alike(found: Trained, expected: Trained, relative: float = CLOSE) -> 
         assert (update - expected_updates[key]).norm() <= relative * expected_updates[key].norm(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_comparison_sees_a_lost_factor(build):
     """Each of them changes the losses or the updates by more than any test here allows."""
@@ -101,6 +102,7 @@ def test_the_comparison_sees_a_lost_factor(build):
         assert_alike(train(no_scale, "adamw"), expected, SHARDED_MUON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("build", BUILDS)
 def test_copies_and_loaded_models_train_alike_bit_for_bit(build, name):

@@ -135,6 +135,7 @@ def test_compile():
     check(torch.compile(model, backend="eager", fullgraph=True), model(tokens()).detach())
 
 
+@pytest.mark.slow
 def test_export():
     model = tiny()
     torch.testing.assert_close(torch.export.export(model, (tokens(),)).module()(tokens()), model(tokens()))
@@ -158,6 +159,7 @@ def test_defect_8_base_shapes_of_wrapped_models(process_group):
     assert list(mup.get_infshapes(compiled).values()) == list(mup.get_infshapes(plain).values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # about in-place use of the logits
 def test_fsdp2(process_group):
     model = tiny()

@@ -80,6 +80,7 @@ def test_a_loop_that_is_cut_and_resumed_ends_the_same_bit_for_bit(name, dtype, t
 # accelerate
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # its own
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_accelerate_resumes_bit_for_bit(name, tmp_path):
