@@ -99,6 +99,7 @@ def sweep(
     engine: str = "local",
     workers: int | None = None,
     adaptive: bool = True,
+    refine: bool = True,
     loss: str = "last",
     initial_loss: float | None = None,
     controls: Mapping[str, Drift] | None = None,
@@ -122,7 +123,8 @@ def sweep(
         engine: "local" runs in this process, one after the other; "process" in worker processes of this machine, which must be
             able to import the function; "ray" on a Ray cluster.
         workers: Runs at a time of "process" and "ray"; by default one per GPU, or per core.
-        adaptive: Extend the grid where the best value is at its edge, and refine it around the best.
+        adaptive: Extend the grid where the best value is at its edge.
+        refine: Where it is not, add half steps around the best; else one point on its better side.
         loss: What stands for a run that returns a curve, "last" or "min".
         initial_loss: A run that ends at or above it has diverged; by default the first value of its own curve.
         controls: Arms that are wrong on purpose -> the drift that they must show, log2 per doubling of the size.
@@ -139,7 +141,7 @@ def sweep(
     """
     from speedrun_mup.sweep import run_sweep, write_csv
 
-    made = _sweep_of(run, axes, seeds, adaptive, loss, initial_loss, controls, cost, arguments)
+    made = _sweep_of(run, axes, seeds, (adaptive, refine), loss, initial_loss, controls, cost, arguments)
     folder = Path(out) if out is not None else Path("sweeps") / _default_name(run)
     with closing(_engine(engine, workers, made.functions)) as where:
         result = run_sweep(made, folder, where, budget_minutes=budget_minutes, progress=progress)
@@ -151,7 +153,7 @@ def _sweep_of(
     run: Run | Mapping[str, Run],
     axes: Mapping[str, Iterable[int]],
     seeds: int | Sequence[int],
-    adaptive: bool,
+    grid: tuple[bool, bool],
     loss: str,
     initial_loss: float | None,
     controls: Mapping[str, Drift] | None,
@@ -178,7 +180,7 @@ def _sweep_of(
         tuple(log2_factor(value) for value in values),
         _seeds(seeds),
         Axes(first, tuned),
-        adaptive,
+        *grid,
         functions=functions,
         controls={arm: _over(drift, first) for arm, drift in (controls or {}).items()},
         values=values,

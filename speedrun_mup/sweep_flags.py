@@ -12,15 +12,12 @@ from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.files import printable, read_bytes
 from speedrun_mup.flags import several
 
-COMMAND_FLAGS = (
-    "run",
-    "arm",
+PROGRAM_FLAGS = (
     "metric",
     "metric_file",
     "set",
     "params",
     "flops",
-    "controls",
     "timeout",
     "initial_loss",
     "diverged_exit",
@@ -28,6 +25,8 @@ COMMAND_FLAGS = (
     "keep",
     "dry_run",
 )
+COMMAND_FLAGS = ("run", "arm", "controls", *PROGRAM_FLAGS)
+COMMANDS = "any command, instead of this package's model"  # the group of flags in help texts
 ONLY_ARM = "run"  # what the arm of --run is called
 _PAIRS = ("set", "arm")  # a flag for each entry: --set NAME=VALUE
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -35,7 +34,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 def add_command_flags(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the flags of a sweep whose runs are commands."""
-    group = parser.add_argument_group("any command, instead of this package's model")
+    group = parser.add_argument_group(COMMANDS)
     group.add_argument(
         "--run",
         metavar="COMMAND",
@@ -45,6 +44,16 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--arm", action="append", metavar="NAME=COMMAND", help="the same with a name, to compare several commands"
     )
+    group.add_argument(
+        "--controls",
+        metavar="ARM=DRIFT,...",
+        help="arms that are wrong on purpose, with the drift that they must show: sp=-1",
+    )
+    add_program_flags(group)
+
+
+def add_program_flags(group: Any) -> None:
+    """Give `group` the flags that say what all commands of a sweep or a plan have in common."""
     group.add_argument(
         "--metric",
         metavar="PATTERN",
@@ -67,11 +76,6 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         "--params", metavar="FORMULA", help="how many parameters: 12*n_layer*width**2; FLOPs are 6*params*tokens"
     )
     group.add_argument("--flops", metavar="FORMULA", help="of a run; else the cost is counted in seconds")
-    group.add_argument(
-        "--controls",
-        metavar="ARM=DRIFT,...",
-        help="arms that are wrong on purpose, with the drift that they must show: sp=-1",
-    )
     group.add_argument("--timeout", metavar="TIME", help="kill a run that takes longer, such as 30m")
     group.add_argument(
         "--initial-loss",

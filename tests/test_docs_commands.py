@@ -41,6 +41,7 @@ SHORT = (
     (r"^sample", "--max-new-tokens 20"),
     (r"^train .*--resume ", ""),
     (r"^train", f"--preset laptop --device cpu --data synthetic --width 64 {SMALL}"),
+    (r"^plan .*--run ", ""),
     (r"^plan .*--preset record26", "--data synthetic --iterations 3"),
     (r"^plan .*--tokens", "--data synthetic"),
     (r"^plan", "--data synthetic --iterations 20 --micro-batches 1 --val-tokens 4096"),

@@ -255,9 +255,11 @@ def test_verdicts_on_tables_and_logs():
 @pytest.mark.slow
 def test_a_plan_keeps_its_budget_and_predicts(tmp_path):
     made = plan(bowl, target=2048, lr=0.008, budget="10%", smallest=32)
-    spent = sum(n * len(made.values) * size**2 for size, n in zip(made.sizes, made.seeds)) / 2048**2
-    assert spent <= made.share <= 0.1 and min(made.sizes) >= 32 and 0.008 in made.values
-    assert made.error == min(plan(bowl, 2048, lr=0.008, budget=share, smallest=32).error for share in (0.1, 0.08, 0.05))
+    spent = sum(n * len(made.values) * size**2 for size, n in zip(made.proxies.sizes, made.proxies.seeds)) / 2048**2
+    assert spent <= made.proxies.share <= 0.1 and min(made.proxies.sizes) >= 32 and 0.008 in made.values
+    assert made.proxies.error == min(
+        plan(bowl, 2048, lr=0.008, budget=share, smallest=32).proxies.error for share in (0.1, 0.08, 0.05)
+    )
     assert str(made).startswith("target: width 2048\nproxies: widths (seeds) ") and "if it grows as width^2" in str(
         made
     )
@@ -269,9 +271,9 @@ def test_a_plan_keeps_its_budget_and_predicts(tmp_path):
 
 def test_a_plan_counts_the_cost_that_is_given():
     by_size = plan(bowl, {"width": 1024}, lr=RATES, budget=0.2, cost=lambda width, lr, seed: width)
-    assert by_size.values == tuple(RATES) and by_size.share <= 0.2 and "grows as" not in str(by_size)
-    runs = sum(n * len(RATES) * size for size, n in zip(by_size.sizes, by_size.seeds))
-    assert by_size.share == pytest.approx(runs / 1024)
+    assert by_size.values == tuple(RATES) and by_size.proxies.share <= 0.2 and "grows as" not in str(by_size)
+    runs = sum(n * len(RATES) * size for size, n in zip(by_size.proxies.sizes, by_size.proxies.seeds))
+    assert by_size.proxies.share == pytest.approx(runs / 1024)
 
 
 @pytest.mark.parametrize(

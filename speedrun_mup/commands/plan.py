@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
@@ -11,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speedrun_mup.commands.sweep import add_engine, budget_of, take
+from speedrun_mup.commands.sweep import add_engine, budget_of, program_of, take
 from speedrun_mup.commands.train import STOPPED_BY_SIGNAL, other_tokens
 from speedrun_mup.config import PRESETS, TrainConfig, make_config
 from speedrun_mup.core.errors import ConfigError
@@ -20,6 +21,7 @@ from speedrun_mup.flags import new_parser, parse, several, whole_number
 from speedrun_mup.scaling import rules_in_force
 from speedrun_mup.setting_flags import TRAINING, add_settings
 from speedrun_mup.settings import flag_of
+from speedrun_mup.sweep_flags import COMMANDS, PROGRAM_FLAGS, add_program_flags
 
 if TYPE_CHECKING:
     from speedrun_mup.plan import Budget, JointPlan, Plan
@@ -35,12 +37,8 @@ def run(argv: Sequence[str]) -> int:
     Without --run and --out nothing is written: ask as often as you like.
     """
     parser = new_parser("speedrun-mup plan", run.__doc__ or "")
-    group = parser.add_argument_group("plan")
-    group.add_argument("--run", action="store_true", help="run the planned sweep; rerun the command to resume it")
-    group.add_argument("--out", metavar="DIR", help="folder to keep the plan in (with --run: plans/width-WIDTH)")
-    group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
-    group.add_argument("--json", action="store_true", help="the plan and the designs considered, as JSON")
-    _add_sizes(group)
+    _add_plan(parser)
+    _add_command(parser)
     add_engine(parser, "; 10%% of the target's FLOPs")
     add_settings(parser, groups=("scaling", *TRAINING, "display"), plus=("seed", "val_every"))
     flags = vars(parse(parser, argv))
@@ -50,6 +48,11 @@ def run(argv: Sequence[str]) -> int:
     if carry_out and as_json:
         raise ConfigError("--json is for a plan that is not run yet; leave out --run")
     sizes = take(flags, "axes", "tokens", "batch_tokens", "priors")
+    asked = argparse.Namespace(**take(flags, "target", "smallest", "hyperparameter", *PROGRAM_FLAGS))
+    if isinstance(carry_out, str):
+        return _of_command(carry_out, asked, flags, sizes, engine, budget, out)
+    if given := [name for name, value in vars(asked).items() if value]:
+        raise ConfigError(f"{flag_of(given[0])}: it is for a plan of a command; give --run COMMAND too")
     if names := _axes(flags, **{name: sizes[name] for name in ("axes", "tokens", "batch_tokens")}):
         if as_json:
             raise ConfigError("--json is for a plan over width alone; plan.json in --out has all of this one")
@@ -84,12 +87,106 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _add_command(parser: argparse.ArgumentParser) -> None:
+    """The flags of a plan whose runs are commands."""
+    group = parser.add_argument_group(COMMANDS)
+    group.add_argument(
+        "--target",
+        metavar="NAME=SIZE",
+        help="the size to plan for, if it is not --width: n_layer=24; proxies are smaller in it",
+    )
+    group.add_argument(
+        "--smallest", type=whole_number, metavar="SIZE", help="below which no run makes sense, such as 32"
+    )
+    group.add_argument("--hyperparameter", metavar="NAME", help="the placeholder that is tuned; lr")
+    add_program_flags(group)
+
+
+def _of_command(
+    command: str,
+    asked: argparse.Namespace,
+    flags: dict[str, Any],
+    sizes: dict[str, Any],
+    engine: dict[str, Any],
+    budget: dict[str, float],
+    out: str | None,
+) -> int:
+    """A plan whose runs are commands: chosen, run unless --dry-run, and what it predicts. Returns the exit code."""
+    progress, width = flags.pop("progress", True), flags.pop("width", None)
+    for name in (*flags, *(name for name, value in sizes.items() if value)):
+        fix = f"write it into the command, or give --set {name}=... for its {{{name}}}"
+        raise ConfigError(f"{flag_of(name)} is for this package's own model; {fix}")
+    if set(budget) - {"budget_share"}:
+        raise ConfigError("--budget of a command's plan is a share of its target's cost; give 10%")
+    size, target = _target(asked.target, width)
+
+    from speedrun_mup.plan.command import choose_command_plan
+    from speedrun_mup.sweep import open_engine, write_csv
+    from speedrun_mup.transfer import Axes
+
+    share, axes = budget.get("budget_share", 0.1), Axes(size, asked.hyperparameter or "lr")
+    plan = choose_command_plan(command, program_of(asked), axes, target, share, asked.smallest or 1)
+    folder = Path(out or f"plans/{size}-{target}")
+    if asked.dry_run:
+        say(*plan.summary().splitlines())
+        print("\n".join(line for sweep in plan.sweeps() for line in sweep.commands(folder)))
+        return 0
+    print(plan.summary())
+    with closing(open_engine(**engine, device="auto")) as where:
+        result = plan.run(folder, where, progress=progress)
+    write_csv(folder, folder / "runs.csv")
+    print(result.summary())
+    if unfinished := _exit_code(result):
+        return unfinished
+    prediction = plan.predict(folder)
+    print(prediction.summary())
+    print(f"next  {plan.target_command(prediction.value)}")
+    print(f"      {shlex.join(['speedrun-mup', 'report', str(folder)])}")
+    return 0
+
+
+def _target(text: str | None, width: int | None) -> tuple[str, int]:
+    """The size to plan for: its name and value. Raises ConfigError."""
+    if (text is None) == (width is None):
+        raise ConfigError(
+            "say what to plan for: --width 1024, or another size with --target NAME=SIZE, such as n_layer=24"
+        )
+    if text is None:
+        return "width", int(width or 0)
+    name, equals, value = text.partition("=")
+    try:
+        size = whole_number(value.strip())
+    except argparse.ArgumentTypeError as fault:
+        raise ConfigError(f"--target {printable(text, 60)}: {fault}") from None
+    if not equals or not name.strip() or size < 1:
+        raise ConfigError(f"--target {printable(text, 60)}: give NAME=SIZE, such as n_layer=24")
+    return name.strip(), size
+
+
 def _train_command(preset: str, flags: dict[str, Any]) -> str:
     """The `speedrun-mup train` with these settings, for a shell."""
     words = ["speedrun-mup", "train", "--preset", preset]
     for name, value in flags.items():
         words += [flag_of(name if value else f"no_{name}")] if isinstance(value, bool) else [flag_of(name), str(value)]
     return shlex.join(words)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what becomes of a plan, and what it is for."""
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--run",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="COMMAND",
+        help="run the planned sweep; rerun the command to resume it. With a COMMAND this is what trains, instead of this "
+        "package's model: 'python train.py --n_embd={width} --lr={lr} --seed={seed}', as in speedrun-mup sweep",
+    )
+    group.add_argument("--out", metavar="DIR", help="folder to keep the plan in (with --run: plans/width-WIDTH)")
+    group.add_argument("--preset", choices=tuple(PRESETS), default="laptop", help="preset for all settings not given")
+    group.add_argument("--json", action="store_true", help="the plan and the designs considered, as JSON")
+    _add_sizes(group)
 
 
 def _add_sizes(group: Any) -> None:

@@ -19,7 +19,7 @@ from speedrun_mup.settings import flag_of
 from speedrun_mup.sweep_flags import COMMAND_FLAGS, ONLY_ARM, add_command_flags, pairs_of, seconds_of, with_file
 
 if TYPE_CHECKING:
-    from speedrun_mup.sweep import AnySweep, CommandSweep
+    from speedrun_mup.sweep import AnySweep, CommandSweep, Program
 
 
 def add_engine(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -156,29 +156,16 @@ def _of_commands(
 
 def _command_sweep(asked: argparse.Namespace, sizes: Mapping[str, Sequence[int]]) -> CommandSweep:
     """The sweep that the flags of commands ask for. Raises ConfigError."""
-    from speedrun_mup.sweep import Arm, CommandSweep, Metric, Program, grid_of
+    from speedrun_mup.sweep import Arm, CommandSweep, grid_of
     from speedrun_mup.transfer import Axes
 
-    if not asked.metric:
-        raise ConfigError("--metric: say where the command's output has its loss, such as 'val loss {loss}'")
+    program = program_of(asked)
     commands = {ONLY_ARM: asked.run} if asked.run else {}
     named = pairs_of("arm", asked.arm, "NAME=COMMAND")
     if asked.run and named:
         raise ConfigError("--run and --arm: give one command with --run, or all of them with --arm NAME=COMMAND")
     commands |= named
-    formulas = pairs_of("set", asked.set, "NAME=NUMBER or NAME=FORMULA, such as iterations=500 or n_head=width//64")
-    formulas |= {name: text for name in ("params", "flops") if (text := getattr(asked, name))}
     axes = Axes(next(iter(sizes)), asked.hyperparameter or "lr")
-    program = Program(
-        Metric(asked.metric, asked.metric_file),
-        formulas,
-        seconds_of("timeout", asked.timeout) if asked.timeout else None,
-        asked.initial_loss,
-        tuple(asked.diverged_exit),
-        asked.shell,
-        asked.keep,
-        str(Path.cwd()),
-    )
     return CommandSweep(
         program,
         grid_of(sizes),
@@ -188,6 +175,26 @@ def _command_sweep(asked: argparse.Namespace, sizes: Mapping[str, Sequence[int]]
         axes,
         asked.adaptive,
         controls=_controls(asked.controls, axes.size),
+    )
+
+
+def program_of(asked: argparse.Namespace) -> Program:
+    """What the flags say of all commands. Raises ConfigError."""
+    from speedrun_mup.sweep import Metric, Program
+
+    if not asked.metric:
+        raise ConfigError("--metric: say where the command's output has its loss, such as 'val loss {loss}'")
+    formulas = pairs_of("set", asked.set, "NAME=NUMBER or NAME=FORMULA, such as iterations=500 or n_head=width//64")
+    formulas |= {name: text for name in ("params", "flops") if (text := getattr(asked, name))}
+    return Program(
+        Metric(asked.metric, asked.metric_file),
+        formulas,
+        seconds_of("timeout", asked.timeout) if asked.timeout else None,
+        asked.initial_loss,
+        tuple(asked.diverged_exit),
+        asked.shell,
+        asked.keep,
+        str(Path.cwd()),
     )
 
 

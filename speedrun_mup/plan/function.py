@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.plan.design import FULL, LEAN, NoPlanFits, expected_lr_error, ladders
-from speedrun_mup.transfer import Axes, Forecast, Thresholds, TransferResult, loss_forecast
+from speedrun_mup.plan.design import FULL, LEAN
+from speedrun_mup.plan.proxies import Grid, Proxies, choose_proxies
+from speedrun_mup.transfer import Axes, Forecast, TransferResult, loss_forecast
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,8 @@ class FunctionPlan:
         function: What is called.
         axes: What is scaled and what is tuned.
         target: The size that is tuned for.
-        sizes: Of the proxies; seeds: of each.
+        proxies: The smaller sizes, and what they cost.
         values: Of the hyperparameter.
-        refine: Whether half steps are added around the best.
-        share: What the runs cost, over the target's cost.
-        error: Expected standard error of the target's best value, log2.
         constants: Further arguments.
         cost: Of a run, if somebody said so.
     """
@@ -33,26 +31,21 @@ class FunctionPlan:
     function: Callable[..., Any]
     axes: Axes
     target: int
-    sizes: tuple[int, ...]
-    seeds: tuple[int, ...]
+    proxies: Proxies
     values: tuple[float, ...]
-    refine: bool
-    share: float
-    error: float
     constants: Mapping[str, Any] = field(default_factory=dict)
     cost: Callable[..., float] | None = None
 
     def summary(self) -> str:
         """For a terminal."""
-        proxies = ", ".join(f"{size} ({seeds})" for size, seeds in zip(self.sizes, self.seeds, strict=True))
         grid = ", ".join(f"{value:.4g}" for value in self.values)
         by = "" if self.cost else f", if it grows as {self.axes.size}^2; give cost= if not"
         lines = [
             f"target: {self.axes.at(self.target)}",
-            f"proxies: {self.axes.plural} (seeds) {proxies}; {self.axes.hyperparameter} {grid}"
-            + (", then half steps around the best" if self.refine else ""),
-            f"cost: about {self.share:.1%} of the target run{by}",
-            f"the best {self.axes.label} will be known within a factor of about {2**self.error:.2f} (standard error)",
+            f"proxies: {self.axes.plural} (seeds) {self.proxies.told()}; {self.axes.hyperparameter} {grid}"
+            + (", then half steps around the best" if self.proxies.refine else ""),
+            f"cost: about {self.proxies.share:.1%} of the target run{by}",
+            f"the best {self.axes.label} will be known within a factor of about {2**self.proxies.error:.2f} (standard error)",
         ]
         return "\n".join(lines)
 
@@ -69,8 +62,8 @@ class FunctionPlan:
         from speedrun_mup.functions import sweep, transfer
 
         swept: Any = None
-        for count in sorted(set(self.seeds), reverse=True):
-            some = [size for size, seeds in zip(self.sizes, self.seeds, strict=True) if seeds == count]
+        for count in sorted(set(self.proxies.seeds), reverse=True):
+            some = [size for size, seeds in zip(self.proxies.sizes, self.proxies.seeds, strict=True) if seeds == count]
             tuned = {self.axes.hyperparameter: list(self.values)}
             swept = sweep(
                 *(self.function, {self.axes.size: some}),
@@ -78,6 +71,7 @@ class FunctionPlan:
                     **self.constants,
                     **tuned,
                     "seeds": count,
+                    "refine": self.proxies.refine,
                     "out": out,
                     "engine": engine,
                     "cost": self.cost,
@@ -130,8 +124,7 @@ def choose(
 ) -> FunctionPlan:
     """The plan whose best value will be known most exactly at the target, among those within the budget.
 
-    Considered are halves of the target, halves of these and so on, at least as many as a verdict needs, with few seeds or many,
-    and two grids around one value, or the values as they are.
+    See `choose_proxies`; the grids are two around one value, or the values as they are.
 
     Args:
         function: What is called.
@@ -146,13 +139,6 @@ def choose(
         NoPlanFits: None is within the budget.
         ConfigError: The target leaves no room for proxies, or its cost is none.
     """
-    sizes = [target >> halvings for halvings in range(1, target.bit_length())]
-    sizes = sorted(size for number, size in enumerate(sizes, 1) if size << number == target and size >= smallest)
-    if len(sizes) < Thresholds.min_sizes:
-        need = smallest * 2**Thresholds.min_sizes
-        raise ConfigError(
-            f"{axis} {target} has {len(sizes)} halves from {smallest} up, {Thresholds.min_sizes} are needed; plan for {need}"
-        )
 
     def price(size: int) -> float:
         if cost is None:
@@ -162,27 +148,10 @@ def choose(
             raise ConfigError(f"cost: {found} at {axis} {size}; return a number above zero")
         return found
 
-    whole, middle = price(target), values[0]
-    grids = (FULL, LEAN) if len(values) == 1 else ((tuple(math.log2(value / middle) for value in values), ()),)
-    plans = []
-    for some, seeds in ladders(sizes):
-        for grid, added in grids:
-            runs = len(grid) + len(added)
-            paid = sum(count * runs * price(size) for size, count in zip(some, seeds, strict=True)) / whole
-            error = expected_lr_error(some, seeds, grid + added, target)
-            on_grid = values if len(values) > 1 else tuple(float(f"{middle * 2.0**at:.6g}") for at in grid)
-            plans.append(
-                FunctionPlan(
-                    *(function, Axes(axis, tuned), target, some, seeds, on_grid, grid == FULL[0], paid, error),
-                    constants=constants,
-                    cost=cost,
-                )
-            )
-    fitting = [plan for plan in plans if plan.share <= share]
-    if not fitting:
-        least = min(plan.share for plan in plans)
-        enough = f"{math.ceil(1000 * least) / 10:g}%"
-        raise NoPlanFits(
-            f"no plan fits budget={share:.3g} of the target: the smallest takes {least:.1%}; give {enough}", enough
-        )
-    return min(fitting, key=lambda plan: (plan.error, plan.share))
+    middle = values[0]
+    grids: tuple[Grid, ...] = (FULL, LEAN)
+    if len(values) > 1:
+        grids = ((tuple(math.log2(value / middle) for value in values), ()),)
+    chosen = choose_proxies(axis, target, price, share, smallest, grids)
+    on_grid = values if len(values) > 1 else tuple(float(f"{middle * 2.0**at:.6g}") for at in chosen.grid)
+    return FunctionPlan(function, Axes(axis, tuned), target, chosen, on_grid, constants, cost)

@@ -195,7 +195,7 @@ class CommandSweep(AnySweep):
 
     def seeds_draw(self) -> str:
         """See `AnySweep`."""
-        return "whatever the command does with {seed}"
+        return "random numbers that the command takes from {seed}"
 
     def source(self) -> str:
         """See `AnySweep`."""
