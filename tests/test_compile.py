@@ -49,7 +49,14 @@ def test_gradients_of_our_own_functions_survive_compiling(function, dtype):
 @pytest.mark.parametrize("attention", ["dense", "blocked"])
 def test_training_compiles_nothing_after_warmup_while_the_window_grows(tiny, traced, attention):
     """Stream and loss with gradients and without, and Adam for tables, not for scalars; window and rates are tensors."""
-    settings = {"attention": attention, "kernel_warmup": 1, "iterations": 8, "window_tokens": 128, "save": False}
+    settings = {
+        "attention": attention,
+        "n_layer": 4,
+        "kernel_warmup": 1,
+        "iterations": 8,
+        "window_tokens": 128,
+        "save": False,
+    }
     losses = {}
     for compiled in (False, True):
         before = graphs_compiled()
@@ -78,6 +85,7 @@ def test_sizes_that_do_not_fit_leave_no_compiled_code_behind(tiny, traced, monke
     monkeypatch.setattr(Passes, "accumulate_gradients", limited)
     settings = {
         "attention": "dense",
+        "n_layer": 2,
         "compile": True,
         "fit_memory": True,
         "micro_batch_tokens": 256,

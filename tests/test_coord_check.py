@@ -344,8 +344,9 @@ def test_a_broken_rule_fails_the_gpt(role, column, kind, power):
 
 
 @pytest.mark.slow
-def test_the_default_check_of_the_laptop_preset_passes():
-    assert gpt_coord_check(progress=False).verdict is CheckVerdict.PASS
+def test_the_check_of_the_laptop_preset_passes():
+    """As by default, without its widest model, which takes two thirds of the time."""
+    assert gpt_coord_check(widths=(64, 128, 256), progress=False).verdict is CheckVerdict.PASS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -694,7 +695,10 @@ def test_the_gpt2_of_the_documentation_passes():
     pytest.importorskip("transformers")
     names = {}
     mlp, _, gpt2 = python_blocks()
-    exec(mlp.split("\n\n\n")[0] + "\n" + gpt2.replace("optimizer=", "progress=False, optimizer="), names)
+    exec(
+        mlp.split("\n\n\n")[0] + "\n" + gpt2.replace("optimizer=", "progress=False, optimizer="),
+        names,
+    )
     assert names["result"].verdict is CheckVerdict.PASS
 
 

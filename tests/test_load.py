@@ -70,7 +70,9 @@ def test_the_model_is_the_runs(folder, tiny):
 @pytest.mark.slow
 def test_its_own_validation_is_trainings_also_where_that_leaves_some_out(tiny):
     """Training validates on whole chunks; here on all that the split has of them."""
-    done = train(tiny(name="all", data="embedded", width=32, iterations=1, val_tokens=10**7, val_chunk_tokens=29_984))
+    done = train(
+        tiny(name="all", data="embedded", width=32, n_layer=2, iterations=1, val_tokens=10**7, val_chunk_tokens=29_984)
+    )
     run = load_run(done.folder, device="cpu")
     batches = ValBatches(run.corpus, 10**7, 29_984)
     assert 0 < len(batches) * 29_984 < sum(map(run.corpus.tokens_in, run.corpus.val)) - 1

@@ -168,7 +168,7 @@ def test_planted_exponents_are_covered_and_rules_judged():
 
 @pytest.mark.slow
 def test_ninety_percent_intervals_hold_over_four_axes():
-    found = judged(ALL, 60)
+    found = judged(ALL, 40)
     assert 0.84 <= found["drift"] <= 0.97 and 0.8 <= found["value"] <= 0.99 and 0.8 <= found["loss"] <= 0.99
     assert found["right"] >= 0.9 and found["wrong"] >= 0.95
 
