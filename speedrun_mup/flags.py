@@ -21,8 +21,8 @@ LARGEST = 2**53  # whole numbers up to here survive JSON, CSV and float64 in eve
 _OF_COMMANDS = (
     "--adaptive --arm --arms --axes --axis --batch-tokens --budget --controls --design --diverged-exit "
     "--dry-run --engine --flops --generate --help --hold --hyperparameter --initial-loss --json --keep --knob "
-    "--metric --metric-file --octaves --params --preset --priors --profile --run --seeds --set --shell --steps "
-    "--techniques --timeout --tokens --values --vocab --widths --workers"
+    "--metric --metric-file --octaves --params --preset --priors --profile --run --seeds --set --shell "
+    "--smallest --steps --target --techniques --timeout --tokens --values --vocab --widths --workers"
 )
 OF_COMMANDS = frozenset(flag[2:].replace("-", "_") for flag in _OF_COMMANDS.split())
 _UNITS = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
