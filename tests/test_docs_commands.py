@@ -3,6 +3,8 @@
 A mark stands right before the block and names how the command begins:
 
     <!-- not run: make demo: takes minutes; the same job is run small by test_cli -->
+
+A block of Python that begins with the comment `# NAME.py` is a file that the reader saves, for the commands after it.
 """
 
 import gzip
@@ -12,6 +14,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -23,7 +26,8 @@ from helpers.commands import parsers
 from speedrun_mup.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("tutorials/*.md"))]
 PROGRAMS = ("make", "git", "pip", "python", "torchrun", "srun", "speedrun-mup")
 SCRIPTS = {
     "train.py": ["train"],
@@ -50,9 +54,11 @@ SHORT = (
         f"--data synthetic {SMALL.replace('--iterations 2', '--values 2 4 8')} --octaves 0 1 --seeds 1 --no-adaptive",
     ),
     (r"^sweep .*(--run|toml)", "--octaves -1 0 1 --seeds 1 --no-adaptive"),
+    (r"^sweep .*sweeps/laptop", f"--data synthetic {SMALL} --widths 16 32 64 --octaves 0 1 --seeds 1 --no-adaptive"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 1 --no-adaptive"),
+    (r"^ablate .*z_loss", f"--data synthetic {SMALL} --widths 16 32 --seeds 2 --octaves 0"),
     (r"^ablate", f"--data synthetic {SMALL} --widths 16 32 64 --seeds 2 --octaves 0 --techniques attention_gate"),
-    (r"^coord-check my_models:", "--widths 16 32 64 --seeds 1 --steps 3 --no-progress"),
+    (r"^coord-check (my_models|llama):", "--widths 32 64 128 --seeds 1 --steps 3 --no-progress"),
     (r"^coord-check .*--axis ", CHECK.replace("--widths 16 32 64", "--base-width 32")),
     (r"^coord-check", CHECK),
     (r"^bench", f"--preset laptop --device cpu --data synthetic --width 64 {SHAPE} --micro-batches 1 --steps 2"),
@@ -106,6 +112,13 @@ def commands_of(page: Path):
                     yield number, words, reason
 
 
+def files_of(page: Path) -> dict[str, str]:
+    """The files that the page asks to save: name -> text."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    named = ((re.match(r"# (\w+\.py)\n", block), block) for block in blocks)
+    return {name[1]: block for name, block in named if name}
+
+
 def argv_of(words: list[str]) -> list[str] | None:
     """The words after speedrun-mup, if the command is one of ours."""
     while words and words[0] in ("srun", "torchrun", "python", "-m", "speedrun-mup", "speedrun_mup"):
@@ -127,7 +140,7 @@ def test_there_are_commands_and_those_that_are_not_run_say_why():
     ours = [words for _, _, words, _ in EVERY if argv_of(words)]
     assert len(ours) > 20
     for page, number, words, reason in EVERY:
-        known = argv_of(words) or words[:2] == ["python", "benchmarks/reliability.py"]
+        known = argv_of(words) or words[:2] == ["python", "benchmarks/reliability.py"] or words[1] in files_of(page)
         assert known or reason, f"{page.name}:{number}: {shlex.join(words)} is neither run nor marked"
         assert reason is None or len(reason) > 10, f"{page.name}:{number}: {reason} is no reason"
 
@@ -173,10 +186,10 @@ def test_every_command_parses_as_it_is_written(only_parse, capsys):
                 pytest.fail(f"{page.name}:{number}: {shlex.join(words)}: {code} {capsys.readouterr().err}")
 
 
-# Flags of torchrun, sbatch and the scripts in benchmarks/, which the pages also name.
+# Flags of torchrun, sbatch, a tutorial and the scripts in benchmarks/, which the pages also name.
 FOREIGN = """--nproc_per_node --max-restarts --signals-to-handle --rdzv-id --requeue --signal
 --nnodes --rdzv-backend --rdzv-endpoint --nodes --ntasks-per-node --gpus-per-node --open-mode
---n_embd --learning_rate --max_iters --seed --out_dir --lr
+--z-loss --n_embd --learning_rate --max_iters --seed --out_dir --lr
 --from --count --kills --publish --quick --all --no-deps --model --model_args"""
 
 
@@ -249,9 +262,16 @@ def short(argv: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     "page", sorted({page for page, _, _, reason in EVERY if not reason}), ids=lambda page: page.name
 )
-def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd):
+def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd, monkeypatch):
+    for name, text in files_of(page).items():
+        (workspace / name).write_text(text)
+        monkeypatch.delitem(sys.modules, name[:-3], raising=False)
+    monkeypatch.syspath_prepend(workspace)
     for number, words, reason in commands_of(page):
         if reason:
+            continue
+        if len(words) == 2 and words[1] in files_of(page):
+            runpy.run_path(words[1], run_name="__main__")
             continue
         for name in (word for word in words if word.endswith(".csv") and "{" not in word):
             sizes = [after for word, after in itertools.pairwise(words) if word == "--size"] or ["width"]
@@ -268,7 +288,8 @@ def test_the_commands_of_a_page_work_one_after_the_other(page, workspace, capfd)
             done = subprocess.run([*program, *short(argv)[1:]], capture_output=True, text=True, timeout=300)
             code, said = done.returncode, done.stdout + done.stderr
         elif argv is None:
-            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=300)
+            flags = short(words[2:])[len(words[2:]) :] if words[1] in files_of(page) else []
+            done = subprocess.run([sys.executable, *words[1:], *flags], capture_output=True, text=True, timeout=300)
             code, said = done.returncode, done.stdout + done.stderr
         else:
             code = main(short(argv))

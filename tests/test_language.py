@@ -56,7 +56,11 @@ def wrong_words(text: str) -> list[str]:
     return [" ".join(text[max(0, hit.start() - 30) : hit.end() + 20].split()) for hit in WRONG.finditer(text)]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("tutorials/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_pages_use_the_words_of_the_field(page):
     assert not wrong_words(CODE.sub("", page.read_text())), page
 

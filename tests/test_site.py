@@ -9,7 +9,8 @@ import speedrun_mup
 
 ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs" / "index.md"
-PAGES = sorted(path for folder in (".", "reference") for path in (ROOT / "docs" / folder).glob("*.md") if path != INDEX)
+FOLDERS = (".", "reference", "tutorials")
+PAGES = sorted(path for folder in FOLDERS for path in (ROOT / "docs" / folder).glob("*.md") if path != INDEX)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
