@@ -29,6 +29,7 @@ COMMANDS = {  # the command's module in `commands` has the same name, and a func
     "sweep": "the best learning rate at several widths: many small runs, in parallel, resumable",
     "ablate": "which techniques pay, and does the gain survive width? each added and left out, at its best rate",
     "transfer": "does the best learning rate transfer across width? verdict on a sweep, or on your own table",
+    "completion": "completion of commands and flags for bash, zsh or fish",
     "report": "page, pictures and summary of a sweep, or of your own table",
 }
 
