@@ -35,6 +35,8 @@ autodoc_preserve_defaults = True
 
 html_theme = "furo"
 html_title = "speedrun-mup"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 
