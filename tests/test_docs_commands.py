@@ -54,7 +54,6 @@ SHORT = (
         f"--data synthetic {SMALL.replace('--iterations 2', '--values 2 4 8')} --octaves 0 1 --seeds 1 --no-adaptive",
     ),
     (r"^sweep .*(--run|toml)", "--octaves -1 0 1 --seeds 1 --no-adaptive"),
-    (r"^sweep .*sweeps/laptop", f"--data synthetic {SMALL} --widths 16 32 64 --octaves 0 1 --seeds 1 --no-adaptive"),
     (r"^sweep", f"--data synthetic {SMALL} --widths 16 32 64 --octaves -1 0 1 --seeds 1 --no-adaptive"),
     (r"^ablate .*z_loss", f"--data synthetic {SMALL} --widths 16 32 --seeds 2 --octaves 0"),
     (r"^ablate", f"--data synthetic {SMALL} --widths 16 32 64 --seeds 2 --octaves 0 --techniques attention_gate"),
