@@ -23,7 +23,7 @@ check-style:
 	$(BIN)/mypy
 
 check-tests:
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not dist"
+	$(QUIET) $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not dist"
 
 # The site, into build/site: open index.html there. A broken link or a page without a place in docs/index.md is an error.
 docs: .venv/.ok

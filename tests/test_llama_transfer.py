@@ -2,12 +2,16 @@
 
 import csv
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import llama_transfer
 from benchmarks.llama_transfer import OCTAVES, Run, missing
+from speedrun_mup.transfer import Verdict, measure_transfer, read_points
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def done(loss_at, arm="adamw-mup", width=32, octaves=OCTAVES):
@@ -68,3 +72,16 @@ def test_a_killed_command_continues(tmp_path, monkeypatch):
     ran.clear()
     assert llama_transfer.sweep(path, options) == 0
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines()) and len(ran) == whole.count("\n") - 7
+
+
+@pytest.mark.slow
+def test_the_page_has_the_numbers_of_its_runs():
+    page = (ROOT / "docs" / "experiments" / "llama.md").read_text()
+    runs = read_points(ROOT / "docs" / "experiments" / "llama" / "runs.csv")
+    result = measure_transfer(runs, controls={"adamw-sp": -1.0}, tested=["adamw-mup", "muon-mup"], base_size=64)
+    assert result.verdict is Verdict.INCONCLUSIVE and len(result.arms) == 4
+    for name, arm in result.arms.items():
+        (low, high), best = arm.drift.interval(), ", ".join(f"{fit.optimum:+.2f}" for fit in arm.fits)
+        drift = f"{arm.drift.value:+.3f} ({low:+.3f} to {high:+.3f})".replace("+-", "-")
+        row = next(line for line in page.partition("## Results")[2].splitlines() if line.startswith(f"| `{name}`"))
+        assert f"| {best} | {drift} | {arm.fits[-1].best_losses[0]:.4f} |" in row, (row, best, drift)
