@@ -210,7 +210,6 @@ def evaluate_tasks(
     try:
         manager = _manager(tasks, folder)
         if unknown := [name for name in tasks if name not in manager.all_tasks]:
-            _check_files(folder)
             raise ConfigError(f"lm-eval knows no task {printable(unknown[0])}; `lm-eval ls tasks` lists them")
         found = lm_eval.simple_evaluate(
             model, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
@@ -231,12 +230,15 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
     if folder is None:
         return TaskManager()
     own = TaskManager(include_path=str(folder), include_defaults=False)
-    return own if {*tasks} <= {*own.all_subtasks} else TaskManager(include_path=str(folder))
+    if {*tasks} <= {*own.all_subtasks}:
+        return own
+    _check_files(folder)
+    return TaskManager(include_path=str(folder))
 
 
-def _check_files(folder: Path | None) -> None:
+def _check_files(folder: Path) -> None:
     """ConfigError for the first task file that is not YAML: the harness passes over it, and then knows no such task."""
-    for file in sorted(folder.rglob("*.y*ml")) if folder else ():
+    for file in sorted(folder.rglob("*.y*ml")):
         try:
             list(yaml.parse(read_text(file)))  # without its tags, which are the harness's own
         except yaml.YAMLError as fault:
