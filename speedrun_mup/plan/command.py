@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
-from speedrun_mup.plan.proxies import Proxies, choose_proxies
+from speedrun_mup.plan.proxies import Proxies, ProxyPrediction, choose_proxies
 from speedrun_mup.sweep import Arm, CommandSweep, Engine, Program, SweepResult, measure_sweep, run_sweep
-from speedrun_mup.transfer import Axes, Forecast, TransferResult, loss_forecast
+from speedrun_mup.transfer import Axes, loss_forecast
 
 ARM = "run"
 
@@ -73,28 +73,10 @@ class CommandPlan:
                 break
         return result
 
-    def predict(self, out: Path) -> CommandPrediction:
+    def predict(self, out: Path) -> ProxyPrediction:
         """What the runs in `out` say about the target. Raises TransferError where they are too few."""
         result = measure_sweep(out)
-        return CommandPrediction(self, result, loss_forecast(result.arms[ARM], self.target))
-
-
-@dataclass(frozen=True)
-class CommandPrediction:
-    """What a plan's runs say: the verdict on transfer, and loss and best value at the target, with intervals."""
-
-    plan: CommandPlan
-    transfer: TransferResult
-    forecast: Forecast
-
-    @property
-    def value(self) -> float:
-        """What to give the target."""
-        return 2.0**self.forecast.log2_value.value
-
-    def summary(self) -> str:
-        """For a terminal."""
-        return f"{self.transfer.verdict}: {self.forecast}"
+        return ProxyPrediction(result, loss_forecast(result.arms[ARM], self.target))
 
 
 def choose_command_plan(

@@ -10,8 +10,8 @@ from typing import Any
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.plan.design import FULL, LEAN
-from speedrun_mup.plan.proxies import Grid, Proxies, choose_proxies
-from speedrun_mup.transfer import Axes, Forecast, TransferResult, loss_forecast
+from speedrun_mup.plan.proxies import Grid, Proxies, ProxyPrediction, choose_proxies
+from speedrun_mup.transfer import Axes, TransferResult, loss_forecast
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FunctionPlan:
 
     __str__ = summary
 
-    def run(self, out: str | Path = "plans/function", engine: str = "local", **options: Any) -> FunctionPrediction:
+    def run(self, out: str | Path = "plans/function", engine: str = "local", **options: Any) -> ProxyPrediction:
         """Make the runs, in the folder of a sweep, and predict. The same call again resumes.
 
         Args:
@@ -88,27 +88,7 @@ class FunctionPlan:
         if not isinstance(result, TransferResult):
             raise ConfigError(f"{out} holds a sweep over several sizes; choose another folder")
         (arm,) = result.arms.values()
-        return FunctionPrediction(self, result, loss_forecast(arm, self.target))
-
-
-@dataclass(frozen=True)
-class FunctionPrediction:
-    """What a plan's runs say: the verdict on transfer, and loss and best value at the target, with intervals."""
-
-    plan: FunctionPlan
-    transfer: TransferResult
-    forecast: Forecast
-
-    @property
-    def value(self) -> float:
-        """What to give the target."""
-        return 2.0**self.forecast.log2_value.value
-
-    def summary(self) -> str:
-        """For a terminal."""
-        return f"{self.transfer.verdict}: {self.forecast}"
-
-    __str__ = summary
+        return ProxyPrediction(result, loss_forecast(arm, self.target))
 
 
 def choose(

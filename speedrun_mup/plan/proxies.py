@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from speedrun_mup.core.errors import ConfigError
 from speedrun_mup.plan.design import FULL, LEAN, NoPlanFits, expected_lr_error, ladders
-from speedrun_mup.transfer import Thresholds
+from speedrun_mup.transfer import Forecast, Thresholds, TransferResult
 
 Grid = tuple[tuple[float, ...], tuple[float, ...]]  # log2 factors, and those that are added around the best
 
@@ -35,6 +35,25 @@ class Proxies:
     def told(self) -> str:
         """Sizes and seeds, for a terminal."""
         return ", ".join(f"{size} ({seeds})" for size, seeds in zip(self.sizes, self.seeds, strict=True))
+
+
+@dataclass(frozen=True)
+class ProxyPrediction:
+    """What the small runs say: the verdict on transfer, and loss and best value at the target, with intervals."""
+
+    transfer: TransferResult
+    forecast: Forecast
+
+    @property
+    def value(self) -> float:
+        """What to give the target."""
+        return 2.0**self.forecast.log2_value.value
+
+    def summary(self) -> str:
+        """For a terminal."""
+        return f"{self.transfer.verdict}: {self.forecast}"
+
+    __str__ = summary
 
 
 def halves_of(axis: str, target: int, smallest: int) -> list[int]:
